@@ -1,0 +1,81 @@
+"""All that can be done with the project: ``nox --list`` shows it."""
+
+from __future__ import annotations
+
+import os
+
+import nox
+
+nox.needs_version = ">=2025.2"
+nox.options.sessions = ["tests", "lint", "docs"]
+nox.options.reuse_existing_virtualenvs = True
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+TEST = nox.project.dependency_groups(PROJECT, "test")
+LINT = nox.project.dependency_groups(PROJECT, "lint")
+
+# Two test processes share the cores: more threads in each would get in each other's way.
+SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
+
+
+def install(session: nox.Session, *packages: str) -> None:
+    # PyTorch first, at its pinned version: as a dependency of another package, pip would take the
+    # newest build, with gigabytes of CUDA.
+    session.install("-c", "constraints.txt", "torch")
+    session.install("-c", "constraints.txt", *packages)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train dense, static sparse and Top-KAST networks on real data: `-- --task text`, ..."""
+    install(session, ".[demo]")
+    session.run("python", "-m", "topkast", "demo", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests, with few examples for each property."""
+    install(session, "-e", ".[demo,testing]", *TEST)
+    paths = session.posargs or ["src", "adapters", "tests"]
+    session.run("pytest", "--doctest-modules", "-n", "2", *paths, env=SINGLE_THREADED)
+
+
+@nox.session
+def property(session: nox.Session) -> None:  # noqa: A001 - the name that the README gives it
+    """The property tests with many examples, inside jax.jit too."""
+    install(session, "-e", ".[demo,testing]", *TEST)
+    paths = session.posargs or [
+        "tests/test_compact.py",
+        "tests/test_distribution.py",
+        "tests/test_exploration.py",
+        "tests/test_selection.py",
+        "tests/test_torch_state.py",
+        "tests/test_transform.py",
+    ]
+    env = {**SINGLE_THREADED, "TOPKAST_HYPOTHESIS_PROFILE": "thorough"}
+    session.run("pytest", "-n", "2", "--timeout", "1800", *paths, env=env)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Formatting, lint rules, types."""
+    install(session, "-e", ".[demo,testing]", *TEST, *LINT, "nox")
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+    session.run("mypy", "src", "adapters", "tests", "benchmarks", "noxfile.py")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation, into docs/_build/html; warnings are errors."""
+    install(session, "-e", ".[torch,testing,docs]")
+    session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The benchmarks: `nox -s bench -- selection` runs one of them. Leave the machine alone."""
+    install(session, ".[demo]")
+    names = session.posargs or ["selection", "optimizer_step", "orderings"]
+    for name in names:
+        session.run("python", os.path.join("benchmarks", f"{name}.py"))
