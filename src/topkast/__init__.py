@@ -1,0 +1,54 @@
+"""Top-KAST: networks that are sparse from the first training step to the last, in any framework."""
+
+from topkast._compact import forward_view, gather, migrate, scatter
+from topkast._distribution import densities
+from topkast._errors import (
+    AdapterNotFoundError,
+    MismatchError,
+    NonFiniteError,
+    OptionError,
+    StateDictError,
+    UnsupportedOptimizerError,
+    UnsupportedTensorError,
+)
+from topkast._exploration import exploration_gradient, exploration_penalty
+from topkast._inspect import Masks, Summary, TensorSummary, dense_params, masks, summary
+from topkast._rules import SGD, Adam, AdamW
+from topkast._selection import Support, select
+from topkast._transform import TopKASTState, TopKASTTransform, apply_updates, forward_params
+from topkast._wrap import wrap_optimizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "AdapterNotFoundError",
+    "Masks",
+    "MismatchError",
+    "NonFiniteError",
+    "OptionError",
+    "StateDictError",
+    "Summary",
+    "Support",
+    "TensorSummary",
+    "TopKASTState",
+    "TopKASTTransform",
+    "UnsupportedOptimizerError",
+    "UnsupportedTensorError",
+    "apply_updates",
+    "dense_params",
+    "densities",
+    "exploration_gradient",
+    "exploration_penalty",
+    "forward_params",
+    "forward_view",
+    "gather",
+    "masks",
+    "migrate",
+    "scatter",
+    "select",
+    "summary",
+    "wrap_optimizer",
+]

@@ -1,0 +1,29 @@
+"""The library's own errors. Each is also the built-in error that a caller would expect."""
+
+
+class OptionError(ValueError):
+    """An option of :func:`topkast.wrap_optimizer` has a value that it cannot have."""
+
+
+class NonFiniteError(ValueError):
+    """A weight is NaN or infinite, so that it has no rank by magnitude."""
+
+
+class MismatchError(ValueError):
+    """Arrays, names or states that belong together do not fit each other."""
+
+
+class StateDictError(MismatchError):
+    """A state dict is corrupt, or was saved from something else."""
+
+
+class UnsupportedTensorError(TypeError):
+    """A tensor of a kind that the library cannot keep sparse."""
+
+
+class UnsupportedOptimizerError(TypeError):
+    """An optimizer that does not treat a tensor as a bag of coordinates."""
+
+
+class AdapterNotFoundError(TypeError):
+    """No adapter serves the framework of an optimizer."""

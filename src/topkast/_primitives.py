@@ -1,0 +1,109 @@
+"""The few things that the array-API standard lacks: a fast path per library, then a portable one.
+
+No framework is imported here for its own sake: an array of a library can only come from a
+program that has imported that library already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+from array_api_compat import (
+    array_namespace,
+    device,
+    is_cupy_array,
+    is_jax_array,
+    is_numpy_array,
+    is_torch_array,
+)
+
+Array: TypeAlias = Any  # an array of any library of the array-API standard
+Namespace: TypeAlias = Any  # its namespace
+T = TypeVar("T")
+
+
+def host_view(array: Array) -> np.ndarray[Any, Any] | None:
+    """The same memory as a NumPy array, or None where it cannot be read from here.
+
+    It cannot on an accelerator, in a traced computation, and for libraries that hide theirs.
+    Floats that NumPy lacks or is slow at (bfloat16, float16) come as float32, which holds each
+    of their values exactly.
+    """
+    if is_numpy_array(array):
+        view = array
+    elif is_torch_array(array):
+        if array.device.type != "cpu":
+            return None
+        array = array.detach()
+        view = (array.float() if array.dtype.itemsize == 2 else array).numpy()
+    elif is_jax_array(array):
+        if is_traced(array) or {place.platform for place in array.devices()} != {"cpu"}:
+            return None
+        view = np.asarray(array)
+    else:
+        return None
+    return view.astype(np.float32) if view.dtype.itemsize == 2 else view
+
+
+def is_traced(array: Array) -> bool:
+    """Whether `array` stands for values that are not known yet (inside ``jax.jit``)."""
+    if not is_jax_array(array):
+        return False
+    import jax
+
+    return isinstance(array, jax.core.Tracer)
+
+
+def index_dtype(xp: Namespace, place: Any = None) -> Any:
+    """The library's own dtype for indices (int64; int32 in JAX unless 64 bits are enabled)."""
+    return xp.__array_namespace_info__().default_dtypes(device=place)["indexing"]
+
+
+def like(host: np.ndarray[Any, Any], array: Array, dtype: Any = None) -> Array:
+    """`host` as an array of the library and on the device of `array`."""
+    return array_namespace(array).asarray(host, dtype=dtype, device=device(array))
+
+
+def scatter(values: Array, indices: Array, size: int, fill: float) -> Array:
+    """A vector of `size` entries, `values` at `indices` (ascending, unique), `fill` elsewhere.
+
+    `values` has shape (k,) and `indices` shape (k,); the result has the dtype of `values`.
+    """
+    xp = array_namespace(values, indices)
+    base = xp.full((size,), fill, dtype=values.dtype, device=device(values))
+    if is_torch_array(values):
+        return base.scatter_(0, indices, values)
+    if is_jax_array(values):
+        return base.at[indices].set(
+            values, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
+        )
+    if is_numpy_array(values) or is_cupy_array(values):
+        base[indices] = values
+        return base
+    place = xp.searchsorted(indices, xp.arange(size, dtype=indices.dtype))
+    place = xp.minimum(place, xp.asarray(values.shape[0] - 1, dtype=place.dtype))
+    hit = xp.take(indices, place) == xp.arange(size, dtype=indices.dtype)
+    return xp.where(hit, xp.take(values, place), base)
+
+
+def true_indices(mask: Array, count: int) -> Array:
+    """Ascending indices of the `count` true entries of a mask (n,), `count` being known.
+
+    The shape does not depend on the data, so that this can be traced.
+    """
+    xp = array_namespace(mask)
+    dtype = index_dtype(xp, device(mask))
+    seen = xp.cumulative_sum(xp.astype(mask, dtype), dtype=dtype)
+    wanted = xp.arange(1, count + 1, dtype=dtype, device=device(mask))
+    return xp.astype(xp.searchsorted(seen, wanted), dtype)
+
+
+def cond(predicate: Array, if_true: Callable[[T], T], if_false: Callable[[T], T], state: T) -> T:
+    """``if_true(state) if predicate else if_false(state)``, also where `predicate` is traced."""
+    if is_traced(predicate):
+        import jax
+
+        return jax.lax.cond(predicate, if_true, if_false, state)  # type: ignore[no-any-return]
+    return if_true(state) if bool(predicate) else if_false(state)

@@ -1,0 +1,245 @@
+"""Update rules for plain arrays of any library: SGD, Adam and AdamW, with PyTorch's formulas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from array_api_compat import array_namespace, device
+
+from topkast._errors import OptionError
+from topkast._primitives import Array
+
+Arrays = dict[str, Array]
+LearningRate = float | Callable[[Array], Array]
+
+
+class SGDState(NamedTuple):
+    """Steps taken (0-d int32), and the momentum buffers by name."""
+
+    step: Array
+    velocity: Arrays
+
+
+class AdamState(NamedTuple):
+    """Steps taken (0-d int32), and the averages of the gradient and of its square, by name."""
+
+    step: Array
+    mean: Arrays
+    square: Arrays
+
+
+@dataclass(frozen=True)
+class SGD:
+    r"""Stochastic gradient descent with momentum.
+
+    .. math:: v \leftarrow \mu v + g + w \theta, \quad \theta \leftarrow \theta - \eta v
+
+    With Nesterov's variant the step is :math:`\eta (g + w \theta + \mu v)`.
+
+    Parameters
+    ----------
+    lr
+        Learning rate η, or a function of the number of steps taken before (a 0-d int32 array).
+    momentum
+        Factor μ, in [0, 1).
+    nesterov
+        Look ahead by one step of momentum.
+    weight_decay
+        Coefficient w, added to the gradient.
+
+    Raises
+    ------
+    OptionError
+        For a negative value, or `nesterov` without momentum.
+
+    Examples
+    --------
+    >>> import numpy as np, topkast
+    >>> opt = topkast.wrap_optimizer(topkast.SGD(0.1, momentum=0.9), fwd=0.75, bwd=0.5)
+    >>> params = {"w": np.asarray([[4.0, 3.0], [2.0, 1.0]])}
+    >>> state = opt.init(params)
+    >>> grads = {"w": np.ones((2, 2))}
+    >>> updates, state = opt.update(grads, state, params)
+    >>> topkast.apply_updates(params, updates)["w"].round(3)
+    array([[3.9, 2.9],
+           [2. , 1. ]])
+    """
+
+    lr: LearningRate
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "lr", "weight_decay")
+        _check_factor("momentum", self.momentum)
+        if self.nesterov and not self.momentum:
+            raise OptionError("nesterov=True needs momentum > 0")
+
+    def init(self, params: Mapping[str, Array], /) -> SGDState:
+        """State before the first step, for parameters by name."""
+        return SGDState(_no_steps(params), _zeros(params) if self.momentum else {})
+
+    def update(
+        self, grads: Mapping[str, Array], state: SGDState, params: Mapping[str, Array], /
+    ) -> tuple[Arrays, SGDState]:
+        """What to add to the parameters, and the next state."""
+        lr = _learning_rate(self.lr, state.step)
+        slopes = _with_decay(grads, params, self.weight_decay)
+        velocity: Arrays = {}
+        if self.momentum:
+            velocity = {
+                name: state.velocity[name] * self.momentum + slope for name, slope in slopes.items()
+            }
+            if self.nesterov:
+                slopes = {
+                    name: slope + velocity[name] * self.momentum for name, slope in slopes.items()
+                }
+            else:
+                slopes = velocity
+        steps = {name: -lr * slope for name, slope in slopes.items()}
+        return steps, SGDState(state.step + 1, velocity)
+
+
+@dataclass(frozen=True)
+class Adam:
+    r"""Adam; its weight decay is added to the gradient.
+
+    .. math::
+       m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
+       v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
+       \theta \leftarrow \theta - \eta \frac{m / (1 - \beta_1^t)}
+       {\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+    Parameters
+    ----------
+    lr
+        Learning rate η, or a function of the number of steps taken before (a 0-d int32 array).
+    betas
+        Factors β₁ and β₂, each in [0, 1).
+    eps
+        ε, added to the denominator.
+    weight_decay
+        Coefficient of θ in the gradient.
+
+    Raises
+    ------
+    OptionError
+        For a negative value, or a factor outside [0, 1).
+
+    Examples
+    --------
+    >>> import numpy as np, topkast
+    >>> opt = topkast.wrap_optimizer(topkast.Adam(0.1), fwd=0.75, bwd=0.5)
+    >>> params = {"w": np.asarray([[4.0, 3.0], [2.0, 1.0]])}
+    >>> state = opt.init(params)
+    >>> state.inner.mean["w"].shape
+    (1, 2)
+    """
+
+    lr: LearningRate = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    decoupled = False
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "lr", "eps", "weight_decay")
+        for beta in self.betas:
+            _check_factor("betas", beta)
+
+    def init(self, params: Mapping[str, Array], /) -> AdamState:
+        """State before the first step, for parameters by name."""
+        return AdamState(_no_steps(params), _zeros(params), _zeros(params))
+
+    def update(
+        self, grads: Mapping[str, Array], state: AdamState, params: Mapping[str, Array], /
+    ) -> tuple[Arrays, AdamState]:
+        """What to add to the parameters, and the next state."""
+        lr = _learning_rate(self.lr, state.step)
+        step = state.step + 1
+        beta1, beta2 = self.betas
+        slopes = dict(grads) if self.decoupled else _with_decay(grads, params, self.weight_decay)
+        mean, square, steps = {}, {}, {}
+        for name, slope in slopes.items():
+            xp = array_namespace(slope)
+            mean[name] = state.mean[name] * beta1 + slope * (1 - beta1)
+            square[name] = state.square[name] * beta2 + slope * slope * (1 - beta2)
+            scale = lr / _bias_correction(beta1, step, slope.dtype)
+            root = xp.sqrt(_bias_correction(beta2, step, slope.dtype))
+            steps[name] = -scale * (mean[name] / (xp.sqrt(square[name]) / root + self.eps))
+            if self.decoupled and self.weight_decay:
+                steps[name] = steps[name] - lr * self.weight_decay * params[name]
+        return steps, AdamState(step, mean, square)
+
+
+@dataclass(frozen=True)
+class AdamW(Adam):
+    r"""Adam with decoupled weight decay: θ also loses :math:`\eta w \theta` at each step.
+
+    Parameters
+    ----------
+    lr, betas, eps
+        As in :class:`Adam`.
+    weight_decay
+        Coefficient w.
+
+    Raises
+    ------
+    OptionError
+        As :class:`Adam`.
+
+    Examples
+    --------
+    >>> import topkast
+    >>> topkast.AdamW(1e-3, weight_decay=0.1)
+    AdamW(lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.1)
+    """
+
+    weight_decay: float = 1e-2
+
+    decoupled = True
+
+
+def _no_steps(params: Mapping[str, Array]) -> Array:
+    some = next(iter(params.values()))
+    xp = array_namespace(some)
+    return xp.zeros((), dtype=xp.int32, device=device(some))
+
+
+def _zeros(params: Mapping[str, Array]) -> Arrays:
+    return {name: array_namespace(param).zeros_like(param) for name, param in params.items()}
+
+
+def _learning_rate(lr: LearningRate, step: Array) -> Any:
+    return lr(step) if callable(lr) else lr
+
+
+def _with_decay(grads: Mapping[str, Array], params: Mapping[str, Array], factor: float) -> Arrays:
+    if not factor:
+        return dict(grads)
+    return {name: grad + factor * params[name] for name, grad in grads.items()}
+
+
+def _bias_correction(beta: float, step: Array, dtype: Any) -> Array:
+    """1 - β^t. By way of expm1: in float32, 1 - 0.999 has lost four of its seven digits."""
+    xp = array_namespace(step)
+    if beta == 0:
+        return xp.ones((), dtype=dtype, device=device(step))
+    return -xp.expm1(xp.astype(step, dtype) * math.log(beta))
+
+
+def _check_not_negative(rule: object, *names: str) -> None:
+    for name in names:
+        value = getattr(rule, name)
+        if not callable(value) and not 0 <= value < math.inf:
+            raise OptionError(f"{name} must be a finite number of at least 0, got {value!r}")
+
+
+def _check_factor(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise OptionError(f"{name} must lie in [0, 1), got {value!r}")

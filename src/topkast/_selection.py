@@ -1,0 +1,204 @@
+"""Selection of the forward set A and the backward set B by magnitude."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from array_api_compat import array_namespace, device, is_jax_array, is_numpy_array
+
+from topkast._distribution import as_written, kept_count
+from topkast._errors import NonFiniteError
+from topkast._host import largest_flags, largest_on_host
+from topkast._options import Explore, check_sparsities
+from topkast._primitives import Array, host_view, index_dtype, is_traced, like, true_indices
+from topkast._random import uniform
+
+
+class Support(NamedTuple):
+    r"""The sets of one tensor: where B is, and which of its entries are in A.
+
+    Attributes
+    ----------
+    indices
+        Flat (C-order) indices of the backward set B, ascending; integers of shape (\\|B\\|,).
+    active
+        Which of them are in the forward set A; booleans of shape (\\|B\\|,), \\|A\\| of them true.
+    """
+
+    indices: Array
+    active: Array
+
+
+def select(
+    params: Array,
+    /,
+    *,
+    fwd: float,
+    bwd: float,
+    explore: Explore = "magnitude",
+    seed: int = 0,
+) -> Support:
+    r"""Choose A and B: the largest magnitudes of a tensor, in exact numbers.
+
+    .. math:: A = \mathrm{TopK}(|\theta|, D), \quad B = \mathrm{TopK}(|\theta|, D + M),
+       \quad D = 1 - \mathtt{fwd}, \quad D + M = 1 - \mathtt{bwd}
+
+    :math:`|A| = \max(1, n - \lfloor \mathtt{fwd} \cdot n \rfloor)` and likewise for B. Ties go
+    to the lower flat index, so that both sets are unique, nested and the same in every library.
+
+    Parameters
+    ----------
+    params
+        A tensor of any shape and real or complex floating dtype; n is its size.
+    fwd, bwd
+        Forward and backward sparsity, ``0 <= bwd <= fwd < 1``.
+    explore
+        ``"magnitude"``, or ``"random"``: B∖A is then drawn uniformly from what is not in A.
+    seed
+        Of the random draw. The same seed draws the same set in every library.
+
+    Returns
+    -------
+    Support
+        In the library and on the device of `params`.
+
+    Raises
+    ------
+    OptionError
+        If the sparsities are not as above.
+    NonFiniteError
+        If an entry is NaN or infinite. Inside ``jax.jit``, where values cannot be looked at, NaN
+        ranks last instead, and the counts stay exact.
+
+    Examples
+    --------
+    >>> import numpy as np, topkast
+    >>> theta = np.asarray([[0.1, -0.9, 0.5, 0.0], [0.3, 0.0, -0.7, 0.3]])
+    >>> support = topkast.select(theta, fwd=0.75, bwd=0.5)
+    >>> support.indices
+    array([1, 2, 4, 6])
+    >>> support.active
+    array([ True, False, False,  True])
+
+    References
+    ----------
+    Top-KAST, sections 2.1 and 2.2; table 1 for the random choice.
+    """
+    check_sparsities(fwd, bwd)
+    size = math.prod(params.shape)
+    return select_counts(
+        params,
+        kept_count(size, 1 - as_written(fwd)),
+        kept_count(size, 1 - as_written(bwd)),
+        explore=explore,
+        seed=seed,
+    )
+
+
+def select_counts(
+    params: Array,
+    forward: int,
+    backward: int,
+    *,
+    explore: Explore = "magnitude",
+    seed: int = 0,
+    round_: Array | int = 0,
+) -> Support:
+    """As :func:`select`, for given numbers of entries; `round_` numbers the random draws."""
+    xp = array_namespace(params)
+    flat = xp.reshape(params, (-1,))
+    if xp.isdtype(flat.dtype, "complex floating"):
+        flat = xp.abs(flat)
+    host = host_view(flat)
+    work = flat if host is None else host
+    if backward == 0:
+        dtype = index_dtype(xp, device(params))
+        return Support(xp.zeros(0, dtype=dtype), xp.zeros(0, dtype=xp.bool))
+    if explore == "random":
+        support = _random_support(work, forward, backward, seed, round_)
+    elif is_numpy_array(work):
+        indices, magnitudes = largest_on_host(work, backward)
+        support = Support(indices, largest_flags(magnitudes, forward))
+    else:
+        keys = _rank_keys(work)
+        indices = true_indices(_largest(keys, backward), backward)
+        support = Support(indices, _largest(xp.take(keys, indices), forward))
+    if host is None:
+        return support
+    dtype = index_dtype(xp, device(params))
+    return Support(like(support.indices, params, dtype), like(support.active, params))
+
+
+def _random_support(
+    flat: Array, forward: int, backward: int, seed: int, round_: Array | int
+) -> Support:
+    """A by magnitude, then B∖A by the largest of random numbers that all lie below A's."""
+    xp = array_namespace(flat)
+    in_forward = _flags(flat, forward)
+    draws = uniform(flat.shape[0], seed, round_, like=flat)
+    in_backward = _flags(xp.where(in_forward, xp.asarray(2.0, dtype=draws.dtype), draws), backward)
+    indices = true_indices(in_backward, backward)
+    return Support(indices, xp.take(in_forward, indices))
+
+
+def _flags(flat: Array, count: int) -> Array:
+    if is_numpy_array(flat):
+        return largest_flags(flat, count)
+    return _largest(_rank_keys(flat), count)
+
+
+def _largest(keys: Array, count: int) -> Array:
+    """Flags (n,) of the `count` largest keys (n,), ties going to the lower index."""
+    xp = array_namespace(keys)
+    threshold = _kth_largest(keys, count)
+    above = keys > threshold
+    ties = keys == threshold
+    dtype = index_dtype(xp, device(keys))
+    room = count - xp.sum(xp.astype(above, dtype), dtype=dtype)
+    rank = xp.cumulative_sum(xp.astype(ties, dtype), dtype=dtype)
+    return above | (ties & (rank <= room))
+
+
+def _rank_keys(flat: Array) -> Array:
+    """Keys (n,) that order as the magnitudes do, with NaN below all of them."""
+    xp = array_namespace(flat)
+    magnitudes = xp.abs(flat)
+    nan = xp.isnan(flat)
+    if not is_traced(flat):
+        bad = int(xp.sum(xp.astype(~xp.isfinite(flat), xp.int32)))
+        if bad:
+            raise NonFiniteError(f"{bad} of {flat.shape[0]} entries are NaN or infinite")
+    if is_jax_array(flat):
+        # Non-negative floats order as their bit patterns do, and XLA, which may flush
+        # subnormal floats to zero, leaves integers alone.
+        import jax
+
+        integer = {2: xp.int16, 4: xp.int32, 8: xp.int64}[flat.dtype.itemsize]
+        magnitudes = jax.lax.bitcast_convert_type(magnitudes, integer)
+    return xp.where(nan, xp.asarray(-1, dtype=magnitudes.dtype), magnitudes)
+
+
+def _kth_largest(keys: Array, count: int) -> Array:
+    if is_jax_array(keys):
+        return _kth_largest_by_bisection(keys, count)
+    return array_namespace(keys).sort(keys)[keys.shape[0] - count]
+
+
+def _kth_largest_by_bisection(keys: Array, count: int) -> Array:
+    """The k-th largest of integers of at least -1, bit by bit: the largest t that k keys reach."""
+    import jax
+    import jax.numpy as jnp
+
+    bits = 8 * keys.dtype.itemsize - 1
+
+    def reached(threshold: Array) -> Array:
+        return jnp.sum(keys >= threshold, dtype=jnp.int32) >= count
+
+    def set_bit(place: Array, threshold: Array) -> Array:
+        bit = jnp.left_shift(jnp.asarray(1, keys.dtype), (bits - 1 - place).astype(keys.dtype))
+        raised = threshold | bit
+        return jnp.where(reached(raised), raised, threshold)
+
+    threshold = jax.lax.fori_loop(0, bits, set_bit, jnp.asarray(0, keys.dtype))
+    return jnp.where(reached(threshold), threshold, jnp.asarray(-1, keys.dtype))

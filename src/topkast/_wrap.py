@@ -1,0 +1,155 @@
+"""From an optimizer to the adapter of its framework, without importing any other framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+from topkast._errors import AdapterNotFoundError
+from topkast._options import Dense, Distribution, Explore, Options, PenaltyKind
+from topkast._transform import TopKASTTransform
+
+ENTRY_POINTS = "topkast.adapters"
+
+_EXTRAS = {"torch": "torch"}  # the extra that installs what an optimizer of this package needs
+
+
+def wrap_optimizer(
+    optimizer: Any,
+    *,
+    fwd: float,
+    bwd: float,
+    refresh_every: int = 100,
+    penalty: float = 1e-4,
+    penalty_kind: PenaltyKind = "l2",
+    explore: Explore = "magnitude",
+    explore_until: int | None = None,
+    distribution: Distribution = "uniform",
+    dense: Dense = None,
+    seed: int = 0,
+    probe: bool = True,
+) -> Any:
+    r"""Make an optimizer train sparse weights, always: Top-KAST around it.
+
+    Of every tensor of at least two dimensions the forward pass sees the ``1 - fwd`` largest
+    magnitudes (set A); gradient, update and optimizer state exist for the ``1 - bwd`` largest
+    (set B). The optimizer is handed the values on B as one vector per tensor.
+
+    Parameters
+    ----------
+    optimizer
+        A ``torch.optim.Optimizer``, which is taken over; or :class:`topkast.SGD`,
+        :class:`topkast.Adam` or :class:`topkast.AdamW` for plain arrays.
+    fwd
+        Forward sparsity: share of zeros in the forward pass, in [0, 1).
+    bwd
+        Backward sparsity: share of weights without a gradient, ``0 <= bwd <= fwd``.
+    refresh_every
+        Number of updates between two selections of A and B. 1 is the paper's main setting, 100
+        that of its appendix C.
+    penalty
+        Coefficient λ of the exploration penalty.
+    penalty_kind
+        ``"l2"`` or ``"l1"``; see :func:`topkast.exploration_penalty`.
+    explore
+        How B∖A is chosen: ``"magnitude"``, the next largest; or ``"random"``.
+    explore_until
+        Number of updates after which B∖A is no longer updated (None: it always is).
+    distribution
+        ``"uniform"``: the same density for every tensor; ``"erk"``: denser where layers are
+        thin, see :func:`topkast.densities`; ``"global"``: all tensors ranked as if they were one.
+    dense
+        What is kept dense besides tensors of fewer than two dimensions: a name or glob
+        (``"head.*"``), a sequence of them, or a predicate ``(name, tensor) -> bool``. True keeps
+        all dense; False sparsifies one-dimensional tensors too.
+    seed
+        Of the random choice.
+    probe
+        Check that the optimizer treats a tensor as a bag of coordinates, by two steps on a small
+        tensor and on a permutation of it. Switch it off for rules that add noise.
+
+    Returns
+    -------
+    TopKASTOptimizer or TopKASTTransform
+        A ``torch.optim.Optimizer`` for one; for the rules of this package an object with
+        optax's ``init(params)`` and ``update(grads, state, params)``.
+
+    Raises
+    ------
+    OptionError
+        If an option has a value that it cannot have.
+    AdapterNotFoundError
+        If no adapter serves the optimizer's framework.
+    UnsupportedOptimizerError
+        If the optimizer looks at more than single coordinates (Muon, Adafactor, Shampoo), or
+        cannot work on vectors of fixed length (LBFGS, SparseAdam).
+    NonFiniteError
+        If a weight is NaN or infinite.
+    UnsupportedTensorError
+        If a tensor is of a kind that cannot be kept sparse (sharded, quantised, integer).
+
+    Examples
+    --------
+    >>> import torch, topkast
+    >>> model = torch.nn.Linear(100, 10)
+    >>> opt = topkast.wrap_optimizer(
+    ...     torch.optim.AdamW(model.named_parameters(), 1e-3), fwd=0.9, bwd=0.8)
+    >>> int((model.weight != 0).sum())
+    100
+    >>> model(torch.ones(2, 100)).sum().backward()
+    >>> opt.step()
+    >>> opt.state[model.weight]["exp_avg"].shape
+    torch.Size([1, 200])
+
+    References
+    ----------
+    Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", 2020.
+    """
+    options = Options(
+        fwd=fwd,
+        bwd=bwd,
+        refresh_every=refresh_every,
+        penalty=penalty,
+        penalty_kind=penalty_kind,
+        explore=explore,
+        explore_until=explore_until,
+        distribution=distribution,
+        dense=dense,
+        seed=seed,
+        probe=probe,
+    )
+    return _find_adapter(optimizer)(optimizer, options)
+
+
+def _find_adapter(optimizer: Any) -> Callable[[Any, Options], Any]:
+    if isinstance(optimizer, type):
+        raise AdapterNotFoundError(
+            f"wrap_optimizer takes an optimizer, got the class {optimizer.__name__}: "
+            f"construct it first, {optimizer.__name__}(...)"
+        )
+    roots = [base.__module__.partition(".")[0] for base in type(optimizer).__mro__]
+    if "topkast" in roots:
+        return TopKASTTransform
+    adapters = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    for root in roots:
+        if root in adapters:
+            try:
+                loaded: Callable[[Any, Options], Any] = adapters[root].load()
+            except ModuleNotFoundError as error:
+                raise AdapterNotFoundError(
+                    f"the adapter for {root} needs {error.name}, which is not installed: "
+                    f"pip install 'topkast[{_EXTRAS.get(root, root)}]'"
+                ) from error
+            return loaded
+    for root in roots:
+        if root in _EXTRAS:
+            raise AdapterNotFoundError(
+                f"the adapter for {root} is not installed: pip install 'topkast[{_EXTRAS[root]}]'"
+            )
+    raise AdapterNotFoundError(
+        f"no adapter for {type(optimizer).__module__}.{type(optimizer).__qualname__}: expected an "
+        f"optimizer of {', '.join(sorted({*adapters, *_EXTRAS}))} (pip install 'topkast[EXTRA]', "
+        f"one of the extras {', '.join(sorted(_EXTRAS.values()))}), or topkast.SGD, topkast.Adam "
+        "or topkast.AdamW"
+    )

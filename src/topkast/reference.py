@@ -1,0 +1,134 @@
+"""Algorithm 1 of the paper in plain NumPy: dense, slow, and meant to be read beside it.
+
+This is the oracle that every backend is tested against. It shares no code with the library: the
+sets are masks of the tensor's shape, found by sorting, and the moments are dense arrays.
+
+Examples
+--------
+>>> import numpy as np
+>>> from topkast.reference import TopKAST, SGD
+>>> layer = TopKAST(np.asarray([4.0, 3.0, 2.0, 1.0]), SGD(lr=0.1), fwd=0.75, bwd=0.5, penalty=0.0)
+>>> layer.alpha
+array([4., 0., 0., 0.])
+>>> layer.step(np.ones(4))  # dense_params - lr * gradient, on B = {0, 1} alone
+>>> layer.theta
+array([3.9, 2.9, 2. , 1. ])
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Protocol
+
+import numpy as np
+
+Vector = np.ndarray[Any, Any]
+
+
+def top_k(theta: Vector, sparsity: float) -> Vector:
+    """Mask of the largest magnitudes, the lower flat index first among equals."""
+    n = theta.size
+    k = max(1, n - math.floor(Decimal(str(sparsity)) * n)) if n else 0
+    order = np.lexsort((np.arange(n), -np.abs(theta).ravel()))
+    mask = np.zeros(n, dtype=bool)
+    mask[order[:k]] = True
+    return mask.reshape(theta.shape)
+
+
+class Rule(Protocol):
+    """An optimizer: the change of theta, with moments that `moments` names."""
+
+    moments: dict[str, Vector]
+
+    def change(self, theta: Vector, gradient: Vector) -> Vector:
+        """What to add to theta, given the gradient on B and zeros elsewhere."""
+        ...
+
+
+class TopKAST:
+    """One tensor under Algorithm 1, refreshed every `refresh_every` updates (appendix C)."""
+
+    def __init__(
+        self,
+        theta: Vector,
+        rule: Rule,
+        *,
+        fwd: float,
+        bwd: float,
+        refresh_every: int = 1,
+        penalty: float = 1e-4,
+        penalty_kind: str = "l2",
+    ) -> None:
+        self.theta, self.rule, self.updates = theta.copy(), rule, 0
+        self.fwd, self.bwd, self.refresh_every = fwd, bwd, refresh_every
+        self.penalty, self.penalty_kind = penalty, penalty_kind
+        self.rule.moments = {name: np.zeros_like(theta) for name in rule.moments}
+        # fwd_params = TopK(dense_params, X%); bwd_params = TopK(dense_params, Y%)
+        self.forward, self.backward = top_k(theta, fwd), top_k(theta, bwd)
+
+    @property
+    def alpha(self) -> Vector:
+        """What the model computes with: output = model(fwd_params, input)."""
+        return np.where(self.forward, self.theta, 0)
+
+    def step(self, gradient: Vector) -> None:
+        """One update from the gradient of the loss at alpha, dense."""
+        # loss += l2(fwd_params) + l2(just_bwd_set) / (X / 100): X is the density in per cent
+        density = 1 - self.fwd
+        weight = np.where(self.forward, 1, np.where(self.backward, 1 / density, 0))
+        slope = self.theta if self.penalty_kind == "l2" else np.sign(self.theta)
+        gradient = gradient + (self.penalty * weight).astype(self.theta.dtype) * slope
+        # bwd_params = bwd_params - grad(loss, bwd_params)
+        change = self.rule.change(self.theta, np.where(self.backward, gradient, 0))
+        self.theta = np.where(self.backward, self.theta + change, self.theta)
+        self.updates += 1
+        if self.updates % self.refresh_every == 0:
+            before = self.backward
+            self.forward, self.backward = top_k(self.theta, self.fwd), top_k(self.theta, self.bwd)
+            stayed = before & self.backward
+            self.rule.moments = {
+                name: np.where(stayed, moment, 0) for name, moment in self.rule.moments.items()
+            }
+
+
+@dataclass
+class SGD:
+    """Gradient descent with momentum."""
+
+    lr: float
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.moments: dict[str, Any] = {"velocity": 0}
+
+    def change(self, theta: Vector, gradient: Vector) -> Vector:
+        """See :class:`Rule`."""
+        velocity = self.momentum * self.moments["velocity"] + gradient
+        self.moments = {"velocity": velocity}
+        return np.asarray(-self.lr * velocity)
+
+
+@dataclass
+class AdamW:
+    """Adam with decoupled weight decay."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+
+    def __post_init__(self) -> None:
+        self.moments: dict[str, Any] = {"mean": 0, "square": 0}
+        self.steps = 0
+
+    def change(self, theta: Vector, gradient: Vector) -> Vector:
+        """See :class:`Rule`."""
+        self.steps += 1
+        (beta1, beta2), t = self.betas, self.steps
+        mean = beta1 * self.moments["mean"] + (1 - beta1) * gradient
+        square = beta2 * self.moments["square"] + (1 - beta2) * gradient**2
+        self.moments = {"mean": mean, "square": square}
+        step = mean / (1 - beta1**t) / (np.sqrt(square / (1 - beta2**t)) + self.eps)
+        return np.asarray(-self.lr * (step + self.weight_decay * theta))

@@ -1,0 +1,190 @@
+"""Hypothesis strategies and assertions for the invariants of sparse masks: test your own with them.
+
+Arrays of any library are taken, and masks from anywhere: a mask is a boolean array of the shape
+of its tensor. Needs ``pip install 'topkast[testing]'`` for the strategies.
+
+Examples
+--------
+>>> import numpy as np, topkast
+>>> from topkast.testing import assert_masks
+>>> theta = np.asarray([[0.1, -0.9], [0.5, 0.3]])
+>>> mine = topkast.Masks(forward=np.abs(theta) > 0.6, backward=np.abs(theta) > 0.4)
+>>> assert_masks(theta, mine, fwd=0.75, bwd=0.5)
+>>> assert_masks(theta, mine._replace(backward=np.abs(theta) < 0.2), fwd=0.75, bwd=0.5)
+Traceback (most recent call last):
+    ...
+AssertionError: |B| is 1, expected 2 of 4 entries at sparsity 0.5
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from topkast._distribution import as_written, kept_count
+from topkast._inspect import Masks
+from topkast._primitives import Array
+from topkast._selection import Support
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+HostArray = np.ndarray[Any, Any]
+
+__all__ = [
+    "assert_counts",
+    "assert_forward_view",
+    "assert_magnitude_order",
+    "assert_masks",
+    "assert_nested",
+    "assert_reservoir_unchanged",
+    "assert_same_support",
+    "assert_survivors_unchanged",
+    "assert_tie_order",
+    "sparsities",
+    "to_numpy",
+    "weights",
+]
+
+
+def sparsities() -> SearchStrategy[tuple[float, float]]:
+    """Pairs (fwd, bwd) with ``0 <= bwd <= fwd < 1``, the limits among them."""
+    from hypothesis import strategies as st
+
+    typical = st.sampled_from([0.0, 0.1, 0.5, 0.8, 0.9, 0.95, 0.98, 0.999])
+    one = typical | st.floats(0, 1, exclude_max=True, width=32)
+    return st.tuples(one, one).map(lambda pair: (max(pair), min(pair)))
+
+
+def weights(
+    *, min_size: int = 0, max_size: int = 60, dtype: Any = np.float32
+) -> SearchStrategy[HostArray]:
+    """Tensors of one or two dimensions, with ties, zeros of both signs, subnormals, huge ratios.
+
+    Parameters
+    ----------
+    min_size, max_size
+        Of the tensor, in entries.
+    dtype
+        ``float32`` or ``float64``.
+    """
+    from hypothesis import strategies as st
+    from hypothesis.extra import numpy as stnp
+
+    info = np.finfo(dtype)
+    few = [0.0, -0.0, 0.5, -0.5, 1.0, -1.0, float(info.smallest_subnormal), float(info.tiny) / 2]
+    wide = st.floats(-1e6, 1e6, width=info.bits)  # type: ignore[arg-type]
+    entry = st.sampled_from([*few, float(info.max), -1e-30]) | wide
+    side = st.integers(0, max_size)
+    shape = st.one_of(st.tuples(side), st.tuples(st.integers(0, 8), st.integers(0, max_size // 8)))
+    kept = shape.filter(lambda dims: min_size <= int(np.prod(dims)) <= max_size)
+    return kept.flatmap(lambda dims: stnp.arrays(dtype, dims, elements=entry))
+
+
+def assert_masks(theta: Array, masks: Masks, *, fwd: float, bwd: float) -> None:
+    """All that holds for A and B chosen by magnitude: counts, nesting, order, ties.
+
+    Parameters
+    ----------
+    theta
+        The weights that they were chosen from.
+    masks
+        Boolean arrays of the shape of `theta`.
+    fwd, bwd
+        Forward and backward sparsity.
+
+    Raises
+    ------
+    AssertionError
+        Naming the law that is broken.
+    """
+    assert_counts(masks, fwd=fwd, bwd=bwd)
+    assert_nested(masks)
+    for mask in masks:
+        assert_magnitude_order(theta, mask)
+        assert_tie_order(theta, mask)
+
+
+def assert_counts(masks: Masks, *, fwd: float, bwd: float) -> None:
+    """``|A| = max(1, n - floor(fwd * n))``, and likewise |B|, exactly."""
+    for name, mask, sparsity in zip("AB", masks, (fwd, bwd), strict=True):
+        found, size = int(to_numpy(mask).sum()), to_numpy(mask).size
+        expected = kept_count(size, 1 - as_written(sparsity))
+        assert found == expected, (
+            f"|{name}| is {found}, expected {expected} of {size} entries at sparsity {sparsity}"
+        )
+
+
+def assert_nested(masks: Masks) -> None:
+    """A is a subset of B."""
+    outside = to_numpy(masks.forward) & ~to_numpy(masks.backward)
+    assert not outside.any(), f"A has {int(outside.sum())} entries outside B"
+
+
+def assert_magnitude_order(theta: Array, mask: Array) -> None:
+    """No dropped magnitude exceeds a kept one."""
+    magnitudes, kept = np.abs(to_numpy(theta)), to_numpy(mask)
+    if kept.any() and not kept.all():
+        least, largest = magnitudes[kept].min(), magnitudes[~kept].max()
+        assert least >= largest, f"kept a magnitude of {least} and dropped one of {largest}"
+
+
+def assert_tie_order(theta: Array, mask: Array) -> None:
+    """Among equal magnitudes the lower flat (C-order) index is kept."""
+    magnitudes, kept = np.abs(to_numpy(theta)).ravel(), to_numpy(mask).ravel()
+    if kept.any():
+        ties = kept[magnitudes == magnitudes[kept].min()]
+        assert not np.any(ties[1:] & ~ties[:-1]), "kept a tie and dropped one of a lower index"
+
+
+def assert_forward_view(theta: Array, alpha: Array, forward: Array) -> None:
+    """α is θ on A, with the same bits, and +0 elsewhere."""
+    full, view, mask = to_numpy(theta), to_numpy(alpha), to_numpy(forward)
+    assert view.dtype == full.dtype, f"the view is {view.dtype}, the weights are {full.dtype}"
+    assert _bits(view[mask]) == _bits(full[mask]), "the view differs from the weights on A"
+    zeros = np.zeros_like(full[~mask])
+    assert _bits(view[~mask]) == _bits(zeros), "the view is not +0 outside A"
+
+
+def assert_reservoir_unchanged(before: Array, after: Array, backward: Array) -> None:
+    """Outside B, θ has the same bits before and after."""
+    outside = ~to_numpy(backward)
+    first, second = to_numpy(before)[outside], to_numpy(after)[outside]
+    assert _bits(first) == _bits(second), (
+        f"{int(np.sum(first != second))} of {outside.sum()} weights outside B have moved"
+    )
+
+
+def assert_survivors_unchanged(
+    before: Array, after: Array, old: Support, new: Support, *, fresh: float = 0.0
+) -> None:
+    """Entries of indices that stay in B keep their bits; those that enter are `fresh`."""
+    first, second = to_numpy(before).ravel(), to_numpy(after).ravel()
+    indices_old, indices_new = to_numpy(old.indices), to_numpy(new.indices)
+    _, stay_old, stay_new = np.intersect1d(indices_old, indices_new, return_indices=True)
+    assert _bits(second[stay_new]) == _bits(first[stay_old]), "an entry changed while it was in B"
+    entered = np.ones(second.size, dtype=bool)
+    entered[stay_new] = False
+    expected = np.full_like(second[entered], fresh)
+    assert _bits(second[entered]) == _bits(expected), f"an entry did not enter B as {fresh}"
+
+
+def assert_same_support(first: Support, second: Support) -> None:
+    """Both have the same A and B; their libraries may differ."""
+    for name, left, right in zip(("B", "A"), first, second, strict=True):
+        assert np.array_equal(to_numpy(left), to_numpy(right)), f"{name} differs"
+
+
+def to_numpy(array: Array) -> HostArray:
+    """An array of any library as a NumPy array."""
+    if hasattr(array, "detach"):  # PyTorch
+        array = array.detach().cpu().resolve_conj()
+    try:
+        return np.asarray(array)
+    except TypeError:  # a library that allows the exchange protocol of the standard alone
+        return np.from_dlpack(array)
+
+
+def _bits(array: HostArray) -> bytes:
+    return np.ascontiguousarray(array).tobytes()

@@ -1,0 +1,113 @@
+"""The exploration penalty and its gradient, on every array library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from libraries import Library
+
+import topkast
+from topkast.testing import sparsities, to_numpy, weights
+
+Tensor = np.ndarray[Any, Any]
+KINDS = ["l2", "l1"]
+
+
+def penalty_of_dense(array: Any, fwd: float, bwd: float, kind: Any, support: Any = None) -> Any:
+    """The penalty as a function of all of θ, the sets being fixed."""
+    support = topkast.select(array, fwd=fwd, bwd=bwd) if support is None else support
+    values = topkast.gather(array, support)
+    return topkast.exploration_penalty(values, support, penalty=0.1, density=1 - fwd, kind=kind)
+
+
+def gradient_of_dense(array: Any, fwd: float, bwd: float, kind: Any) -> Any:
+    support = topkast.select(array, fwd=fwd, bwd=bwd)
+    gradient = topkast.exploration_gradient(
+        topkast.gather(array, support), support, penalty=0.1, density=1 - fwd, kind=kind
+    )
+    return topkast.scatter(gradient, support, shape=tuple(array.shape))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(theta=weights(min_size=1), pair=sparsities())
+def test_gradient_equals_the_derivative_by_torch(
+    kind: Any, theta: Tensor, pair: tuple[float, float]
+) -> None:
+    assume(np.abs(theta).max() < 1e15)
+    leaf = torch.tensor(theta, requires_grad=True)
+    penalty_of_dense(leaf, *pair, kind).backward()
+    expected = gradient_of_dense(leaf.detach(), *pair, kind)
+    torch.testing.assert_close(leaf.grad, expected, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pair", [(0.9, 0.8), (0.5, 0.5), (0.95, 0.0)])
+def test_gradient_equals_the_derivative_by_jax(
+    kind: Any, pair: tuple[float, float], rng: np.random.Generator
+) -> None:
+    theta = jax.numpy.asarray(rng.standard_normal((8, 9)), dtype="float32")
+    support = topkast.select(theta, fwd=pair[0], bwd=pair[1])
+    derivative = jax.jit(
+        jax.grad(lambda array: penalty_of_dense(array, *pair, kind, support=support))
+    )
+    np.testing.assert_allclose(
+        derivative(theta), gradient_of_dense(theta, *pair, kind), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(theta=weights(min_size=1), pair=sparsities())
+def test_gradient_is_zero_on_the_reservoir(
+    library: Library, kind: Any, theta: Tensor, pair: tuple[float, float]
+) -> None:
+    assume(np.abs(theta).max() < 1e15)  # 1/D times the largest float is infinite
+    run = library.compile(lambda array: gradient_of_dense(array, *pair, kind))
+    gradient = to_numpy(run(library.asarray(theta)))
+    support = topkast.select(theta, fwd=pair[0], bwd=pair[1])
+    outside = np.ones(theta.size, dtype=bool)
+    outside[support.indices] = False
+    assert not gradient.ravel()[outside].any()
+
+
+def test_decay_of_exploring_weights_scales_with_one_over_density(library: Library) -> None:
+    """Named after a bug of SparseML: it divides by the sparsity, 0.9, and not by the density."""
+    theta = library.asarray(np.asarray([4, 3, 2, 1, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05]))
+    gradient = to_numpy(gradient_of_dense(theta, 0.9, 0.7, "l2"))
+    expected = [0.1 * 4, 0.1 * 3 / 0.1, 0.1 * 2 / 0.1, 0, 0, 0, 0, 0, 0, 0]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+
+
+def test_value_of_the_penalty(library: Library) -> None:
+    theta = library.asarray(np.asarray([-4.0, 3.0, 2.0, 1.0]))
+    assert float(penalty_of_dense(theta, 0.75, 0.5, "l2")) == pytest.approx(
+        0.05 * (16 + 9 / 0.25), rel=1e-6
+    )
+    assert float(penalty_of_dense(theta, 0.75, 0.5, "l1")) == pytest.approx(
+        0.1 * (4 + 3 / 0.25), rel=1e-6
+    )
+
+
+def test_complex_weights(library: Library) -> None:
+    theta = library.asarray(np.asarray([3 + 4j, 0, 1j, 0.5], dtype=np.complex64))
+    assert float(penalty_of_dense(theta, 0.75, 0.5, "l2")) == pytest.approx(
+        0.05 * (25 + 1 / 0.25), rel=1e-6
+    )
+    np.testing.assert_allclose(
+        to_numpy(gradient_of_dense(theta, 0.75, 0.5, "l2")), [0.3 + 0.4j, 0, 0.4j, 0], rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("density", [0.0, -0.1, 1.5, float("nan")])
+def test_wrong_density_is_an_error(density: float) -> None:
+    theta = np.ones(4)
+    support = topkast.select(theta, fwd=0.5, bwd=0.5)
+    values = topkast.gather(theta, support)
+    with pytest.raises(topkast.OptionError, match="density"):
+        topkast.exploration_penalty(values, support, penalty=0.1, density=density)
+    with pytest.raises(topkast.OptionError, match="kind"):
+        topkast.exploration_gradient(values, support, penalty=0.1, density=0.5, kind="l3")  # type: ignore[arg-type]

@@ -1,0 +1,114 @@
+"""The assertions catch what they are for: each is shown a mask that breaks its law alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import find, given
+from libraries import Library
+
+import topkast
+from topkast import Masks, Support, testing
+
+THETA = np.asarray([[0.1, -0.9, 0.5], [0.5, 0.0, -0.7]], dtype=np.float32)
+GOOD = Masks(
+    np.asarray([[False, True, False], [False, False, True]]),
+    np.asarray([[False, True, True], [False, False, True]]),
+)
+PAIR: dict[str, Any] = {"fwd": 0.7, "bwd": 0.5}
+
+
+def changed(mask: np.ndarray[Any, Any], *flips: tuple[int, int]) -> np.ndarray[Any, Any]:
+    mask = mask.copy()
+    for place in flips:
+        mask[place] ^= True
+    return mask
+
+
+def test_good_masks_pass(library: Library) -> None:
+    testing.assert_masks(library.asarray(THETA), Masks(*map(library.asarray, GOOD)), **PAIR)
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        (GOOD._replace(forward=changed(GOOD.forward, (0, 1))), r"\|A\| is 1, expected 2 of 6"),
+        (GOOD._replace(backward=changed(GOOD.backward, (1, 1))), r"\|B\| is 4, expected 3 of 6"),
+        (GOOD._replace(backward=changed(GOOD.backward, (0, 1), (1, 0))), "A has 1 entries outside"),
+        (
+            Masks(changed(GOOD.forward, (1, 2), (0, 2)), GOOD.backward),
+            "kept a magnitude of 0.5 and dropped one of 0.699",
+        ),
+        (
+            GOOD._replace(backward=changed(GOOD.backward, (0, 2), (1, 0))),
+            "kept a tie and dropped one of a lower index",
+        ),
+    ],
+)
+def test_broken_law_is_named(library: Library, masks: Masks, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        testing.assert_masks(library.asarray(THETA), Masks(*map(library.asarray, masks)), **PAIR)
+
+
+def test_forward_view_is_compared_by_bits() -> None:
+    alpha = np.where(GOOD.forward, THETA, np.float32(0))
+    testing.assert_forward_view(THETA, alpha, GOOD.forward)
+    for wrong, message in [
+        (np.where(GOOD.forward, THETA, np.float32(-0.0)), "not [+]0 outside A"),
+        (np.where(GOOD.forward, -THETA, np.float32(0)), "differs from the weights on A"),
+        (alpha.astype(np.float64), "the view is float64"),
+    ]:
+        with pytest.raises(AssertionError, match=message):
+            testing.assert_forward_view(THETA, wrong, GOOD.forward)
+
+
+def test_moved_reservoir_is_caught_even_by_the_sign_of_zero() -> None:
+    testing.assert_reservoir_unchanged(THETA, np.where(GOOD.backward, 7, THETA), GOOD.backward)
+    for place, value in (((0, 0), 0.2), ((1, 1), -0.0)):
+        after = THETA.copy()
+        after[place] = value
+        with pytest.raises(AssertionError, match="of 3 weights outside B have moved"):
+            testing.assert_reservoir_unchanged(THETA, after, GOOD.backward)
+
+
+def test_survivors() -> None:
+    old, new = (Support(np.asarray(i), np.zeros(3, dtype=bool)) for i in ([0, 2, 5], [2, 3, 5]))
+    before = np.asarray([1.0, 2.0, 3.0])
+    testing.assert_survivors_unchanged(before, np.asarray([2.0, 0.0, 3.0]), old, new)
+    with pytest.raises(AssertionError, match="an entry changed while it was in B"):
+        testing.assert_survivors_unchanged(before, np.asarray([3.0, 0.0, 2.0]), old, new)
+    with pytest.raises(AssertionError, match=r"an entry did not enter B as 0\.0"):
+        testing.assert_survivors_unchanged(before, np.asarray([2.0, 1.0, 3.0]), old, new)
+
+
+def test_same_support() -> None:
+    support = topkast.select(THETA, **PAIR)
+    testing.assert_same_support(support, support)
+    with pytest.raises(AssertionError, match="A differs"):
+        testing.assert_same_support(support, support._replace(active=~support.active))
+    with pytest.raises(AssertionError, match="B differs"):
+        testing.assert_same_support(support, support._replace(indices=support.indices + 1))
+
+
+@given(pair=testing.sparsities())
+def test_sparsities_are_valid(pair: tuple[float, float]) -> None:
+    topkast.select(THETA, fwd=pair[0], bwd=pair[1])
+
+
+@pytest.mark.parametrize(
+    "trait",
+    [
+        lambda theta: theta.size == 0,
+        lambda theta: theta.size == 1,
+        lambda theta: theta.ndim == 2 and theta.size > 4,
+        lambda theta: len(np.unique(np.abs(theta))) < theta.size > 2,
+        lambda theta: bool(np.any((theta == 0) & np.signbit(theta))),
+        lambda theta: bool(np.any((theta != 0) & (np.abs(theta) < np.finfo(theta.dtype).tiny))),
+        lambda theta: bool(np.abs(theta).max(initial=0) > 1e30),
+    ],
+    ids=["empty", "single", "matrix", "ties", "negative zero", "subnormal", "huge"],
+)
+def test_weights_are_drawn_with_every_difficulty(trait: Any) -> None:
+    assert trait(find(testing.weights(), trait))
