@@ -1,0 +1,73 @@
+"""Summaries: what they count is what there is."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+from libraries import Library
+from torch import nn
+
+import topkast
+from topkast.testing import to_numpy
+
+
+def test_summary_counts_the_masks_and_converts_to_json() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 10))
+    optimizer = topkast.wrap_optimizer(
+        torch.optim.Adam(model.named_parameters(), 0.05), fwd=0.9, bwd=0.8, refresh_every=2
+    )
+    before = topkast.masks(optimizer)
+    for step in range(2):
+        optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(step)
+        model(torch.randn(5, 30, generator=generator)).square().sum().backward()
+        optimizer.step()
+    after = topkast.masks(optimizer)
+    table = topkast.summary(optimizer)
+    rows = {row.name: row for row in table.tensors}
+    for name, mask in after.items():
+        row = rows[name]
+        assert row.forward == int(mask.forward.sum())
+        assert row.backward == int(mask.backward.sum())
+        assert row.forward_sparsity == 1 - row.forward / mask.forward.numel()
+        entered = int((mask.forward & ~before[name].forward).sum())
+        assert entered > 0
+        assert row.mask_change == entered / row.forward
+    assert json.loads(json.dumps(table.to_dict()))["updates"] == 2
+    text = str(table)
+    assert "0.weight" in text
+    assert "20×30" in text
+    assert text.count("\n") == len(rows) + 1
+
+
+def test_bytes_held_by_torch_are_those_of_its_tensors() -> None:
+    layer = nn.Linear(100, 50, bias=False)
+    optimizer = topkast.wrap_optimizer(torch.optim.Adam(layer.named_parameters()), fwd=0.9, bwd=0.8)
+    layer(torch.ones(1, 100)).sum().backward()
+    optimizer.step()
+    (row,) = topkast.summary(optimizer).tensors
+    inner = 4 + 2 * 4 * 1000  # Adam's step, and two moments of |B| = 1000 float32
+    own = 2 * 4 * 1000 + 4 * 5000  # values, their gradient, θ
+    index = 8 * 1000 + 1000 + 8 * 500 + 8 * 500 + 4 * 1000  # B, flags, A twice, penalty weights
+    assert row.held_bytes == inner + own + index
+
+
+def test_bytes_held_by_a_functional_state(library: Library) -> None:
+    params = {"w": library.asarray(np.ones((10, 10), dtype=np.float32))}
+    state = topkast.wrap_optimizer(topkast.Adam(), fwd=0.9, bwd=0.8).init(params)
+    (row,) = topkast.summary(state, params).tensors
+    index = to_numpy(state.supports["w"].indices).itemsize
+    assert row.held_bytes == 20 * (4 + 4 + index + 1)
+
+
+def test_inspecting_changes_nothing() -> None:
+    layer = nn.Linear(10, 10)
+    optimizer = topkast.wrap_optimizer(torch.optim.SGD(layer.parameters(), 0.1), fwd=0.5, bwd=0.5)
+    first = topkast.dense_params(optimizer)
+    first["0.0"].zero_()
+    topkast.masks(optimizer)["0.0"].forward.zero_()
+    assert int(torch.count_nonzero(topkast.dense_params(optimizer)["0.0"])) == 100
+    assert int(topkast.masks(optimizer)["0.0"].forward.sum()) == 50

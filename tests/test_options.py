@@ -1,0 +1,87 @@
+"""Options: every bad value is a named error, and what stays dense is what was asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import topkast
+from topkast._options import kept_dense
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"fwd": 0.5, "bwd": 0.6}, "bwd must not exceed fwd, got bwd=0.6 and fwd=0.5"),
+    ({"fwd": 1.0}, r"fwd is a sparsity, .* must lie in \[0, 1\), got 1.0"),
+    ({"fwd": -0.1}, "fwd"),
+    ({"bwd": -0.1}, "bwd"),
+    ({"fwd": float("nan")}, "fwd"),
+    ({"fwd": 90}, "fwd"),
+    ({"fwd": "0.9"}, "fwd"),
+    ({"fwd": True}, "fwd"),
+    ({"fwd": None}, "fwd"),
+    ({"refresh_every": 0}, "refresh_every must be an integer of at least 1"),
+    ({"refresh_every": 2.5}, "refresh_every"),
+    ({"refresh_every": True}, "refresh_every"),
+    ({"penalty": -1e-4}, "penalty"),
+    ({"penalty": float("inf")}, "penalty"),
+    ({"penalty_kind": "l3"}, "penalty_kind must be one of 'l2', 'l1', got 'l3'"),
+    ({"explore": "gradient"}, "explore must be one of"),
+    ({"explore_until": -1}, "explore_until"),
+    ({"explore_until": 1.5}, "explore_until"),
+    ({"distribution": "ER"}, "distribution must be one of"),
+    ({"seed": -1}, "seed"),
+    ({"dense": 3}, "dense must be a name or glob"),
+    ({"dense": [1, 2]}, "dense must be a name or glob"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=str)
+def test_bad_value_is_named_and_nothing_changed(options: dict[str, Any], message: str) -> None:
+    layer = torch.nn.Linear(8, 8)
+    before = layer.weight.detach().clone()
+    inner = torch.optim.AdamW(layer.parameters())
+    for optimizer in (inner, topkast.Adam()):
+        with pytest.raises(topkast.OptionError, match=message):
+            topkast.wrap_optimizer(optimizer, **{"fwd": 0.9, "bwd": 0.8} | options)
+    assert torch.equal(layer.weight, before)
+    assert inner.param_groups[0]["params"][0] is layer.weight
+
+
+def test_option_errors_are_value_errors() -> None:
+    with pytest.raises(ValueError, match="fwd"):
+        topkast.select(np.ones(3), fwd=2, bwd=0)
+
+
+TENSORS = {
+    "body.weight": np.zeros((4, 4)),
+    "body.bias": np.zeros(4),
+    "head.weight": np.zeros((2, 4)),
+    "empty": np.zeros((0, 3)),
+    "scale": np.zeros(()),
+}
+
+
+@pytest.mark.parametrize(
+    ("dense", "sparse"),
+    [
+        (None, {"body.weight", "head.weight"}),
+        ("head.*", {"body.weight"}),
+        ("head.weight", {"body.weight"}),
+        (["head.*", "body.*"], set()),
+        (lambda name, tensor: tensor.shape[0] == 2, {"body.weight"}),
+        (True, set()),
+        (False, {"body.weight", "body.bias", "head.weight"}),
+    ],
+)
+def test_what_stays_dense(dense: Any, sparse: set[str]) -> None:
+    assert set(TENSORS) - kept_dense(TENSORS, dense) == sparse
+
+
+def test_pattern_that_matches_nothing_is_an_error() -> None:
+    # An optimizer built from parameters() knows no names: 'head.*' would be ignored in silence.
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    inner = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(topkast.OptionError, match=r"'head\.\*' matches none.*named_parameters"):
+        topkast.wrap_optimizer(inner, fwd=0.5, bwd=0.5, dense="head.*")
