@@ -504,3 +504,21 @@ def test_signature_is_that_of_any_optimizer() -> None:
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert list(inspect.signature(type(optimizer).step).parameters) == ["self", "closure"]
     assert repr(optimizer).startswith("TopKASTOptimizer around AdamW (")
+
+
+def test_replaced_memory_is_noticed() -> None:
+    model, optimizer = make(refresh_every=100)
+    weight = model.get_parameter("0.weight")
+    weight.data = weight.data * 2
+    train(model, optimizer, range(1))
+    mask = topkast.masks(optimizer)["0.weight"].forward
+    assert torch.equal(theta(optimizer)["0.weight"][mask], weight[mask])
+    assert theta(optimizer)["0.weight"][mask].abs().max() > 0.4
+
+
+def test_converting_the_model_under_the_optimizer_is_an_error() -> None:
+    model, optimizer = make()
+    model.double()
+    model(batch(0).double()).square().mean().backward()
+    with pytest.raises(topkast.MismatchError, match=r"float64 on cpu now, and was torch.float32"):
+        optimizer.step()

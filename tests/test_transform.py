@@ -231,3 +231,11 @@ def test_non_finite_weight_is_named(library: Library) -> None:
     params = make(library) | {"w": library.asarray(np.full((2, 2), np.nan, dtype=np.float32))}
     with pytest.raises(topkast.NonFiniteError, match="w: 4 of 4 entries are NaN or infinite"):
         topkast.wrap_optimizer(topkast.Adam(), fwd=0.5, bwd=0.5).init(params)
+
+
+def test_tensors_of_one_size_draw_different_random_sets(library: Library) -> None:
+    tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.9, bwd=0.5, explore="random")
+    array = library.asarray(np.ones((10, 10), dtype=np.float32))
+    supports = tx.init({"first": array, "second": array}).supports
+    first, second = (to_numpy(supports[name].indices) for name in ("first", "second"))
+    assert 10 < len(np.intersect1d(first, second)) < 45

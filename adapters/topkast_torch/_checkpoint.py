@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +13,7 @@ from torch import Tensor
 from topkast import OptionError, StateDictError, Support
 from topkast._options import FIXED_OPTIONS, GROUP_OPTIONS
 from topkast_torch._compact import CompactTensor
-
-if TYPE_CHECKING:
-    from topkast_torch._groups import Group
-    from topkast_torch._optimizer import Core
+from topkast_torch._groups import Core, Group
 
 VERSION = 1
 

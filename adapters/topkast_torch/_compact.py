@@ -28,7 +28,7 @@ class Member:
     last: int
     backward: Tensor  # flat indices of B in the tensor, int64
     forward: Tensor  # of A
-    version: int = -1  # of the parameter after our last write to it
+    stamp: tuple[int, int] = (-1, -1)  # of the parameter after our last write to it
 
 
 class CompactTensor:
@@ -70,7 +70,7 @@ class CompactTensor:
         self.__dict__.update(state)
         self.register_hooks()
         for member in self.members.values():
-            member.version = member.param._version
+            member.stamp = _stamp(member.param)
 
     def install(self) -> None:
         """Make the Parameters hold α, and their gradients vanish outside B from now on."""
@@ -89,8 +89,14 @@ class CompactTensor:
     def adopt_changes(self) -> None:
         """Take over what someone else wrote into the Parameters on A (a clamp, loaded weights)."""
         for name, member in self.members.items():
-            if member.param._version == member.version:
+            if _stamp(member.param) == member.stamp:
                 continue
+            if (member.param.device, member.param.dtype) != (self.values.device, self.values.dtype):
+                raise MismatchError(
+                    f"{name} is {member.param.dtype} on {member.param.device} now, and was "
+                    f"{self.values.dtype} on {self.values.device} when the optimizer was wrapped: "
+                    "convert and move the model before building its optimizer"
+                )
             current = torch.take(member.param.detach(), member.forward)
             if torch.count_nonzero(member.param) > torch.count_nonzero(current):
                 raise MismatchError(
@@ -100,7 +106,7 @@ class CompactTensor:
                 )
             inside = (self.active_positions >= member.first) & (self.active_positions < member.last)
             self.values.detach().view(-1)[self.active_positions[inside]] = current
-            member.version = member.param._version
+            member.stamp = _stamp(member.param)
 
     def load_gradient(self, *, penalty: float, kind: str) -> bool:
         """Gather the gradient on B and add that of the exploration penalty; False without one."""
@@ -153,7 +159,7 @@ class CompactTensor:
                 param.zero_()
             _put(param, member.forward, active[start:stop])
             start = stop
-            member.version = member.param._version
+            member.stamp = _stamp(member.param)
 
     def theta(self) -> Tensor:
         """All weights of the block as one vector: the reservoir, brought up to date."""
@@ -271,6 +277,11 @@ def _put(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
         tensor.view(-1).index_copy_(0, indices, values)
     else:
         tensor.put_(indices, values)
+
+
+def _stamp(param: Tensor) -> tuple[int, int]:
+    """Changes when someone writes to a parameter, or gives it other memory (``param.data = …``)."""
+    return param._version, param.data_ptr()
 
 
 def _same(first: Any, second: Any) -> bool:

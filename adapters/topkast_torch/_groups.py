@@ -1,10 +1,10 @@
-"""A parameter group: which of its tensors are sparsified, and what the inner optimizer is given."""
+"""Parameter groups: which tensors are sparsified, and what the inner optimizer is given instead."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,6 +48,23 @@ class Group:
     def inner_names(self) -> list[str]:
         keys = [self.owner[name].block.key if name in self.owner else name for name in self.names]
         return list(dict.fromkeys(keys))
+
+
+@dataclass
+class Core:
+    """All state of the wrapper, in one object that copies of the wrapper share."""
+
+    # Fixed at wrapping
+    inner: torch.optim.Optimizer
+    options: Options
+    # Grows with add_param_group
+    groups: list[Group] = field(default_factory=list)
+    # Changed by a step
+    updates: int = 0
+
+    @property
+    def compact(self) -> Iterator[CompactTensor]:
+        return (compact for group in self.groups for compact in group.compact)
 
 
 def prepare(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,8 +14,7 @@ from topkast import UnsupportedOptimizerError
 from topkast._inspect import Inspection
 from topkast._options import GROUP_OPTIONS, Options
 from topkast_torch import _checkpoint
-from topkast_torch._compact import CompactTensor
-from topkast_torch._groups import Group, check_overlap, gather_state, install, prepare
+from topkast_torch._groups import Core, Group, check_overlap, gather_state, install, prepare
 from topkast_torch._probe import probe, step_without_hooks
 
 _HOOKS = (
@@ -27,23 +25,6 @@ _HOOKS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
-
-
-@dataclass
-class Core:
-    """All state of the wrapper, in one object that copies of the wrapper share."""
-
-    # Fixed at wrapping
-    inner: torch.optim.Optimizer
-    options: Options
-    # Grows with add_param_group
-    groups: list[Group] = field(default_factory=list)
-    # Changed by a step
-    updates: int = 0
-
-    @property
-    def compact(self) -> Iterator[CompactTensor]:
-        return (compact for group in self.groups for compact in group.compact)
 
 
 class TopKASTOptimizer(torch.optim.Optimizer):

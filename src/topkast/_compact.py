@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from array_api_compat import array_namespace, device
 
-from topkast._primitives import Array
+from topkast._host import common_positions
+from topkast._primitives import Array, host_view, like
 from topkast._primitives import scatter as scatter_flat
 from topkast._selection import Support
 
@@ -120,6 +121,10 @@ class Migration(NamedTuple):
 def migration(old: Array, new: Array, /) -> Migration:
     """The move from ascending indices `old` to ascending indices `new`, both (|B|,)."""
     xp = array_namespace(old, new)
+    hosts = host_view(old), host_view(new)
+    if hosts[0] is not None and hosts[1] is not None:
+        source, survives = common_positions(hosts[0], hosts[1])
+        return Migration(like(source, old, old.dtype), like(survives, old))
     last = xp.asarray(max(old.shape[0] - 1, 0), dtype=old.dtype, device=device(old))
     source = xp.minimum(xp.astype(xp.searchsorted(old, new), old.dtype), last)
     return Migration(source, xp.take(old, source) == new)
