@@ -85,3 +85,21 @@ def test_pattern_that_matches_nothing_is_an_error() -> None:
     inner = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(topkast.OptionError, match=r"'head\.\*' matches none.*named_parameters"):
         topkast.wrap_optimizer(inner, fwd=0.5, bwd=0.5, dense="head.*")
+
+
+def test_pattern_needs_to_match_in_one_group_only() -> None:
+    # The usual split of weights that decay from biases that do not.
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    named = list(model.named_parameters())
+    groups: Any = [
+        {"params": [pair for pair in named if pair[1].dim() > 1]},
+        {"params": [pair for pair in named if pair[1].dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = topkast.wrap_optimizer(
+        torch.optim.AdamW(groups), fwd=0.5, bwd=0.5, dense="1.weight"
+    )
+    assert list(topkast.masks(optimizer)) == ["0.weight"]
+    head = torch.nn.Linear(4, 4)
+    pairs = [(f"head.{name}", param) for name, param in head.named_parameters()]
+    optimizer.add_param_group({"params": pairs})
+    assert list(topkast.masks(optimizer)) == ["0.weight", "head.weight"]

@@ -246,3 +246,10 @@ def test_global_ranking_refuses_states_that_differ() -> None:
         topkast.wrap_optimizer(inner, fwd=0.8, bwd=0.5, distribution="global")
     assert torch.equal(first, before)
     assert inner.state[first]["exp_avg"].shape == (5, 5)
+
+
+def test_flat_parameter_of_fsdp_is_refused() -> None:
+    kind = type("FlatParameter", (Parameter,), {})
+    flat: Tensor = torch.Tensor._make_subclass(kind, torch.randn(9), True)
+    with pytest.raises(topkast.UnsupportedTensorError, match=r"0\.0 is a FlatParameter of FSDP"):
+        sgd(flat)

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from topkast import OptionError, UnsupportedTensorError
-from topkast._options import FIXED_OPTIONS, GROUP_OPTIONS, Options, kept_dense
+from topkast._options import FIXED_OPTIONS, GROUP_OPTIONS, Options, check_patterns, kept_dense
 from topkast._plan import plan
 from topkast_torch._compact import CompactTensor
 from topkast_torch._probe import initial_state
@@ -82,6 +82,13 @@ def prepare(
             raise UnsupportedTensorError(
                 f"{name} is not initialised: run the model once before building the optimizer"
             )
+        if type(param).__name__ == "FlatParameter":
+            raise UnsupportedTensorError(
+                f"{name} is a FlatParameter of FSDP, which has no rows and columns to sparsify: "
+                "sharded parameters are not supported yet"
+            )
+    if "dense" in group:
+        check_patterns(tensors, options.dense)
     dense = kept_dense(tensors, options.dense)
     sparse = {name: param for name, param in tensors.items() if name not in dense}
     for name, param in sparse.items():

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from topkast import UnsupportedOptimizerError
 from topkast._inspect import Inspection
-from topkast._options import GROUP_OPTIONS, Options
+from topkast._options import GROUP_OPTIONS, Options, check_patterns
 from topkast_torch import _checkpoint
 from topkast_torch._groups import Core, Group, check_overlap, gather_state, install, prepare
 from topkast_torch._probe import probe, step_without_hooks
@@ -37,7 +37,7 @@ class TopKASTOptimizer(torch.optim.Optimizer):
     ``param_groups`` are those of the wrapped optimizer with the options ``fwd``, ``bwd``,
     ``refresh_every``, ``penalty``, ``penalty_kind``, ``explore``, ``explore_until`` and
     ``distribution`` added; all but the sparsities and the distribution may change while training.
-    ``state[p]`` is the inner optimizer's, with entries of shape (1, …, \\|B\\|).
+    ``state[p]`` is the inner optimizer's, with entries of shape (1, …, \|B\|).
 
     Examples
     --------
@@ -71,6 +71,13 @@ class TopKASTOptimizer(torch.optim.Optimizer):
                 | group_options.for_group()
                 | {"params": list(inner_group["params"])}
             )
+        names = (
+            name
+            for group, inner_group in zip(core.groups, inner.param_groups, strict=True)
+            if "dense" not in inner_group
+            for name in group.names
+        )
+        check_patterns(names, options.dense)
         check_overlap(core.groups, inner.param_groups)
         carried = [
             gather_state(inner.state, group, inner_group["params"])
@@ -135,6 +142,7 @@ class TopKASTOptimizer(torch.optim.Optimizer):
             for compact in group.compact:
                 if compact.values.grad is not None:
                     compact.settle()
+                    compact.values.grad = None  # its memory is free for the next backward
                 compact.exploring = until is None or core.updates < until
             if core.updates % options["refresh_every"] == 0:
                 self._refresh(group, options)

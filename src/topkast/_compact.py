@@ -26,7 +26,7 @@ def gather(params: Array, support: Support, /) -> Array:
     Returns
     -------
     array
-        Shape (\\|B\\|,), dtype of `params`, in the order of ``support.indices``.
+        Shape (\|B\|,), dtype of `params`, in the order of ``support.indices``.
 
     Examples
     --------
@@ -47,7 +47,7 @@ def scatter(
     Parameters
     ----------
     values
-        Values on B; \\|B\\| entries of any shape.
+        Values on B; \|B\| entries of any shape.
     support
         The sets of the tensor.
     shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
@@ -87,11 +87,6 @@ def kept_dense(tensors: Mapping[str, Any], dense: Dense) -> set[str]:
 
     Tensors with fewer than two dimensions and empty ones stay dense; `dense` adds to them.
     ``dense=False`` sparsifies the one-dimensional ones too.
-
-    Raises
-    ------
-    OptionError
-        If a pattern matches no name: a misspelt one would sparsify a layer in silence.
     """
     least = 1 if dense is False else 2
     small = {
@@ -104,16 +99,30 @@ def kept_dense(tensors: Mapping[str, Any], dense: Dense) -> set[str]:
     if callable(dense):
         large = (name for name in tensors if name not in small)
         return small | {name for name in large if dense(name, tensors[name])}
-    patterns = [dense] if isinstance(dense, str) else dense
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in tensors):
-            raise OptionError(
-                f"dense={pattern!r} matches none of the tensors {sorted(tensors)}; name them by "
-                "building a PyTorch optimizer from model.named_parameters()"
-            )
+    patterns = _patterns(dense)
     return small | {
         name for name in tensors if any(fnmatchcase(name, pattern) for pattern in patterns)
     }
+
+
+def check_patterns(names: Iterable[str], dense: Dense) -> None:
+    """Raise :class:`OptionError` for a pattern that matches no name.
+
+    A misspelt one would sparsify a layer in silence.
+    """
+    names = list(names)
+    for pattern in _patterns(dense):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise OptionError(
+                f"dense={pattern!r} matches none of the tensors {sorted(names)}; name them by "
+                "building a PyTorch optimizer from model.named_parameters()"
+            )
+
+
+def _patterns(dense: Dense) -> Sequence[str]:
+    if dense is None or isinstance(dense, bool) or callable(dense):
+        return []
+    return [dense] if isinstance(dense, str) else dense
 
 
 def _is_real(value: object) -> bool:

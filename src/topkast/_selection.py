@@ -21,9 +21,9 @@ class Support(NamedTuple):
     Attributes
     ----------
     indices
-        Flat (C-order) indices of the backward set B, ascending; integers of shape (\\|B\\|,).
+        Flat (C-order) indices of the backward set B, ascending; integers of shape (\|B\|,).
     active
-        Which of them are in the forward set A; booleans of shape (\\|B\\|,), \\|A\\| of them true.
+        Which of them are in the forward set A; booleans of shape (\|B\|,), \|A\| of them true.
     """
 
     indices: Array

@@ -20,7 +20,7 @@ from topkast._compact import forward_view, gather, move, scatter
 from topkast._errors import MismatchError, UnsupportedTensorError
 from topkast._exploration import exploration_gradient
 from topkast._inspect import Inspection, count_true
-from topkast._options import Options, kept_dense
+from topkast._options import Options, check_patterns, kept_dense
 from topkast._plan import Block, members, plan
 from topkast._primitives import Array, cond
 from topkast._selection import Support
@@ -165,6 +165,7 @@ class TopKASTTransform:
                 array.dtype, ("real floating", "complex floating")
             ):
                 raise UnsupportedTensorError(f"{name}: weights must be floats, got {array.dtype}")
+        check_patterns(params, self.options.dense)
         dense = kept_dense(params, self.options.dense)
         shapes = {name: tuple(params[name].shape) for name in params if name not in dense}
         return plan(shapes, self.options)

@@ -70,7 +70,7 @@ class TopKAST:
 
     @property
     def alpha(self) -> Vector:
-        """What the model computes with: output = model(fwd_params, input)."""
+        """What the model computes with, ``output = model(fwd_params, input)``."""
         return np.where(self.forward, self.theta, 0)
 
     def step(self, gradient: Vector) -> None:

@@ -107,7 +107,7 @@ def assert_masks(theta: Array, masks: Masks, *, fwd: float, bwd: float) -> None:
 
 
 def assert_counts(masks: Masks, *, fwd: float, bwd: float) -> None:
-    """``|A| = max(1, n - floor(fwd * n))``, and likewise |B|, exactly."""
+    """``|A| = max(1, n - floor(fwd * n))``, and likewise ``|B|``, exactly."""
     for name, mask, sparsity in zip("AB", masks, (fwd, bwd), strict=True):
         found, size = int(to_numpy(mask).sum()), to_numpy(mask).size
         expected = kept_count(size, 1 - as_written(sparsity))

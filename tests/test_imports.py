@@ -1,0 +1,66 @@
+"""What importing costs, and that the public names are the documented ones."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import topkast
+import topkast.reference
+import topkast.testing
+
+FRAMEWORKS = ["torch", "jax", "optax", "cupy", "sklearn", "matplotlib", "hypothesis", "tqdm"]
+
+
+def modules_after(code: str) -> set[str]:
+    """Root packages imported by `code` in a fresh interpreter."""
+    found = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys\nprint(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout
+    return {name.partition(".")[0] for name in found.split()}
+
+
+def test_importing_the_package_imports_no_framework() -> None:
+    assert not modules_after("import topkast").intersection(FRAMEWORKS)
+
+
+def test_training_numpy_arrays_imports_no_framework() -> None:
+    code = """
+import numpy as np, topkast
+tx = topkast.wrap_optimizer(topkast.AdamW(1e-2), fwd=0.9, bwd=0.8, refresh_every=1)
+params = {"w": np.random.default_rng(0).standard_normal((9, 9))}
+state = tx.init(params)
+updates, state = tx.update({"w": params["w"]}, state, params)
+topkast.forward_params(topkast.apply_updates(params, updates), state)
+"""
+    assert not modules_after(code).intersection(FRAMEWORKS)
+
+
+def test_importing_costs_only_what_the_project_declares() -> None:
+    plain = modules_after("import numpy, array_api_compat, importlib.metadata, decimal, fractions")
+    extra = modules_after("import topkast") - plain
+    assert {name for name in extra if name not in sys.stdlib_module_names} == {"topkast"}
+
+
+def test_public_names_are_documented() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    for module in (topkast, topkast.testing):
+        whole = f".. automodule:: {module.__name__}\n   :members:" in page
+        missing = [name for name in module.__all__ if name not in page and not whole]
+        assert not missing, f"docs/api.md lacks {missing} of {module.__name__}"
+        for name in module.__all__:
+            assert getattr(module, name).__doc__, name
+
+
+def test_all_is_sorted_and_complete() -> None:
+    public = {
+        name
+        for name, value in vars(topkast).items()
+        if not name.startswith("_") and getattr(value, "__module__", "").startswith("topkast.")
+    }
+    assert set(topkast.__all__) == public
