@@ -40,6 +40,7 @@ class CompactTensor:
     # Fixed at wrapping
     block: Block
     values: Parameter  # (1, …, |B|)
+    gradient: Tensor  # (|B|,)
     reservoir: Tensor  # θ as one vector; stale on B until a refresh
     # Changed by a refresh
     support: Support
@@ -59,6 +60,7 @@ class CompactTensor:
         self.values = Parameter(
             self.reservoir[self.support.indices].reshape(block.compact_shape), requires_grad=True
         )
+        self.gradient = torch.empty_like(self.values).detach().view(-1)
         self.exploring = options.explore_until != 0
         self._hooks: dict[str, RemovableHandle] = {}
         self._derive(params)
@@ -108,37 +110,35 @@ class CompactTensor:
             self.values.detach().view(-1)[self.active_positions[inside]] = current
             member.stamp = _stamp(member.param)
 
-    def load_gradient(self, *, penalty: float, kind: str) -> bool:
-        """Gather the gradient on B and add that of the exploration penalty; False without one."""
-        parts = [self._gather(name, member) for name, member in self.members.items()]
-        if all(part is None for part in parts):
+    def load_gradient(self, *, penalty: float, kind: str) -> None:
+        """Gather the gradient on B and add that of the exploration penalty, if there is one."""
+        if all(member.param.grad is None for member in self.members.values()):
             self.values.grad = None
-            return False
-        slices = [
-            self.values.new_zeros(member.last - member.first) if part is None else part
-            for part, member in zip(parts, self.members.values(), strict=True)
-        ]
-        grad = slices[0] if len(slices) == 1 else torch.cat(slices)
+            return
+        for name, member in self.members.items():
+            self._gather(name, member)
         if penalty:
             values = self.values.detach().view(-1)
             slope = values if kind == "l2" else torch.sgn(values)
-            grad.addcmul_(self.weights, slope, value=penalty)
+            self.gradient.addcmul_(self.weights, slope, value=penalty)
         if not self.exploring:
-            grad.masked_fill_(~self.support.active, 0)
+            self.gradient.masked_fill_(~self.support.active, 0)
             self._frozen = self.values.detach().clone()
-        self.values.grad = grad.view(self.block.compact_shape)
-        return True
+        self.values.grad = self.gradient.view(self.block.compact_shape)
 
-    def _gather(self, name: str, member: Member) -> Tensor | None:
-        grad = member.param.grad
+    def _gather(self, name: str, member: Member) -> None:
+        grad, place = member.param.grad, self.gradient[member.first : member.last]
         if grad is None:
-            return None
-        if grad.layout != torch.strided:
+            place.zero_()
+        elif grad.layout != torch.strided:
             raise UnsupportedTensorError(
                 f"{name} has a gradient of layout {grad.layout}: Top-KAST gathers the gradient "
                 "on B from a strided one (for nn.Embedding, sparse=False)"
             )
-        return torch.take(grad, member.backward).to(self.values.dtype)
+        elif grad.dtype == place.dtype:
+            torch.take(grad, member.backward, out=place)
+        else:
+            place.copy_(torch.take(grad, member.backward))
 
     def settle(self) -> None:
         """After a step of the inner optimizer: undo it on B∖A once exploration has stopped."""
@@ -150,7 +150,9 @@ class CompactTensor:
 
     def write_forward(self, *, everywhere: bool = False) -> None:
         """Write α into the Parameters; `everywhere` also its zeros, after A has changed."""
-        active = self.values.detach().view(-1).index_select(0, self.active_positions)
+        # The gradient has been used: its memory is free to hold the values on A.
+        active = self.gradient[: self.block.forward]
+        torch.index_select(self.values.detach().view(-1), 0, self.active_positions, out=active)
         start = 0
         for member in self.members.values():
             param = member.param.detach()
@@ -230,7 +232,7 @@ class CompactTensor:
             *(member.backward for member in members if len(members) > 1),
         ]
         held = [entry for entry in state.values() if isinstance(entry, Tensor)]
-        return sum(map(_nbytes, [self.values, self.values, self.reservoir, *own, *held]))
+        return sum(map(_nbytes, [self.values, self.gradient, self.reservoir, *own, *held]))
 
     def _derive(self, params: Mapping[str, Parameter]) -> None:
         """What follows from the support, computed once a refresh and not once a step."""

@@ -142,7 +142,6 @@ class TopKASTOptimizer(torch.optim.Optimizer):
             for compact in group.compact:
                 if compact.values.grad is not None:
                     compact.settle()
-                    compact.values.grad = None  # its memory is free for the next backward
                 compact.exploring = until is None or core.updates < until
             if core.updates % options["refresh_every"] == 0:
                 self._refresh(group, options)
