@@ -23,7 +23,7 @@ settings.register_profile(
     # The fixtures are libraries: they hold no state that an example could change.
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-settings.register_profile("thorough", settings.get_profile("fast"), max_examples=400)
+settings.register_profile("thorough", settings.get_profile("fast"), max_examples=200)
 PROFILE = os.environ.get("TOPKAST_HYPOTHESIS_PROFILE", "fast")
 settings.load_profile(PROFILE)
 
