@@ -186,6 +186,20 @@ def test_exploration_stops_at_a_step() -> None:
             assert (after[name] != before[name])[mask.forward].any()
 
 
+def test_group_added_after_exploration_has_stopped_does_not_explore() -> None:
+    model, optimizer = make(explore_until=2, refresh_every=100)
+    train(model, optimizer, range(3))
+    head = nn.Linear(4, 10)
+    named = [(f"head.{name}", param) for name, param in head.named_parameters()]
+    optimizer.add_param_group({"params": named})
+    before, mask = theta(optimizer)["head.weight"], topkast.masks(optimizer)["head.weight"]
+    head(model(batch(0))).square().mean().backward()
+    optimizer.step()
+    moved = theta(optimizer)["head.weight"] != before
+    assert moved[mask.forward].all()
+    assert not moved[~mask.forward].any()
+
+
 def test_random_exploration_redraws_at_every_refresh() -> None:
     model, optimizer = make(explore="random", refresh_every=1, penalty=0.0)
     drawn = []

@@ -64,8 +64,7 @@ def load(core: Core, outer_groups: list[dict[str, Any]], state_dict: Mapping[str
         compact.restore(block.support, block.theta)
     for own, outer in zip(core.groups, outer_groups, strict=True):
         for compact in own.compact:
-            until = outer["explore_until"]
-            compact.exploring = until is None or core.updates < until
+            compact.set_exploring(outer["explore_until"], core.updates)
 
 
 @dataclass

@@ -51,7 +51,9 @@ class CompactTensor:
     # Changed by a step
     exploring: bool  # whether B∖A is still updated
 
-    def __init__(self, block: Block, params: Mapping[str, Parameter], options: Options) -> None:
+    def __init__(
+        self, block: Block, params: Mapping[str, Parameter], options: Options, updates: int
+    ) -> None:
         self.block = block
         tensors = {name: params[name].detach() for name in block.shapes}
         self.reservoir = block.flatten(tensors).clone()
@@ -61,7 +63,7 @@ class CompactTensor:
             self.reservoir[self.support.indices].reshape(block.compact_shape), requires_grad=True
         )
         self.gradient = torch.empty_like(self.values).detach().view(-1)
-        self.exploring = options.explore_until != 0
+        self.set_exploring(options.explore_until, updates)
         self._hooks: dict[str, RemovableHandle] = {}
         self._derive(params)
 
@@ -87,6 +89,10 @@ class CompactTensor:
                 handle = member.param.register_post_accumulate_grad_hook(restrict)
                 self._hooks[name] = handle
                 weakref.finalize(self, handle.remove)
+
+    def set_exploring(self, until: int | None, updates: int) -> None:
+        """Whether the next update, after so many, still moves B∖A."""
+        self.exploring = until is None or updates < until
 
     def adopt_changes(self) -> None:
         """Take over what someone else wrote into the Parameters on A (a clamp, loaded weights)."""

@@ -67,15 +67,10 @@ class Core:
         return (compact for group in self.groups for compact in group.compact)
 
 
-def prepare(
-    inner: torch.optim.Optimizer,
-    group: Mapping[str, Any],
-    options: Options,
-    others: list[Group],
-) -> Group:
+def prepare(core: Core, group: Mapping[str, Any], options: Options) -> Group:
     """Choose the sets of a group's tensors, changing nothing."""
     params: list[Parameter] = group["params"]
-    names = _names(group, others)
+    names = _names(group, core.groups)
     tensors = dict(zip(names, params, strict=True))
     for name, param in tensors.items():
         if isinstance(param, torch.nn.UninitializedParameter):
@@ -103,11 +98,13 @@ def prepare(
             )
     with torch.no_grad():
         compact = [
-            CompactTensor(block, {name: sparse[name] for name in block.shapes}, options)
+            CompactTensor(
+                block, {name: sparse[name] for name in block.shapes}, options, core.updates
+            )
             for block in blocks
         ]
     owner = {name: tensor for tensor in compact for name in tensor.block.shapes}
-    initial = initial_state(inner, group) if compact else {}
+    initial = initial_state(core.inner, group) if compact else {}
     fixed = {name: getattr(options, name) for name in FIXED_OPTIONS}
     return Group(names, compact, owner, initial, fixed)
 

@@ -65,7 +65,7 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         outer_groups = []
         for inner_group in inner.param_groups:
             group_options = options.override(inner_group)
-            core.groups.append(prepare(inner, inner_group, group_options, core.groups))
+            core.groups.append(prepare(core, inner_group, group_options))
             outer_groups.append(
                 {name: value for name, value in inner_group.items() if name != "dense"}
                 | group_options.for_group()
@@ -138,11 +138,10 @@ class TopKASTOptimizer(torch.optim.Optimizer):
             return
         core.updates += 1
         for group, options in zip(core.groups, self.param_groups, strict=True):
-            until = options["explore_until"]
             for compact in group.compact:
                 if compact.values.grad is not None:
                     compact.settle()
-                compact.exploring = until is None or core.updates < until
+                compact.set_exploring(options["explore_until"], core.updates)
             if core.updates % options["refresh_every"] == 0:
                 self._refresh(group, options)
 
@@ -177,7 +176,7 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             param_group |= options.for_group()
-            prepared = prepare(core.inner, param_group, options, core.groups)
+            prepared = prepare(core, param_group, options)
             check_overlap([*core.groups, prepared], self.param_groups)
             inner_group = {
                 name: value for name, value in param_group.items() if name not in _NOT_PUSHED
