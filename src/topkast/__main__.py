@@ -1,0 +1,8 @@
+"""``python -m topkast``."""
+
+import sys
+
+from topkast._demo.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

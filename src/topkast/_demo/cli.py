@@ -1,0 +1,162 @@
+"""The command line: ``python -m topkast demo``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import topkast
+from topkast._demo import DemoError
+from topkast._demo.settings import OPTIMIZERS, STEPS, Settings, find_optimizer
+
+_DESCRIPTION = """\
+Train one network three ways, for the same steps on the same batches: dense; sparse on a fixed
+random mask; and sparse with Top-KAST, which looks for a good mask while it trains. Prints a table
+and writes plots and JSON to a folder. The last layer stays dense, and so do embeddings.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit status.
+
+    Raises
+    ------
+    SystemExit
+        With status 2 and one line on stderr, if an argument is wrong.
+    """
+    parser = _Parser(prog="topkast", description="Top-KAST: always sparse training.")
+    parser.add_argument("--version", action="version", version=f"topkast {topkast.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    demo = commands.add_parser(
+        "demo",
+        help="train a network densely, on a random mask and with Top-KAST",
+        description=_DESCRIPTION,
+    )
+    _add_options(demo)
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    try:
+        _demo(arguments)
+    except (DemoError, topkast.OptionError) as error:
+        demo.error(str(error))
+    except KeyboardInterrupt:
+        print("interrupted: nothing was reported", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--task",
+        choices=STEPS,
+        default="digits",
+        help="digits: an MLP on scikit-learn's digits; text: a small transformer on the "
+        "characters of Python's own documentation (default: digits)",
+    )
+    add(
+        "--data",
+        type=Path,
+        metavar="PATH",
+        help="train on this instead: a gzipped IDX file of images such as MNIST's, whose name "
+        "contains 'images-idx3' and whose labels lie beside it under 'labels-idx1'; or a text file",
+    )
+    add(
+        "--fwd",
+        type=float,
+        default=0.9,
+        metavar="SPARSITY",
+        help="forward sparsity: share of zeros among the weights that the network computes with; "
+        "also that of the random mask (default: 0.9)",
+    )
+    add(
+        "--bwd",
+        type=float,
+        default=0.8,
+        metavar="SPARSITY",
+        help="backward sparsity: share of the weights that get no gradient (default: 0.8)",
+    )
+    add(
+        "--refresh-every",
+        type=int,
+        default=1,
+        metavar="UPDATES",
+        help="choose both sets of weights anew every so many updates. 1 is the paper's main "
+        "setting and the default, as so short a run has no time to wait; 100 costs next to nothing",
+    )
+    add(
+        "--penalty",
+        type=float,
+        default=1e-4,
+        metavar="NUMBER",
+        help="coefficient of the exploration penalty (default: 0.0001)",
+    )
+    add(
+        "--steps",
+        type=int,
+        metavar="NUMBER",
+        help=f"training steps (default: {STEPS['digits']} for digits, {STEPS['text']} for text)",
+    )
+    add(
+        "--optimizer",
+        default="adamw",
+        metavar="NAME",
+        help=f"one of {', '.join(OPTIMIZERS)} (default: adamw)",
+    )
+    add(
+        "--lr",
+        type=float,
+        metavar="NUMBER",
+        help="highest learning rate, after a warm-up and before a decay to zero (default: one that "
+        "fits optimizer and task)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="NUMBER",
+        help="of weights, batches and the random mask (default: 0)",
+    )
+    add(
+        "--report",
+        type=Path,
+        default=Path("report"),
+        metavar="DIR",
+        help="folder for plots and JSON (default: report)",
+    )
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    lr = find_optimizer(arguments.optimizer).rates[arguments.task]
+    settings = Settings(
+        task=arguments.task,
+        data=arguments.data,
+        fwd=arguments.fwd,
+        bwd=arguments.bwd,
+        refresh_every=arguments.refresh_every,
+        penalty=arguments.penalty,
+        steps=STEPS[arguments.task] if arguments.steps is None else arguments.steps,
+        optimizer=arguments.optimizer.lower(),
+        lr=lr if arguments.lr is None else arguments.lr,
+        seed=arguments.seed,
+    )
+    try:  # imported here, so that --help and mistakes need no framework, and take no time
+        from topkast._demo.compare import compare
+
+        compare(settings, arguments.report)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "topkast":
+            raise
+        raise DemoError(
+            f"the demo needs {error.name}, which is not installed: pip install 'topkast[demo]'"
+        ) from None

@@ -1,0 +1,78 @@
+"""The two networks of the demo: an MLP, and a small causal transformer over characters."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers of these widths with ReLU in between; the last one is named ``head``."""
+    *hidden, last = itertools.pairwise(widths)
+    model = nn.Sequential()
+    for place, (inputs, outputs) in enumerate(hidden):
+        model.add_module(f"hidden{place}", nn.Linear(inputs, outputs))
+        model.add_module(f"relu{place}", nn.ReLU())
+    model.add_module("head", nn.Linear(*last))
+    return model
+
+
+class CharacterTransformer(nn.Module):
+    """Predicts each character from those before it, at most `context` of them."""
+
+    def __init__(self, characters: int, *, context: int, width: int, layers: int, heads: int):
+        super().__init__()
+        self.embedding = nn.Embedding(characters, width)
+        self.positions = nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, characters)
+        self._initialise(layers)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Logits (batch, time, characters) of what follows each character of `text`."""
+        places = torch.arange(text.shape[1], device=text.device)
+        hidden = self.embedding(text) + self.positions(places)
+        logits: Tensor = self.head(self.norm(self.blocks(hidden)))
+        return logits
+
+    def _initialise(self, layers: int) -> None:
+        """As GPT-2 does: normal, and smaller where a layer adds to the residual stream."""
+        for name, module in self.blocks.named_modules():
+            if isinstance(module, nn.Linear):
+                out = name.endswith("_out")
+                scale = (2 * layers) ** -0.5 if out else 1.0
+                nn.init.normal_(module.weight, std=scale * module.in_features**-0.5)
+                nn.init.zeros_(module.bias)
+        for table in (self.embedding, self.positions):
+            nn.init.normal_(table.weight, std=0.1)
+
+
+class _Block(nn.Module):
+    """Attention, then two linear layers, each added to what came in."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention_in = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.feed_norm = nn.LayerNorm(width)
+        self.feed_in = nn.Linear(width, 4 * width)
+        self.feed_out = nn.Linear(4 * width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self._attend(self.attention_norm(hidden))
+        fed: Tensor = self.feed_out(gelu(self.feed_in(self.feed_norm(hidden))))
+        return hidden + fed
+
+    def _attend(self, hidden: Tensor) -> Tensor:
+        batch, time, width = hidden.shape
+        split = self.attention_in(hidden).view(batch, time, 3, self.heads, width // self.heads)
+        query, key, value = split.permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
+        out: Tensor = self.attention_out(mixed.transpose(1, 2).reshape(batch, time, width))
+        return out

@@ -1,0 +1,158 @@
+"""The report: a table to print, and plots and JSON in a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import topkast
+from topkast._demo.dynamics import Spread
+from topkast._demo.measure import density
+from topkast._demo.plots import plot_curves, plot_spread
+from topkast._demo.settings import Settings
+from topkast._demo.tasks import Task
+from topkast._demo.train import Run
+
+
+def format_table(task: Task, settings: Settings, runs: list[Run]) -> str:
+    """How the runs compare, and what has to be known to read it."""
+    head = (
+        "",
+        task.metric,
+        "forward\ndensity",
+        "backward\ndensity",
+        "gradient,\nbytes",
+        "optimizer state,\nbytes",
+        "time per step,\nmedian",
+    )
+    rows = [_cells(task, run) for run in runs]
+    split = [[cell.split("\n") for cell in row] for row in (head, *rows)]
+    widths = [max(len(line) for row in split for line in row[place]) for place in range(len(head))]
+    lines = []
+    for row in split:
+        height = max(map(len, row))
+        for at in range(height):
+            cells = [([""] * (height - len(cell)) + cell)[at] for cell in row]
+            padded = [
+                cell.rjust(width) if place else cell.ljust(width)
+                for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            ]
+            lines.append("  ".join(padded).rstrip())
+    return "\n".join((*lines, "", *_notes(task, settings, runs)))
+
+
+def _cells(task: Task, run: Run) -> tuple[str, ...]:
+    return (
+        run.label,
+        f"{run.metric_values[-1]:.2f} {task.short_unit}",
+        f"{density(run.sizes, 'forward'):.1%}",
+        f"{density(run.sizes, 'backward'):.1%}",
+        f"{run.memory.gradient:,}",
+        f"{run.memory.state:,}",
+        f"{1e3 * run.step_seconds:.2f} ms",
+    )
+
+
+def _notes(task: Task, settings: Settings, runs: list[Run]) -> list[str]:
+    notes = [
+        f"Dense in all runs: {', '.join(task.dense)} and tensors of one dimension. Densities are "
+        "those of the rest, bytes of all.",
+        "This demo runs masked dense kernels and fills p.grad whole: time per step is not the gain "
+        "here.",
+    ]
+    for run in runs:
+        if run.refresh_seconds is not None and settings.refresh_every > 1:
+            notes.append(
+                f"Every {settings.refresh_every:,} steps {run.label} chooses A and B anew, in a "
+                f"step of {1e3 * run.refresh_seconds:.2f} ms."
+            )
+    return notes
+
+
+def write_report(folder: Path, task: Task, settings: Settings, runs: list[Run]) -> list[Path]:
+    """Write plots and data; returns the files."""
+    curves = folder / "learning_curves.png"
+    title = f"{task.title} at forward sparsity {settings.fwd:g}, backward sparsity {settings.bwd:g}"
+    plot_curves(curves, task, runs, title=title)
+    written = [curves]
+    for run in runs:
+        if run.dynamics:
+            change, awakened = folder / "mask_change.png", folder / "reservoir.png"
+            plot_spread(
+                change,
+                run.dynamics.change,
+                title="Mask change from refresh to refresh",
+                label="units of a tensor that entered or left A\n"
+                f"at a refresh, each after {_updates(settings.refresh_every)} (%)",
+                empty=f"no refresh in {_updates(settings.steps)}",
+            )
+            plot_spread(
+                awakened,
+                run.dynamics.awakened,
+                title="Reservoir units that were ever active",
+                label="units of the initial reservoir C\nthat were in A so far (%)",
+                empty="no refresh, or no reservoir (bwd = 0)",
+            )
+            written += [change, awakened]
+    data = folder / "report.json"
+    text = json.dumps(_to_dict(task, settings, runs), indent=1, allow_nan=False)
+    data.write_text(text + "\n", encoding="utf-8")
+    return [*written, data]
+
+
+def _updates(count: int) -> str:
+    return "1 update" if count == 1 else f"{count:,} updates"
+
+
+def _to_dict(task: Task, settings: Settings, runs: list[Run]) -> dict[str, Any]:
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "torch": torch.__version__,
+            "topkast": topkast.__version__,
+        },
+        "threads": torch.get_num_threads(),
+        "options": dataclasses.asdict(settings)
+        | {"data": None if settings.data is None else settings.data.name},
+        "task": {
+            "description": task.description,
+            "metric": task.metric,
+            "unit": task.unit,
+            "dense": list(task.dense),
+        },
+        "table": [
+            {
+                "method": run.method,
+                "metric": run.metric_values[-1],
+                "forward_density": density(run.sizes, "forward"),
+                "backward_density": density(run.sizes, "backward"),
+                "gradient_bytes": run.memory.gradient,
+                "optimizer_state_bytes": run.memory.state,
+                "step_seconds": run.step_seconds,
+                "refresh_seconds": run.refresh_seconds,
+            }
+            for run in runs
+        ],
+        "runs": {run.method: _run_to_dict(run) for run in runs},
+    }
+
+
+def _run_to_dict(run: Run) -> dict[str, Any]:
+    return {
+        "tensors": {name: dataclasses.asdict(size) for name, size in run.sizes.items()},
+        "loss": {"step": list(range(1, len(run.losses) + 1)), "nats": run.losses},
+        "metric": {"step": run.metric_steps, "value": run.metric_values},
+        "mask_change": _spread_to_dict(run.dynamics.change) if run.dynamics else None,
+        "awakened": _spread_to_dict(run.dynamics.awakened) if run.dynamics else None,
+    }
+
+
+def _spread_to_dict(spread: Spread) -> dict[str, Any]:
+    return {"step": spread.step, "mean": spread.mean, "min": spread.least, "max": spread.most}

@@ -1,0 +1,71 @@
+"""What a run of the demo can be told, and the defaults that fit about a minute on two cores."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from topkast._demo import DemoError
+from topkast._options import Options
+
+
+class Choice(NamedTuple):
+    """An optimizer of ``torch.optim``, and a learning rate for each task."""
+
+    name: str
+    options: dict[str, Any]
+    rates: dict[str, float]
+
+
+OPTIMIZERS = {
+    "adamw": Choice("AdamW", {}, {"digits": 2e-3, "text": 4e-3}),
+    "adam": Choice("Adam", {}, {"digits": 2e-3, "text": 4e-3}),
+    "nadam": Choice("NAdam", {}, {"digits": 2e-3, "text": 4e-3}),
+    "adagrad": Choice("Adagrad", {}, {"digits": 2e-2, "text": 2e-2}),
+    "rmsprop": Choice("RMSprop", {}, {"digits": 1e-3, "text": 2e-3}),
+    "sgd": Choice("SGD", {"momentum": 0.9}, {"digits": 0.1, "text": 0.2}),
+}
+
+STEPS = {"digits": 2000, "text": 800}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One comparison: the same for all methods, which differ in what they keep of the weights."""
+
+    task: str
+    data: Path | None = None
+    fwd: float = 0.9
+    bwd: float = 0.8
+    refresh_every: int = 1
+    penalty: float = 1e-4
+    steps: int
+    optimizer: str = "adamw"
+    lr: float
+    decay: bool = True  # of the learning rate, to zero; after a warm-up
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        Options(  # raises OptionError now and not after the dense run
+            fwd=self.fwd,
+            bwd=self.bwd,
+            refresh_every=self.refresh_every,
+            penalty=self.penalty,
+            seed=self.seed,
+        )
+        if self.steps < 1:
+            raise DemoError(f"steps must be at least 1, got {self.steps}")
+        if not 0 < self.lr < math.inf:
+            raise DemoError(f"lr must be a positive number, got {self.lr}")
+        if self.seed >= 2**63:
+            raise DemoError(f"seed must be less than 2**63, got {self.seed}")
+
+
+def find_optimizer(name: str) -> Choice:
+    """The optimizer of that name, in whatever case."""
+    try:
+        return OPTIMIZERS[name.lower()]
+    except KeyError:
+        raise DemoError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}") from None
