@@ -274,18 +274,26 @@ def test_divergence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("x-images-idx3-ubyte.gz", b"no gzip", "not a gzipped IDX file"),
         (
             "x-images-idx3-ubyte.gz",
-            gzip.compress(b"\0\0\x08\x01\0\0\0\x05ab")[:-9],
+            gzip.compress(b"\0\0\x08\x01\0\0\0\x05ab", mtime=0)[:-9],
             "not a gzipped",
         ),
-        ("x-images-idx3-ubyte.gz", gzip.compress(b"PNG"), "not an IDX file of bytes"),
+        ("x-images-idx3-ubyte.gz", gzip.compress(b"PNG", mtime=0), "not an IDX file of bytes"),
         (
             "x-images-idx3-ubyte.gz",
-            gzip.compress(b"\0\0\x0d\x01\0\0\0\0"),
+            gzip.compress(b"\0\0\x0d\x01\0\0\0\0", mtime=0),
             "not an IDX file of bytes",
         ),
-        ("x-images-idx3-ubyte.gz", gzip.compress(b"\0\0\x08\x02\0\0\0\x05ab"), "shape"),
-        ("images.gz", gzip.compress(b"\0\0\x08\x01\0\0\0\x01a"), "must contain 'images-idx3'"),
-        ("x-images-idx3.gz", gzip.compress(b"\0\0\x08\x01\0\0\0\x01a"), "x-labels-idx1.gz"),
+        ("x-images-idx3-ubyte.gz", gzip.compress(b"\0\0\x08\x02\0\0\0\x05ab", mtime=0), "shape"),
+        (
+            "images.gz",
+            gzip.compress(b"\0\0\x08\x01\0\0\0\x01a", mtime=0),
+            "must contain 'images-idx3'",
+        ),
+        (
+            "x-images-idx3.gz",
+            gzip.compress(b"\0\0\x08\x01\0\0\0\x01a", mtime=0),
+            "x-labels-idx1.gz",
+        ),
     ],
 )
 def test_bad_idx(

@@ -25,7 +25,7 @@ OPTIMIZERS = {
     "nadam": Choice("NAdam", {}, {"digits": 2e-3, "text": 4e-3}),
     "adagrad": Choice("Adagrad", {}, {"digits": 2e-2, "text": 2e-2}),
     "rmsprop": Choice("RMSprop", {}, {"digits": 1e-3, "text": 2e-3}),
-    "sgd": Choice("SGD", {"momentum": 0.9}, {"digits": 0.1, "text": 0.2}),
+    "sgd": Choice("SGD", {"momentum": 0.9}, {"digits": 0.1, "text": 0.1}),
 }
 
 STEPS = {"digits": 2000, "text": 800}
