@@ -24,7 +24,7 @@ settings.register_profile(
     # The fixtures are libraries: they hold no state that an example could change.
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-settings.register_profile("thorough", settings.get_profile("fast"), max_examples=100)
+settings.register_profile("thorough", settings.get_profile("fast"), max_examples=50)
 PROFILE = os.environ.get("TOPKAST_HYPOTHESIS_PROFILE", "fast")
 settings.load_profile(PROFILE)
 

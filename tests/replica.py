@@ -1,0 +1,36 @@
+"""One process of a data-parallel run: a module of its own, so that a new process can import it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._C._distributed_c10d import FileStore
+from torch.nn.parallel import DistributedDataParallel
+
+import topkast
+
+
+def train(rank: int, folder: str, explore: Any) -> None:
+    torch.set_num_threads(1)
+    store = FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4)))
+    optimizer = topkast.wrap_optimizer(
+        torch.optim.AdamW(model.named_parameters(), 0.05),
+        fwd=0.9,
+        bwd=0.7,
+        refresh_every=2,
+        explore=explore,
+    )
+    for _ in range(7):
+        optimizer.zero_grad()
+        inputs = torch.randn(8, 12)  # each process has its own
+        (model(inputs) - inputs[:, :4]).square().mean().backward()
+        optimizer.step()
+    state = {"theta": topkast.dense_params(optimizer), "masks": dict(topkast.masks(optimizer))}
+    torch.save(state, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
