@@ -28,14 +28,14 @@ def install(session: nox.Session, *packages: str) -> None:
 @nox.session
 def demo(session: nox.Session) -> None:
     """Train dense, static sparse and Top-KAST networks on real data: `-- --task text`, ..."""
-    install(session, ".[demo]")
+    install(session, ".[demo,jax]")
     session.run("python", "-m", "topkast", "demo", *session.posargs)
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests, with few examples for each property."""
-    install(session, "-e", ".[demo,testing]", *TEST)
+    install(session, "-e", ".[demo,jax,testing]", *TEST)
     paths = session.posargs or ["src", "adapters", "tests"]
     session.run("pytest", "--doctest-modules", "-n", "2", *paths, env=SINGLE_THREADED)
 
@@ -43,11 +43,12 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def property(session: nox.Session) -> None:  # noqa: A001 - the name that the README gives it
     """The property tests with many examples, inside jax.jit too."""
-    install(session, "-e", ".[demo,testing]", *TEST)
+    install(session, "-e", ".[demo,jax,testing]", *TEST)
     paths = session.posargs or [
         "tests/test_compact.py",
         "tests/test_distribution.py",
         "tests/test_exploration.py",
+        "tests/test_jax_transform.py",
         "tests/test_selection.py",
         "tests/test_torch_state.py",
         "tests/test_transform.py",
@@ -59,7 +60,7 @@ def property(session: nox.Session) -> None:  # noqa: A001 - the name that the RE
 @nox.session
 def lint(session: nox.Session) -> None:
     """Formatting, lint rules, types."""
-    install(session, "-e", ".[demo,testing]", *TEST, *LINT, "nox")
+    install(session, "-e", ".[demo,jax,testing]", *TEST, *LINT, "nox")
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
     session.run("mypy", "src", "adapters", "tests", "benchmarks", "noxfile.py")
@@ -75,7 +76,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """The benchmarks: `nox -s bench -- selection` runs one of them. Leave the machine alone."""
-    install(session, ".[demo]")
-    names = session.posargs or ["selection", "optimizer_step", "orderings"]
+    install(session, ".[demo,jax]")
+    names = session.posargs or ["selection", "optimizer_step", "jax_update", "orderings"]
     for name in names:
         session.run("python", os.path.join("benchmarks", f"{name}.py"))

@@ -41,6 +41,14 @@ topkast.forward_params(topkast.apply_updates(params, updates), state)
     assert not modules_after(code).intersection(FRAMEWORKS)
 
 
+def test_wrapping_for_one_framework_imports_no_other() -> None:
+    code = "import torch, topkast; p = torch.nn.Parameter(torch.ones(2, 2))\n"
+    code += "topkast.wrap_optimizer(torch.optim.SGD([p], 0.1), fwd=0.5, bwd=0.5)"
+    assert not modules_after(code).intersection(["jax", "optax", "cupy"])
+    code = "import optax, topkast; topkast.wrap_optimizer(optax.sgd(0.1), fwd=0.5, bwd=0.5)"
+    assert not modules_after(code).intersection(["torch", "flax", "cupy"])
+
+
 def test_importing_costs_only_what_the_project_declares() -> None:
     plain = modules_after("import numpy, array_api_compat, importlib.metadata, decimal, fractions")
     extra = modules_after("import topkast") - plain

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -73,7 +72,3 @@ def test_scheduler_is_not_an_optimizer() -> None:
     scheduler = torch.optim.lr_scheduler.StepLR(inner, 1)
     with pytest.raises(topkast.UnsupportedOptimizerError, match=r"expected a torch\.optim\.Opt"):
         topkast.wrap_optimizer(scheduler, fwd=0.5, bwd=0.5)
-
-
-def test_no_other_framework_is_imported() -> None:
-    assert "optax" not in sys.modules

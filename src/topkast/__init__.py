@@ -10,6 +10,7 @@ from topkast._errors import (
     StateDictError,
     UnsupportedOptimizerError,
     UnsupportedTensorError,
+    WeightsMovedWarning,
 )
 from topkast._exploration import exploration_gradient, exploration_penalty
 from topkast._inspect import Masks, Summary, TensorSummary, dense_params, masks, summary
@@ -37,6 +38,7 @@ __all__ = [
     "TopKASTTransform",
     "UnsupportedOptimizerError",
     "UnsupportedTensorError",
+    "WeightsMovedWarning",
     "apply_updates",
     "dense_params",
     "densities",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace, is_jax_array
 
 from topkast._host import common_positions
-from topkast._primitives import Array, host_view, like
+from topkast._primitives import Array, device, host_view, like, take
 from topkast._primitives import scatter as scatter_flat
 from topkast._selection import Support
 
@@ -35,8 +35,7 @@ def gather(params: Array, support: Support, /) -> Array:
     >>> topkast.gather(theta, topkast.select(theta, fwd=0.75, bwd=0.5))
     array([-0.9,  0.5])
     """
-    xp = array_namespace(params)
-    return xp.take(xp.reshape(params, (-1,)), support.indices)
+    return take(array_namespace(params).reshape(params, (-1,)), support.indices)
 
 
 def scatter(
@@ -118,13 +117,20 @@ class Migration(NamedTuple):
     survives: Array
 
 
-def migration(old: Array, new: Array, /) -> Migration:
-    """The move from ascending indices `old` to ascending indices `new`, both (|B|,)."""
+def migration(old: Array, new: Array, size: int | None = None, /) -> Migration:
+    """The move from ascending indices `old` to ascending indices `new`, both (|B|,).
+
+    `size` is that of the tensor; where it is known, JAX need not search.
+    """
     xp = array_namespace(old, new)
     hosts = host_view(old), host_view(new)
     if hosts[0] is not None and hosts[1] is not None:
         source, survives = common_positions(hosts[0], hosts[1])
         return Migration(like(source, old, old.dtype), like(survives, old))
+    if is_jax_array(old) and size is not None:
+        from topkast import _xla
+
+        return Migration(*_xla.common_positions(old, new, size))
     last = xp.asarray(max(old.shape[0] - 1, 0), dtype=old.dtype, device=device(old))
     source = xp.minimum(xp.astype(xp.searchsorted(old, new), old.dtype), last)
     return Migration(source, xp.take(old, source) == new)
@@ -137,7 +143,7 @@ def move(entry: Array, move_: Migration, fresh: Array | float = 0.0) -> Array:
     if isinstance(fresh, (int, float)):
         fresh = xp.asarray(fresh, dtype=entry.dtype, device=device(entry))
     else:
-        fresh = xp.reshape(fresh, (-1,))
+        fresh = xp.astype(xp.reshape(fresh, (-1,)), entry.dtype)
     moved = xp.where(move_.survives, xp.take(flat, move_.source), fresh)
     return xp.reshape(moved, entry.shape)
 

@@ -27,3 +27,7 @@ class UnsupportedOptimizerError(TypeError):
 
 class AdapterNotFoundError(TypeError):
     """No adapter serves the framework of an optimizer."""
+
+
+class WeightsMovedWarning(UserWarning):
+    """Weights are not those that A and B were chosen from: something else changed them."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 
 from topkast._errors import OptionError
 from topkast._options import PenaltyKind
-from topkast._primitives import Array
+from topkast._primitives import Array, device
 from topkast._selection import Support
 
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 
 from topkast._compact import scatter
 from topkast._plan import Block
-from topkast._primitives import Array
+from topkast._primitives import Array, device
 from topkast._selection import Support
 
 

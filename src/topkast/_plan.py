@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 from zlib import crc32
 
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 
 from topkast._compact import Migration, migration, move
 from topkast._distribution import Shape, as_written, exact_densities, kept_count
 from topkast._errors import NonFiniteError, OptionError
 from topkast._options import Options
-from topkast._primitives import Array
+from topkast._primitives import Array, device
 from topkast._selection import Support, select_counts
 
 _JOIN = " + "
@@ -95,7 +95,7 @@ class Block:
     def refresh(self, flat: Array, old: Support, options: Options, round_: Array | int) -> Refresh:
         """Select anew from the current weights (size,)."""
         new = self.select(flat, options, round_)
-        moved = migration(old.indices, new.indices)
+        moved = migration(old.indices, new.indices, self.size)
         entered = new.active & ~move(old.active, moved)
         return Refresh(new, moved, self._count_members(new.indices, entered))
 

@@ -12,16 +12,24 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from array_api_compat import (
     array_namespace,
-    device,
     is_cupy_array,
     is_jax_array,
     is_numpy_array,
     is_torch_array,
 )
+from array_api_compat import device as _device
 
 Array: TypeAlias = Any  # an array of any library of the array-API standard
 Namespace: TypeAlias = Any  # its namespace
 T = TypeVar("T")
+
+# What JAX need not check of our indices.
+_IN_ORDER: dict[str, Any] = {
+    "indices_are_sorted": True,
+    "unique_indices": True,
+    "mode": "promise_in_bounds",
+    "wrap_negative_indices": False,
+}
 
 
 def host_view(array: Array) -> np.ndarray[Any, Any] | None:
@@ -37,14 +45,14 @@ def host_view(array: Array) -> np.ndarray[Any, Any] | None:
         if array.device.type != "cpu":
             return None
         array = array.detach()
-        view = (array.float() if array.dtype.itemsize == 2 else array).numpy()
+        view = (array.float() if array.dtype.itemsize <= 2 else array).numpy()
     elif is_jax_array(array):
         if is_traced(array) or {place.platform for place in array.devices()} != {"cpu"}:
             return None
         view = np.asarray(array)
     else:
         return None
-    return view.astype(np.float32) if view.dtype.itemsize == 2 else view
+    return view.astype(np.float32) if view.dtype.itemsize <= 2 else view
 
 
 def is_traced(array: Array) -> bool:
@@ -54,6 +62,17 @@ def is_traced(array: Array) -> bool:
     import jax
 
     return isinstance(array, jax.core.Tracer)
+
+
+def device(array: Array) -> Any:
+    """Where to make an array that works together with `array`."""
+    if not is_jax_array(array):
+        return _device(array)
+    if is_traced(array) or not array.committed:
+        return None  # to choose a place would commit what is computed from it to that place
+    from topkast import _xla
+
+    return _xla.beside(array)
 
 
 def index_dtype(xp: Namespace, place: Any = None) -> Any:
@@ -66,6 +85,13 @@ def like(host: np.ndarray[Any, Any], array: Array, dtype: Any = None) -> Array:
     return array_namespace(array).asarray(host, dtype=dtype, device=device(array))
 
 
+def take(flat: Array, indices: Array) -> Array:
+    """Entries (k,) of a vector (n,) at `indices` (ascending, unique, below n)."""
+    if is_jax_array(flat):
+        return flat.at[indices].get(**_IN_ORDER)
+    return array_namespace(flat).take(flat, indices)
+
+
 def scatter(values: Array, indices: Array, size: int, fill: float) -> Array:
     """A vector of `size` entries, `values` at `indices` (ascending, unique), `fill` elsewhere.
 
@@ -76,9 +102,7 @@ def scatter(values: Array, indices: Array, size: int, fill: float) -> Array:
     if is_torch_array(values):
         return base.scatter_(0, indices, values)
     if is_jax_array(values):
-        return base.at[indices].set(
-            values, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
-        )
+        return base.at[indices].set(values, **_IN_ORDER)
     if is_numpy_array(values) or is_cupy_array(values):
         base[indices] = values
         return base
@@ -88,11 +112,31 @@ def scatter(values: Array, indices: Array, size: int, fill: float) -> Array:
     return xp.where(hit, xp.take(values, place), base)
 
 
+def put(flat: Array, indices: Array, values: Array) -> Array:
+    """A copy of the vector `flat` (n,) with `values` (k,) at `indices` (ascending, unique)."""
+    if is_jax_array(flat):
+        return flat.at[indices].set(values, **_IN_ORDER)
+    if is_torch_array(flat):
+        return flat.scatter(0, indices, values)
+    xp = array_namespace(flat)
+    if is_numpy_array(flat) or is_cupy_array(flat):
+        copy = xp.asarray(flat, copy=True)
+        copy[indices] = values
+        return copy
+    everywhere = xp.ones(indices.shape[0], dtype=xp.bool, device=device(flat))
+    inside = scatter(everywhere, indices, flat.shape[0], False)
+    return xp.where(inside, scatter(values, indices, flat.shape[0], 0.0), flat)
+
+
 def true_indices(mask: Array, count: int) -> Array:
     """Ascending indices of the `count` true entries of a mask (n,), `count` being known.
 
     The shape does not depend on the data, so that this can be traced.
     """
+    if is_jax_array(mask):
+        from topkast import _xla
+
+        return _xla.true_indices(mask, count)
     xp = array_namespace(mask)
     dtype = index_dtype(xp, device(mask))
     seen = xp.cumulative_sum(xp.astype(mask, dtype), dtype=dtype)
@@ -100,10 +144,10 @@ def true_indices(mask: Array, count: int) -> Array:
     return xp.astype(xp.searchsorted(seen, wanted), dtype)
 
 
-def cond(predicate: Array, if_true: Callable[[T], T], if_false: Callable[[T], T], state: T) -> T:
-    """``if_true(state) if predicate else if_false(state)``, also where `predicate` is traced."""
-    if is_traced(predicate):
-        import jax
+def when(due: Array, change: Callable[..., T], state: T, *operands: Any) -> T:
+    """``change(state, *operands) if due else state``, also where `due` is traced."""
+    if is_traced(due):
+        from topkast import _xla
 
-        return jax.lax.cond(predicate, if_true, if_false, state)  # type: ignore[no-any-return]
-    return if_true(state) if bool(predicate) else if_false(state)
+        return _xla.when(due, change, state, *operands)
+    return change(state, *operands) if bool(due) else state

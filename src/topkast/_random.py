@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 
-from topkast._primitives import Array
+from topkast._primitives import Array, device
 
 _MASKS = {shift: (1 << (32 - shift)) - 1 for shift in (8, 15, 16)}
 

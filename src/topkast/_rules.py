@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 
 from topkast._errors import OptionError
-from topkast._primitives import Array
+from topkast._primitives import Array, device
 
 Arrays = dict[str, Array]
 LearningRate = float | Callable[[Array], Array]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from array_api_compat import array_namespace, device, is_jax_array, is_numpy_array
+from array_api_compat import array_namespace, is_jax_array, is_numpy_array
 
 from topkast._distribution import as_written, kept_count
-from topkast._errors import NonFiniteError
+from topkast._errors import NonFiniteError, UnsupportedTensorError
 from topkast._host import largest_flags, largest_on_host
 from topkast._options import Explore, check_sparsities
-from topkast._primitives import Array, host_view, index_dtype, is_traced, like, true_indices
+from topkast._primitives import Array, device, host_view, index_dtype, is_traced, like, true_indices
 from topkast._random import uniform
 
 
@@ -112,8 +112,12 @@ def select_counts(
         flat = xp.abs(flat)
     host = host_view(flat)
     work = flat if host is None else host
+    dtype = index_dtype(xp, device(params))
+    if flat.shape[0] > xp.iinfo(dtype).max:
+        raise UnsupportedTensorError(
+            f"{flat.shape[0]} entries are too many for indices of {dtype}: in JAX, enable 64 bits"
+        )
     if backward == 0:
-        dtype = index_dtype(xp, device(params))
         return Support(xp.zeros(0, dtype=dtype), xp.zeros(0, dtype=xp.bool))
     if explore == "random":
         support = _random_support(work, forward, backward, seed, round_)
@@ -126,7 +130,6 @@ def select_counts(
         support = Support(indices, _largest(xp.take(keys, indices), forward))
     if host is None:
         return support
-    dtype = index_dtype(xp, device(params))
     return Support(like(support.indices, params, dtype), like(support.active, params))
 
 
@@ -150,8 +153,12 @@ def _flags(flat: Array, count: int) -> Array:
 
 def _largest(keys: Array, count: int) -> Array:
     """Flags (n,) of the `count` largest keys (n,), ties going to the lower index."""
+    if is_jax_array(keys):
+        from topkast import _xla
+
+        return _xla.largest_flags(keys, count)
     xp = array_namespace(keys)
-    threshold = _kth_largest(keys, count)
+    threshold = xp.sort(keys)[keys.shape[0] - count]
     above = keys > threshold
     ties = keys == threshold
     dtype = index_dtype(xp, device(keys))
@@ -174,31 +181,6 @@ def _rank_keys(flat: Array) -> Array:
         # subnormal floats to zero, leaves integers alone.
         import jax
 
-        integer = {2: xp.int16, 4: xp.int32, 8: xp.int64}[flat.dtype.itemsize]
+        integer = {1: xp.int8, 2: xp.int16, 4: xp.int32, 8: xp.int64}[flat.dtype.itemsize]
         magnitudes = jax.lax.bitcast_convert_type(magnitudes, integer)
     return xp.where(nan, xp.asarray(-1, dtype=magnitudes.dtype), magnitudes)
-
-
-def _kth_largest(keys: Array, count: int) -> Array:
-    if is_jax_array(keys):
-        return _kth_largest_by_bisection(keys, count)
-    return array_namespace(keys).sort(keys)[keys.shape[0] - count]
-
-
-def _kth_largest_by_bisection(keys: Array, count: int) -> Array:
-    """The k-th largest of integers of at least -1, bit by bit: the largest t that k keys reach."""
-    import jax
-    import jax.numpy as jnp
-
-    bits = 8 * keys.dtype.itemsize - 1
-
-    def reached(threshold: Array) -> Array:
-        return jnp.sum(keys >= threshold, dtype=jnp.int32) >= count
-
-    def set_bit(place: Array, threshold: Array) -> Array:
-        bit = jnp.left_shift(jnp.asarray(1, keys.dtype), (bits - 1 - place).astype(keys.dtype))
-        raised = threshold | bit
-        return jnp.where(reached(raised), raised, threshold)
-
-    threshold = jax.lax.fori_loop(0, bits, set_bit, jnp.asarray(0, keys.dtype))
-    return jnp.where(reached(threshold), threshold, jnp.asarray(-1, keys.dtype))

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace, is_jax_array
 
 from topkast._compact import forward_view, gather, move, scatter
 from topkast._errors import MismatchError, UnsupportedTensorError
@@ -22,14 +22,23 @@ from topkast._exploration import exploration_gradient
 from topkast._inspect import Inspection, count_true
 from topkast._options import Options, check_patterns, kept_dense
 from topkast._plan import Block, members, plan
-from topkast._primitives import Array, cond
+from topkast._primitives import Array, device, put, when
 from topkast._selection import Support
 
 Arrays = dict[str, Array]
 
 
+Visit = Callable[[str, Array, Array], Any]  # key, an entry of the state, what it was at first
+
+
 class UpdateRule(Protocol):
-    """What can be wrapped: optax's two functions, on a dictionary of arrays."""
+    """What can be wrapped: optax's two functions, on a dictionary of arrays.
+
+    A rule whose state keeps entries per parameter elsewhere than in dictionaries with the keys of
+    the parameters has a third function, ``map_entries(visit, state, fresh)``, which returns the
+    state with ``visit(key, entry, initial)`` in the place of each such entry; `fresh` is a state
+    as ``init`` returns it.
+    """
 
     def init(self, params: Any, /) -> Any: ...
 
@@ -59,16 +68,31 @@ class TopKASTState(NamedTuple):
     def __topkast_inspect__(self, params: Arrays | None) -> Inspection:
         if params is None:
             raise MismatchError("a functional state does not hold the weights: pass params too")
-        blocks = {}
-        for key, support in self.supports.items():
-            shapes = {name: tuple(params[name].shape) for name in members(key, params)}
-            forward = count_true(support.active)
-            blocks[key] = Block(shapes, forward, support.indices.shape[0], 1.0)
-        held: dict[str, int] = dict.fromkeys(params, 0)
-        for key, support in self.supports.items():
-            held[key] = _bytes(support.indices) + _bytes(support.active)
-        _map_entries(lambda key, entry, _: _count(held, key, entry), self.inner, self.inner, held)
-        return Inspection(int(self.updates), params, blocks, self.supports, self.changed, held)
+        held: dict[str, int] = dict.fromkeys({*params, *self.supports}, 0)
+
+        def count(key: str, entry: Array, _: Array) -> Array:
+            held[key] += count_bytes(entry)
+            return entry
+
+        keys = {*self.supports, *params} - {
+            name for key in self.supports for name in members(key, params) if name != key
+        }
+        _map_dictionaries(count, self.inner, self.inner, keys)
+        return inspection(self, params, held)
+
+    def __topkast_forward__(self, params: Mapping[str, Array]) -> Arrays:
+        return forward_views(params, self.supports)
+
+
+def inspection(state: Any, params: Arrays, held: Mapping[str, int]) -> Inspection:
+    """What a functional state shows; `held` are the bytes of its inner state, by key."""
+    blocks, total = {}, dict(held)
+    for key, support in state.supports.items():
+        shapes = {name: tuple(params[name].shape) for name in members(key, params)}
+        forward = count_true(support.active)
+        blocks[key] = Block(shapes, forward, support.indices.shape[0], 1.0)
+        total[key] += count_bytes(support.indices) + count_bytes(support.active)
+    return Inspection(int(state.updates), params, blocks, state.supports, state.changed, total)
 
 
 class TopKASTTransform:
@@ -118,16 +142,61 @@ class TopKASTTransform:
         """Updates for θ from the gradient at the forward view; new sets when a refresh is due.
 
         `params` is θ. Add the result with :func:`topkast.apply_updates`. Outside B the updates
-        are -0.0, the one number that changes no bit of what it is added to.
+        are -0.0, the one number that changes no bit of what it is added to. Further keyword
+        arguments reach the inner rule.
 
         Raises :class:`topkast.MismatchError` if the names, shapes or dtypes of `grads` and
         `params` are not those of ``init``.
         """
         if params is None:
             raise MismatchError("update needs params: update(grads, state, params)")
-        _check_same(grads, params)
-        blocks = self._plan(params)
-        _check_plan(blocks, state)
+        blocks, _, steps, inner = self._advance(grads, state, params, extra)
+        updates = {name: steps[name] for name in params if name in steps}
+        for block in blocks:
+            flat = scatter(
+                steps[block.key], state.supports[block.key], shape=(block.size,), fill=-0.0
+            )
+            updates |= block.unflatten(flat)
+        updates = {name: updates[name] for name in params}
+        state = state._replace(updates=_increment(state.updates), inner=inner)
+        return updates, self._refresh_if_due(blocks, state, apply_updates(params, updates))
+
+    def step(
+        self,
+        grads: Mapping[str, Array],
+        state: TopKASTState,
+        params: Mapping[str, Array],
+        /,
+        **extra: Any,
+    ) -> tuple[Arrays, TopKASTState]:
+        """The next θ and state: :meth:`update` and :func:`topkast.apply_updates` in one.
+
+        It writes the values on B into a copy of θ and never forms updates as large as θ, which
+        is faster; inside ``jax.jit`` with `params` and `state` donated, there is no copy either.
+
+        Raises as :meth:`update`.
+        """
+        blocks, values, steps, inner = self._advance(grads, state, params, extra)
+        stepped = apply_updates(values, steps)
+        moved = {name: stepped[name] for name in params if name in stepped}
+        for block in blocks:
+            indices = state.supports[block.key].indices
+            flat = block.flatten(params)
+            flat = put(flat, indices, array_namespace(flat).reshape(stepped[block.key], (-1,)))
+            moved |= block.unflatten(flat)
+        moved = {name: moved[name] for name in params}
+        state = state._replace(updates=_increment(state.updates), inner=inner)
+        return moved, self._refresh_if_due(blocks, state, moved)
+
+    def _advance(
+        self,
+        grads: Mapping[str, Array],
+        state: TopKASTState,
+        params: Mapping[str, Array],
+        extra: Mapping[str, Any],
+    ) -> tuple[list[Block], Arrays, Arrays, Any]:
+        """Blocks, θ on B, what the inner rule would add to it, and the rule's next state."""
+        blocks = self.check(grads, params, state)
         values = _compact(blocks, params, state.supports)
         slopes = _compact(blocks, grads, state.supports)
         live = {}
@@ -147,15 +216,24 @@ class TopKASTTransform:
                 )
                 slopes[key] = _where(live[key], slopes[key], 0.0)
         steps, inner = self.inner.update(slopes, state.inner, values, **extra)
-        updates = {name: steps[name] for name in params if name in steps}
-        for block in blocks:
-            key, support = block.key, state.supports[block.key]
-            step = _where(live[key], steps[key], -0.0) if key in live else steps[key]
-            flat = scatter(step, support, shape=(block.size,), fill=-0.0)
-            updates |= block.unflatten(flat)
-        updates = {name: updates[name] for name in params}
-        state = state._replace(updates=_increment(state.updates), inner=inner)
-        return updates, self._refresh_if_due(blocks, apply_updates(params, updates), state)
+        steps = {
+            key: _where(live[key], step, -0.0) if key in live else step
+            for key, step in steps.items()
+        }
+        return blocks, values, steps, inner
+
+    def compact(self, arrays: Mapping[str, Array], supports: Mapping[str, Support]) -> Arrays:
+        """What the inner rule sees of arrays like the parameters: those on B, and dense ones."""
+        return _compact(self._plan(arrays), arrays, supports)
+
+    def check(
+        self, grads: Mapping[str, Array], params: Mapping[str, Array], state: TopKASTState
+    ) -> list[Block]:
+        """Raise :class:`topkast.MismatchError` unless these belong together."""
+        _check_same(grads, params)
+        blocks = self._plan(params)
+        _check_plan(blocks, state)
+        return blocks
 
     def _plan(self, params: Mapping[str, Array]) -> list[Block]:
         if not params:
@@ -171,9 +249,9 @@ class TopKASTTransform:
         return plan(shapes, self.options)
 
     def _refresh_if_due(
-        self, blocks: list[Block], params: Arrays, state: TopKASTState
+        self, blocks: list[Block], state: TopKASTState, params: Arrays
     ) -> TopKASTState:
-        def refresh(state: TopKASTState) -> TopKASTState:
+        def refresh(state: TopKASTState, params: Arrays) -> TopKASTState:
             outcome = {
                 block.key: block.refresh(
                     block.flatten(params), state.supports[block.key], self.options, state.updates
@@ -190,18 +268,16 @@ class TopKASTTransform:
                     return entry
                 return move(entry, outcome[key].migration, initial)
 
-            keys = {*outcome, *(name for name in params if name not in _members(blocks))}
-            return TopKASTState(
-                state.updates,
-                supports,
-                {key: new.changed for key, new in outcome.items()},
-                _map_entries(carry, state.inner, fresh, keys),
+            return state._replace(
+                supports=supports,
+                changed={key: new.changed for key, new in outcome.items()},
+                inner=_map_entries(self.inner, carry, state.inner, fresh, _keys(blocks, params)),
             )
 
         if not blocks:
             return state
         due = state.updates % self.options.refresh_every == 0
-        return cond(due, refresh, lambda same: same, state)
+        return when(due, refresh, state, params)
 
 
 def apply_updates(params: Mapping[str, Array], updates: Mapping[str, Array], /) -> Arrays:
@@ -252,12 +328,25 @@ def forward_params(params: Mapping[str, Array], state: TopKASTState, /) -> Array
     array([[ 0. , -0.9],
            [ 0. ,  0. ]])
     """
+    views: Arrays = state.__topkast_forward__(params)
+    return views
+
+
+def forward_views(params: Mapping[str, Array], supports: Mapping[str, Support]) -> Arrays:
+    """:func:`forward_params`, for parameters by name."""
     views = dict(params)
-    for key, support in state.supports.items():
+    for key, support in supports.items():
         shapes = {name: tuple(params[name].shape) for name in members(key, params)}
         block = Block(shapes, 0, support.indices.shape[0], 1.0)
-        values = gather(block.flatten(params), support)
-        views |= block.unflatten(forward_view(values, support, shape=(block.size,)))
+        if is_jax_array(support.active):
+            # Where parameters are spread over devices, XLA puts what is chosen from them there.
+            active = block.unflatten(
+                scatter(support.active, support, shape=(block.size,), fill=False)
+            )
+            views |= {name: _where(active[name], params[name], 0.0) for name in shapes}
+        else:
+            values = gather(block.flatten(params), support)
+            views |= block.unflatten(forward_view(values, support, shape=(block.size,)))
     return views
 
 
@@ -277,24 +366,35 @@ def _members(blocks: list[Block]) -> set[str]:
     return {name for block in blocks for name in block.shapes}
 
 
-def _map_entries(
-    visit: Callable[[str, Array, Array], Any], state: Any, fresh: Any, keys: Any
-) -> Any:
-    """Apply `visit(key, entry, initial entry)` wherever a state mirrors the compact parameters.
+def _keys(blocks: list[Block], params: Mapping[str, Array]) -> set[str]:
+    """Keys of what :func:`_compact` returns."""
+    inside = _members(blocks)
+    return {block.key for block in blocks} | {name for name in params if name not in inside}
+
+
+def _map_entries(rule: UpdateRule, visit: Visit, state: Any, fresh: Any, keys: set[str]) -> Any:
+    """Apply `visit` to what a rule keeps per parameter: its own way, or where it is kept by key."""
+    if hasattr(rule, "map_entries"):
+        return rule.map_entries(visit, state, fresh)
+    return _map_dictionaries(visit, state, fresh, keys)
+
+
+def _map_dictionaries(visit: Visit, state: Any, fresh: Any, keys: set[str]) -> Any:
+    """Apply `visit` wherever a state mirrors the compact parameters.
 
     A rule is given a dictionary with the keys `keys`, so that what it keeps per parameter is a
     dictionary with those keys, however deep in tuples and dictionaries of its own.
     """
     if isinstance(state, dict):
-        if state.keys() == set(keys):
+        if state.keys() == keys:
             return {
                 key: visit(key, entry, fresh[key]) if hasattr(entry, "shape") else entry
                 for key, entry in state.items()
             }
-        return {key: _map_entries(visit, state[key], fresh[key], keys) for key in state}
+        return {key: _map_dictionaries(visit, state[key], fresh[key], keys) for key in state}
     if isinstance(state, (tuple, list)):
         parts = [
-            _map_entries(visit, part, initial, keys)
+            _map_dictionaries(visit, part, initial, keys)
             for part, initial in zip(state, fresh, strict=True)
         ]
         return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
@@ -335,7 +435,7 @@ def _check_plan(blocks: list[Block], state: TopKASTState) -> None:
         )
 
 
-def _bytes(array: Array) -> int:
+def count_bytes(array: Array) -> int:
     size = 1
     for length in array.shape:
         size *= length
@@ -345,8 +445,3 @@ def _bytes(array: Array) -> int:
         return size
     info = xp.iinfo(dtype) if xp.isdtype(dtype, "integral") else xp.finfo(dtype)
     return size * int(info.bits) // 8 * (2 if xp.isdtype(dtype, "complex floating") else 1)
-
-
-def _count(held: dict[str, int], key: str, entry: Array) -> Array:
-    held[key] += _bytes(entry)
-    return entry

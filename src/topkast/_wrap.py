@@ -12,7 +12,10 @@ from topkast._transform import TopKASTTransform
 
 ENTRY_POINTS = "topkast.adapters"
 
-_EXTRAS = {"torch": "torch"}  # the extra that installs what an optimizer of this package needs
+_EXTRAS = {
+    "torch": "torch",
+    "optax": "jax",
+}  # the extra that installs what an optimizer of this package needs
 
 
 def wrap_optimizer(

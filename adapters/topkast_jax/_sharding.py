@@ -1,0 +1,128 @@
+"""Parameters spread over several devices: where the state goes, and how it is computed there."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.tree_util import tree_map_with_path
+
+from topkast import NonFiniteError
+from topkast._plan import members
+from topkast._primitives import is_traced
+from topkast_jax._rule import find_key
+from topkast_jax._tree import Tree
+
+
+def is_spread(weights: Mapping[str, jax.Array]) -> bool:
+    """Whether arrays that can be looked at lie on several devices."""
+    return any(
+        not is_traced(array) and len(array.sharding.device_set) > 1 for array in weights.values()
+    )
+
+
+def is_explicit(weights: Mapping[str, jax.Array]) -> bool:
+    """Whether shardings are part of the types, so that JAX derives none by itself."""
+    return any(_explicit_axes(array) for array in weights.values())
+
+
+def run(function: Callable[..., Any], layout: Any, *arguments: Any) -> Any:
+    """``function(*arguments)`` compiled for many devices, its results laid out as `layout` says."""
+    meshes = [leaf.mesh for leaf in jax.tree.leaves(layout) if isinstance(leaf, NamedSharding)]
+    axes = {
+        name
+        for mesh in meshes
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    }
+    if axes:
+        function = jax.sharding.auto_axes(function, axes=tuple(axes), out_sharding=layout)
+        return function(*arguments)
+    return jax.jit(function, out_shardings=layout)(*arguments)
+
+
+def layout_of(tree: Any) -> Any:
+    """The sharding of each array."""
+    return jax.tree.map(_sharding, tree)
+
+
+def layout_beside(shapes: Any, tree: Tree, weights: Mapping[str, jax.Array]) -> Any:
+    """Shardings for a state with these `shapes`: what belongs to a tensor is spread as it is.
+
+    The vectors on B are cut into equal parts over the axes of the mesh that the tensor is cut over.
+    """
+    some = next(array for array in weights.values() if not _sharding(array).mesh.empty)
+    mesh = _sharding(some).mesh
+    axes = {
+        key: _axes(key, support.indices.shape[0], weights, mesh)
+        for key, support in shapes.supports.items()
+    }
+
+    def place(path: Any, entry: Any) -> NamedSharding:
+        key = find_key(tree.paths, path)
+        if key is None:
+            return NamedSharding(mesh, PartitionSpec())
+        if key in axes and entry.ndim and entry.shape[-1] == shapes.supports[key].indices.shape[0]:
+            return NamedSharding(mesh, PartitionSpec(*[None] * (entry.ndim - 1), axes[key]))
+        if key in weights and entry.shape == weights[key].shape:
+            own: NamedSharding = _sharding(weights[key])
+            return own
+        return NamedSharding(mesh, PartitionSpec())
+
+    everywhere = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes)
+    return everywhere._replace(
+        supports={
+            key: jax.tree.map(lambda _, key=key: NamedSharding(mesh, PartitionSpec(axes[key])), one)
+            for key, one in shapes.supports.items()
+        },
+        inner=tree_map_with_path(place, shapes.inner),
+    )
+
+
+def check_finite(weights: Mapping[str, jax.Array]) -> None:
+    """Raise :class:`topkast.NonFiniteError` for a NaN or an infinity."""
+    for name, array in weights.items():
+        bad = 0 if is_traced(array) else int(jnp.sum(~jnp.isfinite(array)))
+        if bad:
+            raise NonFiniteError(
+                f"{name}: {bad} of {array.size} entries are NaN or infinite; it has no rank by "
+                "magnitude"
+            )
+
+
+def _axes(
+    key: str, backward: int, weights: Mapping[str, jax.Array], mesh: Any
+) -> tuple[str, ...] | None:
+    """Axes of the mesh that a vector on B is spread over, None if it is on every device."""
+    cut: list[str] = []
+    for name in members(key, weights):
+        for axis in _sharding(weights[name]).spec:
+            cut += [axis] if isinstance(axis, str) else list(axis or ())
+    axes = tuple(dict.fromkeys(cut))
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    if backward % parts:
+        warnings.warn(
+            f"{key}: |B| = {backward} does not divide into {parts} equal parts: what the optimizer "
+            "holds for it is kept whole on every device. Choose bwd so that it does (0.75, 0.875)",
+            stacklevel=2,
+        )
+        return None
+    return axes or None
+
+
+def _explicit_axes(array: Any) -> bool:
+    mesh = jax.typeof(array).sharding.mesh
+    return not mesh.empty and AxisType.Explicit in mesh.axis_types
+
+
+def _sharding(array: Any) -> Any:
+    if is_traced(array):
+        return jax.typeof(array).sharding
+    if isinstance(array.sharding, NamedSharding):
+        return array.sharding
+    return jax.typeof(array).sharding

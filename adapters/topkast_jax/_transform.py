@@ -1,0 +1,379 @@
+"""Top-KAST as an optax gradient transformation around another one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import tree_flatten_with_path
+
+from topkast import MismatchError, Support, UnsupportedOptimizerError, WeightsMovedWarning
+from topkast._inspect import Inspection
+from topkast._options import Options
+from topkast._primitives import is_traced, when
+from topkast._transform import (
+    TopKASTTransform,
+    apply_updates,
+    count_bytes,
+    forward_views,
+    inspection,
+)
+from topkast_jax._probe import SHAPE, NotProbedError, describe, probe, refuse_skipping
+from topkast_jax._rule import OptaxRule, find_key
+from topkast_jax._sharding import (
+    check_finite,
+    is_explicit,
+    is_spread,
+    layout_beside,
+    layout_of,
+    run,
+)
+from topkast_jax._tree import Tree, take_apart
+
+Arrays = dict[str, jax.Array]
+_Core: TypeAlias = Any  # a TopKASTTransform, for states of this module
+
+
+class TopKASTState(NamedTuple):
+    """State of a wrapped optax transformation: arrays alone, of fixed shapes and dtypes.
+
+    Attributes
+    ----------
+    updates
+        Number of updates so far; 0-d int32.
+    supports
+        The sets, by the name of the tensor.
+    changed
+        Entries that the last refresh made active, by the name of the tensor; int32 of shape (1,).
+    inner
+        State of the wrapped transformation, whose entries for a tensor have shape (1, …, |B|).
+    chosen_from
+        Checksum of the weights on B that the sets were chosen from; 0-d uint32.
+    displaced
+        How often the weights were not those at the update after a refresh; 0-d int32.
+    """
+
+    updates: jax.Array
+    supports: dict[str, Support]
+    changed: Arrays
+    inner: Any
+    chosen_from: jax.Array
+    displaced: jax.Array
+
+    def __topkast_inspect__(self, params: Any) -> Inspection:
+        if params is None:
+            raise MismatchError("a functional state does not hold the weights: pass params too")
+        _tell(self.displaced)
+        tree, weights = take_apart(params)
+        state = self
+        if is_spread(weights) or is_explicit(weights):
+            state = self._replace(supports=jax.tree.map(_on_one_device, self.supports))
+        held = dict.fromkeys({*weights, *self.supports}, 0)
+        for path, entry in tree_flatten_with_path(self.inner)[0]:
+            key = find_key(tree.paths, path)
+            if key in held:
+                held[key] += count_bytes(entry)
+        return inspection(state, weights, held)
+
+    def __topkast_forward__(self, params: Any) -> Any:
+        tree, weights = take_apart(params)
+
+        def view(params: Any, supports: dict[str, Support]) -> Any:
+            weights = tree.weights(params, "params")
+            return tree.rebuild(forward_views(weights, supports) | tree.rest(params))
+
+        if is_spread(weights) or is_explicit(weights):
+            return run(view, layout_of(params), params, self.supports)
+        return view(params, self.supports)
+
+
+class TopKASTGradientTransformation(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
+    """An optax transformation that trains sparse weights; made by ``topkast.wrap_optimizer``.
+
+    Differentiate the loss at :func:`topkast.forward_params` of the parameters and the state, and
+    add the updates with ``optax.apply_updates``. It must be the outermost transformation: what
+    changes its updates afterwards makes A and B those of other weights, which is told in a
+    :class:`topkast.WeightsMovedWarning`. The exceptions are those that keep or drop an update
+    whole: ``optax.MultiSteps`` and ``optax.apply_if_finite`` go around it.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp, optax, topkast
+    >>> params = {"w": jax.random.normal(jax.random.key(0), (20, 30)), "b": jnp.zeros(30)}
+    >>> tx = topkast.wrap_optimizer(optax.adamw(1e-2), fwd=0.9, bwd=0.8)
+    >>> state = tx.init(params)
+    >>> def loss(alpha):
+    ...     return jnp.mean((jnp.ones((4, 20)) @ alpha["w"] + alpha["b"] - 1) ** 2)
+    >>> @jax.jit
+    ... def train(params, state):
+    ...     grads = jax.grad(loss)(topkast.forward_params(params, state))
+    ...     updates, state = tx.update(grads, state, params)
+    ...     return optax.apply_updates(params, updates), state
+    >>> for _ in range(3):
+    ...     params, state = train(params, state)
+    >>> int(jnp.sum(topkast.forward_params(params, state)["w"] != 0))
+    60
+    """
+
+    _transform: _Transform
+
+    def __new__(cls, transform: _Transform) -> TopKASTGradientTransformation:
+        made: TopKASTGradientTransformation = super().__new__(cls, transform.init, transform.update)
+        made._transform = transform
+        return made
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({describe(self._transform.tx)}, {self._transform.options})"
+
+    def step(self, grads: Any, state: TopKASTState, params: Any, **extra: Any) -> tuple[Any, Any]:
+        r"""The next parameters and state: ``update`` and ``optax.apply_updates`` in one.
+
+        It writes the values on B into θ and never forms updates as large as θ. Inside ``jax.jit``
+        with `params` and `state` donated, what it writes is of the size of B.
+
+        Parameters
+        ----------
+        grads
+            Gradient at the forward view; a pytree like `params`.
+        state
+            As returned by ``init``, ``update`` or ``step``.
+        params
+            θ.
+        extra
+            For the wrapped transformation.
+
+        Returns
+        -------
+        tuple
+            θ after the update, and the state.
+
+        Raises
+        ------
+        MismatchError
+            As ``update``.
+
+        Examples
+        --------
+        >>> import jax, jax.numpy as jnp, optax, topkast
+        >>> params = {"w": jnp.asarray([[4.0, 3.0], [2.0, 1.0]])}
+        >>> tx = topkast.wrap_optimizer(optax.sgd(0.1), fwd=0.75, bwd=0.5, penalty=0.0)
+        >>> step = jax.jit(tx.step, donate_argnums=(1, 2))
+        >>> params, state = step({"w": jnp.ones((2, 2))}, tx.init(params), params)
+        >>> params["w"]
+        Array([[3.9, 2.9],
+               [2. , 1. ]], dtype=float32)
+        """
+        return self._transform.step(grads, state, params, **extra)
+
+
+def wrap(tx: Any, options: Options) -> TopKASTGradientTransformation:
+    """The adapter for optax; see :func:`topkast.wrap_optimizer`."""
+    if isinstance(tx, TopKASTGradientTransformation):
+        raise UnsupportedOptimizerError("the transformation is wrapped already")
+    if isinstance(tx, optax.MultiSteps):
+        tx = tx.gradient_transformation()
+    if not isinstance(tx, optax.GradientTransformation):
+        raise UnsupportedOptimizerError(
+            f"expected an optax.GradientTransformation, got {type(tx).__name__}"
+        )
+    return TopKASTGradientTransformation(_Transform(tx, options))
+
+
+class _Transform:
+    """The functions of the wrapped transformation."""
+
+    def __init__(self, tx: optax.GradientTransformation, options: Options) -> None:
+        self.tx = tx
+        self.options = options
+        self._probed = not options.probe
+        if options.probe:
+            try:
+                probe(tx, jax.ShapeDtypeStruct(SHAPE, jnp.float32))
+                self._probed = True
+            except NotProbedError:
+                pass  # masks and labels may ask for the user's own tree, which init gets
+
+    def init(self, params: Any) -> TopKASTState:
+        tree, weights = take_apart(params)
+        if not self._probed:
+            self._probe_on(tree, weights)
+        if not (is_spread(weights) or is_explicit(weights)):
+            return self._init(params)
+        check_finite(weights)
+        shapes = jax.eval_shape(self._init, jax.tree.map(_shape, params))
+        layout = layout_beside(shapes, tree, weights)
+        return run(self._init, layout, params)  # type: ignore[no-any-return]
+
+    def update(
+        self, grads: Any, state: TopKASTState, params: Any = None, **extra: Any
+    ) -> tuple[Any, TopKASTState]:
+        if params is None:
+            raise MismatchError("update needs params: update(grads, state, params)")
+        return self._run(self._update, grads, state, params, extra)
+
+    def step(
+        self, grads: Any, state: TopKASTState, params: Any, **extra: Any
+    ) -> tuple[Any, TopKASTState]:
+        return self._run(self._step, grads, state, params, extra)
+
+    def _run(
+        self,
+        function: Callable[..., tuple[Any, TopKASTState]],
+        grads: Any,
+        state: TopKASTState,
+        params: Any,
+        extra: dict[str, Any],
+    ) -> tuple[Any, TopKASTState]:
+        _, weights = take_apart(params)
+        if not (is_spread(weights) or is_explicit(weights)):
+            return function(grads, state, params, extra)
+        layout = layout_of((params, state))
+        return run(function, layout, grads, state, params, extra)  # type: ignore[no-any-return]
+
+    def _init(self, params: Any) -> TopKASTState:
+        tree, weights = take_apart(params)
+        core, rule = self._on(tree)
+        state = core.init(weights)
+        compact = core.compact(weights, state.supports)
+        rule.check(compact, state.supports)
+        refuse_skipping(state.inner)
+        chosen_from = _checksum(compact, state.supports)
+        return TopKASTState(
+            **state._asdict(), chosen_from=chosen_from, displaced=jnp.zeros((), jnp.int32)
+        )
+
+    def _update(
+        self, grads: Any, state: TopKASTState, params: Any, extra: Mapping[str, Any]
+    ) -> tuple[Any, TopKASTState]:
+        tree, weights = take_apart(params)
+        core, rule = self._on(tree)
+        slopes, passed = self._restrict(core, rule, weights, grads, state, extra)
+        updates, following = core.update(slopes, state, weights, **passed)
+        following = self._compare(core, rule, state, following, apply_updates(weights, updates))
+        zeros = {name: jnp.zeros_like(leaf) for name, leaf in tree.rest(params).items()}
+        return tree.rebuild(updates | zeros), following
+
+    def _step(
+        self, grads: Any, state: TopKASTState, params: Any, extra: Mapping[str, Any]
+    ) -> tuple[Any, TopKASTState]:
+        tree, weights = take_apart(params)
+        core, rule = self._on(tree)
+        slopes, passed = self._restrict(core, rule, weights, grads, state, extra)
+        moved, following = core.step(slopes, state, weights, **passed)
+        following = self._compare(core, rule, state, following, moved)
+        return tree.rebuild(moved | tree.rest(params)), following
+
+    def _on(self, tree: Tree) -> tuple[_Core, OptaxRule]:
+        rule = OptaxRule(self.tx, tree)
+        return TopKASTTransform(rule, self.options), rule
+
+    def _restrict(
+        self,
+        core: _Core,
+        rule: OptaxRule,
+        weights: Arrays,
+        grads: Any,
+        state: TopKASTState,
+        extra: Mapping[str, Any],
+    ) -> tuple[Arrays, dict[str, Any]]:
+        """The gradient by name, and what goes to the wrapped transformation besides."""
+        slopes = rule.tree.weights(grads, "grads")
+        core.check(slopes, weights, state)
+        passed = {
+            name: rule.assemble(core.compact(rule.tree.weights(value, name), state.supports))
+            if rule.tree.is_like(value, weights)
+            else value
+            for name, value in extra.items()
+        }
+        return slopes, passed
+
+    def _compare(
+        self,
+        core: _Core,
+        rule: OptaxRule,
+        state: TopKASTState,
+        following: TopKASTState,
+        moved: Arrays,
+    ) -> TopKASTState:
+        """Keep the checksum of the weights after a refresh; count it if they were others."""
+
+        def compare(displaced: jax.Array, seen: Arrays, chosen_from: jax.Array) -> jax.Array:
+            differs = _checksum(seen, state.supports) != chosen_from
+            _tell(differs)
+            return displaced + differs.astype(jnp.int32)
+
+        def remember(_: jax.Array, supports: Mapping[str, Support], moved: Arrays) -> jax.Array:
+            return _checksum(core.compact(moved, supports), supports)
+
+        every = self.options.refresh_every
+        return following._replace(
+            displaced=when(
+                state.updates % every == 0, compare, state.displaced, rule.seen, state.chosen_from
+            ),
+            chosen_from=when(
+                following.updates % every == 0,
+                remember,
+                state.chosen_from,
+                following.supports,
+                moved,
+            ),
+        )
+
+    def _probe_on(self, tree: Tree, weights: Arrays) -> None:
+        try:
+            probe(self.tx, tree.rebuild(weights))
+        except NotProbedError as error:
+            raise UnsupportedOptimizerError(
+                f"{describe(self.tx)} cannot take a plain step on the tree of params: {error}. "
+                "Pass probe=False to wrap it all the same"
+            ) from error
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+
+
+def _on_one_device(array: jax.Array) -> jax.Array:
+    return jnp.asarray(jax.device_get(array))
+
+
+def _checksum(compact: Arrays, supports: Mapping[str, Support]) -> jax.Array:
+    """Sum of the bits of the weights on B, modulo 2**32: the same in whatever order it is taken."""
+    total = jnp.zeros((), jnp.uint32)
+    for key in supports:
+        values = compact[key]
+        parts = (values.real, values.imag) if jnp.iscomplexobj(values) else (values,)
+        for part in parts:
+            integer = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
+            part = jnp.where(part == 0, 0, part)  # -0 and what XLA may take for 0
+            bits = jax.lax.bitcast_convert_type(part, integer[part.dtype.itemsize])
+            total += jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
+    return total
+
+
+def _tell(differs: jax.Array) -> None:
+    """Warn if `differs`; from inside a compiled function by a call back.
+
+    A function that calls back is never stored in JAX's persistent cache of compilations. Who uses
+    that cache finds the count in the state, and is told on looking inside.
+    """
+    if not is_traced(differs):
+        _warn(differs)
+    elif jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        jax.debug.callback(_warn, differs)
+
+
+def _warn(differs: Any) -> None:
+    if differs > 0:
+        warnings.warn(
+            "the weights are not those that the last refresh chose A and B from. Were the updates "
+            "of the wrapped transformation changed before they were applied, as by "
+            "optax.chain(wrapped, other)? It must be the outermost: put the others inside it. "
+            "After changing weights yourself, init anew",
+            WeightsMovedWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,100 @@
+"""From a pytree of weights to arrays by name, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
+
+from topkast import MismatchError, UnsupportedTensorError
+
+Path = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A pytree without its arrays: where the weight of each name is.
+
+    Attributes
+    ----------
+    paths
+        Path of each floating-point leaf, by its name.
+    names
+        The name of each leaf, in the order of the leaves.
+    """
+
+    treedef: Any
+    paths: Mapping[str, Path]
+    names: tuple[str, ...]
+
+    def weights(self, tree: Any, what: str) -> dict[str, jax.Array]:
+        """The leaves of `tree` in the places of the weights, by name.
+
+        In the places of other leaves there may be anything, as ``jax.grad`` leaves float0 or
+        ``equinox.filter_grad`` leaves None.
+        """
+        try:
+            leaves = self.treedef.flatten_up_to(tree)
+        except (ValueError, TypeError, KeyError) as error:
+            raise MismatchError(f"{what} and params have different trees: {error}") from None
+        weights = {}
+        for name, leaf in zip(self.names, leaves, strict=True):
+            if name in self.paths:
+                if not hasattr(leaf, "shape"):
+                    raise MismatchError(f"{what} has no array for {name!r}: {leaf!r}")
+                weights[name] = jnp.asarray(leaf)
+        return weights
+
+    def rebuild(self, arrays: Mapping[str, Any]) -> Any:
+        """The pytree with `arrays` as its leaves, and None where there is none of a name."""
+        return self.treedef.unflatten([arrays.get(name) for name in self.names])
+
+    def is_like(self, value: Any, weights: Mapping[str, Any]) -> bool:
+        """Whether `value` is a pytree of arrays like `weights`."""
+        if jax.tree.structure(value) != self.treedef:
+            return False
+        pairs = zip(self.names, jax.tree.leaves(value), strict=True)
+        return all(
+            jnp.shape(leaf) == weights[name].shape for name, leaf in pairs if name in weights
+        )
+
+    def rest(self, tree: Any) -> dict[str, Any]:
+        """The leaves of `tree` that are no weights, by name."""
+        leaves = zip(self.names, self.treedef.flatten_up_to(tree), strict=True)
+        return {name: leaf for name, leaf in leaves if name not in self.paths}
+
+
+def take_apart(params: Any) -> tuple[Tree, dict[str, jax.Array]]:
+    """The pytree without its arrays, and its floating-point leaves by name."""
+    found, treedef = tree_flatten_with_path(params)
+    names = tuple(_name(path) for path, _ in found)
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise MismatchError(f"several leaves of params go by one name: {twice}")
+    paths, weights = {}, {}
+    for name, (path, leaf) in zip(names, found, strict=True):
+        if isinstance(leaf, (float, complex)):
+            leaf = jnp.asarray(leaf)
+        if isinstance(leaf, (bool, int)):
+            continue
+        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+            raise UnsupportedTensorError(
+                f"{name}: a leaf of params must be an array, got {type(leaf).__name__}; pass the "
+                "arrays alone, as from equinox.filter(model, equinox.is_inexact_array)"
+            )
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            paths[name], weights[name] = path, jnp.asarray(leaf)
+    if not weights:
+        raise MismatchError("params has no floating-point leaf")
+    return Tree(treedef, paths, names), weights
+
+
+def _name(path: Path) -> str:
+    # Flax wraps arrays in variables, and unwraps them, as it sees fit.
+    if len(path) > 1 and path[-1] == GetAttrKey("value"):
+        path = path[:-1]
+    return keystr(path, simple=True, separator=".")

@@ -1,0 +1,144 @@
+"""Selection inside XLA, where nothing can be looked at: bit patterns, packed bits, fixed shapes.
+
+Imported for JAX arrays alone. A set of indices among n is held as words of 32 bits: packing a
+comparison costs one pass over memory, and counting, ranking and enumerating are then done on
+n/32 words. Shapes never depend on data, so that all of this can be traced, batched and sharded.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from topkast._primitives import Array
+
+T = TypeVar("T")
+
+_WORD = 32
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def largest_flags(keys: Array, count: int) -> Array:
+    """Flags (n,) of the `count` largest of integers of at least -1, ties to the lower index."""
+    size, keys = keys.shape[0], _pad(keys, -2)
+    threshold = _kth_largest(keys, count)
+    above, ties = keys > threshold, keys == threshold
+    room = count - jnp.sum(_count(_pack(above)))
+    last = _index_of_bit(_pack(ties), room - 1)
+    return (above | (ties & (jnp.arange(keys.shape[0]) <= last)))[:size]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def true_indices(mask: Array, count: int) -> Array:
+    """Ascending indices (count,) of the `count` true entries of a mask (n,)."""
+    words = _pack(_pad(mask, False))
+    ends = jnp.cumsum(_count(words))
+    # The word of each index: one up wherever a word's share of the indices ends.
+    steps = jnp.zeros(count, jnp.int32).at[ends].add(1, mode="drop", indices_are_sorted=True)
+    word = jnp.cumsum(steps)
+    bits = words[word]
+    place = jnp.arange(count, dtype=jnp.int32) - (ends[word] - _count(bits))
+    dtype = jnp.asarray(0).dtype
+    return word.astype(dtype) * _WORD + _place_of_bit(bits, place).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def common_positions(old: Array, new: Array, size: int) -> tuple[Array, Array]:
+    """For each of `new` its position in `old`, and whether it is there; both ascending (k,)."""
+    marks = jnp.zeros(size, bool).at[old].set(True, indices_are_sorted=True, unique_indices=True)
+    words = _pack(_pad(marks, False))
+    starts = jnp.cumsum(_count(words)) - _count(words)
+    word, place = new // _WORD, (new % _WORD).astype(jnp.uint32)
+    bits = words[word]
+    position = starts[word] + _count(bits & ((jnp.uint32(1) << place) - 1))
+    return jnp.minimum(position, old.shape[0] - 1), (bits >> place) & 1 == 1
+
+
+def beside(array: Array) -> Any:
+    """The device of an array, or the same on each of the devices that it is spread over."""
+    if isinstance(array.sharding, NamedSharding):
+        return NamedSharding(array.sharding.mesh, PartitionSpec())
+    return array.device
+
+
+def when(due: Array, change: Callable[..., T], state: T, *operands: Any) -> T:
+    """``change(state, *operands) if due else state``, of equal shapes and dtypes.
+
+    A loop of one turn or none. Unlike ``lax.cond``, it lets what does not change stay where it is
+    in memory, and under ``vmap`` it is skipped where none of a batch is due. Differentiated, which
+    loops cannot be in reverse mode, it is a ``lax.cond``.
+    """
+
+    @jax.custom_jvp
+    def looped(due: Array, state: T, *operands: Any) -> T:
+        def turn(carry: tuple[Array, T]) -> tuple[Array, T]:
+            return jnp.zeros_like(carry[0]), change(carry[1], *operands)
+
+        return lax.while_loop(lambda carry: carry[0], turn, (due, state))[1]
+
+    @looped.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        def branched(due: Array, state: T, *operands: Any) -> T:
+            return lax.cond(due, change, lambda state, *_: state, state, *operands)  # type: ignore[no-any-return]
+
+        return jax.jvp(branched, primals, tangents)
+
+    return looped(due, state, *operands)
+
+
+def _kth_largest(keys: Array, count: int) -> Array:
+    """The k-th largest of integers, bit by bit: the largest t of at least -1 that k keys reach."""
+    bits = 8 * keys.dtype.itemsize - 1
+
+    def reached(threshold: Array) -> Array:
+        return jnp.sum(_count(_pack(keys >= threshold))) >= count
+
+    def set_bit(place: Array, threshold: Array) -> Array:
+        bit = jnp.left_shift(jnp.asarray(1, keys.dtype), (bits - 1 - place).astype(keys.dtype))
+        raised = threshold | bit
+        return jnp.where(reached(raised), raised, threshold)
+
+    threshold = lax.fori_loop(0, bits, set_bit, jnp.asarray(0, keys.dtype))
+    return jnp.where(reached(threshold), threshold, jnp.asarray(-1, keys.dtype))
+
+
+def _pad(flat: Array, fill: int | bool) -> Array:
+    missing = -flat.shape[0] % _WORD
+    return jnp.pad(flat, (0, missing), constant_values=fill) if missing else flat
+
+
+def _pack(mask: Array) -> Array:
+    """Words (n/32,) of a mask (n,): entry i is bit i % 32 of word i // 32."""
+    bits = jnp.uint32(1) << jnp.arange(_WORD, dtype=jnp.uint32)
+    return jnp.sum(jnp.where(mask.reshape(-1, _WORD), bits, 0), axis=1, dtype=jnp.uint32)
+
+
+def _count(words: Array) -> Array:
+    """How many bits of each word are set; int32."""
+    return lax.population_count(words).astype(jnp.int32)
+
+
+def _index_of_bit(words: Array, rank: Array) -> Array:
+    """Index of the set bit number `rank` (a scalar, from 0) of all that are set."""
+    ends = jnp.cumsum(_count(words))
+    word = jnp.sum(ends <= rank)
+    bits = words[word]
+    return word * _WORD + _place_of_bit(bits, rank - (ends[word] - _count(bits)))
+
+
+def _place_of_bit(words: Array, rank: Array) -> Array:
+    """Where in each word its set bit number `rank`, from 0 and from the lowest, is; int32."""
+    place = jnp.zeros_like(rank)
+    for half in (16, 8, 4, 2, 1):
+        below = _count(words & jnp.uint32((1 << half) - 1))
+        higher = rank >= below
+        rank = jnp.where(higher, rank - below, rank)
+        words = jnp.where(higher, words >> half, words)
+        place = jnp.where(higher, place + half, place)
+    return place

@@ -1,0 +1,306 @@
+"""optax's own transformations, inside and around the wrapped one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_jax_transform import (
+    Pytree,
+    assert_close,
+    assert_equal,
+    inner_state,
+    inputs_of,
+    loss,
+    make_params,
+    make_step,
+    run,
+    wrap,
+)
+
+import topkast
+
+INSIDE = {
+    "chain": optax.chain(optax.clip(0.01), optax.scale_by_adam(), optax.scale(-1e-2)),
+    "clip_by_global_norm": optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1.0)),
+    "schedule": optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 3, 9)),
+    "inject_hyperparams": optax.inject_hyperparams(optax.adamw)(
+        learning_rate=optax.linear_schedule(1e-2, 0.0, 10)
+    ),
+    "decay of matrices": optax.adamw(
+        1e-2, weight_decay=0.5, mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+    ),
+    "lamb": optax.lamb(1e-2),
+    "lars": optax.lars(1e-2),
+    "schedule_free": optax.contrib.schedule_free(optax.sgd(0.05), 0.05),
+    "lion": optax.lion(1e-3),
+    "polyak_sgd": optax.polyak_sgd(),
+    "reduce_on_plateau": optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau()),
+}
+CONTEXT = {"polyak_sgd", "reduce_on_plateau"}  # need the loss
+
+
+def on_b_alone(inner: Any, params: Pytree, steps: int, *, value: bool) -> Pytree:
+    """θ after training the entries of a fixed B as if they were all that there is."""
+    supports = wrap(inner, refresh_every=1000).init(params).supports
+    weights = {"body.0.w": ("body", 0), "body.1.w": ("body", 1), "head.w": ("head",)}
+    state = None
+    for number in range(steps):
+        alpha = topkast.forward_params(
+            params, wrap(inner, refresh_every=1000).init(params)._replace(supports=supports)
+        )
+        found, grads = jax.value_and_grad(loss)(alpha, inputs_of(number))
+
+        def compact(tree: Pytree) -> Pytree:
+            tree = jax.tree.map(lambda leaf: leaf, tree)
+            for name, path in weights.items():
+                place = tree
+                for key in path:
+                    place = place[key]
+                place["w"] = place["w"].reshape(1, -1)[:, supports[name].indices]
+            return tree
+
+        values = compact(params)
+        state = inner.init(values) if state is None else state
+        extra = {"value": found} if value else {}
+        updates, state = optax.with_extra_args_support(inner).update(
+            compact(grads), state, values, **extra
+        )
+        moved = optax.apply_updates(values, updates)
+        params = jax.tree.map(lambda leaf: leaf, params)
+        for name, path in weights.items():
+            place, source = params, moved
+            for key in path:
+                place, source = place[key], source[key]
+            flat = place["w"].reshape(-1).at[supports[name].indices].set(source["w"][0])
+            place["w"] = flat.reshape(place["w"].shape)
+        for layer, source in zip(params["body"], moved["body"], strict=True):
+            layer["b"] = source["b"]
+    return params
+
+
+@pytest.mark.parametrize("name", INSIDE)
+class TestInside:
+    def test_it_does_what_it_would_do_on_b_alone(self, name: str) -> None:
+        tx = wrap(INSIDE[name], refresh_every=1000, penalty=0.0)
+        params = make_params()
+        expected = on_b_alone(INSIDE[name], params, 4, value=name in CONTEXT)
+        state = tx.init(params)
+        for number in range(4):
+            found, grads = jax.value_and_grad(loss)(
+                topkast.forward_params(params, state), inputs_of(number)
+            )
+            extra = {"value": found} if name in CONTEXT else {}
+            updates, state = tx.update(grads, state, params, **extra)
+            params = optax.apply_updates(params, updates)
+        assert_close(params, expected)
+        assert not np.array_equal(params["head"]["w"], make_params()["head"]["w"])
+
+    def test_survivors_keep_their_state_and_entrants_start_anew(self, name: str) -> None:
+        tx, params = wrap(INSIDE[name], refresh_every=5), make_params()
+        extra = {"value": jnp.float32(0.5)} if name in CONTEXT else {}
+        state = tx.init(params)
+        for number in range(4):
+            grads = jax.grad(loss)(topkast.forward_params(params, state), inputs_of(number))
+            _, state = tx.update(grads, state, params, **extra)
+        # The next update comes with a refresh. Other weights take over half of B.
+        grown = jax.tree.map(lambda leaf: leaf, params)
+        flat = grown["head"]["w"].reshape(-1)
+        order = jnp.argsort(-jnp.abs(flat))
+        grown["head"]["w"] = flat.at[order[20:30]].set(9.0).reshape(16, 4)
+        still = wrap(INSIDE[name], refresh_every=1000)
+        _, without = still.update(grads, state, grown, **extra)
+        _, refreshed = tx.update(grads, state, grown, **extra)
+        old, new = (one.supports["head.w"].indices for one in (without, refreshed))
+        assert 0 < len(np.setdiff1d(new, old)) < 20
+        compact = jax.tree.map(lambda leaf: leaf, params)
+        compact["head"]["w"] = grown["head"]["w"].reshape(1, -1)[:, new]
+        for index, layer in enumerate(compact["body"]):
+            indices = refreshed.supports[f"body.{index}.w"].indices
+            layer["w"] = layer["w"].reshape(1, -1)[:, indices]
+        fresh = INSIDE[name].init(compact)
+        checked = 0
+        entries = zip(
+            jax.tree.leaves_with_path(without.inner),
+            jax.tree.leaves(refreshed.inner),
+            jax.tree.leaves(fresh),
+            strict=True,
+        )
+        for (path, before), after, initial in entries:
+            if "head" in jax.tree_util.keystr(path) and before.shape == (1, 20):
+                checked += 1
+                for place, index in enumerate(np.asarray(new)):
+                    survivor = np.flatnonzero(np.asarray(old) == index)
+                    source = before[0, survivor[0]] if survivor.size else initial[0, place]
+                    assert after[0, place] == source
+        mirrors = [leaf for leaf in jax.tree.leaves(fresh) if jnp.shape(leaf) == (1, 20)]
+        assert checked == len(mirrors)
+
+
+def dense_clip(norm: float) -> Any:
+    return optax.chain(optax.clip_by_global_norm(norm), wrap(optax.sgd(0.1)))
+
+
+class TestAround:
+    def test_chain_before(self) -> None:
+        """What comes before sees the gradient of all coordinates."""
+        params = make_params()
+        tx, plain = dense_clip(1e6), wrap(optax.sgd(0.1))
+        assert_close(run(tx, params)[0], run(plain, params)[0])
+
+    def test_multi_steps(self) -> None:
+        """Micro-batches accumulate to one update, which is what refreshes are counted in."""
+        params = make_params()
+        many = optax.MultiSteps(wrap(optax.sgd(0.1, momentum=0.9)), 2)
+        step = jax.jit(make_step(many))
+        found, state = params, many.init(params)
+        for number in range(14):
+            found, state = step(found, state, inputs_of(number // 2))
+        expected, expected_state = run(wrap(optax.sgd(0.1, momentum=0.9)), params)
+        assert inner_state(state).updates == 7
+        assert inner_state(state).displaced == 0
+        assert_equal(inner_state(state).supports, expected_state.supports)
+        assert_close(found, expected)
+
+    def test_apply_if_finite(self) -> None:
+        """A step that is skipped moves no weight, no mask and no count."""
+        params = make_params()
+        tx = optax.apply_if_finite(wrap(), 3)
+        update = jax.jit(tx.update)
+        state = tx.init(params)
+        grads = jax.grad(loss)(params, inputs_of(0))
+        bad = {**grads, "head": {"w": grads["head"]["w"].at[0, 0].set(jnp.nan)}}
+        for _ in range(2):
+            updates, state = update(bad, state, params)
+            assert_equal(optax.apply_updates(params, updates), params)
+        assert_equal(inner_state(state), wrap().init(params))
+        updates, state = update(grads, state, params)
+        expected, _ = wrap().update(grads, wrap().init(params), params)
+        assert_close(updates, expected)
+
+    def test_inject_hyperparams(self) -> None:
+        def make(learning_rate: Any) -> Any:
+            return wrap(optax.sgd(learning_rate))
+
+        params = make_params()
+        tx = optax.inject_hyperparams(make)(learning_rate=0.1)
+        found, state = run(tx, params)
+        expected, _ = run(wrap(optax.sgd(0.1)), params)
+        assert_close(found, expected)
+        state.hyperparams["learning_rate"] = jnp.asarray(0.0)
+        grads = jax.grad(loss)(found, inputs_of(0))
+        updates, _ = tx.update(grads, state, found)
+        assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(updates))
+
+    def test_masked(self) -> None:
+        params = make_params()
+        tx = optax.masked(wrap(optax.sgd(0.1)), {"body": True, "head": False})
+        state = tx.init(params)
+        assert list(inner_state(state).supports) == ["body.0.w", "body.1.w"]
+        updates, _ = jax.jit(tx.update)(params, state, params)
+        assert_equal(updates["head"], params["head"])  # optax hands on what it masks
+        assert int(jnp.sum(updates["body"][0]["w"] != 0)) == 72
+
+    def test_partition(self) -> None:
+        params = make_params()
+        tx = optax.partition(
+            {"sparse": wrap(optax.adamw(1e-2)), "dense": optax.sgd(0.1)},
+            {"body": "sparse", "head": "dense"},
+        )
+        updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+        assert int(jnp.sum(updates["head"]["w"] != 0)) == 64
+        assert int(jnp.sum(updates["body"][1]["w"] != 0)) == 96
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("inner", "name"),
+        [
+            (optax.contrib.muon(1e-3), "scale_by_muon"),
+            (optax.adafactor(1e-3), "scale_by_factored_rms"),
+            (optax.sm3(1e-3), "scale_by_sm3"),
+        ],
+        ids=["muon", "adafactor", "sm3"],
+    )
+    def test_what_looks_at_more_than_coordinates(self, inner: Any, name: str) -> None:
+        with pytest.raises(
+            topkast.UnsupportedOptimizerError, match=rf"{name}.* does not treat a tensor as a bag"
+        ):
+            wrap(inner)
+
+    def test_shampoo_like(self) -> None:
+        """Preconditioning by the square root of the second moment of the rows."""
+
+        def update(updates: Any, state: Any, params: Any = None) -> Any:
+            def precondition(grad: Any) -> Any:
+                if grad.ndim < 2:
+                    return grad
+                values, vectors = jnp.linalg.eigh(grad @ grad.T + 1e-3 * jnp.eye(len(grad)))
+                return vectors @ jnp.diag(values**-0.5) @ vectors.T @ grad
+
+            return jax.tree.map(precondition, updates), state
+
+        inner = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+        with pytest.raises(topkast.UnsupportedOptimizerError, match="bag of coordinates"):
+            wrap(optax.chain(inner, optax.scale(-0.1)))
+
+    def test_factors_found_on_the_tree_of_the_user(self) -> None:
+        """Labels by name make the tree of the user necessary, which init has."""
+        inner = optax.partition(
+            {"muon": optax.contrib.muon(1e-3), "adam": optax.adam(1e-3)},
+            lambda params: {"body": "adam", "head": {"w": "muon"}} if params["head"] else None,
+        )
+        tx = wrap(inner)
+        with pytest.raises(topkast.UnsupportedOptimizerError, match="bag of coordinates"):
+            tx.init(make_params())
+
+    def test_noise_passes_without_the_probe(self) -> None:
+        inner = optax.noisy_sgd(0.1, key=0)
+        with pytest.raises(topkast.UnsupportedOptimizerError, match="probe=False"):
+            wrap(inner)
+        _, state = run(wrap(inner, probe=False), make_params(), 4)
+        assert state.updates == 4
+
+    def test_line_search(self) -> None:
+        tx = wrap(optax.lbfgs())
+        with pytest.raises(topkast.UnsupportedOptimizerError, match="value_fn"):
+            tx.init(make_params())
+
+    def test_state_that_cannot_follow_b(self) -> None:
+        def init(params: Any) -> Any:
+            return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params)])
+
+        inner = optax.GradientTransformation(
+            init, lambda updates, state, params=None: (updates, state)
+        )
+        with pytest.raises(topkast.UnsupportedOptimizerError, match="belongs to no single tensor"):
+            wrap(inner).init(make_params())
+
+    @pytest.mark.parametrize(
+        ("inner", "name"),
+        [
+            (optax.MultiSteps(optax.sgd(0.1), 2), "MultiSteps"),
+            (optax.apply_if_finite(optax.sgd(0.1), 2), "apply_if_finite"),
+        ],
+    )
+    def test_what_skips_updates_inside(self, inner: Any, name: str) -> None:
+        with pytest.raises(
+            topkast.UnsupportedOptimizerError, match=f"{name} must be around the wrapped"
+        ):
+            wrap(inner).init(make_params())
+
+    def test_wrapping_twice(self) -> None:
+        with pytest.raises(topkast.UnsupportedOptimizerError, match="wrapped already"):
+            wrap(wrap())
+
+    def test_what_is_no_transformation(self) -> None:
+        with pytest.raises(topkast.UnsupportedOptimizerError, match="expected an optax"):
+            wrap(optax.EmptyState())
+
+    def test_misspelt_pattern(self) -> None:
+        with pytest.raises(topkast.OptionError, match=r"dense='haed\.\*' matches none"):
+            wrap(dense="haed.*").init(make_params())

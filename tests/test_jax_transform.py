@@ -1,0 +1,566 @@
+"""The optax adapter keeps optax's conventions, on any pytree, in and out of ``jax.jit``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import topkast
+from topkast.testing import assert_forward_view, assert_masks, assert_reservoir_unchanged
+
+Pytree = Any
+
+
+def make_params(seed: int = 0, dtype: Any = jnp.float32) -> Pytree:
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return {
+        "body": [
+            {"w": jax.random.normal(keys[0], (12, 20), dtype), "b": jnp.zeros(20, dtype)},
+            {"w": jax.random.normal(keys[1], (20, 16), dtype), "b": jnp.zeros(16, dtype)},
+        ],
+        "head": {"w": jax.random.normal(keys[2], (16, 4), dtype)},
+    }
+
+
+def loss(alpha: Pytree, inputs: jax.Array) -> jax.Array:
+    hidden = inputs
+    for layer in alpha["body"]:
+        hidden = jnp.tanh(hidden @ layer["w"] + layer["b"])
+    return jnp.mean((hidden @ alpha["head"]["w"] - 1) ** 2)
+
+
+def inputs_of(step: int, dtype: Any = jnp.float32) -> jax.Array:
+    return jax.random.normal(jax.random.key(100 + step), (8, 12), dtype)
+
+
+def make_step(tx: Any) -> Callable[..., tuple[Pytree, Any]]:
+    """A training step as any optax user writes it."""
+
+    def train(params: Pytree, state: Any, inputs: jax.Array) -> tuple[Pytree, Any]:
+        grads = jax.grad(loss)(topkast.forward_params(params, inner_state(state)), inputs)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return train
+
+
+def inner_state(state: Any) -> Any:
+    """The state of the wrapped transformation, wherever it is."""
+    kinds = (
+        entry
+        for entry in jax.tree.leaves(state, is_leaf=lambda entry: hasattr(entry, "supports"))
+        if hasattr(entry, "supports")
+    )
+    return next(kinds)
+
+
+def wrap(inner: Any = None, **options: Any) -> Any:
+    chosen = {"fwd": 0.9, "bwd": 0.7, "refresh_every": 3, **options}
+    return topkast.wrap_optimizer(optax.adamw(1e-2) if inner is None else inner, **chosen)
+
+
+def run(tx: Any, params: Pytree, steps: int = 7, *, jit: bool = True) -> tuple[Pytree, Any]:
+    step = jax.jit(make_step(tx)) if jit else make_step(tx)
+    state = tx.init(params)
+    for number in range(steps):
+        params, state = step(params, state, inputs_of(number))
+    return params, state
+
+
+def run_to_the_end(tx: Any, params: Pytree, *, jit: bool) -> tuple[Pytree, Any]:
+    """As `run`, five steps and what they call back."""
+    outcome = run(tx, params, 5, jit=jit)
+    jax.effects_barrier()
+    return outcome
+
+
+def assert_close(found: Pytree, expected: Pytree, tolerance: float = 1e-6) -> None:
+    assert structure(found) == structure(expected)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
+
+
+def assert_equal(found: Pytree, expected: Pytree) -> None:
+    assert structure(found) == structure(expected)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def structure(tree: Pytree) -> Any:
+    return jax.tree.structure(tree)
+
+
+def avals(tree: Pytree) -> Any:
+    return jax.tree.map(lambda leaf: jax.typeof(leaf), tree)
+
+
+class TestInvariants:
+    """Section 4 of the design, under jit."""
+
+    @settings(max_examples=settings().max_examples // 5)  # each is compiled anew
+    @given(
+        fwd=st.sampled_from([0.5, 0.9, 0.98]),
+        slack=st.sampled_from([0.0, 0.5, 1.0]),
+        inner=st.sampled_from(["sgd", "adamw", "lion"]),
+        seed=st.integers(0, 1000),
+    )
+    def test_a_run_keeps_all(self, fwd: float, slack: float, inner: str, seed: int) -> None:
+        bwd = round(fwd * (1 - slack), 3)
+        tx = wrap(getattr(optax, inner)(1e-2), fwd=fwd, bwd=bwd)
+        step = jax.jit(make_step(tx))
+        params = make_params(seed)
+        state = jax.jit(tx.init)(params)
+        for number in range(4):
+            before, masks = topkast.dense_params(state, params), topkast.masks(state, params)
+            alpha = topkast.forward_params(params, state)
+            for (name, theta), view in zip(before.items(), jax.tree.leaves(alpha), strict=True):
+                if name in masks:
+                    if number in (0, 3):  # A and B were chosen from these very weights
+                        assert_masks(theta, masks[name], fwd=fwd, bwd=bwd)
+                    assert_forward_view(theta, view, masks[name].forward)
+            for key, support in state.supports.items():
+                entries = [leaf for leaf in jax.tree.leaves(state.inner) if leaf.ndim == 2]
+                assert any(entry.shape[-1] == support.indices.size for entry in entries) or (
+                    inner == "sgd"
+                ), key
+            params, state = step(params, state, inputs_of(number))
+            after = topkast.dense_params(state, params)
+            for name, mask in masks.items():
+                assert_reservoir_unchanged(before[name], after[name], mask.backward)
+
+    def test_fwd_0_bwd_0_penalty_0_is_the_plain_transformation(self) -> None:
+        inner = optax.adamw(1e-2)
+        plain, wrapped = make_params(), make_params()
+        tx = wrap(inner, fwd=0.0, bwd=0.0, penalty=0.0)
+        plain_state, state = inner.init(plain), tx.init(wrapped)
+        for number in range(5):
+            grads = jax.grad(loss)(plain, inputs_of(number))
+            updates, plain_state = inner.update(grads, plain_state, plain)
+            plain = optax.apply_updates(plain, updates)
+            grads = jax.grad(loss)(topkast.forward_params(wrapped, state), inputs_of(number))
+            updates, state = tx.update(grads, state, wrapped)
+            wrapped = optax.apply_updates(wrapped, updates)
+        assert_equal(wrapped, plain)
+
+
+class TestCompiled:
+    def test_eager_and_jit_choose_the_same(self) -> None:
+        params, state = run(wrap(), make_params())
+        other_params, other = run(wrap(), make_params(), jit=False)
+        assert_equal(other.supports, state.supports)
+        assert_close(other_params, params, 1e-5)
+
+    def test_nothing_is_compiled_twice(self) -> None:
+        tx, params = wrap(), make_params()
+        step: Any = jax.jit(make_step(tx))
+        state = tx.init(params)
+        for number in range(7):  # two refreshes
+            params, state = step(params, state, inputs_of(number))
+        assert step._cache_size() == 1
+
+    def test_types_are_fixed_from_init_on(self) -> None:
+        tx, params = wrap(), make_params()
+        state = tx.init(params)
+        _, later = run(tx, params)
+        assert avals(later) == avals(state)
+        assert avals(jax.jit(tx.init)(params)) == avals(state)
+
+    def test_scan(self) -> None:
+        tx = wrap()
+        step = make_step(tx)
+
+        @jax.jit
+        def whole(params: Pytree, state: Any) -> Any:
+            inputs = jnp.stack([inputs_of(number) for number in range(7)])
+            body = lambda carry, x: (step(*carry, x), None)  # noqa: E731
+            return jax.lax.scan(body, (params, state), inputs)[0]
+
+        params = make_params()
+        found, state = whole(params, tx.init(params))
+        expected, expected_state = run(tx, params)
+        assert_equal(state.supports, expected_state.supports)
+        assert_close(found, expected)
+
+    def test_cond(self) -> None:
+        tx, params = wrap(), make_params()
+        state = tx.init(params)
+        grads = jax.grad(loss)(params, inputs_of(0))
+
+        @jax.jit
+        def maybe(flag: jax.Array, params: Pytree, state: Any) -> Any:
+            def move(params: Pytree, state: Any) -> Any:
+                updates, state = tx.update(grads, state, params)
+                return optax.apply_updates(params, updates), state
+
+            return jax.lax.cond(flag, move, lambda *same: same, params, state)
+
+        assert_equal(maybe(jnp.asarray(False), params, state), (params, state))
+        _, moved = maybe(jnp.asarray(True), params, state)
+        assert moved.updates == 1
+
+    def test_vmap_over_seeds(self) -> None:
+        tx = wrap()
+        seeds = [make_params(seed) for seed in range(3)]
+        params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *seeds)
+        state = jax.vmap(tx.init)(params)
+        step = jax.jit(jax.vmap(make_step(tx), in_axes=(0, 0, None)))
+        for number in range(7):
+            params, state = step(params, state, inputs_of(number))
+        for place, one in enumerate(seeds):
+            expected, expected_state = run(tx, one)
+            found = jax.tree.map(lambda leaf, place=place: leaf[place], state.supports)
+            assert_equal(found, expected_state.supports)
+            assert_close(jax.tree.map(lambda leaf, p=place: leaf[p], params), expected)
+
+    def test_members_of_a_batch_are_refreshed_each_in_its_time(self) -> None:
+        tx, params = wrap(refresh_every=2), make_params()
+        first = tx.init(params)
+        _, second = run(tx, params, 1)
+        states = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)
+        grads = jax.grad(loss)(params, inputs_of(0))
+        _, batch = jax.vmap(lambda state: tx.update(grads, state, params))(states)
+        for place, state in enumerate((first, second)):
+            _, alone = tx.update(grads, state, params)
+            found = jax.tree.map(lambda leaf, place=place: leaf[place], batch.supports)
+            assert_equal(found, alone.supports)
+
+    def test_updates_can_be_differentiated(self) -> None:
+        """What learns a learning rate does: the loss after two updates, by that rate."""
+        params = make_params()
+
+        def after(rate: jax.Array) -> jax.Array:
+            tx = wrap(optax.sgd(rate), refresh_every=1, probe=False)
+            moved, _ = run(tx, params, 2)
+            return loss(moved, inputs_of(9))
+
+        slope = jax.grad(after)(0.01)
+        difference = (after(jnp.float32(0.0101)) - after(jnp.float32(0.0099))) / 0.0002
+        np.testing.assert_allclose(slope, difference, rtol=0.05)
+        assert abs(slope) > 0
+
+    def test_params_and_state_can_be_donated(self) -> None:
+        inner = optax.contrib.schedule_free(optax.sgd(0.1), 0.1)  # keeps parameters in its state
+        tx, params = wrap(inner), make_params()
+        expected, _ = run(tx, params)
+        step = jax.jit(make_step(tx), donate_argnums=(0, 1))
+        params, state = jax.tree.map(jnp.copy, params), tx.init(params)
+        for number in range(7):
+            params, state = step(params, state, inputs_of(number))
+        assert_close(params, expected)
+
+    def test_no_nan_is_chosen_while_there_is_a_number(self) -> None:
+        tx, params = wrap(), make_params()
+        params["head"]["w"] = params["head"]["w"].at[:3].set(jnp.nan)
+        state = jax.jit(tx.init)(params)
+        support = state.supports["head.w"]
+        assert support.indices.shape == (20,)
+        assert not jnp.isnan(params["head"]["w"].ravel()[support.indices]).any()
+        with pytest.raises(topkast.NonFiniteError, match=r"head\.w: 12 of 64"):
+            tx.init(params)
+
+
+class TestStep:
+    """``step`` is ``update`` and ``apply_updates``."""
+
+    @pytest.mark.parametrize("distribution", ["uniform", "global"])
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+    def test_step(self, distribution: str, dtype: Any) -> None:
+        tx = wrap(distribution=distribution, refresh_every=2)
+        params = make_params(dtype=dtype)
+        expected, expected_state = run(tx, params, 5)
+
+        @jax.jit
+        def train(params: Pytree, state: Any, inputs: jax.Array) -> Any:
+            grads = jax.grad(loss)(topkast.forward_params(params, state), inputs)
+            return tx.step(grads, state, params)
+
+        state = tx.init(params)
+        for number in range(5):
+            params, state = train(params, state, inputs_of(number))
+        assert_equal(state.supports, expected_state.supports)
+        assert_close(params, expected, 1e-6 if dtype == jnp.float32 else 1e-2)
+
+    def test_other_leaves_stay(self) -> None:
+        params = {"w": make_params()["head"]["w"], "count": jnp.arange(3), "no": None}
+        tx = wrap()
+        moved, _ = tx.step({"w": params["w"], "count": None, "no": None}, tx.init(params), params)
+        assert_equal(moved["count"], params["count"])
+        assert moved["no"] is None
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+class TestPytrees:
+    def test_names_are_key_paths(self) -> None:
+        params = (Pair({"w": jnp.ones((4, 5))}, None), [jnp.ones((4, 5)), jnp.arange(4)])
+        tx = wrap(dense="1.*")
+        state = tx.init(params)
+        assert list(state.supports) == ["0.first.w"]
+        assert set(topkast.dense_params(state, params)) == {"0.first.w", "1.0"}
+        grads = jax.tree.map(jnp.ones_like, params)
+        updates, _ = tx.update(grads, state, params)
+        assert structure(updates) == structure(params)
+        assert_equal(updates[1][1], jnp.zeros(4, jnp.int32))
+
+    def test_bare_array(self) -> None:
+        params = jnp.arange(20.0).reshape(4, 5) + 1
+        tx = wrap()
+        state = tx.init(params)
+        updates, state = tx.update(jnp.ones((4, 5)), state, params)
+        assert int(jnp.sum(updates != 0)) == 6
+        assert topkast.summary(state, params).tensors[0].backward == 6
+
+    def test_integer_leaves_pass(self) -> None:
+        params = {"w": make_params()["head"]["w"], "n": jnp.arange(3), "flag": jnp.asarray(True)}
+        tx = wrap()
+
+        def squares(alpha: Pytree) -> jax.Array:
+            return jnp.sum(alpha["w"] ** 2)
+
+        grads = jax.grad(squares, allow_int=True)(params)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        moved = optax.apply_updates(params, updates)
+        assert_equal((moved["n"], moved["flag"]), (params["n"], params["flag"]))
+        assert avals(moved) == avals(params)
+
+    def test_equinox(self) -> None:
+        model = eqx.nn.MLP(6, 2, 16, 2, key=jax.random.key(0))
+        tx = wrap(dense="layers.2.*")
+        params, static = eqx.partition(model, eqx.is_inexact_array)
+        state = tx.init(params)
+        assert list(state.supports) == ["layers.0.weight", "layers.1.weight"]
+
+        @eqx.filter_jit
+        def train(params: Any, state: Any) -> Any:
+            def objective(alpha: Any) -> jax.Array:
+                outputs = jax.vmap(eqx.combine(alpha, static))(jnp.ones((4, 6)))
+                return jnp.mean((outputs - 1) ** 2)
+
+            value, grads = eqx.filter_value_and_grad(objective)(
+                topkast.forward_params(params, state)
+            )
+            updates, state = tx.update(grads, state, params)
+            return eqx.apply_updates(params, updates), state, value
+
+        values = []
+        for _ in range(20):
+            params, state, value = train(params, state)
+            values.append(float(value))
+        assert values[-1] < values[0] / 2
+        alpha: Any = topkast.forward_params(params, state)
+        assert int(jnp.sum(alpha.layers[1].weight != 0)) == 26
+
+    def test_flax_nnx_optimizer(self) -> None:
+        class Net(nnx.Module):
+            def __init__(self, rngs: nnx.Rngs) -> None:
+                self.hidden = nnx.Linear(6, 16, rngs=rngs)
+                self.out = nnx.Linear(16, 2, rngs=rngs)
+
+            def __call__(self, inputs: Any) -> Any:
+                return self.out(nnx.tanh(self.hidden(inputs)))
+
+        model = Net(nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, wrap(dense="out.*"), wrt=nnx.Param)
+
+        @nnx.jit
+        def train(model: Any, optimizer: Any) -> Any:
+            graph, theta = nnx.split(model, nnx.Param)
+            alpha = topkast.forward_params(theta, nnx.as_pure(optimizer.opt_state))
+
+            def objective(alpha: Any) -> jax.Array:
+                return jnp.mean((nnx.merge(graph, alpha)(jnp.ones((4, 6))) - 1) ** 2)
+
+            value, grads = nnx.value_and_grad(objective)(alpha)
+            optimizer.update(model, grads)
+            return value
+
+        values = [float(train(model, optimizer)) for _ in range(20)]
+        assert values[-1] < values[0] / 2
+        masks = topkast.masks(nnx.as_pure(optimizer.opt_state), nnx.state(model, nnx.Param))
+        assert list(masks) == ["hidden.kernel"]
+        assert int(masks["hidden.kernel"].backward.sum()) == 29
+
+
+class TestConventions:
+    def test_it_is_a_transformation_with_extra_args(self) -> None:
+        tx = wrap()
+        assert isinstance(tx, optax.GradientTransformationExtraArgs)
+        init, update = tx
+        assert init(make_params()).updates == 0
+        assert callable(update)
+
+    def test_unexpected_extra_args_are_ignored(self) -> None:
+        tx, params = wrap(), make_params()
+        grads = jax.tree.map(jnp.ones_like, params)
+        plain, _ = tx.update(grads, tx.init(params), params)
+        found, _ = tx.update(grads, tx.init(params), params, value=1.0, what="ever")
+        assert_equal(found, plain)
+
+    def test_extra_args_reach_the_inner_transformation(self) -> None:
+        seen = {}
+
+        def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+            seen.update(extra)
+            return updates, state
+
+        inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+        tx, params = wrap(inner), make_params()
+        state = tx.init(params)
+        tx.update(params, state, params, value=2.0, grad=params)
+        assert seen["value"] == 2.0
+        assert seen["grad"]["head"]["w"].shape == (1, 20)  # on B, as the gradient is
+        assert seen["grad"]["body"][0]["b"].shape == (20,)
+
+    @pytest.mark.parametrize("name", ["updates", "supports", "changed", "inner", "mu", "nu"])
+    def test_tree_get_finds_the_state_by_name(self, name: str) -> None:
+        params = make_params()
+        state = optax.chain(optax.clip(1.0), wrap()).init(params)
+        assert optax.tree.get(state, name) is not None
+        assert optax.tree.get(state, "mu")["head"]["w"].shape == (1, 20)
+
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+    def test_dtypes_are_kept(self, dtype: Any) -> None:
+        tx, params = wrap(optax.sgd(0.1, momentum=0.9)), make_params(dtype=dtype)
+        state = tx.init(params)
+        for number in range(4):
+            grads = jax.grad(loss)(topkast.forward_params(params, state), inputs_of(0, dtype))
+            updates, state = jax.jit(tx.update)(grads, state, params)
+            assert avals(updates) == avals(params), number
+            params = optax.apply_updates(params, updates)
+        masks = topkast.masks(state, params)
+        for name, theta in topkast.dense_params(state, params).items():
+            assert theta.dtype == dtype
+            if name in masks:
+                expected = topkast.select(np.asarray(theta, np.float32), fwd=0.9, bwd=0.7)
+                assert masks[name].backward.sum() == expected.indices.size
+
+    def test_selection_in_half_precision_is_exact(self) -> None:
+        for dtype in (jnp.bfloat16, jnp.float16):
+            theta = jax.random.normal(jax.random.key(3), (64, 65)).astype(dtype)  # full of ties
+            found = jax.jit(lambda theta: topkast.select(theta, fwd=0.9, bwd=0.8))(theta)
+            expected = topkast.select(np.asarray(theta, np.float64), fwd=0.9, bwd=0.8)
+            assert_equal(found, expected)
+
+    def test_the_count_does_not_overflow(self) -> None:
+        tx, params = wrap(), make_params()
+        last = jnp.asarray(2**31 - 1, jnp.int32)
+        state = tx.init(params)._replace(updates=last)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", topkast.WeightsMovedWarning)
+            _, state = jax.jit(tx.update)(params, state, params)
+        assert state.updates == last
+
+    def test_repr_names_the_inner_transformation(self) -> None:
+        assert "scale_by_adam" in repr(wrap())
+        assert "fwd=0.9" in repr(wrap())
+
+
+class TestErrors:
+    def test_update_without_params(self) -> None:
+        tx, params = wrap(), make_params()
+        with pytest.raises(topkast.MismatchError, match="update needs params"):
+            tx.update(params, tx.init(params))
+
+    @pytest.mark.parametrize("jit", [False, True])
+    def test_params_of_another_tree(self, jit: bool) -> None:
+        tx, params = wrap(), make_params()
+        state = tx.init(params)
+        update = jax.jit(tx.update) if jit else tx.update
+        others = [
+            {"head": params["head"]},
+            {**params, "more": params["head"]},
+            {**params, "more": jnp.zeros(3)},
+            {**params, "head": {"w": jnp.ones((16, 5))}},
+            {**params, "body": [{**layer, "b": jnp.zeros(3)} for layer in params["body"]]},
+        ]
+        for other in others:
+            with pytest.raises(topkast.MismatchError, match="differ from those given to init"):
+                update(other, state, other)
+
+    def test_grads_of_another_tree(self) -> None:
+        tx, params = wrap(), make_params()
+        state = tx.init(params)
+        for grads in ({"head": params["head"]}, {**params, "head": {"w": None}}, [1.0]):
+            with pytest.raises(topkast.MismatchError, match="grads"):
+                tx.update(grads, state, params)
+
+    @pytest.mark.parametrize("jit", [False, True])
+    def test_grads_of_another_dtype_or_shape(self, jit: bool) -> None:
+        tx, params = wrap(), make_params()
+        state = tx.init(params)
+        update = jax.jit(tx.update) if jit else tx.update
+        for odd in (jnp.ones((16, 4), jnp.bfloat16), jnp.ones((4, 16))):
+            with pytest.raises(topkast.MismatchError, match=r"head\.w: the gradient is .*, the p"):
+                update({**params, "head": {"w": odd}}, state, params)
+
+    def test_functions_among_the_leaves(self) -> None:
+        model = eqx.nn.MLP(6, 2, 16, 2, key=jax.random.key(0))
+        with pytest.raises(topkast.UnsupportedTensorError, match=r"activation: .*eqx|equinox\.fil"):
+            wrap().init(model)
+
+    def test_nothing_to_train(self) -> None:
+        with pytest.raises(topkast.MismatchError, match="no floating-point leaf"):
+            wrap().init({"n": jnp.arange(3)})
+
+    def test_two_leaves_of_one_name(self) -> None:
+        with pytest.raises(topkast.MismatchError, match=r"one name: \['a\.b'\]"):
+            wrap().init({"a.b": jnp.ones((3, 3)), "a": {"b": jnp.ones((3, 3))}})
+
+    def test_inspecting_without_params(self) -> None:
+        with pytest.raises(topkast.MismatchError, match="pass params too"):
+            topkast.masks(wrap().init(make_params()))
+
+
+class TestOutermost:
+    """What changes the updates after they were made is told."""
+
+    @pytest.mark.parametrize("jit", [False, True])
+    def test_changed_updates_are_told(self, jit: bool) -> None:
+        tx = optax.chain(wrap(), optax.scale(0.5))
+        with pytest.warns(topkast.WeightsMovedWarning, match=r"must be the outermost"):
+            params, state = run_to_the_end(tx, make_params(), jit=jit)
+        assert inner_state(state).displaced == 1
+        with pytest.warns(topkast.WeightsMovedWarning):
+            topkast.summary(inner_state(state), params)
+
+    def test_with_a_cache_of_compilations_the_state_tells(self, tmp_path: Any) -> None:
+        tx = optax.chain(wrap(), optax.scale(0.5))
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        try:
+            params, state = run(tx, make_params(), 5)
+        finally:
+            jax.config.update("jax_compilation_cache_dir", None)
+        jax.effects_barrier()
+        with pytest.warns(topkast.WeightsMovedWarning):
+            topkast.masks(inner_state(state), params)
+
+    def test_weights_changed_by_hand_are_told(self) -> None:
+        tx, params = wrap(), make_params()
+        params, state = run(tx, params, 3)
+        params = jax.tree.map(lambda leaf: 2 * leaf, params)
+        with pytest.warns(topkast.WeightsMovedWarning, match="init anew"):
+            tx.update(params, state, params)
+
+    @pytest.mark.parametrize("distribution", ["uniform", "global"])
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    def test_proper_use_is_silent(self, distribution: str, dtype: Any) -> None:
+        params = make_params(dtype=dtype)
+        params["head"]["w"] = params["head"]["w"].at[0].set(-0.0)
+        tx = wrap(distribution=distribution, refresh_every=1)
+        for jit in (False, True):
+            _, state = run_to_the_end(tx, params, jit=jit)  # a warning would be an error
+            assert state.displaced == 0
