@@ -7,6 +7,9 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,24 @@ pytest.importorskip("tqdm", reason="the demo shows its progress with tqdm")
 import torch
 
 import topkast
-from topkast._demo import cli
-from topkast._demo.data import read_idx
-from topkast._demo.methods import build_optimizer
-from topkast._demo.models import CharacterTransformer, mlp
-from topkast._demo.settings import OPTIMIZERS, Settings
+from topkast._demo import DemoError, cli, torch_trainer
+from topkast._demo.data import load_images, load_text, read_idx
+from topkast._demo.networks import MLP, Network, Transformer
+from topkast._demo.settings import FRAMEWORKS, OPTIMIZERS, Settings
+from topkast._demo.tasks import DigitsTask, TextTask
+from topkast._demo.torch_models import build
+from topkast._demo.train import train
+from topkast._demo.trainer import Trainer, find_trainer
 
 PLOTS = ("learning_curves.png", "mask_change.png", "reservoir.png")
+SMALL = MLP((20, 30, 5))
+SMALL_TRANSFORMER = Transformer(characters=10, context=8, width=16, layers=2, heads=4)
+
+needs_jax = pytest.mark.skipif(
+    find_spec("jax") is None or find_spec("optax") is None, reason="needs jax and optax"
+)
+JAX = pytest.param("jax", marks=needs_jax)
+both_frameworks = pytest.mark.parametrize("framework", ["torch", JAX])
 
 
 def run(*arguments: str | Path, report: Path) -> dict[str, Any]:
@@ -65,6 +79,51 @@ def write_idx(path: Path, array: np.ndarray[Any, Any]) -> Path:
     return path
 
 
+def start(framework: str, method: str, settings: Settings, network: Network = SMALL) -> Trainer:
+    return find_trainer(framework)(network, method, settings, dense=("head.*",))
+
+
+def weights(trainer: Trainer) -> dict[str, np.ndarray[Any, Any]]:
+    """Copies of the weights that a trainer holds."""
+    return {
+        name: array.detach().numpy().copy() if isinstance(array, torch.Tensor) else np.array(array)
+        for name, array in trainer.params().items()
+    }
+
+
+def small_batch(seed: int = 0) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(seed)
+    return rng.random((16, 20), dtype=np.float32), rng.integers(0, 5, 16)
+
+
+def pytree(model: torch.nn.Module) -> dict[str, Any]:
+    """The weights of a PyTorch model as those of the demo's models for JAX."""
+    tree: dict[str, Any] = {}
+    for name, array in model.state_dict().items():
+        *path, last = name.split(".")
+        place = tree
+        for key in path:
+            place = place.setdefault(key, {})
+        is_table = path[0] in ("embedding", "positions")
+        place[last] = (array.numpy() if is_table else array.numpy().T).copy()
+    if "blocks" in tree:
+        tree["blocks"] = list(tree["blocks"].values())
+    return tree
+
+
+@pytest.fixture(autouse=True)
+def compile_soon() -> Iterator[None]:
+    """XLA optimises little: so small networks gain less from it than it takes."""
+    if find_spec("jax") is None:
+        yield
+        return
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """Forty images of 4×5 pixels in three classes, as MNIST's files are written."""
@@ -75,11 +134,19 @@ def images(tmp_path: Path) -> Path:
     return write_idx(tmp_path / "some-images-idx3-ubyte.gz", pixels)
 
 
-def test_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = run("--steps", "20", "--refresh-every", "4", report=tmp_path / "deep" / "report")
+@both_frameworks
+def test_digits(framework: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = run(
+        *("--framework", framework, "--steps", "20", "--refresh-every", "4"),
+        *("--fwd", "0.93", "--bwd", "0.7"),
+        report=tmp_path / "deep" / "report",
+    )
     assert set(data) == {"versions", "threads", "options", "task", "table", "runs"}
-    assert set(data["versions"]) == {"python", "numpy", "torch", "topkast"}
+    packages = {"torch"} if framework == "torch" else {"jax", "optax"}
+    assert set(data["versions"]) == {"python", "numpy", "topkast", *packages}
     assert data["versions"]["topkast"] == topkast.__version__
+    assert data["threads"] == (1 if framework == "torch" else None)
+    assert data["options"]["framework"] == framework
     assert data["options"]["refresh_every"] == 4
     assert [row["method"] for row in data["table"]] == ["dense", "static", "topkast"]
     assert all(map(math.isfinite, numbers(data)))
@@ -95,7 +162,9 @@ def test_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             *(dynamics[name][key] for key in ("min", "mean", "max")), strict=True
         ):
             assert 0 <= least <= mean <= most <= 1
+    check_counts(data, counters=6 if framework == "torch" else 2)
     printed = capsys.readouterr()
+    assert printed.out.startswith(f"Digits with {FRAMEWORKS[framework]}: ")
     assert "Dense in all runs: head.*" in printed.out
     assert "masked dense kernels" in printed.out
     assert "Every 4 steps Top-KAST" in printed.out
@@ -103,8 +172,8 @@ def test_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "mask change" in printed.err
 
 
-def test_counts_are_exact(tmp_path: Path) -> None:
-    data = run("--steps", "3", "--fwd", "0.93", "--bwd", "0.7", report=tmp_path)
+def check_counts(data: dict[str, Any], *, counters: int) -> None:
+    """Numbers of weights and bytes, for AdamW, fwd=0.93 and bwd=0.7."""
     for name, weights in (("hidden0.weight", 64 * 48), ("hidden1.weight", 48 * 48)):
         forward, backward = (weights - weights * zeros // 100 for zeros in (93, 70))
         sizes = {method: of["tensors"][name] for method, of in data["runs"].items()}
@@ -116,8 +185,9 @@ def test_counts_are_exact(tmp_path: Path) -> None:
         tensors = data["runs"][row["method"]]["tensors"].values()
         trained = sum(tensor["backward"] for tensor in tensors) + dense_parts
         assert row["gradient_bytes"] == 4 * trained
-        # AdamW: two moments, and one step count for each of six tensors.
-        assert row["optimizer_state_bytes"] == 4 * (2 * trained + 6)
+        # Two moments; PyTorch counts the steps for each of six tensors, optax once, and once more
+        # for the learning rate.
+        assert row["optimizer_state_bytes"] == 4 * (2 * trained + counters)
         assert row["forward_density"] == sum(tensor["forward"] for tensor in tensors) / 5376
 
 
@@ -156,59 +226,163 @@ def test_same_seed_same_run(tmp_path: Path) -> None:
         assert first[method]["loss"] != other[method]["loss"]
 
 
-def test_all_methods_see_the_same_batches_and_dense_weights() -> None:
+@both_frameworks
+def test_all_methods_start_with_the_same_weights(framework: str) -> None:
     settings = Settings(task="digits", steps=1, lr=0.1)
-    models = {}
-    for method in ("dense", "static", "topkast"):
-        torch.manual_seed(0)
-        models[method] = mlp(20, 30, 5)
-        build_optimizer(method, models[method], settings, ("head.*",))
+    dense = weights(start(framework, "dense", settings))
     for method in ("static", "topkast"):
-        found, dense = models[method].state_dict(), models["dense"].state_dict()
-        for name, weights in found.items():
-            kept = weights != 0
-            torch.testing.assert_close(weights[kept], dense[name][kept], rtol=0, atol=0)
-            assert int(kept.sum()) == (60 if name == "hidden0.weight" else weights.numel())
+        trainer = start(framework, method, settings)
+        for name, found in weights(trainer).items():
+            kept = found != 0
+            np.testing.assert_array_equal(found[kept], dense[name][kept])
+        assert {name: int(mask.forward.sum()) for name, mask in trainer.masks().items()} == {
+            "hidden0.weight": 60
+        }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_static_mask_never_moves(name: str) -> None:
+@pytest.mark.parametrize(
+    ("framework", "name"),
+    [*(("torch", name) for name in OPTIMIZERS), pytest.param("jax", "adamw", marks=needs_jax)],
+)
+def test_static_mask_never_moves(framework: str, name: str) -> None:
     settings = Settings(task="digits", steps=5, lr=0.05, optimizer=name)
-    torch.manual_seed(0)
-    model = mlp(20, 30, 5)
-    optimizer: Any = build_optimizer("static", model, settings, ("head.*",))
-    weight = model.get_parameter("hidden0.weight")
-    outside = weight == 0
+    trainer = start(framework, "static", settings)
+    before = weights(trainer)["hidden0.weight"]
+    outside = before == 0
     assert int(outside.sum()) == 540
-    for _ in range(settings.steps):
-        optimizer.zero_grad()
-        model(torch.ones(2, 20)).square().sum().backward()
-        optimizer.step()
-        assert torch.equal(weight == 0, outside)
-    theta = topkast.dense_params(optimizer)["hidden0.weight"]
-    assert torch.equal(theta == 0, outside)
+    for step in range(settings.steps):
+        trainer.step(small_batch(step))
+        mask = trainer.masks()["hidden0.weight"]
+        np.testing.assert_array_equal(mask.forward, ~outside)
+        np.testing.assert_array_equal(mask.backward, ~outside)
+    after = weights(trainer)["hidden0.weight"]
+    np.testing.assert_array_equal(after == 0, outside)
+    assert not np.array_equal(after, before)
 
 
 def test_static_mask_is_random() -> None:
-    masks = []
-    for seed in (0, 1):
-        torch.manual_seed(0)
-        model = mlp(20, 30, 5)
-        settings = Settings(task="digits", steps=1, lr=0.1, seed=seed)
-        build_optimizer("static", model, settings, ("head.*",))
-        masks.append(model.state_dict()["hidden0.weight"] != 0)
-    assert not torch.equal(*masks)
+    settings = Settings(task="digits", steps=1, lr=0.1)
+    masks = [
+        start("torch", "static", replace(settings, seed=seed)).masks()["hidden0.weight"].forward
+        for seed in (0, 1)
+    ]
+    assert not np.array_equal(*masks)
 
 
 def test_transformer_is_causal() -> None:
     torch.manual_seed(0)
-    model = CharacterTransformer(10, context=8, width=16, layers=2, heads=4)
+    model = build(SMALL_TRANSFORMER)
     text = torch.randint(10, (1, 8))
     changed = text.clone()
     changed[0, 5] = (text[0, 5] + 1) % 10
     before, after = model(text), model(changed)
     torch.testing.assert_close(before[:, :5], after[:, :5])
     assert not torch.allclose(before[:, 5:], after[:, 5:])
+
+
+@needs_jax
+@pytest.mark.parametrize("network", [SMALL, SMALL_TRANSFORMER])
+def test_networks_of_jax_are_those_of_torch(network: Network) -> None:
+    import jax.numpy as jnp
+
+    from topkast._demo.jax_models import apply
+
+    torch.manual_seed(0)
+    model = build(network)
+    inputs = torch.randint(10, (3, 6)) if network is SMALL_TRANSFORMER else torch.rand(3, 20)
+    with torch.no_grad():
+        expected = model(inputs)
+    found = apply(network, pytree(model), jnp.asarray(inputs.numpy()))
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@needs_jax
+@pytest.mark.parametrize("network", [SMALL, SMALL_TRANSFORMER])
+def test_initial_weights_of_jax_are_distributed_as_those_of_torch(network: Network) -> None:
+    settings = Settings(task="digits", steps=1, lr=0.1)
+    expected, found = (
+        weights(start(framework, "dense", settings, network)) for framework in ("torch", "jax")
+    )
+    assert found.keys() == expected.keys()
+    for name, array in found.items():
+        other = expected[name]
+        is_table = name.startswith(("embedding", "positions"))
+        assert array.shape == (other.shape if is_table else other.T.shape)
+        constant = np.ptp(other) == 0
+        assert (np.ptp(array) == 0) == constant
+        if constant:
+            np.testing.assert_array_equal(array, other)
+        elif array.size > 100:
+            deviation = 5 / math.sqrt(array.size)
+            assert array.std() == pytest.approx(other.std(), rel=deviation)
+            assert abs(array.mean()) < deviation * other.std()
+            # Uniform or normal: the fourth moment tells.
+            ratio = (array**4).mean() / (array**2).mean() ** 2
+            normal = (other**4).mean() / (other**2).mean() ** 2 > 2.4
+            assert (ratio > 2.4) == normal
+
+
+@needs_jax
+@pytest.mark.parametrize(
+    ("method", "name"), [*(("dense", name) for name in OPTIMIZERS), ("topkast", "adamw")]
+)
+def test_jax_trains_as_torch_does(method: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = build(SMALL)
+    params = pytree(model)
+    monkeypatch.setattr("topkast._demo.torch_trainer.build", lambda _: model)
+    monkeypatch.setattr("topkast._demo.jax_trainer.initialise", lambda *_: params)
+    settings = Settings(task="digits", steps=6, lr=0.02, optimizer=name, refresh_every=2)
+    trainers = [start(framework, method, settings) for framework in ("torch", "jax")]
+    # The momentum of torch.optim.NAdam rises from 0.45, that of optax.nadam is 0.9 at once.
+    tolerance = 0.05 if name == "nadam" else 1e-4
+    for step in range(settings.steps):
+        expected, found = (trainer.step(small_batch(step)) for trainer in trainers)
+        assert found == pytest.approx(expected, rel=tolerance)
+    expected, found = (trainer.loss(small_batch()) for trainer in trainers)
+    assert found == pytest.approx(expected, rel=tolerance)
+    if name != "nadam":
+        pixels, _ = small_batch(7)
+        classes, others = (trainer.predict(pixels) for trainer in trainers)
+        np.testing.assert_array_equal(classes, others)
+        for key, mask in trainers[0].masks().items():
+            other = trainers[1].masks()[key]
+            np.testing.assert_array_equal(mask.forward, other.forward.T)
+            np.testing.assert_array_equal(mask.backward, other.backward.T)
+
+
+@needs_jax
+def test_optimizers_have_counterparts() -> None:
+    from topkast._demo import jax_trainer
+
+    assert list(torch_trainer.OPTIMIZERS) == list(jax_trainer.OPTIMIZERS) == list(OPTIMIZERS)
+
+
+@needs_jax
+def test_text_with_jax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("Wörter – und noch mehr Wörter.\n" * 60, encoding="utf-8")
+    # Fewer sparse tensors are compiled sooner.
+    monkeypatch.setattr(TextTask, "dense", (*TextTask.dense, "*.feed_*"))
+    task = TextTask(load_text(path), width=16, layers=1)
+    settings = Settings(framework="jax", task="text", steps=3, lr=4e-3, refresh_every=2)
+    done = train(task, "topkast", settings, quiet=True)
+    assert list(done.sizes) == ["blocks.0.attention_in.weight", "blocks.0.attention_out.weight"]
+    assert done.dynamics is not None
+    assert done.dynamics.change.step == [2]
+    assert done.metric_steps == [1, 2, 3]
+    assert all(map(math.isfinite, (*done.losses, *done.metric_values)))
+
+
+@needs_jax
+def test_jax_with_the_same_seed_is_the_same(images: Path) -> None:
+    task = DigitsTask(load_images(images), hidden=(4,))
+    settings = Settings(framework="jax", task="digits", steps=2, lr=0.1)
+    losses = [
+        train(task, "dense", replace(settings, seed=seed), quiet=True).losses
+        for seed in (7, 7, 2**63 - 1)
+    ]
+    assert losses[0] == losses[1] != losses[2]
 
 
 @pytest.mark.parametrize(("fwd", "bwd"), [("0", "0"), ("0.9", "0"), ("0.9", "0.9")])
@@ -243,6 +417,7 @@ def test_every_optimizer(name: str, images: Path, tmp_path: Path) -> None:
         (("--lr", "0"), ("lr must be",)),
         (("--optimizer", "muon"), ("adamw", "'muon'")),
         (("--task", "speech"), ("--task", "'speech'")),
+        (("--framework", "mxnet"), ("--framework", "'mxnet'")),
         (("--data", "{tmp}/none-images-idx3.gz"), ("none-images-idx3.gz", "No such file")),
         (("--data", "{tmp}"), ("cannot be read",)),
         (("--task", "text", "--data", "{tmp}/none.txt"), ("none.txt", "No such file")),
@@ -259,13 +434,26 @@ def test_mistakes(
     assert all(word in message for word in words)
 
 
-def test_divergence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@both_frameworks
+@pytest.mark.parametrize("steps", ["1", "9"])  # the last step is checked like the others
+def test_divergence(
+    framework: str, steps: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--framework", framework, "--steps", steps, "--lr", "1e30"]
     with pytest.raises(SystemExit) as caught:
-        cli.main(["demo", "--steps", "9", "--lr", "1e30", "--report", str(tmp_path)])
+        cli.main(["demo", *arguments, "--report", str(tmp_path)])
     assert caught.value.code == 2
     message = capsys.readouterr().err.splitlines()[-1]  # after the progress bar
     assert "training diverged at step" in message
     assert "smaller --lr" in message
+
+
+@both_frameworks
+def test_divergence_of_sparse_training(framework: str, images: Path) -> None:
+    task = DigitsTask(load_images(images), hidden=(4,))
+    settings = Settings(framework=framework, task="digits", steps=9, lr=1e10)
+    with pytest.raises(DemoError, match="diverged at step"):
+        train(task, "topkast", settings, quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -345,6 +533,17 @@ def test_missing_package(missing: str) -> None:
     assert "pip install 'topkast[demo]'" in done.stderr
 
 
+@pytest.mark.parametrize("missing", ["jax", pytest.param("optax", marks=needs_jax)])
+def test_missing_package_of_jax(
+    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, "topkast._demo.jax_trainer", raising=False)
+    message = fail("--framework", "jax", capsys=capsys)
+    assert f"needs {missing}" in message
+    assert "pip install 'topkast[demo,jax]'" in message
+
+
 def test_interrupt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -379,6 +578,8 @@ def test_module_and_what_it_imports() -> None:
     assert done.stdout == f"topkast {topkast.__version__}\n"
     code = (
         "import sys, topkast; assert 'topkast._demo' not in sys.modules\n"
-        "import topkast._demo.cli; assert 'torch' not in sys.modules"
+        "import topkast._demo.cli; assert 'torch' not in sys.modules\n"
+        "import topkast._demo.compare, topkast._demo.torch_trainer\n"
+        "assert 'jax' not in sys.modules and 'optax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

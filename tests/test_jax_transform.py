@@ -250,7 +250,11 @@ class TestCompiled:
         assert abs(slope) > 0
 
     def test_params_and_state_can_be_donated(self) -> None:
-        inner = optax.contrib.schedule_free(optax.sgd(0.1), 0.1)  # keeps parameters in its state
+        keeping = optax.GradientTransformation(
+            lambda params: params,  # what it keeps must be a copy
+            lambda updates, state, params=None: (updates, state),
+        )
+        inner = optax.chain(keeping, optax.sgd(0.1))
         tx, params = wrap(inner), make_params()
         expected, _ = run(tx, params)
         step = jax.jit(make_step(tx), donate_argnums=(0, 1))
@@ -268,6 +272,25 @@ class TestCompiled:
         assert not jnp.isnan(params["head"]["w"].ravel()[support.indices]).any()
         with pytest.raises(topkast.NonFiniteError, match=r"head\.w: 12 of 64"):
             tx.init(params)
+
+
+def test_a_name_that_ends_another_is_not_taken_for_it() -> None:
+    theta = [jax.random.normal(jax.random.key(seed), (12, 20)) for seed in range(2)]
+
+    def supports(make: Callable[[list[Any]], Pytree], take: Callable[[Pytree], Any]) -> Any:
+        tx = wrap(optax.adamw(0.1), refresh_every=1)
+        params = make(theta)
+        state = tx.init(params)
+        for number in range(4):
+            slopes = [jax.random.normal(jax.random.key(9 + number), (12, 20))] * 2
+            params, state = jax.jit(tx.step)(make(slopes), state, params)
+        return take(params)
+
+    found = supports(
+        lambda two: {"w": two[0], "a": {"w": two[1]}}, lambda tree: [tree["w"], tree["a"]["w"]]
+    )
+    expected = supports(lambda two: {"b": two[0], "c": two[1]}, lambda tree: [tree["b"], tree["c"]])
+    assert_equal(found, expected)
 
 
 class TestStep:
@@ -393,6 +416,9 @@ class TestPytrees:
         masks = topkast.masks(nnx.as_pure(optimizer.opt_state), nnx.state(model, nnx.Param))
         assert list(masks) == ["hidden.kernel"]
         assert int(masks["hidden.kernel"].backward.sum()) == 29
+        table = topkast.summary(nnx.as_pure(optimizer.opt_state), nnx.state(model, nnx.Param))
+        assert table.tensors[1].name == "hidden.kernel"
+        assert table.tensors[1].held_bytes == 29 * (4 + 1 + 4 + 4)  # index, flag, two moments
 
 
 class TestConventions:

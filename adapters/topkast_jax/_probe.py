@@ -67,6 +67,8 @@ def probe(tx: Any, shapes: Any) -> None:
             mixed = updates(permuted(start), [permuted(gradient) for gradient in gradients])
     except Exception as error:
         raise NotProbedError(str(error)) from error
+    if not all(np.isfinite(update).all() for update in [*plain, *mixed]):
+        raise NotProbedError("its updates are not finite")
     for update, order, other in zip(plain, orders * len(gradients), mixed, strict=True):
         largest = np.abs(update).max(initial=0.0)
         difference = np.abs(update.reshape(-1)[order] - other.reshape(-1)).max(initial=0.0)

@@ -11,7 +11,7 @@ import optax
 from jax.tree_util import DictKey, keystr, tree_flatten_with_path, tree_map_with_path
 
 from topkast import MismatchError, UnsupportedOptimizerError
-from topkast_jax._tree import Path, Tree
+from topkast_jax._tree import Path, Tree, unwrapped
 
 Arrays = dict[str, jax.Array]
 
@@ -115,6 +115,7 @@ def find_key(paths: Mapping[str, Path], path: Path) -> str | None:
     ends with the parameter's own (the longest of several); a vector that several tensors share
     goes by its key in a dictionary.
     """
+    path = unwrapped(path)
     ends = [name for name, end in paths.items() if not end or path[-len(end) :] == end]
     if ends:
         return max(ends, key=lambda name: len(paths[name]))

@@ -87,14 +87,16 @@ def take_apart(params: Any) -> tuple[Tree, dict[str, jax.Array]]:
                 "arrays alone, as from equinox.filter(model, equinox.is_inexact_array)"
             )
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            paths[name], weights[name] = path, jnp.asarray(leaf)
+            paths[name], weights[name] = unwrapped(path), jnp.asarray(leaf)
     if not weights:
         raise MismatchError("params has no floating-point leaf")
     return Tree(treedef, paths, names), weights
 
 
+def unwrapped(path: Path) -> Path:
+    """The path without the last step into a Flax variable, which Flax takes or not as it needs."""
+    return path[:-1] if len(path) > 1 and path[-1] == GetAttrKey("value") else path
+
+
 def _name(path: Path) -> str:
-    # Flax wraps arrays in variables, and unwraps them, as it sees fit.
-    if len(path) > 1 and path[-1] == GetAttrKey("value"):
-        path = path[:-1]
-    return keystr(path, simple=True, separator=".")
+    return keystr(unwrapped(path), simple=True, separator=".")

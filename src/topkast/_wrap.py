@@ -42,8 +42,8 @@ def wrap_optimizer(
     Parameters
     ----------
     optimizer
-        A ``torch.optim.Optimizer``, which is taken over; or :class:`topkast.SGD`,
-        :class:`topkast.Adam` or :class:`topkast.AdamW` for plain arrays.
+        A ``torch.optim.Optimizer``, which is taken over; an ``optax.GradientTransformation``;
+        or :class:`topkast.SGD`, :class:`topkast.Adam` or :class:`topkast.AdamW` for plain arrays.
     fwd
         Forward sparsity: share of zeros in the forward pass, in [0, 1).
     bwd
@@ -74,9 +74,11 @@ def wrap_optimizer(
 
     Returns
     -------
-    TopKASTOptimizer or TopKASTTransform
-        A ``torch.optim.Optimizer`` for one; for the rules of this package an object with
-        optax's ``init(params)`` and ``update(grads, state, params)``.
+    TopKASTOptimizer, TopKASTGradientTransformation or TopKASTTransform
+        A ``torch.optim.Optimizer`` for one; an ``optax.GradientTransformationExtraArgs`` for
+        another; for the rules of this package an object with optax's ``init(params)`` and
+        ``update(grads, state, params)``. Functional forms raise :class:`NonFiniteError` and
+        :class:`UnsupportedTensorError` in ``init``, which sees the weights.
 
     Raises
     ------

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import topkast
 from topkast._demo import DemoError
-from topkast._demo.settings import OPTIMIZERS, STEPS, Settings, find_optimizer
+from topkast._demo.settings import FRAMEWORKS, OPTIMIZERS, STEPS, Settings, find_rates
 
 _DESCRIPTION = """\
 Train one network three ways, for the same steps on the same batches: dense; sparse on a fixed
@@ -57,6 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add(
+        "--framework",
+        choices=FRAMEWORKS,
+        default="torch",
+        help="torch: PyTorch; jax: JAX with optax, which trains the same networks on the same "
+        "batches, and needs pip install 'topkast[demo,jax]' (default: torch)",
+    )
     add(
         "--task",
         choices=STEPS,
@@ -137,8 +144,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    lr = find_optimizer(arguments.optimizer).rates[arguments.task]
+    lr = find_rates(arguments.optimizer)[arguments.task]
     settings = Settings(
+        framework=arguments.framework,
         task=arguments.task,
         data=arguments.data,
         fwd=arguments.fwd,
@@ -157,6 +165,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "topkast":
             raise
+        extras = "demo,jax" if settings.framework == "jax" else "demo"
         raise DemoError(
-            f"the demo needs {error.name}, which is not installed: pip install 'topkast[demo]'"
+            f"the demo needs {error.name}, which is not installed: pip install 'topkast[{extras}]'"
         ) from None

@@ -2,46 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from topkast._demo import DemoError
 from topkast._demo.methods import LABELS
 from topkast._demo.report import format_table, write_report
-from topkast._demo.settings import Settings
+from topkast._demo.settings import FRAMEWORKS, Settings
 from topkast._demo.tasks import load_task
 from topkast._demo.train import train
+from topkast._demo.trainer import find_trainer
 
 
 def compare(settings: Settings, folder: Path) -> None:
     """Train in all three ways, print how they compare and write the report to `folder`."""
+    trainer = find_trainer(settings.framework)
     task = load_task(settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DemoError(f"the report cannot be written to {folder}: {error.strerror}") from None
-    print(f"{task.title}: {task.description}.")
+    print(f"{task.title} with {FRAMEWORKS[settings.framework]}: {task.description}.")
     print(
         f"{settings.steps:,} steps of {settings.optimizer} at lr={settings.lr:g}; Top-KAST with "
         f"fwd={settings.fwd:g}, bwd={settings.bwd:g}, refresh_every={settings.refresh_every}, "
         f"penalty={settings.penalty:g}.",
         flush=True,
     )
-    with _threads(task.threads):
+    with trainer.limit_threads(task.threads) as threads:
         runs = [train(task, method, settings) for method in LABELS]
     print(f"\n{format_table(task, settings, runs)}\n")
-    written = write_report(folder, task, settings, runs)
+    written = write_report(
+        folder, task, settings, runs, versions=trainer.versions(), threads=threads
+    )
     print(f"Written to {folder}: {', '.join(path.name for path in written)}")
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import topkast
 
@@ -28,7 +27,7 @@ class Spread:
 
 
 class MaskDynamics:
-    """Follows the forward sets of a wrapped optimizer from refresh to refresh.
+    """Follows the forward sets from refresh to refresh, by masks that are NumPy arrays.
 
     Attributes
     ----------
@@ -38,9 +37,7 @@ class MaskDynamics:
         Share of the initial reservoir, the units in neither A nor B, that was ever in A (3b).
     """
 
-    def __init__(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
-        masks = topkast.masks(optimizer)
+    def __init__(self, masks: dict[str, topkast.Masks]) -> None:
         self._forward = {name: mask.forward for name, mask in masks.items()}
         asleep = {name: ~mask.backward for name, mask in masks.items()}
         # Where bwd is 0 there is no reservoir.
@@ -49,11 +46,11 @@ class MaskDynamics:
         self.change = Spread()
         self.awakened = Spread()
 
-    def record(self, step: int) -> None:
+    def record(self, step: int, masks: dict[str, topkast.Masks]) -> None:
         """Compare the sets with those of the last call."""
-        forward = {name: mask.forward for name, mask in topkast.masks(self._optimizer).items()}
+        forward = {name: mask.forward for name, mask in masks.items()}
         changes = [int((forward[name] != old).sum()) for name, old in self._forward.items()]
-        self.change.add(step, changes, [mask.numel() for mask in forward.values()])
+        self.change.add(step, changes, [mask.size for mask in forward.values()])
         self._forward = forward
         for name, units in self._asleep.items():
             self._asleep[name] = units & ~forward[name]

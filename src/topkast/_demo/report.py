@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import topkast
 from topkast._demo.dynamics import Spread
 from topkast._demo.measure import density
 from topkast._demo.plots import plot_curves, plot_spread
-from topkast._demo.settings import Settings
+from topkast._demo.settings import FRAMEWORKS, Settings
 from topkast._demo.tasks import Task
 from topkast._demo.train import Run
 
@@ -63,8 +62,8 @@ def _notes(task: Task, settings: Settings, runs: list[Run]) -> list[str]:
     notes = [
         f"Dense in all runs: {', '.join(task.dense)} and tensors of one dimension. Densities are "
         "those of the rest, bytes of all.",
-        "This demo runs masked dense kernels and fills p.grad whole: time per step is not the gain "
-        "here.",
+        "This demo runs masked dense kernels and computes the whole gradient: time per step is not "
+        "the gain here.",
     ]
     for run in runs:
         if run.refresh_seconds is not None and settings.refresh_every > 1:
@@ -75,10 +74,21 @@ def _notes(task: Task, settings: Settings, runs: list[Run]) -> list[str]:
     return notes
 
 
-def write_report(folder: Path, task: Task, settings: Settings, runs: list[Run]) -> list[Path]:
+def write_report(
+    folder: Path,
+    task: Task,
+    settings: Settings,
+    runs: list[Run],
+    *,
+    versions: dict[str, str],
+    threads: int | None,
+) -> list[Path]:
     """Write plots and data; returns the files."""
     curves = folder / "learning_curves.png"
-    title = f"{task.title} at forward sparsity {settings.fwd:g}, backward sparsity {settings.bwd:g}"
+    title = (
+        f"{task.title} with {FRAMEWORKS[settings.framework]} at forward sparsity {settings.fwd:g}, "
+        f"backward sparsity {settings.bwd:g}"
+    )
     plot_curves(curves, task, runs, title=title)
     written = [curves]
     for run in runs:
@@ -101,7 +111,17 @@ def write_report(folder: Path, task: Task, settings: Settings, runs: list[Run]) 
             )
             written += [change, awakened]
     data = folder / "report.json"
-    text = json.dumps(_to_dict(task, settings, runs), indent=1, allow_nan=False)
+    environment = {
+        "versions": {
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            **versions,
+            "topkast": topkast.__version__,
+        },
+        "threads": threads,
+    }
+    content = environment | _to_dict(task, settings, runs)
+    text = json.dumps(content, indent=1, allow_nan=False)
     data.write_text(text + "\n", encoding="utf-8")
     return [*written, data]
 
@@ -112,13 +132,6 @@ def _updates(count: int) -> str:
 
 def _to_dict(task: Task, settings: Settings, runs: list[Run]) -> dict[str, Any]:
     return {
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "torch": torch.__version__,
-            "topkast": topkast.__version__,
-        },
-        "threads": torch.get_num_threads(),
         "options": dataclasses.asdict(settings)
         | {"data": None if settings.data is None else settings.data.name},
         "task": {

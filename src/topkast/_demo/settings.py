@@ -5,36 +5,31 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from topkast._demo import DemoError
 from topkast._options import Options
 
+FRAMEWORKS = {"torch": "PyTorch", "jax": "JAX"}
 
-class Choice(NamedTuple):
-    """An optimizer of ``torch.optim``, and a learning rate for each task."""
-
-    name: str
-    options: dict[str, Any]
-    rates: dict[str, float]
-
-
+# Learning rates for each task.
 OPTIMIZERS = {
-    "adamw": Choice("AdamW", {}, {"digits": 2e-3, "text": 4e-3}),
-    "adam": Choice("Adam", {}, {"digits": 2e-3, "text": 4e-3}),
-    "nadam": Choice("NAdam", {}, {"digits": 2e-3, "text": 4e-3}),
-    "adagrad": Choice("Adagrad", {}, {"digits": 2e-2, "text": 2e-2}),
-    "rmsprop": Choice("RMSprop", {}, {"digits": 1e-3, "text": 2e-3}),
-    "sgd": Choice("SGD", {"momentum": 0.9}, {"digits": 0.1, "text": 0.1}),
+    "adamw": {"digits": 2e-3, "text": 4e-3},
+    "adam": {"digits": 2e-3, "text": 4e-3},
+    "nadam": {"digits": 2e-3, "text": 4e-3},
+    "adagrad": {"digits": 2e-2, "text": 2e-2},
+    "rmsprop": {"digits": 1e-3, "text": 2e-3},
+    "sgd": {"digits": 0.1, "text": 0.1},
 }
 
 STEPS = {"digits": 2000, "text": 800}
+WARM_UP = 0.05  # share of the steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """One comparison: the same for all methods, which differ in what they keep of the weights."""
 
+    framework: str = "torch"
     task: str
     data: Path | None = None
     fwd: float = 0.9
@@ -62,9 +57,16 @@ class Settings:
         if self.seed >= 2**63:
             raise DemoError(f"seed must be less than 2**63, got {self.seed}")
 
+    def schedule(self, step: int) -> float:
+        """What the learning rate is multiplied with: a warm-up, then a straight line to zero."""
+        if not self.decay:
+            return 1.0
+        warm_up = max(1, round(WARM_UP * self.steps))
+        return min((step + 1) / warm_up, 1 - step / self.steps)
 
-def find_optimizer(name: str) -> Choice:
-    """The optimizer of that name, in whatever case."""
+
+def find_rates(name: str) -> dict[str, float]:
+    """The learning rates of the optimizer of that name, in whatever case."""
     try:
         return OPTIMIZERS[name.lower()]
     except KeyError:

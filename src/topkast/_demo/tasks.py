@@ -6,15 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from topkast._demo.data import Images, Text, load_images, load_text
-from topkast._demo.models import CharacterTransformer, mlp
+from topkast._demo.networks import MLP, Network, Transformer
 from topkast._demo.settings import Settings
-
-Batch = tuple[Tensor, Tensor]
+from topkast._demo.trainer import Batch, Trainer
 
 
 class Task(ABC):
@@ -27,26 +25,20 @@ class Task(ABC):
     higher_is_better: bool
     log_loss: bool  # whether the training loss falls by orders of magnitude
     dense: tuple[str, ...]  # tensors that the sparse runs keep dense
-    threads: int | None  # that torch should use; None: as many as it likes
+    threads: int | None  # that the framework should use; None: as many as it likes
+    network: Network
     description: str
 
     @abstractmethod
-    def model(self) -> nn.Module:
-        """The network, initialised by torch's random numbers."""
-
-    @abstractmethod
     def batches(self, seed: int) -> Iterator[Batch]:
-        """Batches to train on, without an end; the same ones for the same seed."""
+        """Batches to train on, without an end; the same ones for the same seed.
+
+        torch draws them for all frameworks.
+        """
 
     @abstractmethod
-    def evaluate(self, model: nn.Module) -> float:
+    def evaluate(self, trainer: Trainer) -> float:
         """How good the network is on the data that it was not trained on."""
-
-
-def loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy, in nats."""
-    inputs, classes = batch
-    return cross_entropy(model(inputs).flatten(0, -2), classes.flatten())
 
 
 class DigitsTask(Task):
@@ -59,31 +51,26 @@ class DigitsTask(Task):
     threads = 1  # so small a network loses more to several than it gains
 
     def __init__(self, images: Images, *, hidden: tuple[int, ...], batch: int = 50):
-        self._train = torch.tensor(images.train_pixels), torch.tensor(images.train_labels)
-        self._test = torch.tensor(images.test_pixels), torch.tensor(images.test_labels)
-        self._widths = (images.train_pixels.shape[1], *hidden, images.classes)
+        self._images = images
+        self.network = MLP((images.train_pixels.shape[1], *hidden, images.classes))
         self._batch = min(batch, len(images.train_labels))
         self.description = (
             f"{images.source}, {len(images.train_labels):,} to train and "
-            f"{len(images.test_labels):,} to test on; MLP {'-'.join(map(str, self._widths))}"
+            f"{len(images.test_labels):,} to test on; MLP {'-'.join(map(str, self.network.widths))}"
         )
-
-    def model(self) -> nn.Module:
-        return mlp(*self._widths)
 
     def batches(self, seed: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(seed)
-        pixels, labels = self._train
+        pixels, labels = self._images.train_pixels, self._images.train_labels
         while True:
             for chosen in torch.randperm(len(labels), generator=generator).split(self._batch):
                 if len(chosen) == self._batch:
-                    yield pixels[chosen], labels[chosen]
+                    yield pixels[chosen.numpy()], labels[chosen.numpy()]
 
-    def evaluate(self, model: nn.Module) -> float:
-        pixels, labels = self._test
-        with torch.no_grad():
-            right = (model(pixels).argmax(1) == labels).sum()
-        return 100 * int(right) / len(labels)
+    def evaluate(self, trainer: Trainer) -> float:
+        labels = self._images.test_labels
+        right = int((trainer.predict(self._images.test_pixels) == labels).sum())
+        return 100 * right / len(labels)
 
 
 class TextTask(Task):
@@ -98,14 +85,16 @@ class TextTask(Task):
     context = 64
 
     def __init__(self, text: Text, *, width: int = 128, layers: int = 2, batch: int = 8):
-        self._train = torch.tensor(text.train)
-        self._characters = text.characters
-        self._width, self._layers, self._batch = width, layers, batch
+        self.network = Transformer(
+            characters=text.characters, context=self.context, width=width, layers=layers, heads=4
+        )
+        self._train = text.train
+        self._batch = batch
         windows = (len(text.valid) - 1) // self.context
-        valid = torch.tensor(text.valid[: windows * self.context + 1])
+        valid = text.valid[: windows * self.context + 1]
         self._valid = (
-            valid[:-1].view(windows, self.context),
-            valid[1:].view(windows, self.context),
+            valid[:-1].reshape(windows, self.context),
+            valid[1:].reshape(windows, self.context),
         )
         self.description = (
             f"{text.source}, {len(text.train):,} characters to train and {len(text.valid):,} to "
@@ -113,26 +102,22 @@ class TextTask(Task):
             f"{width} wide, with a context of {self.context}"
         )
 
-    def model(self) -> nn.Module:
-        return CharacterTransformer(
-            self._characters, context=self.context, width=self._width, layers=self._layers, heads=4
-        )
-
     def batches(self, seed: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(seed)
-        window = torch.arange(self.context + 1)
+        window = np.arange(self.context + 1)
         while True:
             last = len(self._train) - self.context
             starts = torch.randint(last, (self._batch, 1), generator=generator)
-            chosen = self._train[starts + window]
+            chosen = self._train[starts.numpy() + window]
             yield chosen[:, :-1], chosen[:, 1:]
 
-    def evaluate(self, model: nn.Module) -> float:
+    def evaluate(self, trainer: Trainer) -> float:
+        text, following = self._valid
         total = 0.0
-        with torch.no_grad():
-            for batch in zip(*(part.split(64) for part in self._valid), strict=True):
-                total += loss(model, batch).item() * batch[1].numel()
-        return total / self._valid[1].numel() / math.log(2)
+        for start in range(0, len(text), 64):
+            part = slice(start, start + 64)
+            total += trainer.loss((text[part], following[part])) * following[part].size
+        return total / following.size / math.log(2)
 
 
 def load_task(settings: Settings) -> Task:

@@ -8,21 +8,18 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import topkast
 from topkast._demo import DemoError
 from topkast._demo.dynamics import MaskDynamics
 from topkast._demo.measure import Memory, Size, measure_memory, measure_sizes
-from topkast._demo.methods import LABELS, build_optimizer
+from topkast._demo.methods import LABELS
 from topkast._demo.settings import Settings
-from topkast._demo.tasks import Batch, Task, loss
+from topkast._demo.tasks import Task
+from topkast._demo.trainer import Batch, Trainer, find_trainer
 
 EVALUATIONS = 10
-WARM_UP = 0.05  # share of the steps
 
 
 @dataclass(frozen=True)
@@ -60,12 +57,9 @@ def train(
     if evaluate_at is None:
         every = math.ceil(settings.steps / EVALUATIONS)
         evaluate_at = {*range(every, settings.steps, every), settings.steps}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        model = task.model()
-    optimizer = build_optimizer(method, model, settings, task.dense)
-    scheduler = LambdaLR(optimizer, lambda step: _rate(step, settings))
-    dynamics = MaskDynamics(optimizer) if method == "topkast" else None
+    make = find_trainer(settings.framework)
+    trainer = make(task.network, method, settings, dense=task.dense)
+    dynamics = MaskDynamics(trainer.masks()) if method == "topkast" else None
     losses: list[float] = []
     metric_steps: list[int] = []
     metric_values: list[float] = []
@@ -75,17 +69,19 @@ def train(
         total=settings.steps, desc=LABELS[method].ljust(13), unit="step", disable=quiet
     ) as bar:
         for step in range(1, settings.steps + 1):
-            value, elapsed = _timed_step(model, optimizer, next(batches), step, settings)
-            scheduler.step()
+            batch = next(batches)
+            value, elapsed = _timed_step(trainer, batch, step, settings)
             losses.append(value)
             seconds.append(elapsed)
             if dynamics and step % settings.refresh_every == 0:
-                dynamics.record(step)
+                dynamics.record(step, trainer.masks())
             if step in evaluate_at:
                 metric_steps.append(step)
-                metric_values.append(task.evaluate(model))
+                metric_values.append(task.evaluate(trainer))
             bar.set_postfix_str(_progress(value, dynamics), refresh=False)
             bar.update()
+    # Of the last step, whose effect no other has met.
+    _check_finite(trainer.loss(batch), settings.steps, settings)
     refreshes = seconds[settings.refresh_every - 1 :: settings.refresh_every] if dynamics else []
     return Run(
         method,
@@ -93,34 +89,30 @@ def train(
         metric_steps,
         metric_values,
         dynamics,
-        measure_sizes(model, optimizer, task.dense),
-        measure_memory(model, optimizer),
+        measure_sizes(trainer, task.dense),
+        measure_memory(trainer),
         statistics.median(seconds),
         statistics.median(refreshes) if refreshes else None,
     )
 
 
 def _timed_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    step: int,
-    settings: Settings,
+    trainer: Trainer, batch: Batch, step: int, settings: Settings
 ) -> tuple[float, float]:
     """Loss before the step, and the seconds that all of it took."""
     start = time.perf_counter()
-    optimizer.zero_grad()
-    found = loss(model, batch)
-    found.backward()
     try:
-        optimizer.step()
+        value = trainer.step(batch)
     except topkast.NonFiniteError as error:
         raise _diverged(step, settings, str(error)) from None
     elapsed = time.perf_counter() - start
-    value = found.item()
-    if not math.isfinite(value):
-        raise _diverged(step, settings, f"the loss is {value}")
+    _check_finite(value, step, settings)
     return value, elapsed
+
+
+def _check_finite(loss: float, step: int, settings: Settings) -> None:
+    if not math.isfinite(loss):
+        raise _diverged(step, settings, f"the loss is {loss}")
 
 
 def _diverged(step: int, settings: Settings, what: str) -> DemoError:
@@ -128,14 +120,6 @@ def _diverged(step: int, settings: Settings, what: str) -> DemoError:
         f"training diverged at step {step} with {settings.optimizer} at lr={settings.lr:g} "
         f"({what}): try a smaller --lr"
     )
-
-
-def _rate(step: int, settings: Settings) -> float:
-    """What the learning rate is multiplied with: a warm-up, then a straight line to zero."""
-    if not settings.decay:
-        return 1.0
-    warm_up = max(1, round(WARM_UP * settings.steps))
-    return min((step + 1) / warm_up, 1 - step / settings.steps)
 
 
 def _progress(value: float, dynamics: MaskDynamics | None) -> str:

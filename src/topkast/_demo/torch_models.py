@@ -1,4 +1,4 @@
-"""The two networks of the demo: an MLP, and a small causal transformer over characters."""
+"""The two networks as PyTorch modules."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
+from topkast._demo.networks import EMBEDDING_SPREAD, MLP, Network, Transformer
 
-def mlp(*widths: int) -> nn.Sequential:
-    """Linear layers of these widths with ReLU in between; the last one is named ``head``."""
-    *hidden, last = itertools.pairwise(widths)
+
+def build(network: Network) -> nn.Module:
+    """The network, initialised by torch's random numbers."""
+    return _mlp(network) if isinstance(network, MLP) else _CharacterTransformer(network)
+
+
+def _mlp(network: MLP) -> nn.Sequential:
+    *hidden, last = itertools.pairwise(network.widths)
     model = nn.Sequential()
     for place, (inputs, outputs) in enumerate(hidden):
         model.add_module(f"hidden{place}", nn.Linear(inputs, outputs))
@@ -20,17 +26,16 @@ def mlp(*widths: int) -> nn.Sequential:
     return model
 
 
-class CharacterTransformer(nn.Module):
-    """Predicts each character from those before it, at most `context` of them."""
-
-    def __init__(self, characters: int, *, context: int, width: int, layers: int, heads: int):
+class _CharacterTransformer(nn.Module):
+    def __init__(self, network: Transformer):
         super().__init__()
-        self.embedding = nn.Embedding(characters, width)
-        self.positions = nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(layers)))
+        width = network.width
+        self.embedding = nn.Embedding(network.characters, width)
+        self.positions = nn.Embedding(network.context, width)
+        self.blocks = nn.Sequential(*(_Block(width, network.heads) for _ in range(network.layers)))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, characters)
-        self._initialise(layers)
+        self.head = nn.Linear(width, network.characters)
+        self._initialise(network)
 
     def forward(self, text: Tensor) -> Tensor:
         """Logits (batch, time, characters) of what follows each character of `text`."""
@@ -39,16 +44,14 @@ class CharacterTransformer(nn.Module):
         logits: Tensor = self.head(self.norm(self.blocks(hidden)))
         return logits
 
-    def _initialise(self, layers: int) -> None:
-        """As GPT-2 does: normal, and smaller where a layer adds to the residual stream."""
+    def _initialise(self, network: Transformer) -> None:
         for name, module in self.blocks.named_modules():
             if isinstance(module, nn.Linear):
-                out = name.endswith("_out")
-                scale = (2 * layers) ** -0.5 if out else 1.0
-                nn.init.normal_(module.weight, std=scale * module.in_features**-0.5)
+                spread = network.spread(module.in_features, residual=name.endswith("_out"))
+                nn.init.normal_(module.weight, std=spread)
                 nn.init.zeros_(module.bias)
         for table in (self.embedding, self.positions):
-            nn.init.normal_(table.weight, std=0.1)
+            nn.init.normal_(table.weight, std=EMBEDDING_SPREAD)
 
 
 class _Block(nn.Module):

@@ -1,0 +1,211 @@
+"""Time of a jitted optax update and its application, plain and wrapped, and of selection under jit.
+
+An update is timed in blocks of `refresh_every` of them, so that each block has one refresh: the
+figures are means that include it. The rivals in selection end, like topkast, with the ascending
+indices of B (0.8) and flags of which of them are in A (0.9). `approx_max_k` is not exact: its row
+says which share of B it finds.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import optax
+from _harness import Timing, arguments, environment, interleave, table, write
+
+import topkast
+
+FWD, BWD = 0.9, 0.8
+SPARSITIES = [(0.9, 0.8), (0.95, 0.9)]
+REFRESH_EVERY = 100
+
+
+class Training:
+    """Updates of one weight matrix under a gradient that stays the same."""
+
+    def __init__(self, side: int, tx: Any, *, fused: bool = False, donate: bool = False) -> None:
+        self.grads = jax.random.normal(jax.random.key(1), (side, side))
+        self.params = jax.random.normal(jax.random.key(0), (side, side))
+        self.state = tx.init(self.params)
+
+        def update(grads: Any, state: Any, params: Any) -> Any:
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        self.update = jax.jit(tx.step if fused else update, donate_argnums=(1, 2) if donate else ())
+
+    def __call__(self) -> None:
+        for _ in range(REFRESH_EVERY):
+            self.params, self.state = self.update(self.grads, self.state, self.params)
+        jax.block_until_ready((self.params, self.state))
+
+
+def trainings(side: int) -> dict[str, Callable[[], Any]]:
+    adamw = optax.adamw(1e-3)
+    sides: dict[str, Callable[[], Any]] = {
+        "optax.adamw, donated": Training(side, adamw, donate=True),
+        "optax.adamw": Training(side, adamw),
+    }
+    for fwd, bwd in SPARSITIES:
+        tx = topkast.wrap_optimizer(adamw, fwd=fwd, bwd=bwd, refresh_every=REFRESH_EVERY)
+        for fused, name in ((False, "update + apply_updates"), (True, "step")):
+            for donate in (True, False):
+                label = f"{fwd}/{bwd} {name}{', donated' if donate else ''}"
+                sides[label] = Training(side, tx, fused=fused, donate=donate)
+    return sides
+
+
+def by_topkast(theta: jax.Array) -> tuple[Any, Any]:
+    indices, active = topkast.select(theta, fwd=FWD, bwd=BWD)
+    return indices, active
+
+
+def in_order(found: jax.Array, size: int) -> tuple[Any, Any]:
+    """Indices of B, the largest first, as a support."""
+    forward = size - int(FWD * size)
+    active = jnp.zeros(size, bool).at[found[:forward]].set(True)
+    indices = jnp.sort(found)
+    return indices, active[indices]
+
+
+def by_top_k(theta: jax.Array) -> tuple[Any, Any]:
+    size = theta.size
+    return in_order(jax.lax.top_k(jnp.abs(theta), size - int(BWD * size))[1], size)
+
+
+def by_argsort(theta: jax.Array) -> tuple[Any, Any]:
+    size = theta.size
+    order = jnp.argsort(jnp.abs(theta), descending=True)
+    return in_order(order[: size - int(BWD * size)], size)
+
+
+def by_approx_max_k(theta: jax.Array) -> tuple[Any, Any]:
+    size = theta.size
+    return in_order(jax.lax.approx_max_k(jnp.abs(theta), size - int(BWD * size))[1], size)
+
+
+def top_k_alone(theta: jax.Array) -> Any:
+    return jax.lax.top_k(jnp.abs(theta), theta.size - int(BWD * theta.size))
+
+
+def share_found(found: tuple[Any, Any], expected: tuple[Any, Any], size: int) -> float:
+    """Which share of B another way finds, in per cent."""
+    mask = jnp.zeros(size, bool).at[found[0]].set(True)
+    return 100 * float(jnp.mean(mask[expected[0]]))
+
+
+def print_rows(title: str, timings: dict[str, Timing], last: dict[str, str], head: str) -> None:
+    print(f"\n{title}\n")
+    rows = [
+        [
+            name,
+            f"{timing.median:.2f}",
+            f"{timing.least:.2f}-{timing.most:.2f}",
+            f"{timing.ratio:.2f} ({timing.least_ratio:.2f}-{timing.most_ratio:.2f})",
+            last.get(name, ""),
+        ]
+        for name, timing in timings.items()
+    ]
+    print(table(["", "ms", "least-most", "of the first", head], rows), flush=True)
+
+
+def seconds_to_compile(tensors: int, tx: Any) -> float:
+    params = {str(place): jnp.ones((64, 64)) + place for place in range(tensors)}
+    lowered = jax.jit(tx.update).lower(params, tx.init(params), params)
+    start = time.perf_counter()
+    lowered.compile()
+    return time.perf_counter() - start
+
+
+def compile_times(numbers: list[int]) -> list[dict[str, Any]]:
+    adamw = optax.adamw(1e-3)
+    sides = {
+        "optax.adamw": adamw,
+        "wrapped": topkast.wrap_optimizer(adamw, fwd=FWD, bwd=BWD),
+    }
+    seconds_to_compile(2, adamw)  # the first compilation of a process starts more than itself
+    records = [
+        {"tensors": number, "side": name, "seconds": seconds_to_compile(number, tx)}
+        for number in numbers
+        for name, tx in sides.items()
+    ]
+    print("\nSeconds to compile an update of tensors of 64 × 64\n")
+    rows = [[f"{row['side']}, {row['tensors']}", f"{row['seconds']:.2f}"] for row in records]
+    print(table(["", "s"], rows), flush=True)
+    return records
+
+
+def main() -> None:
+    parser = arguments(__doc__, "jax_update")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[2**22, 2**24])
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    records = []
+    for size in options.sizes:
+        side = int(size**0.5)
+        sides = trainings(side)
+        timings = interleave(sides, rounds=options.rounds, warm_up=1)
+        per_update = {
+            name: Timing(
+                *(value / REFRESH_EVERY for value in (timing.median, timing.least, timing.most)),
+                timing.ratio,
+                timing.least_ratio,
+                timing.most_ratio,
+            )
+            for name, timing in timings.items()
+        }
+        title = f"{side**2 / 1e6:.1f} M weights, one update of {REFRESH_EVERY} with one refresh"
+        print_rows(title, per_update, {}, "")
+        records += [{"weights": side**2, "side": n, **vars(t)} for n, t in per_update.items()]
+        del sides
+    for size in options.sizes:
+        theta = jax.random.normal(jax.random.key(0), (size,))
+        ways: dict[str, Callable[[jax.Array], Any]] = {
+            "topkast.select": jax.jit(by_topkast),
+            "lax.top_k": jax.jit(by_top_k),
+            "argsort": jax.jit(by_argsort),
+            "lax.approx_max_k": jax.jit(by_approx_max_k),
+        }
+        expected = ways["topkast.select"](theta)
+        shares = {
+            name: f"{share_found(way(theta), expected, size):.2f} %" for name, way in ways.items()
+        }
+        ways["lax.top_k of B alone"] = jax.jit(top_k_alone)
+        runs: dict[str, Callable[[], Any]] = {
+            name: partial(lambda way, theta: jax.block_until_ready(way(theta)), way, theta)
+            for name, way in ways.items()
+        }
+        timings = interleave(runs, rounds=options.rounds, warm_up=1)
+        print_rows(
+            f"Selection under jit, {size / 1e6:.1f} M weights, {FWD}/{BWD}",
+            timings,
+            shares,
+            "share of B found",
+        )
+        records += [
+            {"weights": size, "side": name, "found": shares.get(name), **vars(timing)}
+            for name, timing in timings.items()
+        ]
+    compiling = compile_times([6, 48])
+    packages = ("numpy", "jax", "optax")
+    write(
+        options.output,
+        {
+            "environment": environment(options.threads, packages),
+            "allocator": {key: value for key, value in os.environ.items() if "MALLOC" in key},
+            "rows": records,
+            "compiling": compiling,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
