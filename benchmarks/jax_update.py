@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -154,11 +155,11 @@ def main() -> None:
         sides = trainings(side)
         timings = interleave(sides, rounds=options.rounds, warm_up=1)
         per_update = {
-            name: Timing(
-                *(value / REFRESH_EVERY for value in (timing.median, timing.least, timing.most)),
-                timing.ratio,
-                timing.least_ratio,
-                timing.most_ratio,
+            name: replace(
+                timing,
+                median=timing.median / REFRESH_EVERY,
+                least=timing.least / REFRESH_EVERY,
+                most=timing.most / REFRESH_EVERY,
             )
             for name, timing in timings.items()
         }

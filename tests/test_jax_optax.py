@@ -139,18 +139,20 @@ class TestInside:
                     assert after[0, place] == source
         mirrors = [leaf for leaf in jax.tree.leaves(fresh) if jnp.shape(leaf) == (1, 20)]
         assert checked == len(mirrors)
-
-
-def dense_clip(norm: float) -> Any:
-    return optax.chain(optax.clip_by_global_norm(norm), wrap(optax.sgd(0.1)))
+        assert checked > 0 or name in {"clip_by_global_norm", "polyak_sgd"}  # keep nothing
 
 
 class TestAround:
     def test_chain_before(self) -> None:
         """What comes before sees the gradient of all coordinates."""
-        params = make_params()
-        tx, plain = dense_clip(1e6), wrap(optax.sgd(0.1))
-        assert_close(run(tx, params)[0], run(plain, params)[0])
+        params, tx = make_params(), wrap(optax.sgd(0.1), penalty=0.0)
+        chained = optax.chain(optax.clip_by_global_norm(0.01), tx)
+        grads = jax.grad(loss)(params, inputs_of(0))
+        norm = optax.tree.norm(grads)
+        assert norm > 0.01
+        clipped = jax.tree.map(lambda leaf: leaf * (0.01 / norm), grads)
+        found, _ = chained.update(grads, chained.init(params), params)
+        assert_close(found, tx.update(clipped, tx.init(params), params)[0])
 
     def test_multi_steps(self) -> None:
         """Micro-batches accumulate to one update, which is what refreshes are counted in."""
@@ -166,6 +168,7 @@ class TestAround:
         expected, expected_state = run(once, params)
         assert inner_state(state).updates == 7
         assert inner_state(state).displaced == 0
+        assert topkast.summary(state, found).updates == 7
         assert_equal(inner_state(state).supports, expected_state.supports)
         assert_close(found, expected)
 
@@ -258,6 +261,23 @@ class TestRefusals:
             lambda params: {"body": "adam", "head": {"w": "muon"}} if params["head"] else None,
         )
         tx = wrap(inner)
+        with pytest.raises(topkast.UnsupportedOptimizerError, match="bag of coordinates"):
+            tx.init(make_params())
+
+    def test_factors_found_by_the_place_of_a_tensor(self) -> None:
+        """On a bare array the mask is False, and there is nothing to be seen."""
+
+        def update(updates: Any, state: Any, params: Any = None) -> Any:
+            return jax.tree.map(lambda grad: grad - grad.mean(0), updates), state
+
+        by_rows = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+        def mask(params: Any) -> Any:
+            return jax.tree.map_with_path(
+                lambda path, _: "body" in jax.tree_util.keystr(path), params
+            )
+
+        tx = wrap(optax.chain(optax.masked(by_rows, mask), optax.scale(-1e-3)))
         with pytest.raises(topkast.UnsupportedOptimizerError, match="bag of coordinates"):
             tx.init(make_params())
 

@@ -141,7 +141,28 @@ def test_update_between_refreshes_gathers_nothing_as_large_as_a_tensor() -> None
     params = spread(make_params(), mesh, ROWS)
     text = jax.jit(make_step(tx)).lower(params, tx.init(params)).compile().as_text()
     assert text is not None
-    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", text)
-    sizes = [int(np.prod([int(length) for length in shape.split(",")])) for shape in gathered]
+    sent = re.findall(r"= (.*?) (?:all|collective|reduce|ragged)-[\w-]+\(", text)
+    shapes = re.findall(r"\w+\[([\d,]+)\]", " ".join(sent))
+    sizes = [int(np.prod([int(length) for length in shape.split(",")])) for shape in shapes]
     assert sizes
     assert max(sizes) == 1024  # |B|, of 5120 weights
+
+
+def test_layouts_that_cannot_be_followed_are_refused() -> None:
+    params = make_params()
+    one, other = (jax.make_mesh((8,), (name,), axis_types=(AxisType.Auto,)) for name in ("x", "y"))
+    mixed = {
+        "a": jax.device_put(params["w"], NamedSharding(one, P("x"))),
+        "b": jax.device_put(params["w"], NamedSharding(other, P("y"))),
+    }
+    with pytest.raises(topkast.UnsupportedTensorError, match="must lie on one mesh"):
+        wrap().init(mixed)
+
+
+def test_what_lies_on_no_mesh_is_put_on_it() -> None:
+    mesh = make_mesh(AxisType.Auto)
+    params = {**spread(make_params(), mesh, ROWS), "scale": np.float32(2), "one": jnp.ones((9, 9))}
+    tx = wrap(fwd=0.9, bwd=0.8)
+    updates, state = tx.update(params, tx.init(params), params, what="ever", value=1.0)
+    assert state.updates == 1
+    assert updates["one"].shape == (9, 9)

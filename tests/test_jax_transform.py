@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import topkast
 from topkast.testing import assert_forward_view, assert_masks, assert_reservoir_unchanged
 
 Pytree = Any
+ADAMW = optax.adamw(1e-2)
 
 
 def make_params(seed: int = 0, dtype: Any = jnp.float32) -> Pytree:
@@ -65,13 +67,24 @@ def inner_state(state: Any) -> Any:
     return next(kinds)
 
 
-def wrap(inner: Any = None, **options: Any) -> Any:
+def wrap(inner: Any = ADAMW, **options: Any) -> Any:
     chosen = {"fwd": 0.9, "bwd": 0.7, "refresh_every": 3, **options}
-    return topkast.wrap_optimizer(optax.adamw(1e-2) if inner is None else inner, **chosen)
+    return _wrap(inner, tuple(sorted(chosen.items())))
+
+
+@functools.cache
+def _wrap(inner: Any, options: tuple[tuple[str, Any], ...]) -> Any:
+    return topkast.wrap_optimizer(inner, **dict(options))
+
+
+@functools.cache
+def compiled(tx: Any) -> Any:
+    """The jitted step: compiling takes longer than all else here."""
+    return jax.jit(make_step(tx))
 
 
 def run(tx: Any, params: Pytree, steps: int = 7, *, jit: bool = True) -> tuple[Pytree, Any]:
-    step = jax.jit(make_step(tx)) if jit else make_step(tx)
+    step = compiled(tx) if jit else make_step(tx)
     state = tx.init(params)
     for number in range(steps):
         params, state = step(params, state, inputs_of(number))
@@ -95,6 +108,8 @@ def assert_equal(found: Pytree, expected: Pytree) -> None:
     assert structure(found) == structure(expected)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
+        if jnp.issubdtype(one.dtype, jnp.floating):
+            np.testing.assert_array_equal(jnp.signbit(one), jnp.signbit(other))
 
 
 def structure(tree: Pytree) -> Any:
@@ -130,10 +145,17 @@ class TestInvariants:
                         assert_masks(theta, masks[name], fwd=fwd, bwd=bwd)
                     assert_forward_view(theta, view, masks[name].forward)
             for key, support in state.supports.items():
-                entries = [leaf for leaf in jax.tree.leaves(state.inner) if leaf.ndim == 2]
-                assert any(entry.shape[-1] == support.indices.size for entry in entries) or (
-                    inner == "sgd"
-                ), key
+                path = key.split(".")
+                held = [
+                    leaf
+                    for place, leaf in jax.tree.leaves_with_path(state.inner)
+                    if jax.tree_util.keystr(place, simple=True, separator=".").split(".")[
+                        -len(path) :
+                    ]
+                    == path
+                ]
+                assert len(held) == {"sgd": 0, "adamw": 2, "lion": 1}[inner]
+                assert all(entry.shape == (1, support.indices.size) for entry in held)
             params, state = step(params, state, inputs_of(number))
             after = topkast.dense_params(state, params)
             for name, mask in masks.items():
@@ -226,12 +248,15 @@ class TestCompiled:
     def test_members_of_a_batch_are_refreshed_each_in_its_time(self) -> None:
         tx, params = wrap(refresh_every=2), make_params()
         first = tx.init(params)
-        _, second = run(tx, params, 1)
-        states = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)
+        moved, second = run(tx, params, 1)  # no more the weights that it chose from
+        both = (first, params), (second, moved)
+        states, weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *both)
         grads = jax.grad(loss)(params, inputs_of(0))
-        _, batch = jax.vmap(lambda state: tx.update(grads, state, params))(states)
-        for place, state in enumerate((first, second)):
-            _, alone = tx.update(grads, state, params)
+        _, batch = jax.vmap(functools.partial(tx.update, grads))(states, weights)
+        jax.effects_barrier()
+        assert not batch.displaced.any()
+        for place, (state, own) in enumerate(both):
+            _, alone = tx.update(grads, state, own)
             found = jax.tree.map(lambda leaf, place=place: leaf[place], batch.supports)
             assert_equal(found, alone.supports)
 
@@ -240,11 +265,14 @@ class TestCompiled:
         params = make_params()
 
         def after(rate: jax.Array) -> jax.Array:
-            tx = wrap(optax.sgd(rate), refresh_every=1, probe=False)
-            moved, _ = run(tx, params, 2)
+            tx = topkast.wrap_optimizer(optax.sgd(rate), fwd=0.9, bwd=0.7, refresh_every=1)
+            step, moved, state = jax.jit(make_step(tx)), params, tx.init(params)
+            for number in range(2):
+                moved, state = step(moved, state, inputs_of(number))
             return loss(moved, inputs_of(9))
 
         slope = jax.grad(after)(0.01)
+        np.testing.assert_allclose(jax.jvp(after, (0.01,), (1.0,))[1], slope, rtol=1e-5)
         difference = (after(jnp.float32(0.0101)) - after(jnp.float32(0.0099))) / 0.0002
         np.testing.assert_allclose(slope, difference, rtol=0.05)
         assert abs(slope) > 0
@@ -278,12 +306,13 @@ def test_a_name_that_ends_another_is_not_taken_for_it() -> None:
     theta = [jax.random.normal(jax.random.key(seed), (12, 20)) for seed in range(2)]
 
     def supports(make: Callable[[list[Any]], Pytree], take: Callable[[Pytree], Any]) -> Any:
-        tx = wrap(optax.adamw(0.1), refresh_every=1)
+        tx = wrap(refresh_every=1)
+        step = jax.jit(tx.step)
         params = make(theta)
         state = tx.init(params)
         for number in range(4):
             slopes = [jax.random.normal(jax.random.key(9 + number), (12, 20))] * 2
-            params, state = jax.jit(tx.step)(make(slopes), state, params)
+            params, state = step(make(slopes), state, params)
         return take(params)
 
     found = supports(
@@ -420,6 +449,29 @@ class TestPytrees:
         assert table.tensors[1].name == "hidden.kernel"
         assert table.tensors[1].held_bytes == 29 * (4 + 1 + 4 + 4)  # index, flag, two moments
 
+    def test_attributes_called_value(self) -> None:
+        class Attention(eqx.Module):
+            query: Any
+            value: Any
+
+        theta = make_params()["body"][0]["w"]
+        for params in (Attention(theta, theta + 1), {"attention": Attention(theta, theta + 1)}):
+            tx = wrap(dense="*query")
+            state = tx.init(params)
+            (name,) = state.supports
+            assert name.endswith("value")
+            assert topkast.summary(state, params).tensors[1].held_bytes == 72 * 13
+            _, state = tx.update(params, state, params)
+            assert state.updates == 1
+
+    def test_the_transformation_is_a_pytree_like_others(self) -> None:
+        tx, params = wrap(), make_params()
+        again = jax.tree.map(lambda leaf: leaf, tx)
+        assert_equal(again.init(params).supports, tx.init(params).supports)
+        assert "scale_by_adam" in repr(again)
+        step = eqx.filter_jit(lambda tx, state: tx.step(params, state, params))
+        assert step(tx, tx.init(params))[1].updates == 1
+
 
 class TestConventions:
     def test_it_is_a_transformation_with_extra_args(self) -> None:
@@ -462,9 +514,10 @@ class TestConventions:
     def test_dtypes_are_kept(self, dtype: Any) -> None:
         tx, params = wrap(optax.sgd(0.1, momentum=0.9)), make_params(dtype=dtype)
         state = tx.init(params)
+        update = jax.jit(tx.update)
         for number in range(4):
             grads = jax.grad(loss)(topkast.forward_params(params, state), inputs_of(0, dtype))
-            updates, state = jax.jit(tx.update)(grads, state, params)
+            updates, state = update(grads, state, params)
             assert avals(updates) == avals(params), number
             params = optax.apply_updates(params, updates)
         masks = topkast.masks(state, params)
@@ -550,6 +603,10 @@ class TestErrors:
         with pytest.raises(topkast.MismatchError, match="pass params too"):
             topkast.masks(wrap().init(make_params()))
 
+    def test_inspecting_what_is_not_wrapped(self) -> None:
+        with pytest.raises(topkast.MismatchError, match="found 0 in tuple"):
+            topkast.forward_params(make_params(), ADAMW.init(make_params()))
+
 
 class TestOutermost:
     """What changes the updates after they were made is told."""
@@ -575,11 +632,12 @@ class TestOutermost:
             topkast.masks(inner_state(state), params)
 
     def test_weights_changed_by_hand_are_told(self) -> None:
-        tx, params = wrap(), make_params()
-        params, state = run(tx, params, 3)
-        params = jax.tree.map(lambda leaf: 2 * leaf, params)
-        with pytest.warns(topkast.WeightsMovedWarning, match="init anew"):
-            tx.update(params, state, params)
+        tx = wrap(bwd=0.5)
+        params, state = run(tx, {"w": jnp.ones((32, 64)), **make_params()}, 3)  # |B| of 1024
+        for change in (lambda w: 2 * w, jnp.negative, lambda w: w[::-1]):
+            others = jax.tree.map(change, params)
+            with pytest.warns(topkast.WeightsMovedWarning, match="init anew"):
+                tx.update(others, state, others)
 
     @pytest.mark.parametrize("distribution", ["uniform", "global"])
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

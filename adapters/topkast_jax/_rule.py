@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import DictKey, keystr, tree_flatten_with_path, tree_map_with_path
+from jax.tree_util import DictKey, GetAttrKey, keystr, tree_flatten_with_path, tree_map_with_path
 
 from topkast import MismatchError, UnsupportedOptimizerError
-from topkast_jax._tree import Path, Tree, unwrapped
+from topkast_jax._tree import Path, Tree
 
 Arrays = dict[str, jax.Array]
 
@@ -92,13 +92,13 @@ class OptaxRule:
     def check_state(self, params: Arrays, state: Any) -> None:
         """Raise :class:`topkast.MismatchError` unless `state` is one for such `params`."""
         expected = tree_flatten_with_path(jax.eval_shape(self.init, params))[0]
-        found = dict(tree_flatten_with_path(state)[0])
+        found = {path: jnp.asarray(entry) for path, entry in tree_flatten_with_path(state)[0]}
         for path, entry in expected:
-            if path not in found or jnp.shape(found[path]) != entry.shape:
-                other = jnp.shape(found[path]) if path in found else "nothing"
+            other = f"{found[path].dtype}{jnp.shape(found[path])}" if path in found else "nothing"
+            if other != f"{entry.dtype}{entry.shape}":
                 raise MismatchError(
                     "params differ from those given to init: the inner state would have "
-                    f"{entry.shape} at {keystr(path)}, and has {other}"
+                    f"{entry.dtype}{entry.shape} at {keystr(path)}, and has {other}"
                 )
 
     def _is_whole(self, arrays: Arrays) -> bool:
@@ -115,8 +115,9 @@ def find_key(paths: Mapping[str, Path], path: Path) -> str | None:
     ends with the parameter's own (the longest of several); a vector that several tensors share
     goes by its key in a dictionary.
     """
-    path = unwrapped(path)
     ends = [name for name, end in paths.items() if not end or path[-len(end) :] == end]
     if ends:
         return max(ends, key=lambda name: len(paths[name]))
+    if path and path[-1] == GetAttrKey("value"):  # of a variable of Flax
+        return find_key(paths, path[:-1])
     return str(path[-1].key) if path and isinstance(path[-1], DictKey) else None

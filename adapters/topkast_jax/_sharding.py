@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import tree_map_with_path
 
-from topkast import NonFiniteError
+from topkast import NonFiniteError, UnsupportedTensorError
 from topkast._plan import members
 from topkast._primitives import is_traced
 from topkast_jax._rule import find_key
@@ -46,9 +46,40 @@ def run(function: Callable[..., Any], layout: Any, *arguments: Any) -> Any:
     return jax.jit(function, out_shardings=layout)(*arguments)
 
 
-def layout_of(tree: Any) -> Any:
-    """The sharding of each array."""
-    return jax.tree.map(_sharding, tree)
+def layout_of(tree: Any, weights: Mapping[str, jax.Array]) -> Any:
+    """The sharding of each array, and whole on each device of `weights` what has none."""
+    everywhere = NamedSharding(_mesh(weights), PartitionSpec())
+
+    def place(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or _sharding(leaf).mesh.empty:
+            return everywhere
+        return _sharding(leaf)
+
+    return jax.tree.map(place, tree)
+
+
+def is_array_tree(value: Any) -> bool:
+    """Whether all leaves of `value` may be arguments of a compiled function."""
+    return all(isinstance(leaf, (jax.Array, float, int)) for leaf in jax.tree.leaves(value))
+
+
+def check_layout(weights: Mapping[str, jax.Array]) -> None:
+    """Raise :class:`topkast.UnsupportedTensorError` for a layout that cannot be served."""
+    mesh = None
+    for name, array in weights.items():
+        if is_traced(array) or len(array.sharding.device_set) == 1:
+            continue
+        if not isinstance(array.sharding, NamedSharding):
+            raise UnsupportedTensorError(
+                f"{name} is spread over devices by {type(array.sharding).__name__}: only a "
+                "jax.sharding.NamedSharding can be followed"
+            )
+        if mesh is not None and array.sharding.mesh != mesh:
+            raise UnsupportedTensorError(
+                f"{name} lies on the mesh {array.sharding.mesh}, others on {mesh}: all parameters "
+                "must lie on one mesh"
+            )
+        mesh = array.sharding.mesh
 
 
 def layout_beside(shapes: Any, tree: Tree, weights: Mapping[str, jax.Array]) -> Any:
@@ -56,8 +87,7 @@ def layout_beside(shapes: Any, tree: Tree, weights: Mapping[str, jax.Array]) -> 
 
     The vectors on B are cut into equal parts over the axes of the mesh that the tensor is cut over.
     """
-    some = next(array for array in weights.values() if not _sharding(array).mesh.empty)
-    mesh = _sharding(some).mesh
+    mesh = _mesh(weights)
     axes = {
         key: _axes(key, support.indices.shape[0], weights, mesh)
         for key, support in shapes.supports.items()
@@ -69,7 +99,8 @@ def layout_beside(shapes: Any, tree: Tree, weights: Mapping[str, jax.Array]) -> 
             return NamedSharding(mesh, PartitionSpec())
         if key in axes and entry.ndim and entry.shape[-1] == shapes.supports[key].indices.shape[0]:
             return NamedSharding(mesh, PartitionSpec(*[None] * (entry.ndim - 1), axes[key]))
-        if key in weights and entry.shape == weights[key].shape:
+        spread = key in weights and not _sharding(weights[key]).mesh.empty
+        if spread and entry.shape == weights[key].shape:
             own: NamedSharding = _sharding(weights[key])
             return own
         return NamedSharding(mesh, PartitionSpec())
@@ -101,7 +132,7 @@ def _axes(
     """Axes of the mesh that a vector on B is spread over, None if it is on every device."""
     cut: list[str] = []
     for name in members(key, weights):
-        for axis in _sharding(weights[name]).spec:
+        for axis in getattr(_sharding(weights[name]), "spec", ()):
             cut += [axis] if isinstance(axis, str) else list(axis or ())
     axes = tuple(dict.fromkeys(cut))
     parts = math.prod(mesh.shape[axis] for axis in axes)
@@ -113,6 +144,12 @@ def _axes(
         )
         return None
     return axes or None
+
+
+def _mesh(weights: Mapping[str, jax.Array]) -> Any:
+    return next(
+        _sharding(array).mesh for array in weights.values() if not _sharding(array).mesh.empty
+    )
 
 
 def _explicit_axes(array: Any) -> bool:

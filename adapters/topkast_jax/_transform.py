@@ -26,6 +26,8 @@ from topkast_jax._probe import SHAPE, NotProbedError, describe, probe, refuse_sk
 from topkast_jax._rule import OptaxRule, find_key
 from topkast_jax._sharding import (
     check_finite,
+    check_layout,
+    is_array_tree,
     is_explicit,
     is_spread,
     layout_beside,
@@ -87,7 +89,7 @@ class TopKASTState(NamedTuple):
             return tree.rebuild(forward_views(weights, supports) | tree.rest(params))
 
         if is_spread(weights) or is_explicit(weights):
-            return run(view, layout_of(params), params, self.supports)
+            return run(view, layout_of(params, weights), params, self.supports)
         return view(params, self.supports)
 
 
@@ -119,12 +121,10 @@ class TopKASTGradientTransformation(optax.GradientTransformationExtraArgs):  # t
     60
     """
 
-    _transform: _Transform
-
-    def __new__(cls, transform: _Transform) -> TopKASTGradientTransformation:
-        made: TopKASTGradientTransformation = super().__new__(cls, transform.init, transform.update)
-        made._transform = transform
-        return made
+    @property
+    def _transform(self) -> _Transform:
+        transform: _Transform = self.update.__self__
+        return transform
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({describe(self._transform.tx)}, {self._transform.options})"
@@ -180,7 +180,8 @@ def wrap(tx: Any, options: Options) -> TopKASTGradientTransformation:
         raise UnsupportedOptimizerError(
             f"expected an optax.GradientTransformation, got {type(tx).__name__}"
         )
-    return TopKASTGradientTransformation(_Transform(tx, options))
+    transform = _Transform(tx, options)
+    return TopKASTGradientTransformation(transform.init, transform.update)
 
 
 class _Transform:
@@ -189,20 +190,20 @@ class _Transform:
     def __init__(self, tx: optax.GradientTransformation, options: Options) -> None:
         self.tx = tx
         self.options = options
-        self._probed = not options.probe
+        self._unprobed: NotProbedError | None = None
         if options.probe:
             try:
                 probe(tx, jax.ShapeDtypeStruct(SHAPE, jnp.float32))
-                self._probed = True
-            except NotProbedError:
-                pass  # masks and labels may ask for the user's own tree, which init gets
+            except NotProbedError as error:
+                self._unprobed = error  # masks and labels may ask for the tree that init gets
 
     def init(self, params: Any) -> TopKASTState:
         tree, weights = take_apart(params)
-        if not self._probed:
+        if self.options.probe:
             self._probe_on(tree, weights)
         if not (is_spread(weights) or is_explicit(weights)):
             return self._init(params)
+        check_layout(weights)
         check_finite(weights)
         shapes = jax.eval_shape(self._init, jax.tree.map(_shape, params))
         layout = layout_beside(shapes, tree, weights)
@@ -231,8 +232,14 @@ class _Transform:
         _, weights = take_apart(params)
         if not (is_spread(weights) or is_explicit(weights)):
             return function(grads, state, params, extra)
-        layout = layout_of((params, state))
-        return run(function, layout, grads, state, params, extra)  # type: ignore[no-any-return]
+        layout = layout_of((params, state), weights)
+        arrays = {name: value for name, value in extra.items() if is_array_tree(value)}
+        others = {name: value for name, value in extra.items() if name not in arrays}
+
+        def with_others(grads: Any, state: Any, params: Any, arrays: Any) -> Any:
+            return function(grads, state, params, {**arrays, **others})
+
+        return run(with_others, layout, grads, state, params, arrays)  # type: ignore[no-any-return]
 
     def _init(self, params: Any) -> TopKASTState:
         tree, weights = take_apart(params)
@@ -301,19 +308,20 @@ class _Transform:
     ) -> TopKASTState:
         """Keep the checksum of the weights after a refresh; count it if they were others."""
 
-        def compare(displaced: jax.Array, seen: Arrays, chosen_from: jax.Array) -> jax.Array:
+        def compare(
+            displaced: jax.Array, seen: Arrays, chosen_from: jax.Array, due: jax.Array
+        ) -> jax.Array:
             differs = _checksum(seen, state.supports) != chosen_from
-            _tell(differs)
+            _tell(differs & due)  # in a batch, others may be due
             return displaced + differs.astype(jnp.int32)
 
         def remember(_: jax.Array, supports: Mapping[str, Support], moved: Arrays) -> jax.Array:
             return _checksum(core.compact(moved, supports), supports)
 
         every = self.options.refresh_every
+        due = state.updates % every == 0
         return following._replace(
-            displaced=when(
-                state.updates % every == 0, compare, state.displaced, rule.seen, state.chosen_from
-            ),
+            displaced=when(due, compare, state.displaced, rule.seen, state.chosen_from, due),
             chosen_from=when(
                 following.updates % every == 0,
                 remember,
@@ -324,13 +332,15 @@ class _Transform:
         )
 
     def _probe_on(self, tree: Tree, weights: Arrays) -> None:
+        """Probe once more: what the transformation does may depend on where a tensor is."""
         try:
             probe(self.tx, tree.rebuild(weights))
         except NotProbedError as error:
-            raise UnsupportedOptimizerError(
-                f"{describe(self.tx)} cannot take a plain step on the tree of params: {error}. "
-                "Pass probe=False to wrap it all the same"
-            ) from error
+            if self._unprobed is not None:
+                raise UnsupportedOptimizerError(
+                    f"{describe(self.tx)} cannot take a plain step: {error}. Pass probe=False to "
+                    "wrap it all the same"
+                ) from error
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -342,16 +352,21 @@ def _on_one_device(array: jax.Array) -> jax.Array:
 
 
 def _checksum(compact: Arrays, supports: Mapping[str, Support]) -> jax.Array:
-    """Sum of the bits of the weights on B, modulo 2**32: the same in whatever order it is taken."""
+    """Sum over B of a hash of place and bits, modulo 2**32: the same in whatever order."""
     total = jnp.zeros((), jnp.uint32)
     for key in supports:
-        values = compact[key]
+        values = compact[key].reshape(-1)
         parts = (values.real, values.imag) if jnp.iscomplexobj(values) else (values,)
         for part in parts:
             integer = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
             part = jnp.where(part == 0, 0, part)  # -0 and what XLA may take for 0
             bits = jax.lax.bitcast_convert_type(part, integer[part.dtype.itemsize])
-            total += jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
+            if bits.dtype.itemsize == 8:
+                bits ^= bits >> 32
+            place = jnp.arange(part.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+            hashed = (bits.astype(jnp.uint32) ^ place) * jnp.uint32(0x85EBCA6B)
+            hashed = (hashed ^ (hashed >> 15)) * jnp.uint32(0xC2B2AE35)
+            total += jnp.sum(hashed ^ (hashed >> 13), dtype=jnp.uint32)
     return total
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
+from jax.tree_util import keystr, tree_flatten_with_path
 
 from topkast import MismatchError, UnsupportedTensorError
 
@@ -55,9 +55,10 @@ class Tree:
 
     def is_like(self, value: Any, weights: Mapping[str, Any]) -> bool:
         """Whether `value` is a pytree of arrays like `weights`."""
-        if jax.tree.structure(value) != self.treedef:
+        try:
+            pairs = list(zip(self.names, self.treedef.flatten_up_to(value), strict=True))
+        except (ValueError, TypeError, KeyError):
             return False
-        pairs = zip(self.names, jax.tree.leaves(value), strict=True)
         return all(
             jnp.shape(leaf) == weights[name].shape for name, leaf in pairs if name in weights
         )
@@ -71,7 +72,13 @@ class Tree:
 def take_apart(params: Any) -> tuple[Tree, dict[str, jax.Array]]:
     """The pytree without its arrays, and its floating-point leaves by name."""
     found, treedef = tree_flatten_with_path(params)
-    names = tuple(_name(path) for path, _ in found)
+    variables = {
+        path
+        for path, node in tree_flatten_with_path(params, is_leaf=_is_variable)[0]
+        if _is_variable(node)
+    }
+    found = [(path[:-1] if path[:-1] in variables else path, leaf) for path, leaf in found]
+    names = tuple(keystr(path, simple=True, separator=".") for path, _ in found)
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise MismatchError(f"several leaves of params go by one name: {twice}")
@@ -87,16 +94,15 @@ def take_apart(params: Any) -> tuple[Tree, dict[str, jax.Array]]:
                 "arrays alone, as from equinox.filter(model, equinox.is_inexact_array)"
             )
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            paths[name], weights[name] = unwrapped(path), jnp.asarray(leaf)
+            paths[name], weights[name] = path, jnp.asarray(leaf)
     if not weights:
         raise MismatchError("params has no floating-point leaf")
     return Tree(treedef, paths, names), weights
 
 
-def unwrapped(path: Path) -> Path:
-    """The path without the last step into a Flax variable, which Flax takes or not as it needs."""
-    return path[:-1] if len(path) > 1 and path[-1] == GetAttrKey("value") else path
-
-
-def _name(path: Path) -> str:
-    return keystr(unwrapped(path), simple=True, separator=".")
+def _is_variable(node: Any) -> bool:
+    """Whether `node` is a variable of Flax, which wraps an array, and takes it out as it needs."""
+    return any(
+        base.__name__ == "Variable" and base.__module__.startswith("flax.nnx")
+        for base in type(node).__mro__
+    )

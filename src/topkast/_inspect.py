@@ -3,16 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 from array_api_compat import array_namespace
 
 from topkast._compact import scatter
+from topkast._errors import MismatchError
 from topkast._plan import Block
 from topkast._primitives import Array, device
 from topkast._selection import Support
+
+
+def find_state(x: Any) -> Any:
+    """The state of a wrapped optimizer: `x`, or the one in the containers that `x` consists of.
+
+    Raises :class:`MismatchError` if there is none, or several.
+    """
+    found = list(_states_in(x))
+    if len(found) != 1:
+        raise MismatchError(
+            f"expected a wrapped optimizer, or a state with that of one in it, and found "
+            f"{len(found)} in {type(x).__name__}"
+        )
+    return found[0]
+
+
+def _states_in(x: Any) -> Iterator[Any]:
+    if hasattr(x, "__topkast_inspect__"):
+        yield x
+    elif isinstance(x, (tuple, list)):
+        for part in x:
+            yield from _states_in(part)
+    elif isinstance(x, Mapping):
+        for part in x.values():
+            yield from _states_in(part)
 
 
 class Masks(NamedTuple):
@@ -105,7 +131,8 @@ def masks(x: Inspectable, params: Any = None, /) -> dict[str, Masks]:
     Parameters
     ----------
     x
-        A wrapped PyTorch optimizer, or the state of a wrapped functional one.
+        A wrapped PyTorch optimizer, or the state of a wrapped functional one (or one of optax with
+        that in it).
     params
         θ, for a functional state, which does not hold it.
 
@@ -123,7 +150,7 @@ def masks(x: Inspectable, params: Any = None, /) -> dict[str, Masks]:
     array([[False,  True],
            [False, False]])
     """
-    inspection = x.__topkast_inspect__(params)
+    inspection = find_state(x).__topkast_inspect__(params)
     found: dict[str, Masks] = {}
     for key, block in inspection.blocks.items():
         support = inspection.supports[key]
@@ -162,7 +189,7 @@ def dense_params(x: Inspectable, params: Any = None, /) -> dict[str, Array]:
     >>> int((layer.weight != 0).sum()), int((topkast.dense_params(opt)["weight"] != 0).sum())
     (4, 16)
     """
-    return dict(x.__topkast_inspect__(params).params)
+    return dict(find_state(x).__topkast_inspect__(params).params)
 
 
 def summary(x: Inspectable, params: Any = None, /) -> Summary:
@@ -195,7 +222,7 @@ def summary(x: Inspectable, params: Any = None, /) -> Summary:
     b       10      10   10  0.0000  0.0000        0.00%         160
     110 weights, 20 active (81.8% zeros), 660 bytes held, 0 updates
     """
-    inspection = x.__topkast_inspect__(params)
+    inspection = find_state(x).__topkast_inspect__(params)
     rows = {
         name: TensorSummary(
             name,

@@ -19,7 +19,7 @@ from array_api_compat import array_namespace, is_jax_array
 from topkast._compact import forward_view, gather, move, scatter
 from topkast._errors import MismatchError, UnsupportedTensorError
 from topkast._exploration import exploration_gradient
-from topkast._inspect import Inspection, count_true
+from topkast._inspect import Inspection, count_true, find_state
 from topkast._options import Options, check_patterns, kept_dense
 from topkast._plan import Block, members, plan
 from topkast._primitives import Array, device, put, when
@@ -312,7 +312,7 @@ def forward_params(params: Mapping[str, Array], state: TopKASTState, /) -> Array
     params
         θ, by name.
     state
-        State of the wrapped rule.
+        State of the wrapped rule, or of what is around it.
 
     Returns
     -------
@@ -328,7 +328,7 @@ def forward_params(params: Mapping[str, Array], state: TopKASTState, /) -> Array
     array([[ 0. , -0.9],
            [ 0. ,  0. ]])
     """
-    views: Arrays = state.__topkast_forward__(params)
+    views: Arrays = find_state(state).__topkast_forward__(params)
     return views
 
 
