@@ -99,7 +99,7 @@ class TopKASTGradientTransformation(optax.GradientTransformationExtraArgs):  # t
     Differentiate the loss at :func:`topkast.forward_params` of the parameters and the state, and
     add the updates with ``optax.apply_updates``. It must be the outermost transformation: what
     changes its updates afterwards makes A and B those of other weights, which is told in a
-    :class:`topkast.WeightsMovedWarning`. The exceptions are those that keep or drop an update
+    :class:`topkast.WeightsMovedWarning`; after compiled steps, by :func:`topkast.summary`. The exceptions are those that keep or drop an update
     whole: ``optax.MultiSteps`` and ``optax.apply_if_finite`` go around it.
 
     Examples
@@ -308,11 +308,9 @@ class _Transform:
     ) -> TopKASTState:
         """Keep the checksum of the weights after a refresh; count it if they were others."""
 
-        def compare(
-            displaced: jax.Array, seen: Arrays, chosen_from: jax.Array, due: jax.Array
-        ) -> jax.Array:
+        def compare(displaced: jax.Array, seen: Arrays, chosen_from: jax.Array) -> jax.Array:
             differs = _checksum(seen, state.supports) != chosen_from
-            _tell(differs & due)  # in a batch, others may be due
+            _tell(differs)
             return displaced + differs.astype(jnp.int32)
 
         def remember(_: jax.Array, supports: Mapping[str, Support], moved: Arrays) -> jax.Array:
@@ -321,7 +319,7 @@ class _Transform:
         every = self.options.refresh_every
         due = state.updates % every == 0
         return following._replace(
-            displaced=when(due, compare, state.displaced, rule.seen, state.chosen_from, due),
+            displaced=when(due, compare, state.displaced, rule.seen, state.chosen_from),
             chosen_from=when(
                 following.updates % every == 0,
                 remember,
@@ -371,15 +369,13 @@ def _checksum(compact: Arrays, supports: Mapping[str, Support]) -> jax.Array:
 
 
 def _tell(differs: jax.Array) -> None:
-    """Warn if `differs`; from inside a compiled function by a call back.
+    """Warn if `differs`, where it can be looked at.
 
-    A function that calls back is never stored in JAX's persistent cache of compilations. Who uses
-    that cache finds the count in the state, and is told on looking inside.
+    Not by a call back from compiled functions: on a CPU, one can wait for ever for a thread that
+    waits for it, and it keeps functions out of JAX's persistent cache of compilations.
     """
     if not is_traced(differs):
         _warn(differs)
-    elif jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        jax.debug.callback(_warn, differs)
 
 
 def _warn(differs: Any) -> None:
