@@ -99,8 +99,9 @@ class TopKASTGradientTransformation(optax.GradientTransformationExtraArgs):  # t
     Differentiate the loss at :func:`topkast.forward_params` of the parameters and the state, and
     add the updates with ``optax.apply_updates``. It must be the outermost transformation: what
     changes its updates afterwards makes A and B those of other weights, which is told in a
-    :class:`topkast.WeightsMovedWarning`; after compiled steps, by :func:`topkast.summary`. The exceptions are those that keep or drop an update
-    whole: ``optax.MultiSteps`` and ``optax.apply_if_finite`` go around it.
+    :class:`topkast.WeightsMovedWarning`; after compiled steps, by :func:`topkast.summary`. The
+    exceptions are those that keep or drop an update whole: ``optax.MultiSteps`` and
+    ``optax.apply_if_finite`` go around it.
 
     Examples
     --------
