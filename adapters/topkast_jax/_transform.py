@@ -41,7 +41,7 @@ _Core: TypeAlias = Any  # a TopKASTTransform, for states of this module
 
 
 class TopKASTState(NamedTuple):
-    """State of a wrapped optax transformation: arrays alone, of fixed shapes and dtypes.
+    r"""State of a wrapped optax transformation: arrays alone, of fixed shapes and dtypes.
 
     Attributes
     ----------
@@ -52,7 +52,7 @@ class TopKASTState(NamedTuple):
     changed
         Entries that the last refresh made active, by the name of the tensor; int32 of shape (1,).
     inner
-        State of the wrapped transformation, whose entries for a tensor have shape (1, …, |B|).
+        State of the wrapped transformation, whose entries for a tensor have shape (1, …, \|B\|).
     chosen_from
         Checksum of the weights on B that the sets were chosen from; 0-d uint32.
     displaced
