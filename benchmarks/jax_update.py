@@ -144,57 +144,55 @@ def compile_times(numbers: list[int]) -> list[dict[str, Any]]:
     return records
 
 
+def measure_updates(size: int, rounds: int) -> list[dict[str, Any]]:
+    side = int(size**0.5)
+    timings = {
+        name: replace(
+            timing,
+            median=timing.median / REFRESH_EVERY,
+            least=timing.least / REFRESH_EVERY,
+            most=timing.most / REFRESH_EVERY,
+        )
+        for name, timing in interleave(trainings(side), rounds=rounds, warm_up=1).items()
+    }
+    title = f"{side**2 / 1e6:.1f} M weights, one update of {REFRESH_EVERY} with one refresh"
+    print_rows(title, timings, {}, "")
+    return [{"weights": side**2, "side": name, **vars(one)} for name, one in timings.items()]
+
+
+def measure_selection(size: int, rounds: int) -> list[dict[str, Any]]:
+    theta = jax.random.normal(jax.random.key(0), (size,))
+    ways: dict[str, Callable[[jax.Array], Any]] = {
+        "topkast.select": jax.jit(by_topkast),
+        "lax.top_k": jax.jit(by_top_k),
+        "argsort": jax.jit(by_argsort),
+        "lax.approx_max_k": jax.jit(by_approx_max_k),
+    }
+    expected = ways["topkast.select"](theta)
+    shares = {
+        name: f"{share_found(way(theta), expected, size):.2f} %" for name, way in ways.items()
+    }
+    ways["lax.top_k of B alone"] = jax.jit(top_k_alone)
+    runs: dict[str, Callable[[], Any]] = {
+        name: partial(lambda way, theta: jax.block_until_ready(way(theta)), way, theta)
+        for name, way in ways.items()
+    }
+    timings = interleave(runs, rounds=rounds, warm_up=1)
+    title = f"Selection under jit, {size / 1e6:.1f} M weights, {FWD}/{BWD}"
+    print_rows(title, timings, shares, "share of B found")
+    return [
+        {"weights": size, "side": name, "found": shares.get(name), **vars(timing)}
+        for name, timing in timings.items()
+    ]
+
+
 def main() -> None:
     parser = arguments(__doc__, "jax_update")
     parser.add_argument("--sizes", type=int, nargs="+", default=[2**22, 2**24])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    records = []
-    for size in options.sizes:
-        side = int(size**0.5)
-        sides = trainings(side)
-        timings = interleave(sides, rounds=options.rounds, warm_up=1)
-        per_update = {
-            name: replace(
-                timing,
-                median=timing.median / REFRESH_EVERY,
-                least=timing.least / REFRESH_EVERY,
-                most=timing.most / REFRESH_EVERY,
-            )
-            for name, timing in timings.items()
-        }
-        title = f"{side**2 / 1e6:.1f} M weights, one update of {REFRESH_EVERY} with one refresh"
-        print_rows(title, per_update, {}, "")
-        records += [{"weights": side**2, "side": n, **vars(t)} for n, t in per_update.items()]
-        del sides
-    for size in options.sizes:
-        theta = jax.random.normal(jax.random.key(0), (size,))
-        ways: dict[str, Callable[[jax.Array], Any]] = {
-            "topkast.select": jax.jit(by_topkast),
-            "lax.top_k": jax.jit(by_top_k),
-            "argsort": jax.jit(by_argsort),
-            "lax.approx_max_k": jax.jit(by_approx_max_k),
-        }
-        expected = ways["topkast.select"](theta)
-        shares = {
-            name: f"{share_found(way(theta), expected, size):.2f} %" for name, way in ways.items()
-        }
-        ways["lax.top_k of B alone"] = jax.jit(top_k_alone)
-        runs: dict[str, Callable[[], Any]] = {
-            name: partial(lambda way, theta: jax.block_until_ready(way(theta)), way, theta)
-            for name, way in ways.items()
-        }
-        timings = interleave(runs, rounds=options.rounds, warm_up=1)
-        print_rows(
-            f"Selection under jit, {size / 1e6:.1f} M weights, {FWD}/{BWD}",
-            timings,
-            shares,
-            "share of B found",
-        )
-        records += [
-            {"weights": size, "side": name, "found": shares.get(name), **vars(timing)}
-            for name, timing in timings.items()
-        ]
+    rows = [row for size in options.sizes for row in measure_updates(size, options.rounds)]
+    rows += [row for size in options.sizes for row in measure_selection(size, options.rounds)]
     compiling = compile_times([6, 48])
     packages = ("numpy", "jax", "optax")
     write(
@@ -202,7 +200,7 @@ def main() -> None:
         {
             "environment": environment(options.threads, packages),
             "allocator": {key: value for key, value in os.environ.items() if "MALLOC" in key},
-            "rows": records,
+            "rows": rows,
             "compiling": compiling,
         },
     )

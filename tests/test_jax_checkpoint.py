@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 import resume
-from test_jax_transform import assert_equal
+from jax_training import assert_equal
 
 
 @pytest.mark.filterwarnings("default:::orbax", "default::DeprecationWarning")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_jax_transform import (
+from jax_training import (
     Pytree,
     assert_close,
     assert_equal,

@@ -12,7 +12,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_jax_transform import Pytree, assert_close, assert_equal, wrap
+from jax_training import Pytree, assert_close, assert_equal, wrap
 
 import topkast
 
@@ -118,6 +118,11 @@ class TestSpread:
         with pytest.raises(topkast.NonFiniteError, match="w: 1 of 5120"):
             wrap().init(spread(params, make_mesh(kind), spec))
 
+    def test_what_stays_dense_needs_no_rank(self, kind: AxisType, spec: P) -> None:
+        params = make_params()
+        params["b"] = params["b"].at[3].set(jnp.nan)
+        assert wrap(bwd=0.8).init(spread(params, make_mesh(kind), spec)).updates == 0
+
 
 def test_compiled_init_under_automatic_sharding_keeps_whole_copies() -> None:
     """Inside jit nobody can see how the parameters are cut: correct, and not spread."""
@@ -135,8 +140,8 @@ def test_vectors_that_do_not_divide_are_told() -> None:
     assert not is_cut(state.supports["w"].indices)
 
 
-def test_update_between_refreshes_gathers_nothing_as_large_as_a_tensor() -> None:
-    """Cut by rows, which are contiguous: only vectors of |B| travel."""
+def test_no_step_gathers_anything_as_large_as_a_tensor() -> None:
+    """Cut by rows, which are contiguous: only vectors of |B| travel, at a refresh too."""
     tx, mesh = wrap(fwd=0.9, bwd=0.8, refresh_every=2), make_mesh(AxisType.Auto)
     params = spread(make_params(), mesh, ROWS)
     text = jax.jit(make_step(tx)).lower(params, tx.init(params)).compile().as_text()

@@ -1,116 +1,35 @@
-"""The optax adapter keeps optax's conventions, on any pytree, in and out of ``jax.jit``."""
+"""The optax adapter keeps the invariants and optax's conventions, in and out of ``jax.jit``."""
 
 from __future__ import annotations
 
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax_training import (
+    Pytree,
+    assert_close,
+    assert_equal,
+    avals,
+    inner_state,
+    inputs_of,
+    loss,
+    make_params,
+    make_step,
+    run,
+    wrap,
+)
 
 import topkast
 from topkast.testing import assert_forward_view, assert_masks, assert_reservoir_unchanged
-
-Pytree = Any
-ADAMW = optax.adamw(1e-2)
-
-
-def make_params(seed: int = 0, dtype: Any = jnp.float32) -> Pytree:
-    keys = jax.random.split(jax.random.key(seed), 3)
-    return {
-        "body": [
-            {"w": jax.random.normal(keys[0], (12, 20), dtype), "b": jnp.zeros(20, dtype)},
-            {"w": jax.random.normal(keys[1], (20, 16), dtype), "b": jnp.zeros(16, dtype)},
-        ],
-        "head": {"w": jax.random.normal(keys[2], (16, 4), dtype)},
-    }
-
-
-def loss(alpha: Pytree, inputs: jax.Array) -> jax.Array:
-    hidden = inputs
-    for layer in alpha["body"]:
-        hidden = jnp.tanh(hidden @ layer["w"] + layer["b"])
-    return jnp.mean((hidden @ alpha["head"]["w"] - 1) ** 2)
-
-
-def inputs_of(step: int, dtype: Any = jnp.float32) -> jax.Array:
-    return jax.random.normal(jax.random.key(100 + step), (8, 12), dtype)
-
-
-def make_step(tx: Any) -> Callable[..., tuple[Pytree, Any]]:
-    """A training step as any optax user writes it."""
-
-    def train(params: Pytree, state: Any, inputs: jax.Array) -> tuple[Pytree, Any]:
-        grads = jax.grad(loss)(topkast.forward_params(params, inner_state(state)), inputs)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return train
-
-
-def inner_state(state: Any) -> Any:
-    """The state of the wrapped transformation, wherever it is."""
-    kinds = (
-        entry
-        for entry in jax.tree.leaves(state, is_leaf=lambda entry: hasattr(entry, "supports"))
-        if hasattr(entry, "supports")
-    )
-    return next(kinds)
-
-
-def wrap(inner: Any = ADAMW, **options: Any) -> Any:
-    chosen = {"fwd": 0.9, "bwd": 0.7, "refresh_every": 3, **options}
-    return _wrap(inner, tuple(sorted(chosen.items())))
-
-
-@functools.cache
-def _wrap(inner: Any, options: tuple[tuple[str, Any], ...]) -> Any:
-    return topkast.wrap_optimizer(inner, **dict(options))
-
-
-@functools.cache
-def compiled(tx: Any) -> Any:
-    """The jitted step: compiling takes longer than all else here."""
-    return jax.jit(make_step(tx))
-
-
-def run(tx: Any, params: Pytree, steps: int = 7, *, jit: bool = True) -> tuple[Pytree, Any]:
-    step = compiled(tx) if jit else make_step(tx)
-    state = tx.init(params)
-    for number in range(steps):
-        params, state = step(params, state, inputs_of(number))
-    return params, state
-
-
-def assert_close(found: Pytree, expected: Pytree, tolerance: float = 1e-6) -> None:
-    assert structure(found) == structure(expected)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
-
-
-def assert_equal(found: Pytree, expected: Pytree) -> None:
-    assert structure(found) == structure(expected)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(one, other)
-        if jnp.issubdtype(one.dtype, jnp.floating):
-            np.testing.assert_array_equal(jnp.signbit(one), jnp.signbit(other))
-
-
-def structure(tree: Pytree) -> Any:
-    return jax.tree.structure(tree)
-
-
-def avals(tree: Pytree) -> Any:
-    return jax.tree.map(lambda leaf: jax.typeof(leaf), tree)
 
 
 class TestInvariants:
@@ -343,128 +262,6 @@ class TestStep:
         assert moved["no"] is None
 
 
-class Pair(NamedTuple):
-    first: Any
-    second: Any
-
-
-class TestPytrees:
-    def test_names_are_key_paths(self) -> None:
-        params = (Pair({"w": jnp.ones((4, 5))}, None), [jnp.ones((4, 5)), jnp.arange(4)])
-        tx = wrap(dense="1.*")
-        state = tx.init(params)
-        assert list(state.supports) == ["0.first.w"]
-        assert set(topkast.dense_params(state, params)) == {"0.first.w", "1.0"}
-        grads = jax.tree.map(jnp.ones_like, params)
-        updates, _ = tx.update(grads, state, params)
-        assert structure(updates) == structure(params)
-        assert_equal(updates[1][1], jnp.zeros(4, jnp.int32))
-
-    def test_bare_array(self) -> None:
-        params = jnp.arange(20.0).reshape(4, 5) + 1
-        tx = wrap()
-        state = tx.init(params)
-        updates, state = tx.update(jnp.ones((4, 5)), state, params)
-        assert int(jnp.sum(updates != 0)) == 6
-        assert topkast.summary(state, params).tensors[0].backward == 6
-
-    def test_integer_leaves_pass(self) -> None:
-        params = {"w": make_params()["head"]["w"], "n": jnp.arange(3), "flag": jnp.asarray(True)}
-        tx = wrap()
-
-        def squares(alpha: Pytree) -> jax.Array:
-            return jnp.sum(alpha["w"] ** 2)
-
-        grads = jax.grad(squares, allow_int=True)(params)
-        updates, _ = tx.update(grads, tx.init(params), params)
-        moved = optax.apply_updates(params, updates)
-        assert_equal((moved["n"], moved["flag"]), (params["n"], params["flag"]))
-        assert avals(moved) == avals(params)
-
-    def test_equinox(self) -> None:
-        model = eqx.nn.MLP(6, 2, 16, 2, key=jax.random.key(0))
-        tx = wrap(dense="layers.2.*")
-        params, static = eqx.partition(model, eqx.is_inexact_array)
-        state = tx.init(params)
-        assert list(state.supports) == ["layers.0.weight", "layers.1.weight"]
-
-        @eqx.filter_jit
-        def train(params: Any, state: Any) -> Any:
-            def objective(alpha: Any) -> jax.Array:
-                outputs = jax.vmap(eqx.combine(alpha, static))(jnp.ones((4, 6)))
-                return jnp.mean((outputs - 1) ** 2)
-
-            value, grads = eqx.filter_value_and_grad(objective)(
-                topkast.forward_params(params, state)
-            )
-            updates, state = tx.update(grads, state, params)
-            return eqx.apply_updates(params, updates), state, value
-
-        values = []
-        for _ in range(20):
-            params, state, value = train(params, state)
-            values.append(float(value))
-        assert values[-1] < values[0] / 2
-        alpha: Any = topkast.forward_params(params, state)
-        assert int(jnp.sum(alpha.layers[1].weight != 0)) == 26
-
-    def test_flax_nnx_optimizer(self) -> None:
-        class Net(nnx.Module):
-            def __init__(self, rngs: nnx.Rngs) -> None:
-                self.hidden = nnx.Linear(6, 16, rngs=rngs)
-                self.out = nnx.Linear(16, 2, rngs=rngs)
-
-            def __call__(self, inputs: Any) -> Any:
-                return self.out(nnx.tanh(self.hidden(inputs)))
-
-        model = Net(nnx.Rngs(0))
-        optimizer = nnx.Optimizer(model, wrap(dense="out.*"), wrt=nnx.Param)
-
-        @nnx.jit
-        def train(model: Any, optimizer: Any) -> Any:
-            graph, theta = nnx.split(model, nnx.Param)
-            alpha = topkast.forward_params(theta, nnx.as_pure(optimizer.opt_state))
-
-            def objective(alpha: Any) -> jax.Array:
-                return jnp.mean((nnx.merge(graph, alpha)(jnp.ones((4, 6))) - 1) ** 2)
-
-            value, grads = nnx.value_and_grad(objective)(alpha)
-            optimizer.update(model, grads)
-            return value
-
-        values = [float(train(model, optimizer)) for _ in range(20)]
-        assert values[-1] < values[0] / 2
-        masks = topkast.masks(nnx.as_pure(optimizer.opt_state), nnx.state(model, nnx.Param))
-        assert list(masks) == ["hidden.kernel"]
-        assert int(masks["hidden.kernel"].backward.sum()) == 29
-        table = topkast.summary(nnx.as_pure(optimizer.opt_state), nnx.state(model, nnx.Param))
-        assert table.tensors[1].name == "hidden.kernel"
-        assert table.tensors[1].held_bytes == 29 * (4 + 1 + 4 + 4)  # index, flag, two moments
-
-    def test_attributes_called_value(self) -> None:
-        class Attention(eqx.Module):
-            query: Any
-            value: Any
-
-        theta = make_params()["body"][0]["w"]
-        for params in (Attention(theta, theta + 1), {"attention": Attention(theta, theta + 1)}):
-            tx = wrap(dense="*query")
-            state = tx.init(params)
-            (name,) = state.supports
-            assert name.endswith("value")
-            assert topkast.summary(state, params).tensors[1].held_bytes == 72 * 13
-            _, state = tx.update(params, state, params)
-            assert state.updates == 1
-
-    def test_the_transformation_is_a_pytree_like_others(self) -> None:
-        tx, params = wrap(), make_params()
-        again = jax.tree.map(lambda leaf: leaf, tx)
-        assert_equal(again.init(params).supports, tx.init(params).supports)
-        assert "scale_by_adam" in repr(again)
-        step = eqx.filter_jit(lambda tx, state: tx.step(params, state, params))
-        assert step(tx, tx.init(params))[1].updates == 1
-
-
 class TestConventions:
     def test_it_is_a_transformation_with_extra_args(self) -> None:
         tx = wrap()
@@ -538,66 +335,6 @@ class TestConventions:
     def test_repr_names_the_inner_transformation(self) -> None:
         assert "scale_by_adam" in repr(wrap())
         assert "fwd=0.9" in repr(wrap())
-
-
-class TestErrors:
-    def test_update_without_params(self) -> None:
-        tx, params = wrap(), make_params()
-        with pytest.raises(topkast.MismatchError, match="update needs params"):
-            tx.update(params, tx.init(params))
-
-    @pytest.mark.parametrize("jit", [False, True])
-    def test_params_of_another_tree(self, jit: bool) -> None:
-        tx, params = wrap(), make_params()
-        state = tx.init(params)
-        update = jax.jit(tx.update) if jit else tx.update
-        others = [
-            {"head": params["head"]},
-            {**params, "more": params["head"]},
-            {**params, "more": jnp.zeros(3)},
-            {**params, "head": {"w": jnp.ones((16, 5))}},
-            {**params, "body": [{**layer, "b": jnp.zeros(3)} for layer in params["body"]]},
-        ]
-        for other in others:
-            with pytest.raises(topkast.MismatchError, match="differ from those given to init"):
-                update(other, state, other)
-
-    def test_grads_of_another_tree(self) -> None:
-        tx, params = wrap(), make_params()
-        state = tx.init(params)
-        for grads in ({"head": params["head"]}, {**params, "head": {"w": None}}, [1.0]):
-            with pytest.raises(topkast.MismatchError, match="grads"):
-                tx.update(grads, state, params)
-
-    @pytest.mark.parametrize("jit", [False, True])
-    def test_grads_of_another_dtype_or_shape(self, jit: bool) -> None:
-        tx, params = wrap(), make_params()
-        state = tx.init(params)
-        update = jax.jit(tx.update) if jit else tx.update
-        for odd in (jnp.ones((16, 4), jnp.bfloat16), jnp.ones((4, 16))):
-            with pytest.raises(topkast.MismatchError, match=r"head\.w: the gradient is .*, the p"):
-                update({**params, "head": {"w": odd}}, state, params)
-
-    def test_functions_among_the_leaves(self) -> None:
-        model = eqx.nn.MLP(6, 2, 16, 2, key=jax.random.key(0))
-        with pytest.raises(topkast.UnsupportedTensorError, match=r"activation: .*eqx|equinox\.fil"):
-            wrap().init(model)
-
-    def test_nothing_to_train(self) -> None:
-        with pytest.raises(topkast.MismatchError, match="no floating-point leaf"):
-            wrap().init({"n": jnp.arange(3)})
-
-    def test_two_leaves_of_one_name(self) -> None:
-        with pytest.raises(topkast.MismatchError, match=r"one name: \['a\.b'\]"):
-            wrap().init({"a.b": jnp.ones((3, 3)), "a": {"b": jnp.ones((3, 3))}})
-
-    def test_inspecting_without_params(self) -> None:
-        with pytest.raises(topkast.MismatchError, match="pass params too"):
-            topkast.masks(wrap().init(make_params()))
-
-    def test_inspecting_what_is_not_wrapped(self) -> None:
-        with pytest.raises(topkast.MismatchError, match="found 0 in tuple"):
-            topkast.forward_params(make_params(), ADAMW.init(make_params()))
 
 
 class TestOutermost:

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -22,7 +20,9 @@ import topkast
 from topkast import Masks, reference
 
 Tensor = np.ndarray[Any, Any]
-NUMPY = LIBRARIES[0]
+NUMPY, EAGER, JITTED = (
+    next(one for one in LIBRARIES if one.name == name) for name in ("numpy", "jax", "jax-jit")
+)
 UPDATES, REFRESH_EVERY = 64, 7
 
 OPTIONS: list[dict[str, Any]] = [
@@ -76,13 +76,20 @@ def by_reference(rule: str, options: dict[str, Any], dtype: Any) -> Trajectory:
     return trajectory
 
 
-def by_transform(library: Library, rule: str, options: dict[str, Any], dtype: Any) -> Trajectory:
+def by_transform(
+    library: Library, inner: Any, options: dict[str, Any], dtype: Any, *, fused: bool = False
+) -> Trajectory:
+    """By a functional transform around `inner`: an update rule of the core, or optax's."""
     theta, gradient = problem(dtype)
-    tx = topkast.wrap_optimizer(RULES[rule].arrays(), refresh_every=REFRESH_EVERY, **options)
+    tx = topkast.wrap_optimizer(inner, refresh_every=REFRESH_EVERY, **options)
+    of_optax = isinstance(inner, optax.GradientTransformation)
+    apply_updates: Any = optax.apply_updates if of_optax else topkast.apply_updates
 
     def step(grads: Any, state: Any, params: Any) -> Any:
+        if fused:
+            return tx.step(grads, state, params)
         updates, state = tx.update(grads, state, params)
-        return topkast.apply_updates(params, updates), state
+        return apply_updates(params, updates), state
 
     step, view = library.compile(step), library.compile(topkast.forward_params)
     params = {name: library.asarray(weights) for name, weights in theta.items()}
@@ -110,35 +117,6 @@ def by_torch(rule: str, options: dict[str, Any], dtype: Any) -> Trajectory:
             params[name].grad = torch.asarray(slope.astype(dtype))
         optimizer.step()
         trajectory.append((host(topkast.masks(optimizer)), host(topkast.dense_params(optimizer))))
-    return trajectory
-
-
-def by_optax(
-    rule: str,
-    options: dict[str, Any],
-    dtype: Any,
-    *,
-    compile: Callable[[Any], Any] = jax.jit,  # noqa: A002
-    fused: bool = False,
-) -> Trajectory:
-    theta, gradient = problem(dtype)
-    tx = topkast.wrap_optimizer(RULES[rule].optax(), refresh_every=REFRESH_EVERY, **options)
-
-    def step(grads: Any, state: Any, params: Any) -> Any:
-        if fused:
-            return tx.step(grads, state, params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    step, view = compile(step), compile(topkast.forward_params)
-    params: Any = {name: jnp.asarray(weights) for name, weights in theta.items()}
-    state = compile(tx.init)(params)
-    trajectory: Trajectory = []
-    for _ in range(UPDATES):
-        slopes = gradient(host(view(params, state)))
-        grads = {name: jnp.asarray(slope.astype(dtype)) for name, slope in slopes.items()}
-        params, state = step(grads, state, params)
-        trajectory.append((host(topkast.masks(state, params)), host(params)))
     return trajectory
 
 
@@ -179,7 +157,7 @@ class TestTrajectories:
     ) -> None:
         expected = by_reference(rule, options, dtype)
         assert changes(expected) > 0 or options["fwd"] == options["bwd"]
-        assert_same(expected, by_transform(any_library, rule, options, dtype))
+        assert_same(expected, by_transform(any_library, RULES[rule].arrays(), options, dtype))
 
     def test_torch_wrapper_follows_the_reference(
         self, rule: str, options: dict[str, Any], dtype: Any
@@ -199,7 +177,9 @@ class TestFrameworks:
     def test_arrays(self, rule: str, dtype: Any) -> None:
         expected = by_reference(rule, OPTIONS[0], dtype)
         assert changes(expected) > 0
-        assert_same(expected, by_transform(NUMPY, rule, OPTIONS[0], dtype), single=1e-5)
+        assert_same(
+            expected, by_transform(NUMPY, RULES[rule].arrays(), OPTIONS[0], dtype), single=1e-5
+        )
 
     def test_torch(self, rule: str, dtype: Any) -> None:
         expected = by_reference(rule, OPTIONS[0], dtype)
@@ -208,13 +188,17 @@ class TestFrameworks:
     @pytest.mark.parametrize("fused", [False, True], ids=["update", "step"])
     def test_optax(self, x64: None, rule: str, dtype: Any, fused: bool) -> None:
         expected = by_reference(rule, OPTIONS[0], dtype)
-        assert_same(expected, by_optax(rule, OPTIONS[0], dtype, fused=fused), single=1e-5)
+        assert_same(
+            expected,
+            by_transform(JITTED, RULES[rule].optax(), OPTIONS[0], dtype, fused=fused),
+            single=1e-5,
+        )
 
 
 @pytest.mark.parametrize("rule", ["sgd-momentum", "adamw-decay"])
 def test_optax_inside_jit_has_the_supports_that_it_has_outside(rule: str) -> None:
-    inside = by_optax(rule, OPTIONS[0], np.float32)
-    outside = by_optax(rule, OPTIONS[0], np.float32, compile=lambda function: function)
+    inside = by_transform(JITTED, RULES[rule].optax(), OPTIONS[0], np.float32)
+    outside = by_transform(EAGER, RULES[rule].optax(), OPTIONS[0], np.float32)
     assert_same(inside, outside, single=1e-5)
 
 
@@ -232,6 +216,6 @@ def test_other_options_agree_between_libraries(
         "explore_until": 40,
     }
     expected = by_torch(rule, options, np.float64)
-    assert_same(expected, by_transform(any_library, rule, options, np.float64))
+    assert_same(expected, by_transform(any_library, RULES[rule].arrays(), options, np.float64))
     if any_library.traces:
-        assert_same(expected, by_optax(rule, options, np.float64))
+        assert_same(expected, by_transform(JITTED, RULES[rule].optax(), options, np.float64))

@@ -21,14 +21,7 @@ class OptaxRule:
 
     Where all tensors are ranked as one, their common vector has no place in that tree: then it is
     handed a dictionary.
-
-    Attributes
-    ----------
-    seen
-        The vectors on B, and dense tensors, of the last update: the current weights.
     """
-
-    seen: Arrays
 
     def __init__(self, tx: optax.GradientTransformation, tree: Tree) -> None:
         self.tx = optax.with_extra_args_support(tx)
@@ -42,7 +35,6 @@ class OptaxRule:
         self, updates: Arrays, state: Any, params: Any = None, /, **extra: Any
     ) -> tuple[Arrays, Any]:
         self.check_state(params, state)
-        self.seen = params
         found, state = self.tx.update(self.assemble(updates), state, self.assemble(params), **extra)
         if self._is_whole(params):
             return self.tree.weights(found, "the inner updates"), state
@@ -52,14 +44,13 @@ class OptaxRule:
         """`state` with ``visit(key, entry, initial)`` in the place of what mirrors a parameter."""
         return tree_map_with_path(
             lambda path, entry, initial: (
-                entry if (key := self.key_at(path)) is None else visit(key, entry, initial)
+                entry
+                if (key := find_key(self.tree.paths, path)) is None
+                else visit(key, entry, initial)
             ),
             state,
             fresh,
         )
-
-    def key_at(self, path: Path) -> str | None:
-        return find_key(self.tree.paths, path)
 
     def check(self, params: Arrays, sparse: Collection[str]) -> None:
         """Raise :class:`UnsupportedOptimizerError` unless its state can follow B.
@@ -80,7 +71,7 @@ class OptaxRule:
             return tree_flatten_with_path(jax.eval_shape(self.init, shapes))[0]
 
         for (path, entry), (_, other) in zip(entries(0), entries(1), strict=True):
-            key = self.key_at(path)
+            key = find_key(self.tree.paths, path)
             follows = key is not None and key in sparse and entry.shape == params[key].shape
             if entry.shape != other.shape and not follows:
                 raise UnsupportedOptimizerError(

@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import tree_map_with_path
 
-from topkast import NonFiniteError, UnsupportedTensorError
+from topkast import UnsupportedTensorError
 from topkast._plan import members
 from topkast._primitives import is_traced
 from topkast_jax._rule import find_key
@@ -113,17 +112,6 @@ def layout_beside(shapes: Any, tree: Tree, weights: Mapping[str, jax.Array]) -> 
         },
         inner=tree_map_with_path(place, shapes.inner),
     )
-
-
-def check_finite(weights: Mapping[str, jax.Array]) -> None:
-    """Raise :class:`topkast.NonFiniteError` for a NaN or an infinity."""
-    for name, array in weights.items():
-        bad = 0 if is_traced(array) else int(jnp.sum(~jnp.isfinite(array)))
-        if bad:
-            raise NonFiniteError(
-                f"{name}: {bad} of {array.size} entries are NaN or infinite; it has no rank by "
-                "magnitude"
-            )
 
 
 def _axes(

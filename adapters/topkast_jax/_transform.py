@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -14,18 +14,12 @@ from jax.tree_util import tree_flatten_with_path
 from topkast import MismatchError, Support, UnsupportedOptimizerError, WeightsMovedWarning
 from topkast._inspect import Inspection
 from topkast._options import Options
-from topkast._primitives import is_traced, when
-from topkast._transform import (
-    TopKASTTransform,
-    apply_updates,
-    count_bytes,
-    forward_views,
-    inspection,
-)
+from topkast._primitives import is_traced, may_hold, when
+from topkast._state import count_bytes, forward_views, inspection
+from topkast._transform import TopKASTTransform, apply_updates
 from topkast_jax._probe import SHAPE, NotProbedError, describe, probe, refuse_skipping
 from topkast_jax._rule import OptaxRule, find_key
 from topkast_jax._sharding import (
-    check_finite,
     check_layout,
     is_array_tree,
     is_explicit,
@@ -69,7 +63,7 @@ class TopKASTState(NamedTuple):
     def __topkast_inspect__(self, params: Any) -> Inspection:
         if params is None:
             raise MismatchError("a functional state does not hold the weights: pass params too")
-        _tell(self.displaced)
+        _warn_if(self.displaced)
         tree, weights = take_apart(params)
         state = self
         if is_spread(weights) or is_explicit(weights):
@@ -102,6 +96,13 @@ class TopKASTGradientTransformation(optax.GradientTransformationExtraArgs):  # t
     :class:`topkast.WeightsMovedWarning`; after compiled steps, by :func:`topkast.summary`. The
     exceptions are those that keep or drop an update whole: ``optax.MultiSteps`` and
     ``optax.apply_if_finite`` go around it.
+
+    ``init(params)`` raises :class:`topkast.NonFiniteError` for NaN or infinity in what is
+    sparsified, :class:`topkast.UnsupportedTensorError` for leaves that are no arrays and layouts
+    over devices that cannot be followed, and :class:`topkast.UnsupportedOptimizerError` where the
+    state of the wrapped transformation cannot follow B. ``update(grads, state, params)`` raises
+    :class:`topkast.MismatchError` without `params`, and if the trees, shapes or dtypes of `grads`
+    and `params` are not those that ``init`` was given.
 
     Examples
     --------
@@ -155,7 +156,8 @@ class TopKASTGradientTransformation(optax.GradientTransformationExtraArgs):  # t
         Raises
         ------
         MismatchError
-            As ``update``.
+            As ``update``: if the trees, shapes or dtypes of `grads` and `params` are not those
+            that ``init`` was given.
 
         Examples
         --------
@@ -205,7 +207,8 @@ class _Transform:
         if not (is_spread(weights) or is_explicit(weights)):
             return self._init(params)
         check_layout(weights)
-        check_finite(weights)
+        core, _ = self._on(tree)
+        core.check_finite(weights)
         shapes = jax.eval_shape(self._init, jax.tree.map(_shape, params))
         layout = layout_beside(shapes, tree, weights)
         return run(self._init, layout, params)  # type: ignore[no-any-return]
@@ -215,30 +218,26 @@ class _Transform:
     ) -> tuple[Any, TopKASTState]:
         if params is None:
             raise MismatchError("update needs params: update(grads, state, params)")
-        return self._run(self._update, grads, state, params, extra)
+        return self._run(grads, state, params, extra, fused=False)
 
     def step(
         self, grads: Any, state: TopKASTState, params: Any, **extra: Any
     ) -> tuple[Any, TopKASTState]:
-        return self._run(self._step, grads, state, params, extra)
+        return self._run(grads, state, params, extra, fused=True)
 
     def _run(
-        self,
-        function: Callable[..., tuple[Any, TopKASTState]],
-        grads: Any,
-        state: TopKASTState,
-        params: Any,
-        extra: dict[str, Any],
+        self, grads: Any, state: TopKASTState, params: Any, extra: dict[str, Any], *, fused: bool
     ) -> tuple[Any, TopKASTState]:
+        """:meth:`_advance`, where the parameters are."""
         _, weights = take_apart(params)
         if not (is_spread(weights) or is_explicit(weights)):
-            return function(grads, state, params, extra)
+            return self._advance(grads, state, params, extra, fused=fused)
         layout = layout_of((params, state), weights)
         arrays = {name: value for name, value in extra.items() if is_array_tree(value)}
         others = {name: value for name, value in extra.items() if name not in arrays}
 
         def with_others(grads: Any, state: Any, params: Any, arrays: Any) -> Any:
-            return function(grads, state, params, {**arrays, **others})
+            return self._advance(grads, state, params, {**arrays, **others}, fused=fused)
 
         return run(with_others, layout, grads, state, params, arrays)  # type: ignore[no-any-return]
 
@@ -254,81 +253,71 @@ class _Transform:
             **state._asdict(), chosen_from=chosen_from, displaced=jnp.zeros((), jnp.int32)
         )
 
-    def _update(
-        self, grads: Any, state: TopKASTState, params: Any, extra: Mapping[str, Any]
+    def _advance(
+        self,
+        grads: Any,
+        state: TopKASTState,
+        params: Any,
+        extra: Mapping[str, Any],
+        *,
+        fused: bool,
     ) -> tuple[Any, TopKASTState]:
+        """Updates and the next state or, `fused`, the parameters after them and the state."""
         tree, weights = take_apart(params)
         core, rule = self._on(tree)
-        slopes, passed = self._restrict(core, rule, weights, grads, state, extra)
-        updates, following = core.update(slopes, state, weights, **passed)
-        following = self._compare(core, rule, state, following, apply_updates(weights, updates))
-        zeros = {name: jnp.zeros_like(leaf) for name, leaf in tree.rest(params).items()}
-        return tree.rebuild(updates | zeros), following
-
-    def _step(
-        self, grads: Any, state: TopKASTState, params: Any, extra: Mapping[str, Any]
-    ) -> tuple[Any, TopKASTState]:
-        tree, weights = take_apart(params)
-        core, rule = self._on(tree)
-        slopes, passed = self._restrict(core, rule, weights, grads, state, extra)
-        moved, following = core.step(slopes, state, weights, **passed)
-        following = self._compare(core, rule, state, following, moved)
-        return tree.rebuild(moved | tree.rest(params)), following
+        slopes = tree.weights(grads, "grads")
+        core.check(slopes, weights, state)
+        passed = {
+            name: rule.assemble(core.compact(tree.weights(value, name), state.supports))
+            if tree.is_like(value, weights)
+            else value
+            for name, value in extra.items()
+        }
+        rest = tree.rest(params)
+        if fused:
+            found, following = core.step(slopes, state, weights, **passed)
+            moved = found
+        else:
+            found, following = core.update(slopes, state, weights, **passed)
+            moved = apply_updates(weights, found)
+            rest = {name: jnp.zeros_like(leaf) for name, leaf in rest.items()}
+        following = self._compare(core, state, following, weights, moved)
+        return tree.rebuild(found | rest), following
 
     def _on(self, tree: Tree) -> tuple[_Core, OptaxRule]:
         rule = OptaxRule(self.tx, tree)
         return TopKASTTransform(rule, self.options), rule
 
-    def _restrict(
-        self,
-        core: _Core,
-        rule: OptaxRule,
-        weights: Arrays,
-        grads: Any,
-        state: TopKASTState,
-        extra: Mapping[str, Any],
-    ) -> tuple[Arrays, dict[str, Any]]:
-        """The gradient by name, and what goes to the wrapped transformation besides."""
-        slopes = rule.tree.weights(grads, "grads")
-        core.check(slopes, weights, state)
-        passed = {
-            name: rule.assemble(core.compact(rule.tree.weights(value, name), state.supports))
-            if rule.tree.is_like(value, weights)
-            else value
-            for name, value in extra.items()
-        }
-        return slopes, passed
-
     def _compare(
         self,
         core: _Core,
-        rule: OptaxRule,
         state: TopKASTState,
         following: TopKASTState,
+        weights: Arrays,
         moved: Arrays,
     ) -> TopKASTState:
-        """Keep the checksum of the weights after a refresh; count it if they were others."""
+        """Keep the checksum of the weights after a refresh; count it if they were others.
+
+        `weights` are those before an update, `moved` those after it.
+        """
 
         def compare(displaced: jax.Array, seen: Arrays, chosen_from: jax.Array) -> jax.Array:
-            differs = _checksum(seen, state.supports) != chosen_from
-            _tell(differs)
-            return displaced + differs.astype(jnp.int32)
+            differs = (_checksum(seen, state.supports) != chosen_from).astype(jnp.int32)
+            _warn_if(differs)
+            return displaced + differs
 
         def remember(_: jax.Array, supports: Mapping[str, Support], moved: Arrays) -> jax.Array:
             return _checksum(core.compact(moved, supports), supports)
 
-        every = self.options.refresh_every
-        due = state.updates % every == 0
-        return following._replace(
-            displaced=when(due, compare, state.displaced, rule.seen, state.chosen_from),
-            chosen_from=when(
-                following.updates % every == 0,
-                remember,
-                state.chosen_from,
-                following.supports,
-                moved,
-            ),
-        )
+        displaced, chosen_from = state.displaced, state.chosen_from
+        due = state.updates % self.options.refresh_every == 0
+        if may_hold(due):
+            # The values on B have been taken for the update already: XLA does not do it twice.
+            seen = core.compact(weights, state.supports)
+            displaced = when(due, compare, displaced, seen, chosen_from)
+        due = following.updates % self.options.refresh_every == 0
+        chosen_from = when(due, remember, chosen_from, following.supports, moved)
+        return following._replace(displaced=displaced, chosen_from=chosen_from)
 
     def _probe_on(self, tree: Tree, weights: Arrays) -> None:
         """Probe once more: what the transformation does may depend on where a tensor is."""
@@ -369,18 +358,13 @@ def _checksum(compact: Arrays, supports: Mapping[str, Support]) -> jax.Array:
     return total
 
 
-def _tell(differs: jax.Array) -> None:
-    """Warn if `differs`, where it can be looked at.
+def _warn_if(displaced: jax.Array) -> None:
+    """Warn if a count is not zero, where it can be looked at.
 
     Not by a call back from compiled functions: on a CPU, one can wait for ever for a thread that
     waits for it, and it keeps functions out of JAX's persistent cache of compilations.
     """
-    if not is_traced(differs):
-        _warn(differs)
-
-
-def _warn(differs: Any) -> None:
-    if differs > 0:
+    if not is_traced(displaced) and displaced > 0:
         warnings.warn(
             "the weights are not those that the last refresh chose A and B from. Were the updates "
             "of the wrapped transformation changed before they were applied, as by "

@@ -16,7 +16,8 @@ from topkast._exploration import exploration_gradient, exploration_penalty
 from topkast._inspect import Masks, Summary, TensorSummary, dense_params, masks, summary
 from topkast._rules import SGD, Adam, AdamW
 from topkast._selection import Support, select
-from topkast._transform import TopKASTState, TopKASTTransform, apply_updates, forward_params
+from topkast._state import TopKASTState, forward_params
+from topkast._transform import TopKASTTransform, apply_updates
 from topkast._wrap import wrap_optimizer
 
 __version__ = "0.1.0"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 from zlib import crc32
@@ -15,7 +16,7 @@ from topkast._distribution import Shape, as_written, exact_densities, kept_count
 from topkast._errors import NonFiniteError, OptionError
 from topkast._options import Options
 from topkast._primitives import Array, device
-from topkast._selection import Support, select_counts
+from topkast._selection import Support, check_finite, select_counts
 
 _JOIN = " + "
 
@@ -79,7 +80,7 @@ class Block:
 
     def select(self, flat: Array, options: Options, round_: Array | int = 0) -> Support:
         """Sets of the block from its weights as one vector; `round_` numbers random draws."""
-        try:
+        with _named(self.key):
             return select_counts(
                 flat,
                 self.forward,
@@ -89,8 +90,12 @@ class Block:
                 seed=options.seed | crc32(self.key.encode()) << 64,
                 round_=round_,
             )
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{self.key}: {error}; it has no rank by magnitude") from None
+
+    def check_finite(self, tensors: Mapping[str, Array]) -> None:
+        """Raise :class:`topkast.NonFiniteError` for NaN or infinity in a member."""
+        for name in self.shapes:
+            with _named(name):
+                check_finite(tensors[name])
 
     def refresh(self, flat: Array, old: Support, options: Options, round_: Array | int) -> Refresh:
         """Select anew from the current weights (size,)."""
@@ -115,6 +120,15 @@ class Block:
                 for start, stop in self.bounds.values()
             ]
         )
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say in the error which tensor has the entries that have no rank."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{name}: {error}; it has no rank by magnitude") from None
 
 
 class Refresh(NamedTuple):

@@ -64,6 +64,11 @@ def is_traced(array: Array) -> bool:
     return isinstance(array, jax.core.Tracer)
 
 
+def may_hold(flag: Array) -> bool:
+    """Whether a 0-d flag is true, or not known yet."""
+    return is_traced(flag) or bool(flag)
+
+
 def device(array: Array) -> Any:
     """Where to make an array that works together with `array`."""
     if not is_jax_array(array):
@@ -151,3 +156,9 @@ def when(due: Array, change: Callable[..., T], state: T, *operands: Any) -> T:
 
         return _xla.when(due, change, state, *operands)
     return change(state, *operands) if bool(due) else state
+
+
+def where(flags: Array, array: Array, other: float) -> Array:
+    """`array` where `flags` are true, and the number `other` in its dtype elsewhere."""
+    xp = array_namespace(array)
+    return xp.where(flags, array, xp.asarray(other, dtype=array.dtype, device=device(array)))

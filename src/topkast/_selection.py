@@ -172,10 +172,7 @@ def _rank_keys(flat: Array) -> Array:
     xp = array_namespace(flat)
     magnitudes = xp.abs(flat)
     nan = xp.isnan(flat)
-    if not is_traced(flat):
-        bad = int(xp.sum(xp.astype(~xp.isfinite(flat), xp.int32)))
-        if bad:
-            raise NonFiniteError(f"{bad} of {flat.shape[0]} entries are NaN or infinite")
+    check_finite(flat)
     if is_jax_array(flat):
         # Non-negative floats order as their bit patterns do, and XLA, which may flush
         # subnormal floats to zero, leaves integers alone.
@@ -184,3 +181,12 @@ def _rank_keys(flat: Array) -> Array:
         integer = {1: xp.int8, 2: xp.int16, 4: xp.int32, 8: xp.int64}[flat.dtype.itemsize]
         magnitudes = jax.lax.bitcast_convert_type(magnitudes, integer)
     return xp.where(nan, xp.asarray(-1, dtype=magnitudes.dtype), magnitudes)
+
+
+def check_finite(array: Array) -> None:
+    """Raise :class:`NonFiniteError` for NaN or infinity, where values can be looked at."""
+    if not is_traced(array):
+        xp = array_namespace(array)
+        bad = int(xp.sum(xp.astype(~xp.isfinite(array), xp.int32)))
+        if bad:
+            raise NonFiniteError(f"{bad} of {math.prod(array.shape)} entries are NaN or infinite")

@@ -12,23 +12,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-from array_api_compat import array_namespace, is_jax_array
+from array_api_compat import array_namespace
 
-from topkast._compact import forward_view, gather, move, scatter
+from topkast._compact import gather, move, scatter
 from topkast._errors import MismatchError, UnsupportedTensorError
 from topkast._exploration import exploration_gradient
-from topkast._inspect import Inspection, count_true, find_state
 from topkast._options import Options, check_patterns, kept_dense
-from topkast._plan import Block, members, plan
-from topkast._primitives import Array, device, put, when
+from topkast._plan import Block, plan
+from topkast._primitives import Array, device, may_hold, put, when, where
 from topkast._selection import Support
-
-Arrays = dict[str, Array]
-
-
-Visit = Callable[[str, Array, Array], Any]  # key, an entry of the state, what it was at first
+from topkast._state import Arrays, TopKASTState, Visit, map_dictionaries
 
 
 class UpdateRule(Protocol):
@@ -43,56 +38,6 @@ class UpdateRule(Protocol):
     def init(self, params: Any, /) -> Any: ...
 
     def update(self, updates: Any, state: Any, params: Any = None, /) -> tuple[Any, Any]: ...
-
-
-class TopKASTState(NamedTuple):
-    """State of a wrapped update rule.
-
-    Attributes
-    ----------
-    updates
-        Number of updates so far; 0-d int32.
-    supports
-        The sets, by the name of the tensor.
-    changed
-        Entries that the last refresh made active, by the name of the tensor; int32 of shape (1,).
-    inner
-        State of the inner rule, whose arrays cover B alone.
-    """
-
-    updates: Array
-    supports: dict[str, Support]
-    changed: Arrays
-    inner: Any
-
-    def __topkast_inspect__(self, params: Arrays | None) -> Inspection:
-        if params is None:
-            raise MismatchError("a functional state does not hold the weights: pass params too")
-        held: dict[str, int] = dict.fromkeys({*params, *self.supports}, 0)
-
-        def count(key: str, entry: Array, _: Array) -> Array:
-            held[key] += count_bytes(entry)
-            return entry
-
-        keys = {*self.supports, *params} - {
-            name for key in self.supports for name in members(key, params) if name != key
-        }
-        _map_dictionaries(count, self.inner, self.inner, keys)
-        return inspection(self, params, held)
-
-    def __topkast_forward__(self, params: Mapping[str, Array]) -> Arrays:
-        return forward_views(params, self.supports)
-
-
-def inspection(state: Any, params: Arrays, held: Mapping[str, int]) -> Inspection:
-    """What a functional state shows; `held` are the bytes of its inner state, by key."""
-    blocks, total = {}, dict(held)
-    for key, support in state.supports.items():
-        shapes = {name: tuple(params[name].shape) for name in members(key, params)}
-        forward = count_true(support.active)
-        blocks[key] = Block(shapes, forward, support.indices.shape[0], 1.0)
-        total[key] += count_bytes(support.indices) + count_bytes(support.active)
-    return Inspection(int(state.updates), params, blocks, state.supports, state.changed, total)
 
 
 class TopKASTTransform:
@@ -145,6 +90,14 @@ class TopKASTTransform:
         are -0.0, the one number that changes no bit of what it is added to. Further keyword
         arguments reach the inner rule.
 
+        >>> import numpy as np, topkast
+        >>> tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.75, bwd=0.5, penalty=0.0)
+        >>> params = {"w": np.asarray([[4.0, 3.0], [2.0, 1.0]])}
+        >>> updates, state = tx.update({"w": np.ones((2, 2))}, tx.init(params), params)
+        >>> updates["w"]
+        array([[-0.1, -0.1],
+               [-0. , -0. ]])
+
         Raises :class:`topkast.MismatchError` if the names, shapes or dtypes of `grads` and
         `params` are not those of ``init``.
         """
@@ -159,7 +112,7 @@ class TopKASTTransform:
             updates |= block.unflatten(flat)
         updates = {name: updates[name] for name in params}
         state = state._replace(updates=_increment(state.updates), inner=inner)
-        return updates, self._refresh_if_due(blocks, state, apply_updates(params, updates))
+        return updates, self._refresh_if_due(blocks, state, lambda: apply_updates(params, updates))
 
     def step(
         self,
@@ -174,6 +127,14 @@ class TopKASTTransform:
         It writes the values on B into a copy of θ and never forms updates as large as θ, which
         is faster; inside ``jax.jit`` with `params` and `state` donated, there is no copy either.
 
+        >>> import numpy as np, topkast
+        >>> tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.75, bwd=0.5, penalty=0.0)
+        >>> params = {"w": np.asarray([[4.0, 3.0], [2.0, 1.0]])}
+        >>> params, state = tx.step({"w": np.ones((2, 2))}, tx.init(params), params)
+        >>> params["w"]
+        array([[3.9, 2.9],
+               [2. , 1. ]])
+
         Raises as :meth:`update`.
         """
         blocks, values, steps, inner = self._advance(grads, state, params, extra)
@@ -186,7 +147,7 @@ class TopKASTTransform:
             moved |= block.unflatten(flat)
         moved = {name: moved[name] for name in params}
         state = state._replace(updates=_increment(state.updates), inner=inner)
-        return moved, self._refresh_if_due(blocks, state, moved)
+        return moved, self._refresh_if_due(blocks, state, lambda: moved)
 
     def _advance(
         self,
@@ -214,10 +175,10 @@ class TopKASTTransform:
                 live[key] = array_namespace(values[key]).reshape(
                     support.active | exploring, block.compact_shape
                 )
-                slopes[key] = _where(live[key], slopes[key], 0.0)
+                slopes[key] = where(live[key], slopes[key], 0.0)
         steps, inner = self.inner.update(slopes, state.inner, values, **extra)
         steps = {
-            key: _where(live[key], step, -0.0) if key in live else step
+            key: where(live[key], step, -0.0) if key in live else step
             for key, step in steps.items()
         }
         return blocks, values, steps, inner
@@ -225,6 +186,11 @@ class TopKASTTransform:
     def compact(self, arrays: Mapping[str, Array], supports: Mapping[str, Support]) -> Arrays:
         """What the inner rule sees of arrays like the parameters: those on B, and dense ones."""
         return _compact(self._plan(arrays), arrays, supports)
+
+    def check_finite(self, params: Mapping[str, Array]) -> None:
+        """Raise :class:`topkast.NonFiniteError` for NaN or infinity in what is sparsified."""
+        for block in self._plan(params):
+            block.check_finite(params)
 
     def check(
         self, grads: Mapping[str, Array], params: Mapping[str, Array], state: TopKASTState
@@ -249,8 +215,10 @@ class TopKASTTransform:
         return plan(shapes, self.options)
 
     def _refresh_if_due(
-        self, blocks: list[Block], state: TopKASTState, params: Arrays
+        self, blocks: list[Block], state: TopKASTState, moved: Callable[[], Arrays]
     ) -> TopKASTState:
+        """`state`, or the one with sets chosen from the weights that `moved` returns."""
+
         def refresh(state: TopKASTState, params: Arrays) -> TopKASTState:
             outcome = {
                 block.key: block.refresh(
@@ -274,10 +242,10 @@ class TopKASTTransform:
                 inner=_map_entries(self.inner, carry, state.inner, fresh, _keys(blocks, params)),
             )
 
-        if not blocks:
-            return state
         due = state.updates % self.options.refresh_every == 0
-        return when(due, refresh, state, params)
+        if not blocks or not may_hold(due):
+            return state
+        return when(due, refresh, state, moved())
 
 
 def apply_updates(params: Mapping[str, Array], updates: Mapping[str, Array], /) -> Arrays:
@@ -302,52 +270,6 @@ def apply_updates(params: Mapping[str, Array], updates: Mapping[str, Array], /) 
         name: array_namespace(param).astype(param + updates[name], param.dtype)
         for name, param in params.items()
     }
-
-
-def forward_params(params: Mapping[str, Array], state: TopKASTState, /) -> Arrays:
-    """The forward view α of every tensor: what the model is to be evaluated at.
-
-    Parameters
-    ----------
-    params
-        θ, by name.
-    state
-        State of the wrapped rule, or of what is around it.
-
-    Returns
-    -------
-    dict of str to array
-        Sparsified tensors with zeros outside A; dense ones as they are.
-
-    Examples
-    --------
-    >>> import numpy as np, topkast
-    >>> tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.75, bwd=0.5)
-    >>> params = {"w": np.asarray([[0.1, -0.9], [0.5, 0.3]])}
-    >>> topkast.forward_params(params, tx.init(params))["w"]
-    array([[ 0. , -0.9],
-           [ 0. ,  0. ]])
-    """
-    views: Arrays = find_state(state).__topkast_forward__(params)
-    return views
-
-
-def forward_views(params: Mapping[str, Array], supports: Mapping[str, Support]) -> Arrays:
-    """:func:`forward_params`, for parameters by name."""
-    views = dict(params)
-    for key, support in supports.items():
-        shapes = {name: tuple(params[name].shape) for name in members(key, params)}
-        block = Block(shapes, 0, support.indices.shape[0], 1.0)
-        if is_jax_array(support.active):
-            # Where parameters are spread over devices, XLA puts what is chosen from them there.
-            active = block.unflatten(
-                scatter(support.active, support, shape=(block.size,), fill=False)
-            )
-            views |= {name: _where(active[name], params[name], 0.0) for name in shapes}
-        else:
-            values = gather(block.flatten(params), support)
-            views |= block.unflatten(forward_view(values, support, shape=(block.size,)))
-    return views
 
 
 def _compact(
@@ -376,34 +298,7 @@ def _map_entries(rule: UpdateRule, visit: Visit, state: Any, fresh: Any, keys: s
     """Apply `visit` to what a rule keeps per parameter: its own way, or where it is kept by key."""
     if hasattr(rule, "map_entries"):
         return rule.map_entries(visit, state, fresh)
-    return _map_dictionaries(visit, state, fresh, keys)
-
-
-def _map_dictionaries(visit: Visit, state: Any, fresh: Any, keys: set[str]) -> Any:
-    """Apply `visit` wherever a state mirrors the compact parameters.
-
-    A rule is given a dictionary with the keys `keys`, so that what it keeps per parameter is a
-    dictionary with those keys, however deep in tuples and dictionaries of its own.
-    """
-    if isinstance(state, dict):
-        if state.keys() == keys:
-            return {
-                key: visit(key, entry, fresh[key]) if hasattr(entry, "shape") else entry
-                for key, entry in state.items()
-            }
-        return {key: _map_dictionaries(visit, state[key], fresh[key], keys) for key in state}
-    if isinstance(state, (tuple, list)):
-        parts = [
-            _map_dictionaries(visit, part, initial, keys)
-            for part, initial in zip(state, fresh, strict=True)
-        ]
-        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
-    return state
-
-
-def _where(flags: Array, array: Array, other: float) -> Array:
-    xp = array_namespace(array)
-    return xp.where(flags, array, xp.asarray(other, dtype=array.dtype, device=device(array)))
+    return map_dictionaries(visit, state, fresh, keys)
 
 
 def _increment(count: Array) -> Array:
@@ -433,15 +328,3 @@ def _check_plan(blocks: list[Block], state: TopKASTState) -> None:
             f"params differ from those given to init: |B| by tensor would be {expected}, "
             f"the state has {found}"
         )
-
-
-def count_bytes(array: Array) -> int:
-    size = 1
-    for length in array.shape:
-        size *= length
-    dtype = array.dtype
-    xp = array_namespace(array)
-    if xp.isdtype(dtype, "bool"):
-        return size
-    info = xp.iinfo(dtype) if xp.isdtype(dtype, "integral") else xp.finfo(dtype)
-    return size * int(info.bits) // 8 * (2 if xp.isdtype(dtype, "complex floating") else 1)
