@@ -28,14 +28,14 @@ def install(session: nox.Session, *packages: str) -> None:
 @nox.session
 def demo(session: nox.Session) -> None:
     """Train dense, static sparse and Top-KAST networks on real data: `-- --task text`, ..."""
-    install(session, ".[demo,jax]")
+    install(session, ".[cpu,demo,jax]")
     session.run("python", "-m", "topkast", "demo", *session.posargs)
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests, with few examples for each property."""
-    install(session, "-e", ".[demo,jax,testing]", *TEST)
+    install(session, "-e", ".[cpu,demo,jax,safetensors,testing]", *TEST)
     paths = session.posargs or ["src", "adapters", "tests"]
     session.run("pytest", "--doctest-modules", "-n", "2", *paths, env=SINGLE_THREADED)
 
@@ -43,7 +43,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def property(session: nox.Session) -> None:  # noqa: A001 - the name that the README gives it
     """The property tests with many examples, inside jax.jit too."""
-    install(session, "-e", ".[demo,jax,testing]", *TEST)
+    install(session, "-e", ".[cpu,demo,jax,safetensors,testing]", *TEST)
     paths = session.posargs or [
         "tests/test_compact.py",
         "tests/test_distribution.py",
@@ -60,7 +60,7 @@ def property(session: nox.Session) -> None:  # noqa: A001 - the name that the RE
 @nox.session
 def lint(session: nox.Session) -> None:
     """Formatting, lint rules, types."""
-    install(session, "-e", ".[demo,jax,testing]", *TEST, *LINT, "nox")
+    install(session, "-e", ".[cpu,demo,jax,safetensors,testing]", *TEST, *LINT, "nox")
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
     session.run("mypy", "src", "adapters", "tests", "benchmarks", "noxfile.py")
@@ -76,7 +76,14 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """The benchmarks: `nox -s bench -- selection` runs one of them. Leave the machine alone."""
-    install(session, ".[demo,jax]")
-    names = session.posargs or ["selection", "optimizer_step", "jax_update", "orderings"]
+    install(session, ".[cpu,demo,jax]")
+    names = session.posargs or [
+        "selection",
+        "optimizer_step",
+        "jax_update",
+        "orderings",
+        "sparse_kernels",
+        "training_step",
+    ]
     for name in names:
         session.run("python", os.path.join("benchmarks", f"{name}.py"))

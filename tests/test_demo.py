@@ -226,6 +226,27 @@ def test_same_seed_same_run(tmp_path: Path) -> None:
         assert first[method]["loss"] != other[method]["loss"]
 
 
+def test_sparse_execution_trains_the_same_networks(tmp_path: Path) -> None:
+    options = ("--steps", "12", "--refresh-every", "4")
+    masked, sparse = (
+        run("--execution", execution, *options, report=tmp_path / execution)
+        for execution in ("masked", "sparse")
+    )
+    assert sparse["options"]["execution"] == "sparse"
+    for name, one in masked["runs"].items():
+        other = sparse["runs"][name]
+        np.testing.assert_allclose(other["loss"]["nats"], one["loss"]["nats"], rtol=1e-4)
+    for one, other in zip(masked["table"], sparse["table"], strict=True):
+        for key in ("gradient_bytes", "optimizer_state_bytes"):
+            assert other[key] == one[key]
+
+
+def test_sparse_execution_is_for_pytorch(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--execution", "sparse", "--framework", "jax"])
+    assert "needs --framework torch" in capsys.readouterr().err
+
+
 @both_frameworks
 def test_all_methods_start_with_the_same_weights(framework: str) -> None:
     settings = Settings(task="digits", steps=1, lr=0.1)

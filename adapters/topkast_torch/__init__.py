@@ -1,5 +1,19 @@
 """Top-KAST for PyTorch: an optimizer around any elementwise ``torch.optim`` optimizer."""
 
+from topkast_torch._export import load_forward, save_forward
+from topkast_torch._layers import SparseConv2d, SparseLinear
 from topkast_torch._optimizer import TopKASTOptimizer, wrap
+from topkast_torch._sparsify import ExecutionReport, LayerExecution, densify, sparsify
 
-__all__ = ["TopKASTOptimizer", "wrap"]
+__all__ = [
+    "ExecutionReport",
+    "LayerExecution",
+    "SparseConv2d",
+    "SparseLinear",
+    "TopKASTOptimizer",
+    "densify",
+    "load_forward",
+    "save_forward",
+    "sparsify",
+    "wrap",
+]

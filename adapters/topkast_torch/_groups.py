@@ -16,7 +16,10 @@ from topkast import OptionError, UnsupportedTensorError
 from topkast._options import FIXED_OPTIONS, GROUP_OPTIONS, Options, check_patterns, kept_dense
 from topkast._plan import plan
 from topkast_torch._compact import CompactTensor
+from topkast_torch._layers import layer_of
+from topkast_torch._masked import MaskedTensor
 from topkast_torch._probe import initial_state
+from topkast_torch._sparse import SparseTensor
 
 
 @dataclass
@@ -85,7 +88,8 @@ def prepare(core: Core, group: Mapping[str, Any], options: Options) -> Group:
     if "dense" in group:
         check_patterns(tensors, options.dense)
     dense = kept_dense(tensors, options.dense)
-    sparse = {name: param for name, param in tensors.items() if name not in dense}
+    layers = {name: layer_of(param) for name, param in tensors.items() if name not in dense}
+    sparse = {name: tensors[name] for name, layer in layers.items() if layer is None}
     for name, param in sparse.items():
         _check_tensor(name, param)
     blocks = plan({name: tuple(param.shape) for name, param in sparse.items()}, options)
@@ -96,13 +100,14 @@ def prepare(core: Core, group: Mapping[str, Any], options: Options) -> Group:
                 "distribution='global' ranks the tensors of a group together, which must have one "
                 f"dtype and one device, got {sorted(map(str, kinds))}"
             )
+    compact: list[CompactTensor] = []
     with torch.no_grad():
-        compact = [
-            CompactTensor(
-                block, {name: sparse[name] for name in block.shapes}, options, core.updates
-            )
-            for block in blocks
-        ]
+        for block in blocks:
+            members = {name: sparse[name] for name in block.shapes}
+            compact.append(MaskedTensor(block, members, options, core.updates))
+        for name, layer in layers.items():
+            if layer is not None:
+                compact.append(SparseTensor.of_layer(name, layer, options, core.updates))
     owner = {name: tensor for tensor in compact for name in tensor.block.shapes}
     initial = initial_state(core.inner, group) if compact else {}
     fixed = {name: getattr(options, name) for name in FIXED_OPTIONS}

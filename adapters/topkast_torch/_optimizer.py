@@ -130,7 +130,6 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         )
         for group, options in zip(core.groups, self.param_groups, strict=True):
             for compact in group.compact:
-                compact.register_hooks()
                 compact.adopt_changes()
                 compact.load_gradient(penalty=options["penalty"], kind=options["penalty_kind"])
         step_without_hooks(core.inner)

@@ -12,6 +12,7 @@ from topkast._errors import (
     UnsupportedTensorError,
     WeightsMovedWarning,
 )
+from topkast._execution import densify, sparsify
 from topkast._exploration import exploration_gradient, exploration_penalty
 from topkast._inspect import Masks, Summary, TensorSummary, dense_params, masks, summary
 from topkast._rules import SGD, Adam, AdamW
@@ -42,6 +43,7 @@ __all__ = [
     "WeightsMovedWarning",
     "apply_updates",
     "dense_params",
+    "densify",
     "densities",
     "exploration_gradient",
     "exploration_penalty",
@@ -52,6 +54,7 @@ __all__ = [
     "migrate",
     "scatter",
     "select",
+    "sparsify",
     "summary",
     "wrap_optimizer",
 ]

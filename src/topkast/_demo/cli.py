@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import topkast
 from topkast._demo import DemoError
-from topkast._demo.settings import FRAMEWORKS, OPTIMIZERS, STEPS, Settings, find_rates
+from topkast._demo.settings import EXECUTIONS, FRAMEWORKS, OPTIMIZERS, STEPS, Settings, find_rates
 
 _DESCRIPTION = """\
 Train one network three ways, for the same steps on the same batches: dense; sparse on a fixed
@@ -63,6 +63,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         default="torch",
         help="torch: PyTorch; jax: JAX with optax, which trains the same networks on the same "
         "batches, and needs pip install 'topkast[demo,jax]' (default: torch)",
+    )
+    add(
+        "--execution",
+        choices=EXECUTIONS,
+        default="masked",
+        help="masked: the sparse runs multiply by dense tensors with zeros; sparse: by the weights "
+        "that are not zero alone, which pays for large layers; faster with pip install "
+        "'topkast[cpu]' (default: masked)",
     )
     add(
         "--task",
@@ -147,6 +155,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     lr = find_rates(arguments.optimizer)[arguments.task]
     settings = Settings(
         framework=arguments.framework,
+        execution=arguments.execution,
         task=arguments.task,
         data=arguments.data,
         fwd=arguments.fwd,

@@ -62,8 +62,11 @@ def _notes(task: Task, settings: Settings, runs: list[Run]) -> list[str]:
     notes = [
         f"Dense in all runs: {', '.join(task.dense)} and tensors of one dimension. Densities are "
         "those of the rest, bytes of all.",
-        "This demo runs masked dense kernels and computes the whole gradient: time per step is not "
-        "the gain here.",
+        "Sparse layers multiply by A alone and form the gradient on B alone. It pays for layers "
+        "larger than these; the refresh costs the more."
+        if settings.execution == "sparse"
+        else "This demo runs masked dense kernels and computes the whole gradient: time per step "
+        "is not the gain here.",
     ]
     for run in runs:
         if run.refresh_seconds is not None and settings.refresh_every > 1:

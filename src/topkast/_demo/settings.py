@@ -10,6 +10,7 @@ from topkast._demo import DemoError
 from topkast._options import Options
 
 FRAMEWORKS = {"torch": "PyTorch", "jax": "JAX"}
+EXECUTIONS = ("masked", "sparse")
 
 # Learning rates for each task.
 OPTIMIZERS = {
@@ -30,6 +31,7 @@ class Settings:
     """One comparison: the same for all methods, which differ in what they keep of the weights."""
 
     framework: str = "torch"
+    execution: str = "masked"
     task: str
     data: Path | None = None
     fwd: float = 0.9
@@ -50,6 +52,8 @@ class Settings:
             penalty=self.penalty,
             seed=self.seed,
         )
+        if self.execution == "sparse" and self.framework != "torch":
+            raise DemoError("--execution sparse needs --framework torch: the sparse layers are its")
         if self.steps < 1:
             raise DemoError(f"steps must be at least 1, got {self.steps}")
         if not 0 < self.lr < math.inf:

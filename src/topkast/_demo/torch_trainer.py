@@ -52,6 +52,7 @@ class TorchTrainer(Trainer):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self._model = build(network)
+        self._is_wrapped = False
         if method == "static":
             for name, mask in draw_static_masks(self.params(), settings, dense).items():
                 with torch.no_grad():
@@ -61,6 +62,8 @@ class TorchTrainer(Trainer):
         options = wrapper_options(method, settings, dense)
         if options is not None:
             self._optimizer = topkast.wrap_optimizer(self._optimizer, **options)
+            if settings.execution == "sparse":
+                topkast.sparsify(self._model, self._optimizer)
         self._is_wrapped = options is not None
         self._scheduler = LambdaLR(self._optimizer, settings.schedule)
 
@@ -82,6 +85,8 @@ class TorchTrainer(Trainer):
         return found
 
     def params(self) -> Mapping[str, Tensor]:
+        if self._is_wrapped:  # its model holds θ no more, and may hold no dense tensors at all
+            return topkast.dense_params(self._optimizer)
         return dict(self._model.named_parameters())
 
     def masks(self) -> dict[str, topkast.Masks]:

@@ -1,0 +1,155 @@
+"""The products as differentiable functions: of rows of features, and of images."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import fold, unfold
+
+from topkast_torch._products import Products
+
+_UNFOLDED = 1 << 22  # entries of unfolded images at a time
+
+
+class Window(NamedTuple):
+    """What of an image each place of a convolution's output sees."""
+
+    size: tuple[int, int]
+    dilation: tuple[int, int]
+    stride: tuple[int, int]
+
+    def unfold(self, images: Tensor) -> Tensor:
+        """(images · places, features) from (images, channels, height, width)."""
+        unfolded = unfold(images, self.size, dilation=self.dilation, stride=self.stride)
+        return unfolded.transpose(0, 1).reshape(unfolded.shape[1], -1).t()
+
+    def fold(self, unfolded: Tensor, images: torch.Size) -> Tensor:
+        """The transpose of :meth:`unfold`, for images of this shape."""
+        pieces = unfolded.t().unflatten(1, (images[0], -1)).transpose(0, 1)
+        return fold(pieces, images[2:], self.size, dilation=self.dilation, stride=self.stride)
+
+    def places(self, images: torch.Size) -> tuple[int, int]:
+        """Height and width of the output."""
+        height, width = (
+            (length - dilation * (size - 1) - 1) // stride + 1
+            for length, size, dilation, stride in zip(images[2:], *self, strict=True)
+        )
+        return height, width
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def multiply(
+    x: Tensor, values: Tensor, bias: Tensor | None, products: Products, *, by_row: bool
+) -> Tensor:
+    """The product x · Wᵀ + bias with W on A, for x of shape (batch, features); gradients on B.
+
+    The result lies in memory by row if `by_row`; the gradient of x as x does.
+    """
+    found: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+        x, values, bias, products, by_row
+    )
+    return found
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def convolve(
+    images: Tensor, values: Tensor, bias: Tensor | None, products: Products, window: Window
+) -> Tensor:
+    """The same at each place of padded images (images, channels, height, width)."""
+    found: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
+        images, values, bias, products, window
+    )
+    return found
+
+
+class _Product(torch.autograd.Function):
+    """x · Wᵀ + bias for x of shape (batch, features)."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        products: Products,
+        by_row: bool,
+    ) -> Tensor:
+        packed = products.pack(x)
+        context.products, context.batch, context.by_row = products, len(x), x.is_contiguous()
+        context.save_for_backward(packed, values)
+        return products.forward(values.detach().view(-1), packed, bias, len(x), by_row=by_row)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        packed, values = context.saved_tensors
+        products, batch = context.products, context.batch
+        wanted = context.needs_input_grad
+        for_x = for_values = None
+        packed_slope = products.pack(slope) if wanted[0] or wanted[1] else slope
+        if wanted[0]:
+            for_x = products.input_gradient(
+                values.view(-1), packed_slope, batch, by_row=context.by_row
+            )
+        if wanted[1]:
+            for_values = products.weight_gradient(packed_slope, packed).view(values.shape)
+        return for_x, for_values, slope.sum(0) if wanted[2] else None, None, None
+
+
+class _Convolution(torch.autograd.Function):
+    """The convolution of padded images, unfolded a few at a time."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        images: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        products: Products,
+        window: Window,
+    ) -> Tensor:
+        context.window, context.products = window, products
+        context.save_for_backward(images, values)
+        places, flat = window.places(images.shape), values.detach().view(-1)
+        found = images.new_empty(len(images), products.shape[0], *places)
+        for part, target in zip(*_parts(products, places, images, found), strict=True):
+            packed = products.pack(window.unfold(part))
+            product = products.forward(
+                flat, packed, bias, len(part) * math.prod(places), by_row=False
+            )
+            target.copy_(product.t().unflatten(1, (len(part), *places)).transpose(0, 1))
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        images, values = context.saved_tensors
+        window, products, wanted = context.window, context.products, context.needs_input_grad
+        for_images = torch.empty_like(images) if wanted[0] else None
+        for_values = torch.zeros_like(values).view(-1) if wanted[1] else None
+        targets = images if for_images is None else for_images
+        parts = _parts(products, window.places(images.shape), images, slope, targets)
+        for part, rise, target in zip(*parts, strict=True):
+            flat = rise.transpose(0, 1).reshape(products.shape[0], -1).t()
+            packed = products.pack(flat)
+            if for_values is not None:
+                unfolded = products.pack(window.unfold(part))
+                for_values += products.weight_gradient(packed, unfolded)
+            if for_images is not None:
+                unfolded = products.input_gradient(values.view(-1), packed, len(flat), by_row=False)
+                target.copy_(window.fold(unfolded, part.shape))
+        if for_values is not None:
+            for_values = for_values.view(values.shape)
+        return for_images, for_values, slope.sum((0, 2, 3)) if wanted[2] else None, None, None
+
+
+def _parts(
+    products: Products, places: tuple[int, int], *tensors: Tensor
+) -> list[tuple[Tensor, ...]]:
+    """The images, and what belongs to them, a few at a time."""
+    unfolded = products.shape[1] * math.prod(places)
+    count = max(1, _UNFOLDED // max(unfolded, 1))
+    return [tensor.split(count) for tensor in tensors]

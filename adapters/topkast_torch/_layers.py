@@ -1,0 +1,341 @@
+"""Layers whose weight exists on B alone, and whose forward pass multiplies by A alone."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn.functional import pad
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from topkast import MismatchError, Support, select
+from topkast._options import check_sparsities
+from topkast_torch._functions import Window, convolve, multiply
+from topkast_torch._products import Products, make_products
+
+# Of each Parameter with the values of a layer, that layer: all that an optimizer is given of it.
+_LAYERS: Any = WeakTensorKeyDictionary()
+
+
+def layer_of(param: Tensor) -> SparseLayer | None:
+    """The layer whose values on B are this Parameter."""
+    found = _LAYERS.get(param)
+    layer: SparseLayer | None = found() if found is not None else None
+    return layer
+
+
+class SparseLayer(nn.Module):
+    """What the sparse layers share: values on B, and where they are.
+
+    ``values`` is the only Parameter besides the bias; the buffers ``indices`` (int64) and
+    ``active`` (bool) say where B is in the flat weight and what of it is in A, and ``shape`` what
+    the weight's shape would be. All are in the state dict.
+    """
+
+    values: Parameter
+    bias: Parameter | None
+    indices: Tensor
+    active: Tensor
+    shape: Tensor
+
+    def set_sparse(self, values: Parameter, support: Support, shape: tuple[int, ...]) -> None:
+        """Take these values, this support, and a weight of this shape."""
+        self.values = values
+        _LAYERS[values] = weakref.ref(self)
+        self.register_buffer("shape", torch.tensor(shape))
+        self.register_buffer("indices", None)
+        self.register_buffer("active", None)
+        self.set_support(support)
+
+    def set_support(self, support: Support) -> None:
+        """Take new places of the values."""
+        self.indices, self.active = support
+        self.__dict__["_products"] = None
+
+    @property
+    def support(self) -> Support:
+        """Where B is, and what of it is in A."""
+        return Support(self.indices, self.active)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return tuple(self.shape.tolist())
+
+    @property
+    def weight(self) -> Tensor:
+        """The forward view α as a dense tensor: a copy, for looking at and export."""
+        return to_dense(self.values, self.support, self.weight_shape)
+
+    @property
+    def products(self) -> Products:
+        """The products with this layer's weight, made once after each refresh."""
+        products: Products | None = self.__dict__.get("_products")
+        if products is None:
+            rows, columns = self._places(self.indices)
+            active = torch.nonzero(self.active).view(-1)
+            products = make_products(rows, columns, active, self._matrix_shape(), self.values.dtype)
+            self.__dict__["_products"] = products
+        return products
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        rows, *others = self.weight_shape
+        return rows, math.prod(others)
+
+    def _places(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and columns, in the matrix of the products, of flat indices of the weight."""
+        width = self._matrix_shape()[1]
+        rows = torch.div(indices, width, rounding_mode="floor")
+        return rows, indices - rows * width
+
+    def _check_input(self, inputs: Tensor) -> Tensor:
+        if inputs.dtype == self.values.dtype:
+            return inputs
+        if torch.is_autocast_enabled(inputs.device.type):
+            return inputs.to(self.values.dtype)  # there is no product of lower precision
+        raise MismatchError(
+            f"the input of {type(self).__name__} is {inputs.dtype} and its values are "
+            f"{self.values.dtype}: convert the input (under torch.autocast it is done for you)"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_products": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _LAYERS[self.values] = weakref.ref(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = self.values
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.values is not before:
+            _LAYERS[self.values] = weakref.ref(self)
+        self.__dict__["_products"] = None
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        """Take values and structure, or a dense ``weight`` that vanishes outside A."""
+        taken = {}
+        dense = state_dict.get(prefix + "weight")
+        if dense is not None and prefix + "values" not in state_dict:
+            taken = {name: getattr(self, name) for name in ("indices", "active", "shape")}
+            taken["values"] = self._restrict(prefix + "weight", dense)
+        else:
+            _check_structure(prefix, state_dict, self)
+        merged = {
+            name: value for name, value in state_dict.items() if name != prefix + "weight"
+        } | {prefix + name: value for name, value in taken.items()}
+        given = Support(merged.get(prefix + "indices"), merged.get(prefix + "active"))
+        if None not in given and not all(map(torch.equal, given, self.support)):
+            # New tensors: an optimizer that shares the old ones is to notice.
+            self.set_support(
+                Support(*(tensor.to(self.values.device, copy=True) for tensor in given))
+            )
+        unexpected = arguments[3]
+        super()._load_from_state_dict(merged, prefix, *arguments)
+        if prefix + "weight" in unexpected:
+            unexpected.remove(prefix + "weight")
+
+    def _restrict(self, name: str, dense: Tensor) -> Tensor:
+        """The values on B of a dense weight that is zero outside A."""
+        if tuple(dense.shape) != self.weight_shape:
+            raise MismatchError(
+                f"{name} has shape {tuple(dense.shape)}, the layer {self.weight_shape}"
+            )
+        values = self.values.detach().clone().view(-1)
+        current = dense.reshape(-1)[self.indices[self.active]]
+        if torch.count_nonzero(dense) > torch.count_nonzero(current):
+            raise MismatchError(
+                f"{name} has nonzero weights outside the forward set of the layer that it is "
+                "loaded into: load it into the dense model, then wrap and sparsify"
+            )
+        values[self.active] = current.to(values.dtype)
+        return values.view(self.values.shape)
+
+
+class SparseLinear(SparseLayer):
+    r"""A linear layer with a weight that is always sparse, in memory and in all three products.
+
+    Made by :func:`topkast.sparsify` from ``torch.nn.Linear``, or used directly under a wrapped
+    optimizer, which chooses A and B anew from then on, of the same sizes.
+
+    Parameters
+    ----------
+    in_features, out_features, bias
+        As for ``torch.nn.Linear``; the initial weights are drawn as there.
+    fwd, bwd
+        Forward and backward sparsity, ``0 <= bwd <= fwd < 1``.
+    device, dtype
+        Of the Parameters: float32 or float64.
+
+    Attributes
+    ----------
+    values
+        The weights on B; Parameter of shape (1, \|B\|).
+    bias
+        (out_features,) or None.
+
+    Raises
+    ------
+    OptionError
+        If the sparsities are not as above.
+
+    Examples
+    --------
+    >>> import torch, topkast, topkast_torch
+    >>> layer = topkast_torch.SparseLinear(20, 30, fwd=0.9, bwd=0.8)
+    >>> layer(torch.ones(4, 20)).shape, layer.values.shape
+    (torch.Size([4, 30]), torch.Size([1, 120]))
+    >>> opt = torch.optim.AdamW(layer.named_parameters(), 1e-3)
+    >>> opt = topkast.wrap_optimizer(opt, fwd=0.9, bwd=0.8)
+    >>> layer(torch.ones(4, 20)).square().sum().backward()
+    >>> opt.step()
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        fwd: float,
+        bwd: float,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        check_sparsities(fwd, bwd)
+        dense = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self.in_features, self.out_features = in_features, out_features
+        start(self, dense.weight.detach(), fwd=fwd, bwd=bwd)
+        self.register_parameter("bias", dense.bias)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(…, out_features) from (…, in_features)."""
+        inputs = self._check_input(inputs)
+        rows = inputs.reshape(-1, self.in_features)
+        # Two dimensions are by column in memory, as the next layer wants them; more may be viewed.
+        by_row = inputs.dim() != 2
+        found: Tensor = multiply(rows, self.values, self.bias, self.products, by_row=by_row)
+        return found.view(*inputs.shape[:-1], self.out_features) if by_row else found
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {_describe(self)}"
+        )
+
+
+class SparseConv2d(SparseLayer):
+    """A convolution of images with a weight that is always sparse.
+
+    Made by :func:`topkast.sparsify` from ``torch.nn.Conv2d``, of which it has the attributes. The
+    images are unfolded, a few at a time, and again in the backward pass, so that what is kept for
+    it is the input alone.
+
+    Examples
+    --------
+    >>> import torch, topkast
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3, padding=1))
+    >>> opt = torch.optim.SGD(model.named_parameters(), 0.1)
+    >>> opt = topkast.wrap_optimizer(opt, fwd=0.9, bwd=0.8)
+    >>> report = topkast.sparsify(model, opt)
+    >>> model(torch.ones(2, 8, 5, 5)).shape
+    torch.Size([2, 16, 5, 5])
+    """
+
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(batch, out_channels, height', width') from (batch, in_channels, height, width)."""
+        inputs = self._check_input(inputs)
+        images = inputs if inputs.dim() == 4 else inputs[None]
+        if any(self._reversed_padding_repeated_twice):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            images = pad(images, self._reversed_padding_repeated_twice, mode=mode)
+        found: Tensor = convolve(images, self.values, self.bias, self.products, self.window)
+        return found if inputs.dim() == 4 else found[0]
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return (
+            f"{self.weight_shape[1] * self.groups}, {self.out_channels}, "
+            f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}, "
+            f"groups={self.groups}, bias={self.bias is not None}, {_describe(self)}"
+        )
+
+    @property
+    def window(self) -> Window:
+        """What of an image each place of the output sees."""
+        return Window(self.kernel_size, self.dilation, self.stride)
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        rows, width = super()._matrix_shape()
+        return rows, width * self.groups
+
+    def _places(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        width = super()._matrix_shape()[1]
+        rows = torch.div(indices, width, rounding_mode="floor")
+        group = torch.div(rows * self.groups, self.out_channels, rounding_mode="floor")
+        return rows, indices - rows * width + group * width
+
+
+def start(layer: SparseLayer, theta: Tensor, *, fwd: float, bwd: float) -> None:
+    """Give a layer its first values: those on B of the weights `theta`, which it remembers."""
+    support = select(theta, fwd=fwd, bwd=bwd)
+    flat = theta.reshape(-1)
+    shape = (1,) * (theta.dim() - 1) + (len(support.indices),)
+    layer.set_sparse(Parameter(flat[support.indices].view(shape)), support, tuple(theta.shape))
+    layer.__dict__["reservoir"] = flat.clone()
+    layer.__dict__["sparsities"] = (fwd, bwd)
+
+
+def to_dense(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor:
+    """α as a dense tensor."""
+    dense = values.new_zeros(math.prod(shape))
+    dense[support.indices[support.active]] = values.detach().view(-1)[support.active]
+    return dense.view(shape)
+
+
+def _describe(layer: SparseLayer) -> str:
+    size = max(math.prod(layer.weight_shape), 1)
+    forward = int(layer.active.sum())
+    return f"fwd={1 - forward / size:.4g}, bwd={1 - layer.values.numel() / size:.4g}"
+
+
+def _check_structure(prefix: str, state_dict: Mapping[str, Any], layer: SparseLayer) -> None:
+    """Raise :class:`topkast.MismatchError` unless a saved structure fits a layer."""
+    names = [prefix + name for name in ("values", "indices", "active", "shape")]
+    if any(name not in state_dict for name in names):
+        return  # torch says what is missing
+    values, indices, active, shape = (state_dict[name] for name in names)
+    size = math.prod(layer.weight_shape)
+    problem = None
+    if tuple(shape.tolist()) != layer.weight_shape:
+        problem = f"a weight of shape {tuple(shape.tolist())}, the layer {layer.weight_shape}"
+    elif not values.numel() == indices.numel() == active.numel() == layer.values.numel():
+        problem = f"|B| = {values.numel()}, the layer {layer.values.numel()}"
+    elif int(active.sum()) != int(layer.active.sum()):
+        problem = f"|A| = {int(active.sum())}, the layer {int(layer.active.sum())}"
+    elif indices.dtype != torch.int64 or active.dtype != torch.bool:
+        problem = f"indices of {indices.dtype} and flags of {active.dtype}"
+    elif len(indices) and not (
+        bool((indices[1:] > indices[:-1]).all()) and indices[0] >= 0 and indices[-1] < size
+    ):
+        problem = f"indices that do not ascend in [0, {size})"
+    if problem:
+        raise MismatchError(f"{prefix.rstrip('.')}: the state dict has {problem}")

@@ -1,0 +1,277 @@
+"""Time of a whole training step, sparse against dense: forward, loss, backward and optimizer.
+
+MLPs of three hidden layers, a residual convolutional network on images of 32×32, and a transformer
+block; float32, fused Adam on both sides, and for the MLPs the rival libraries, which keep one set
+(A = B), where they are installed (benchmarks/_peers.py says how). The last layer of the MLPs is
+dense everywhere. Between refreshes; the time of a refresh is printed besides. Then the bytes of
+gradient and optimizer state, as PyTorch holds them.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import _peers
+import torch
+from _harness import Timing, arguments, environment, interleave, table, write
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
+
+import topkast
+
+PAIRS = [(0.8, 0.5), (0.9, 0.8), (0.95, 0.9), (0.98, 0.95), (0.9, 0.9), (0.95, 0.95), (0.98, 0.98)]
+NEVER = 10**9
+
+
+def mlp(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(784, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, 10),
+    )
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = torch.relu(images + self.body(images))
+        return found
+
+
+def residual() -> nn.Sequential:
+    """A ResNet's shape: each stage halves the image and doubles the channels."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)]
+    channels = 64
+    for stage in range(3):
+        if stage:
+            layers.append(nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1, bias=False))
+            channels *= 2
+        layers.append(Residual(channels))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+class Block(nn.Module):
+    """A transformer block, of width 768 and 3072 in between."""
+
+    def __init__(self, width: int = 768, heads: int = 12) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.feed_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention_in, self.attention_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.feed_in, self.feed_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        batch, time, width = hidden.shape
+        split = self.attention_in(self.attention_norm(hidden))
+        split = split.view(batch, time, 3, self.heads, width // self.heads)
+        query, key, value = split.permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
+        hidden = hidden + self.attention_out(mixed.transpose(1, 2).reshape(batch, time, width))
+        fed: Tensor = self.feed_out(gelu(self.feed_in(self.feed_norm(hidden))))
+        return hidden + fed
+
+
+def classify(model: nn.Module, inputs: Tensor) -> Tensor:
+    return cross_entropy(model(inputs), torch.arange(len(inputs)) % 10)
+
+
+def square(model: nn.Module, inputs: Tensor) -> Tensor:
+    found: Tensor = model(inputs).square().mean()
+    return found
+
+
+class Training:
+    """A network, its optimizer, and one batch."""
+
+    def __init__(self, model: nn.Module, optimizer: Any, loss: Any, inputs: Tensor) -> None:
+        self.model, self.optimizer, self.loss, self.inputs = model, optimizer, loss, inputs
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        self.loss(self.model, self.inputs).backward()
+        self.optimizer.step()
+
+    def refresh(self) -> None:
+        """A step that ends with a refresh, and what the next one does first."""
+        self.optimizer.param_groups[0]["refresh_every"] = 1
+        self()
+        self.optimizer.param_groups[0]["refresh_every"] = NEVER
+        self.loss(self.model, self.inputs)
+
+    def held(self) -> dict[str, int]:
+        """Bytes after a step."""
+        self()
+        params = list(self.model.parameters())
+        entries = [
+            entry
+            for param in params
+            for entry in self.optimizer.state[param].values()
+            if isinstance(entry, Tensor)
+        ]
+        gradients = [param.grad for param in params if param.grad is not None]
+        return {
+            "gradient": sum(grad.nbytes for grad in gradients),
+            "state": sum(entry.nbytes for entry in entries),
+            "parameters": sum(param.nbytes for param in params),
+        }
+
+
+def adam(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(params, 1e-3, fused=True)
+
+
+def sparse(
+    make: Callable[[], nn.Module], pair: tuple[float, float], dense: list[str], *rest: Any
+) -> Training:
+    torch.manual_seed(0)
+    model = make()
+    fwd, bwd = pair
+    optimizer = topkast.wrap_optimizer(
+        adam(model.named_parameters()), fwd=fwd, bwd=bwd, refresh_every=NEVER, dense=dense
+    )
+    topkast.sparsify(model, optimizer)
+    return Training(model, optimizer, *rest)
+
+
+def dense(make: Callable[[], nn.Module], *rest: Any) -> Training:
+    torch.manual_seed(0)
+    model = make()
+    return Training(model, adam(model.parameters()), *rest)
+
+
+def measure(
+    title: str,
+    make: Callable[[], nn.Module],
+    pairs: list[tuple[float, float]],
+    kept: list[str],
+    loss: Any,
+    inputs: Tensor,
+    rounds: int,
+    *,
+    with_peers: bool = False,
+) -> list[dict[str, Any]]:
+    sides: dict[str, Any] = {"dense": dense(make, loss, inputs)}
+    for pair in pairs:
+        sides[f"{pair[0]}/{pair[1]}"] = sparse(make, pair, kept, loss, inputs)
+    if with_peers:
+        for name, convert in _peers.available().items():
+            for sparsity in (0.9, 0.95, 0.98):
+                torch.manual_seed(0)
+                model: Any = make()
+                model = convert(model, sparsity)
+                side = Training(model, adam(model.parameters()), loss, inputs)
+                sides[f"{name}, {sparsity} (A = B)"] = side
+    timings = interleave(sides, rounds=rounds)
+    refreshes = {
+        name: interleave({"refresh": side.refresh}, rounds=3)["refresh"].median
+        for name, side in sides.items()
+        if name != "dense" and "(A = B)" not in name
+    }
+    show(title, timings, refreshes)
+    return [
+        {"network": title, "side": name, "refresh_ms": refreshes.get(name), **vars(timing)}
+        for name, timing in timings.items()
+    ]
+
+
+def show(title: str, timings: dict[str, Timing], refreshes: dict[str, float]) -> None:
+    print(f"\n{title}\n")
+    rows = [
+        [
+            name,
+            f"{timing.median:.1f}",
+            f"{timing.least:.1f}-{timing.most:.1f}",
+            f"{1 / timing.ratio:.2f} ({1 / timing.most_ratio:.2f}-{1 / timing.least_ratio:.2f})",
+            f"{refreshes[name]:.0f}" if name in refreshes else "",
+        ]
+        for name, timing in timings.items()
+    ]
+    head = ["fwd/bwd", "ms a step", "least-most", "times faster than dense", "ms with a refresh"]
+    print(table(head, rows), flush=True)
+
+
+def measure_bytes(width: int) -> list[dict[str, Any]]:
+    inputs = torch.randn(64, 784)
+    rows: list[dict[str, Any]] = []
+    for pair in [None, (0.8, 0.5), (0.9, 0.8), (0.95, 0.9), (0.98, 0.95)]:
+        side = (
+            dense(lambda: mlp(width), classify, inputs)
+            if pair is None
+            else sparse(lambda: mlp(width), pair, ["6.*"], classify, inputs)
+        )
+        held = side.held()
+        if pair is not None:
+            held["with the optimizer"] = sum(
+                row.held_bytes for row in topkast.summary(side.optimizer).tensors
+            )
+        rows.append({"side": "dense" if pair is None else f"{pair[0]}/{pair[1]}", **held})
+    print(f"\nBytes of an MLP of three hidden layers of {width}, after a step\n")
+    first = rows[0]
+    first["with the optimizer"] = first["gradient"] + first["state"] + first["parameters"]
+    kinds = ["gradient", "state", "parameters", "with the optimizer"]
+    print(
+        table(
+            ["fwd/bwd", "gradient", "optimizer state", "Parameters", "all, θ and indices too"],
+            [
+                [
+                    row["side"],
+                    *(f"{row[kind]:,} ({row[kind] / first[kind]:.3f})" for kind in kinds),
+                ]
+                for row in rows
+            ],
+        ),
+        flush=True,
+    )
+    return rows
+
+
+def main() -> None:
+    parser = arguments(__doc__, "training_step")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--only", choices=["mlp", "convolution", "transformer", "bytes"])
+    options = parser.parse_args()
+    _peers.set_num_threads(options.threads)
+    for name, error in _peers.missing().items():
+        print(f"without {name}: {error}")
+    records: list[dict[str, Any]] = []
+    if options.only in (None, "mlp"):
+        for width, batch in ((1024, 128), (2048, 256), (4096, 256), (2048, 16)):
+            title = f"MLP 784-{width}-{width}-{width}-10, batch {batch}"
+            make = lambda width=width: mlp(width)  # noqa: E731
+            inputs = torch.randn(batch, 784)
+            records += measure(
+                title, make, PAIRS, ["6.*"], classify, inputs, options.rounds, with_peers=True
+            )
+            gc.collect()
+    if options.only in (None, "convolution"):
+        inputs = torch.randn(32, 3, 32, 32)
+        title = "Residual network of 64 to 256 channels, 32 images of 32×32"
+        kept = ["0.*", f"{len(residual()) - 1}.*"]
+        records += measure(title, residual, PAIRS[:4], kept, classify, inputs, options.rounds // 2)
+    if options.only in (None, "transformer"):
+        inputs = torch.randn(8, 256, 768, requires_grad=True)
+        title = "Transformer block, width 768, 2,048 tokens"
+        records += measure(title, Block, PAIRS[:4], [], square, inputs, options.rounds // 2)
+    held = measure_bytes(2048) if options.only in (None, "bytes") else []
+    packages = ("numpy", "torch", "numba", "sparseprop", "sparselab")
+    result = {"environment": environment(options.threads, packages), "rows": records}
+    write(options.output, {**result, "bytes": held})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""From masked to sparse execution and back, in the framework of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from topkast._errors import AdapterNotFoundError
+
+
+def sparsify(
+    model: Any,
+    optimizer: Any,
+    /,
+    *,
+    only: str | Sequence[str] | None = None,
+    auto: bool = True,
+    example: Any = None,
+) -> Any:
+    r"""Compute with sparse weights for real: replace a model's layers by always-sparse ones.
+
+    Layers whose weight `optimizer` keeps sparse change in place: the values on B become their
+    Parameter, of shape (1, …, \|B\|); the forward pass multiplies by A alone, the input gradient
+    by A's transpose, and the gradient is formed on B alone. No dense weight and no dense gradient
+    exist any more. Training goes on with the same optimizer, its state and its sets.
+
+    ``torch.nn.Linear`` and ``torch.nn.Conv2d`` have a sparse form, in float32 and float64. What
+    has none (``torch.nn.MultiheadAttention``, subclasses, tied weights, tensors that are ranked
+    together) stays masked, and the report says why.
+
+    Parameters
+    ----------
+    model
+        A ``torch.nn.Module``, before or during training.
+    optimizer
+        What :func:`topkast.wrap_optimizer` returned for its parameters.
+    only
+        Names or globs of the tensors to make sparse; None: all.
+    auto
+        With `example`: keep a layer masked where that is faster. The layers are timed alone, in a
+        forward and a backward pass.
+    example
+        An input of the model, or a tuple of them, of the size of a batch in training.
+
+    Returns
+    -------
+    ExecutionReport
+        Which tensor is computed with in which way, and why. Prints as a table.
+
+    Raises
+    ------
+    OptionError
+        If `optimizer` is not wrapped, or `only` matches nothing.
+    AdapterNotFoundError
+        For a model of another framework.
+
+    Examples
+    --------
+    >>> import torch, topkast
+    >>> model = torch.nn.Sequential(
+    ...     torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 5))
+    >>> opt = torch.optim.AdamW(model.named_parameters(), 1e-3)
+    >>> opt = topkast.wrap_optimizer(opt, fwd=0.9, bwd=0.8)
+    >>> print(topkast.sparsify(model, opt))
+    tensor    execution  masked  sparse  why
+    0.weight  sparse                     not timed
+    2.weight  sparse                     not timed
+    >>> model[0].values.shape
+    torch.Size([1, 120])
+    >>> model(torch.ones(8, 20)).square().mean().backward()
+    >>> opt.step()
+    """
+    _check(model)
+    from topkast_torch import sparsify as sparsify_torch
+
+    return sparsify_torch(model, optimizer, only=only, auto=auto, example=example)
+
+
+def densify(model: Any, /) -> Any:
+    """The inverse of :func:`sparsify`, for export: dense layers that hold the forward view α.
+
+    Parameters
+    ----------
+    model
+        A model, whose sparse layers change in place; what an optimizer does afterwards no longer
+        reaches them. Or a state dict of a sparse model, which stays as it is.
+
+    Returns
+    -------
+    object
+        The model, or a new state dict for a dense one.
+
+    Raises
+    ------
+    AdapterNotFoundError
+        For a model of another framework.
+
+    Examples
+    --------
+    >>> import torch, topkast
+    >>> model = torch.nn.Linear(20, 30)
+    >>> opt = topkast.wrap_optimizer(
+    ...     torch.optim.SGD(model.named_parameters(), 0.1), fwd=0.9, bwd=0.8)
+    >>> report = topkast.sparsify(model, opt)
+    >>> sorted(topkast.densify(model.state_dict()))
+    ['bias', 'weight']
+    >>> type(topkast.densify(model)), int((model.weight != 0).sum())
+    (<class 'torch.nn.modules.linear.Linear'>, 60)
+    """
+    if not isinstance(model, Mapping):
+        _check(model)
+    from topkast_torch import densify as densify_torch
+
+    return densify_torch(model)
+
+
+def _check(model: Any) -> None:
+    roots = {base.__module__.partition(".")[0] for base in type(model).__mro__}
+    if "torch" not in roots:
+        raise AdapterNotFoundError(
+            f"expected a torch.nn.Module, got {type(model).__module__}.{type(model).__qualname__}: "
+            "sparse layers exist for PyTorch"
+        )

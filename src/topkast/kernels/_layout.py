@@ -1,0 +1,166 @@
+"""The order in which the kernels visit the entries of a sparse matrix."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from topkast.kernels._vector import AHEAD
+
+Vector = np.ndarray[Any, Any]
+
+_LEAST_BLOCK = 96  # columns: their rows of a tile of 128 floats fill a first cache of 48 KiB
+_MOST_BLOCK = 1 << 16  # what a uint16 can tell apart
+_SEGMENT = 12  # entries that a segment should have at least, for its loop to be worth starting
+_CHUNK = 256  # rows at most, whose part of the output stays in the second cache
+_CHUNKS = 16  # at least, if there are rows: for that many threads there is work
+
+
+class Layout(NamedTuple):
+    """Entries of a sparse matrix (`rows` × `width`), ordered for the caches.
+
+    The rows are cut into chunks, which threads take one by one; the columns into blocks. A segment
+    is what a row has in a block. Chunk by chunk and block by block the segments follow each other,
+    the short ones first: so all entries are read in one stream, the rows of the other matrix that
+    a block needs stay in the first cache, and the length of a loop is that of the loop before.
+
+    Attributes
+    ----------
+    source
+        Where each entry is in the vector that the matrix is compacted to, int32 (entries,); or,
+        where segments are runs of that vector, where each of these starts, int32 (segments,).
+    columns
+        Column of each entry in its block; uint16 (entries,).
+    segment_rows, segment_columns, segment_starts
+        Row of each segment, first column of its block, and its first entry; int32 (segments,),
+        (segments,) and (segments + 1,).
+    chunk_rows, chunk_segments
+        First row and first segment of each chunk; int32 (chunks + 1,).
+    rows, width
+        Size of the matrix.
+    extent
+        Length that the compact vector must have at least.
+    """
+
+    source: Vector
+    columns: Vector
+    segment_rows: Vector
+    segment_columns: Vector
+    segment_starts: Vector
+    chunk_rows: Vector
+    chunk_segments: Vector
+    rows: int
+    width: int
+    extent: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(part.nbytes for part in self if isinstance(part, np.ndarray))
+
+
+def arrange(
+    rows: Vector, columns: Vector, source: Vector, /, *, shape: tuple[int, int], runs: bool = False
+) -> Layout:
+    """The layout of a matrix with entries at `rows` and `columns`.
+
+    Parameters
+    ----------
+    rows, columns
+        Place of each entry; int32 (entries,). Those of one row keep their order within a block.
+    source
+        Where each entry is in the compact vector; int32 (entries,).
+    shape
+        Of the matrix.
+    runs
+        Keep of `source` where each segment starts, since it is a run of the compact vector: that
+        has all entries by row, then by column.
+
+    Returns
+    -------
+    Layout
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from topkast.kernels import arrange
+    >>> rows, columns = np.asarray([[0, 0, 2], [1, 3, 0]], np.int32)
+    >>> arrange(rows, columns, np.arange(3, dtype=np.int32), shape=(3, 4)).segment_rows
+    array([0, 2], dtype=int32)
+    """
+    height, width = shape
+    entries = len(rows)
+    density = entries / max(height * width, 1)
+    block = max(_LEAST_BLOCK, min(_MOST_BLOCK, int(_SEGMENT / density) if density else width))
+    chunk = max(1, min(_CHUNK, height // _CHUNKS))
+    starts = np.append(np.arange(0, height, chunk, dtype=np.int32), np.int32(height))
+    blocks = -(-max(width, 1) // block)
+    found: tuple[Vector, ...] = _arrange(rows, columns, source, starts, blocks, block)
+    kept, places, segment_rows, segment_columns, segment_starts, chunk_segments = found
+    if runs:
+        kept = kept[segment_starts[:-1]]
+    extent = int(source.max(initial=-1)) + 1
+    return Layout(
+        kept,
+        places,
+        segment_rows,
+        segment_columns,
+        segment_starts,
+        starts,
+        chunk_segments,
+        height,
+        width,
+        extent,
+    )
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _arrange(
+    rows: Vector, columns: Vector, source: Vector, chunk_rows: Vector, blocks: int, block: int
+) -> Any:
+    height, chunks = chunk_rows[-1], len(chunk_rows) - 1
+    counts = np.zeros((blocks, height), dtype=np.int32)
+    for entry in range(len(rows)):
+        counts[columns[entry] // block, rows[entry]] += 1
+    segments = 0
+    for count in counts.flat:
+        segments += count > 0
+    segment_rows = np.empty(segments, dtype=np.int32)
+    segment_columns = np.empty(segments, dtype=np.int32)
+    segment_starts = np.empty(segments + 1, dtype=np.int32)
+    chunk_segments = np.empty(chunks + 1, dtype=np.int32)
+    following = np.empty((blocks, height), dtype=np.int32)  # place of a row's next entry
+    segment, first = 0, 0
+    for chunk in range(chunks):
+        chunk_segments[chunk] = segment
+        start, stop = chunk_rows[chunk], chunk_rows[chunk + 1]
+        for place in range(blocks):
+            for row in start + np.argsort(counts[place, start:stop], kind="mergesort"):
+                if counts[place, row]:
+                    segment_rows[segment] = row
+                    segment_columns[segment] = place * block
+                    segment_starts[segment] = first
+                    following[place, row] = first
+                    first += counts[place, row]
+                    segment += 1
+    chunk_segments[chunks] = segment
+    segment_starts[segment] = first
+    # The kernels look ahead of what they use.
+    ordered_source = np.zeros(len(source) + AHEAD, dtype=np.int32)[: len(source)]
+    ordered_columns = np.empty(len(columns), dtype=np.uint16)
+    for entry in range(len(rows)):
+        place, row = columns[entry] // block, rows[entry]
+        target = following[place, row]
+        ordered_source[target] = source[entry]
+        ordered_columns[target] = columns[entry] - place * block
+        following[place, row] += 1
+    return (
+        ordered_source,
+        ordered_columns,
+        segment_rows,
+        segment_columns,
+        segment_starts,
+        chunk_segments,
+    )

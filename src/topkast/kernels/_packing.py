@@ -1,0 +1,173 @@
+"""Activations by row, as most libraries keep them, to tiles and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import carray, cfunc, njit, types
+
+from topkast.kernels._layout import Vector
+from topkast.kernels._pool import run
+from topkast.kernels._vector import VECTOR_BYTES, as_pointer, take_ticket, transpose_block
+
+_BAND = 64  # rows that a thread takes at a time
+
+
+def pack(rows: Vector, tiles: Vector, /, *, threads: int | None = None) -> None:
+    """Activations (batch, features) into tiles (tiles, features, width), with zeros behind them.
+
+    Parameters
+    ----------
+    rows, tiles
+        Contiguous, float32 or float64; ``(tiles - 1) · width < batch <= tiles · width``.
+    threads
+        As for :func:`multiply`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For other dtypes and shapes, and for arrays that are not contiguous.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from topkast.kernels import pack
+    >>> tiles = np.empty((1, 2, 4))
+    >>> pack(np.asarray([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), tiles)
+    >>> tiles
+    array([[[1., 3., 5., 0.],
+            [2., 4., 6., 0.]]])
+    """
+    batch, features = rows.shape
+    count, height, width = tiles.shape
+    if height != features or count != -(-batch // width):
+        raise ValueError(f"cannot pack {rows.shape} into {tiles.shape}")
+    _start(_pack_single, _pack_double, rows, tiles, (batch, features, width), count, threads)
+
+
+def unpack(columns: Vector, rows: Vector, /, *, threads: int | None = None) -> None:
+    """What :func:`multiply` found, (features, columns), as (batch, features).
+
+    Parameters
+    ----------
+    columns, rows
+        Contiguous, float32 or float64; ``batch <= columns.shape[1]``.
+    threads
+        As for :func:`multiply`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`pack`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from topkast.kernels import unpack
+    >>> rows = np.empty((3, 2))
+    >>> unpack(np.asarray([[1.0, 3.0, 5.0, 0.0], [2.0, 4.0, 6.0, 0.0]]), rows)
+    >>> rows
+    array([[1., 2.],
+           [3., 4.],
+           [5., 6.]])
+    """
+    batch, features = rows.shape
+    height, stride = columns.shape
+    if height != features or stride < batch:
+        raise ValueError(f"cannot unpack {columns.shape} into {rows.shape}")
+    items = -(-batch // _BAND)
+    _start(_unpack_single, _unpack_double, columns, rows, (batch, features, stride), items, threads)
+
+
+def _start(
+    single: Any,
+    double: Any,
+    source: Vector,
+    target: Vector,
+    sizes: tuple[int, int, int],
+    items: int,
+    threads: int | None,
+) -> None:
+    if source.dtype != target.dtype or source.dtype not in (np.float32, np.float64):
+        raise TypeError(f"expected float32 or float64, got {source.dtype} and {target.dtype}")
+    if not (source.flags.c_contiguous and target.flags.c_contiguous):
+        raise ValueError("both arrays must be contiguous")
+    numbers = [0, items, *sizes, source.ctypes.data, target.ctypes.data]
+    kernel = single if source.dtype == np.float32 else double
+    run(kernel, np.asarray(numbers, dtype=np.int64), threads)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _transpose(source: Any, target: Any) -> None:
+    """Write the transpose of `source` into `target`, for matrices whose rows are contiguous."""
+    height, width = source.shape
+    side = VECTOR_BYTES // source.itemsize
+    zero = source.dtype.type(0)
+    above, beside = height // side * side, width // side * side
+    for row in range(0, above, side):
+        for column in range(0, beside, side):
+            transpose_block(
+                zero,
+                source.ctypes.data + row * source.strides[0] + column * source.itemsize,
+                source.strides[0],
+                target.ctypes.data + column * target.strides[0] + row * target.itemsize,
+                target.strides[0],
+            )
+        for column in range(beside, width):
+            target[column, row : row + side] = source[row : row + side, column]
+    for row in range(above, height):
+        target[:, row] = source[row]
+
+
+@njit  # type: ignore[untyped-decorator]
+def _pack(address: Any, kind: Any) -> None:
+    numbers = carray(as_pointer(address), 7, np.int64)
+    count, batch, features, width = numbers[1], numbers[2], numbers[3], numbers[4]
+    rows = carray(as_pointer(numbers[5]), (batch, features), kind)
+    tiles = carray(as_pointer(numbers[6]), (count, features, width), kind)
+    while True:
+        tile = take_ticket(address)
+        if tile >= count:
+            break
+        first = tile * width
+        there = min(width, batch - first)
+        _transpose(rows[first : first + there], tiles[tile][:, :there])
+        tiles[tile][:, there:] = 0
+
+
+@njit  # type: ignore[untyped-decorator]
+def _unpack(address: Any, kind: Any) -> None:
+    numbers = carray(as_pointer(address), 7, np.int64)
+    items, batch, features, stride = numbers[1], numbers[2], numbers[3], numbers[4]
+    columns = carray(as_pointer(numbers[5]), (features, stride), kind)
+    rows = carray(as_pointer(numbers[6]), (batch, features), kind)
+    while True:
+        item = take_ticket(address)
+        if item >= items:
+            break
+        first, last = item * _BAND, min(batch, (item + 1) * _BAND)
+        _transpose(columns[:, first:last], rows[first:last])
+
+
+_KERNEL = types.void(types.intp)
+
+
+@cfunc(_KERNEL, cache=True)  # type: ignore[untyped-decorator]
+def _pack_single(address: Any) -> None:
+    _pack(address, np.float32)
+
+
+@cfunc(_KERNEL, cache=True)  # type: ignore[untyped-decorator]
+def _pack_double(address: Any) -> None:
+    _pack(address, np.float64)
+
+
+@cfunc(_KERNEL, cache=True)  # type: ignore[untyped-decorator]
+def _unpack_single(address: Any) -> None:
+    _unpack(address, np.float32)
+
+
+@cfunc(_KERNEL, cache=True)  # type: ignore[untyped-decorator]
+def _unpack_double(address: Any) -> None:
+    _unpack(address, np.float64)

@@ -1,0 +1,254 @@
+"""The innermost loops, emitted as vector code of LLVM: what C with intrinsics would be, uncompiled.
+
+Each function is an intrinsic for numba, generic in the floating-point type by its first argument.
+Addresses are integers, in bytes. A tile is ``registers`` vectors wide.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_INT16, _INT32, _INT64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+
+
+def _host_vector_bytes() -> int:
+    features = binding.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 64
+    return 32 if features.get("avx2") else 16
+
+
+VECTOR_BYTES = _host_vector_bytes()
+
+# Values are asked for so many entries before they are used: those of a transpose lie apart.
+AHEAD = 32
+
+
+class _Emitter:
+    """Emits loads, stores and products of whole vectors at a byte address."""
+
+    def __init__(self, builder: Any, numba_type: Any) -> None:
+        self.builder = builder
+        self.size = numba_type.bitwidth // 8
+        self.scalar = ir.FloatType() if self.size == 4 else ir.DoubleType()
+        self.lanes = VECTOR_BYTES // self.size
+        self.vector = ir.VectorType(self.scalar, self.lanes)
+
+    def element(self, address: Any, index: Any, kind: Any) -> Any:
+        pointer = self.builder.inttoptr(address, kind.as_pointer())
+        return self.builder.load(self.builder.gep(pointer, [index]))
+
+    def index(self, address: Any, index: Any) -> Any:
+        """A uint16 of an array, as int64."""
+        return self.builder.zext(self.element(address, index, _INT16), _INT64)
+
+    def position(self, address: Any, index: Any) -> Any:
+        """An int32 of an array, as int64."""
+        return self.builder.sext(self.element(address, index, _INT32), _INT64)
+
+    def load(self, address: Any, place: int, vector: Any = None) -> Any:
+        loaded = self.builder.load(self._pointer(address, place, vector or self.vector))
+        loaded.align = self.size
+        return loaded
+
+    def store(self, value: Any, address: Any, place: int) -> None:
+        self.builder.store(value, self._pointer(address, place, value.type)).align = self.size
+
+    def prefetch(self, address: Any, index: Any) -> None:
+        """Ask for a scalar that will be wanted soon."""
+        builder, pointer = self.builder, self.builder.inttoptr(address, self.scalar.as_pointer())
+        opaque = builder.bitcast(builder.gep(pointer, [index]), cgutils.voidptr_t)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, _INT32, _INT32, _INT32])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        for_reading, for_long, of_data = (ir.Constant(_INT32, flag) for flag in (0, 3, 1))
+        builder.call(fetch, [opaque, for_reading, for_long, of_data])
+
+    def broadcast(self, value: Any) -> Any:
+        nothing = ir.Constant(self.vector, ir.Undefined)
+        first = self.builder.insert_element(nothing, value, ir.Constant(_INT32, 0))
+        return self.shuffle(first, nothing, [0] * self.lanes)
+
+    def shuffle(self, first: Any, second: Any, places: list[int]) -> Any:
+        mask = ir.Constant(ir.VectorType(_INT32, len(places)), places)
+        return self.builder.shuffle_vector(first, second, mask)
+
+    def multiply_add(self, first: Any, second: Any, third: Any) -> Any:
+        name = f"llvm.fma.v{self.lanes}f{8 * self.size}"
+        kind = ir.FunctionType(self.vector, [self.vector] * 3)
+        fma = cgutils.get_or_insert_function(self.builder.module, kind, name)
+        return self.builder.call(fma, [first, second, third])
+
+    def row(self, start: Any, number: Any, registers: int) -> Any:
+        """Address of a row of a tile."""
+        width = ir.Constant(_INT64, registers * VECTOR_BYTES)
+        return self.builder.add(start, self.builder.mul(number, width))
+
+    def sums(self, vectors: list[Any]) -> Any:
+        """The sum over each of these vectors (as many as a power of two), as one vector.
+
+        Pairs are merged, even lanes plus odd ones, until one vector is left: a third of the
+        instructions of summing each by itself.
+        """
+        count = len(vectors)
+        while len(vectors) > 1:
+            lanes = vectors[0].type.count
+            even, odd = (
+                [*range(first, lanes, 2), *range(lanes + first, 2 * lanes, 2)] for first in (0, 1)
+            )
+            vectors = [
+                self.builder.fadd(self.shuffle(a, b, even), self.shuffle(a, b, odd))
+                for a, b in zip(vectors[0::2], vectors[1::2], strict=True)
+            ]
+        total = vectors[0]
+        while total.type.count > count:
+            even, odd = (list(range(first, total.type.count, 2)) for first in (0, 1))
+            total = self.builder.fadd(
+                self.shuffle(total, total, even), self.shuffle(total, total, odd)
+            )
+        return total
+
+    def _pointer(self, address: Any, place: int, kind: Any) -> Any:
+        shifted = self.builder.add(address, ir.Constant(_INT64, place * VECTOR_BYTES))
+        return self.builder.inttoptr(shifted, kind.as_pointer())
+
+
+def _row_product(registers: int) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def row_product(  # type: ignore[no-untyped-def]
+        _, zero, values, sources, columns, start, stop, x, out
+    ) -> Any:
+        """out[:] += Σ values[sources[k]] · x[columns[k]], k from start to stop."""
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _, values, sources, columns, start, stop, x, out = arguments
+            emitter = _Emitter(builder, signature.args[0])
+            places = range(registers)
+            sums = [cgutils.alloca_once(builder, emitter.vector) for _ in places]
+            for place in places:
+                builder.store(emitter.load(out, place), sums[place])
+            with cgutils.for_range_slice(builder, start, stop, ir.Constant(_INT64, 1)) as (k, _):
+                later = builder.add(k, ir.Constant(_INT64, AHEAD))
+                emitter.prefetch(values, emitter.position(sources, later))
+                place = emitter.position(sources, k)
+                value = emitter.broadcast(emitter.element(values, place, emitter.scalar))
+                row = emitter.row(x, emitter.index(columns, k), registers)
+                for place in places:
+                    found = emitter.multiply_add(
+                        value, emitter.load(row, place), builder.load(sums[place])
+                    )
+                    builder.store(found, sums[place])
+            for place in places:
+                emitter.store(builder.load(sums[place]), out, place)
+            return context.get_dummy_value()
+
+        return types.void(zero, *[types.intp] * 7), emit
+
+    return row_product
+
+
+def _dot_products(group: int, registers: int) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def dot_products(_, zero, columns, k, x, y, out) -> Any:  # type: ignore[no-untyped-def]
+        """out[:group] += y · x[columns[k:k+group]] over the width of a tile."""
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _, columns, k, x, y, out = arguments
+            emitter = _Emitter(builder, signature.args[0])
+            rows = [
+                emitter.row(
+                    x,
+                    emitter.index(columns, builder.add(k, ir.Constant(_INT64, member))),
+                    registers,
+                )
+                for member in range(group)
+            ]
+            nothing = ir.Constant(emitter.vector, [0.0] * emitter.lanes)
+            sums: list[Any] = [nothing] * group
+            for place in range(registers):
+                shared = emitter.load(y, place)  # by the whole group
+                sums = [
+                    emitter.multiply_add(shared, emitter.load(row, place), total)
+                    for row, total in zip(rows, sums, strict=True)
+                ]
+            found = emitter.sums(sums)
+            emitter.store(builder.fadd(emitter.load(out, 0, found.type), found), out, 0)
+            return context.get_dummy_value()
+
+        return types.void(zero, *[types.intp] * 5), emit
+
+    return dot_products
+
+
+# row_product(zero, values, sources, columns, start, stop, x, out), by the width of a tile.
+row_product_1, row_product_2, row_product_4, row_product_8 = map(_row_product, (1, 2, 4, 8))
+
+# dot_products(zero, columns, k, x, y, out), of GROUP entries at once, of half as many, or of one.
+GROUP = min(8, VECTOR_BYTES // 8)  # no more than a vector of doubles has lanes
+HALF = GROUP // 2
+group_product_1, group_product_2, group_product_4, group_product_8 = (
+    _dot_products(GROUP, registers) for registers in (1, 2, 4, 8)
+)
+half_product_1, half_product_2, half_product_4, half_product_8 = (
+    _dot_products(HALF, registers) for registers in (1, 2, 4, 8)
+)
+dot_product_1, dot_product_2, dot_product_4, dot_product_8 = (
+    _dot_products(1, registers) for registers in (1, 2, 4, 8)
+)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def transpose_block(  # type: ignore[no-untyped-def]
+    _, zero, source, source_stride, target, target_stride
+) -> Any:
+    """Transpose a square as wide as a vector; strides in bytes."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, source, source_stride, target, target_stride = arguments
+        emitter = _Emitter(builder, signature.args[0])
+        side = emitter.lanes
+
+        def line(start: Any, stride: Any, number: int) -> Any:
+            return builder.add(start, builder.mul(stride, ir.Constant(_INT64, number)))
+
+        lines = [emitter.load(line(source, source_stride, row), 0) for row in range(side)]
+        distance = 1
+        while distance < side:  # exchange the off-diagonal squares of all squares of this size
+            upper = [lane - distance + side if lane & distance else lane for lane in range(side)]
+            lower = [lane + side if lane & distance else lane + distance for lane in range(side)]
+            for row in range(side):
+                if not row & distance:
+                    pair = lines[row], lines[row + distance]
+                    lines[row] = emitter.shuffle(*pair, upper)
+                    lines[row + distance] = emitter.shuffle(*pair, lower)
+            distance *= 2
+        for row in range(side):
+            emitter.store(lines[row], line(target, target_stride, row), 0)
+        return context.get_dummy_value()
+
+    return types.void(zero, *[types.intp] * 4), emit
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def take_ticket(_: Any, address: Any) -> Any:
+    """The int64 at `address`, which is counted up: no two threads are given the same."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], _INT64.as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(_INT64, 1), "monotonic")
+
+    return types.intp(types.intp), emit
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def as_pointer(_: Any, address: Any) -> Any:
+    """An address as the pointer that ``numba.carray`` wants."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.intp), emit
