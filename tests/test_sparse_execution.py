@@ -367,7 +367,10 @@ class TestChoice:
         report = topkast.sparsify(model, opt, only=["0.*", "2.*"])
         assert [row.execution for row in report.layers] == ["sparse", "sparse", "masked"]
         train(model, opt, inputs, 8)
-        assert [row.name for row in topkast.sparsify(model, opt).layers] == ["4.weight"]
+        again = topkast.sparsify(model, opt, only="0.*")
+        assert [row.reason for row in again.layers[:2]] == ["it was already"] * 2
+        assert {row.execution for row in topkast.sparsify(model, opt).layers} == {"sparse"}
+        train(model, opt, inputs, 8)
         with pytest.raises(topkast.OptionError, match="matches none"):
             topkast.sparsify(*prepare("mlp")[:2], only="nothing")
 
@@ -484,6 +487,10 @@ class TestState:
         layer = topkast_torch.SparseLinear(6, 9, fwd=0.8, bwd=0.6)
         before = copy.deepcopy(layer.state_dict())
         state = copy.deepcopy(before)
+        lacking = {key: entry for key, entry in before.items() if key != name}
+        for strict in (True, False):
+            with pytest.raises(topkast.MismatchError, match="belong together"):
+                layer.load_state_dict(lacking, strict=strict)
         changes: dict[str, Callable[[Tensor], Tensor]] = {
             "indices": lambda entry: entry.flip(0),
             "active": torch.ones_like,
@@ -566,3 +573,203 @@ def test_the_step_leaves_the_gradient_of_the_loss() -> None:
     after = [param.grad for param in model.parameters() if param.grad is not None]
     assert len(before) == 6
     assert all(map(torch.equal, before, after))
+
+
+class TestAgreementInOddLoops:
+    """What the tests of training loops do in masked execution, and what a reviewer thought of."""
+
+    def both(self, loop: Callable[[Any, Any, Tensor], None], **options: Any) -> None:
+        given = prepare("mlp", dtype=torch.float64, **options)
+        masked, masked_opt, inputs = given
+        sparse, sparse_opt, _ = prepare("mlp", dtype=torch.float64, **options)
+        topkast.sparsify(sparse, sparse_opt)
+        loop(masked, masked_opt, inputs)
+        loop(sparse, sparse_opt, inputs)
+        assert_agree(masked_opt, sparse_opt, 1e-11)
+
+    def test_gradients_that_are_never_zeroed(self) -> None:
+        def loop(model: Any, opt: Any, inputs: Tensor) -> None:
+            for _ in range(9):
+                model(inputs).square().mean().backward()
+                opt.step()
+
+        self.both(loop, refresh_every=2)
+
+    def test_clipping_after_exploration_has_stopped(self) -> None:
+        def loop(model: Any, opt: Any, inputs: Tensor) -> None:
+            for _ in range(9):
+                opt.zero_grad()
+                model(inputs).square().mean().backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+                opt.step()
+
+        self.both(loop, explore_until=2, refresh_every=3)
+
+    def test_scaler_with_an_overflow(self) -> None:
+        def loop(model: Any, opt: Any, inputs: Tensor) -> None:
+            scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+            for step in range(9):
+                opt.zero_grad()
+                loss = model(inputs).square().mean() * (torch.inf if step == 4 else 1.0)
+                scaler.scale(loss).backward()
+                scaler.step(opt)
+                scaler.update()
+
+        self.both(loop, refresh_every=3)
+
+    def test_closures(self) -> None:
+        def loop(model: Any, opt: Any, inputs: Tensor) -> None:
+            def closure() -> Tensor:
+                opt.zero_grad()
+                loss: Tensor = model(inputs).square().mean()
+                loss.backward()
+                return loss
+
+            for _ in range(9):
+                opt.step(closure)
+
+        self.both(loop, refresh_every=2)
+
+    def test_a_group_added_later(self) -> None:
+        def loop(model: Any, opt: Any, inputs: Tensor) -> None:
+            torch.manual_seed(5)
+            head = topkast_torch.SparseLinear(5, 4, fwd=0.5, bwd=0.2, dtype=torch.float64)
+            named = [(f"head.{name}", param) for name, param in head.named_parameters()]
+            opt.add_param_group({"params": named, "fwd": 0.5, "bwd": 0.2})
+            train(nn.Sequential(model, head), opt, inputs, 9)
+
+        self.both(loop)
+
+    def test_an_inner_step_that_fails_leaves_the_gradient(self) -> None:
+        model, opt, inputs = prepare("mlp", penalty=1.0)
+        topkast.sparsify(model, opt)
+        model(inputs).square().mean().backward()
+        values: Any = model.get_parameter("0.values")
+        before = values.grad.clone()
+        opt.param_groups[0]["lr"] = "high"
+        with pytest.raises((TypeError, RuntimeError, ValueError)):
+            opt.step()
+        assert torch.equal(values.grad, before)
+
+
+class TestLayer:
+    def make(self, **options: Any) -> topkast_torch.SparseLinear:
+        return topkast_torch.SparseLinear(20, 30, **{"fwd": 0.9, "bwd": 0.8, **options})
+
+    def wrap(self, layer: nn.Module) -> Any:
+        opt = torch.optim.SGD(layer.named_parameters(), 0.1)
+        return topkast.wrap_optimizer(opt, fwd=0.9, bwd=0.8, refresh_every=1)
+
+    def test_inputs_of_another_width_are_refused(self) -> None:
+        with pytest.raises(topkast.MismatchError, match="takes 20 features"):
+            self.make()(torch.ones(4, 40))
+        model = nn.Sequential(nn.Conv2d(4, 8, 3))
+        opt = self.wrap(model)
+        topkast.sparsify(model, opt)
+        with pytest.raises(topkast.MismatchError, match="images of 4 channels"):
+            model(torch.ones(1, 8, 5, 5))
+
+    def test_what_follows_may_work_in_place(self, backend: str) -> None:
+        layer = self.make()
+        found = torch.relu_(layer(torch.ones(4, 20)))
+        found.sum().backward()
+        assert layer.values.grad is not None
+
+    def test_without_numba_under_autocast(self, backend: str) -> None:
+        layer = self.make()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = layer(torch.ones(4, 20))
+        assert found.dtype == torch.float32
+
+    def test_writing_into_its_buffers_is_noticed(self) -> None:
+        """As an average of models does, or DistributedDataParallel."""
+        layer, other = self.make(), self.make()
+        inputs = torch.ones(4, 20)
+        layer(inputs)
+        with torch.no_grad():
+            for own, given in zip(layer.buffers(), other.buffers(), strict=True):
+                own.copy_(given)
+            layer.values.copy_(other.values)
+        torch.testing.assert_close(
+            layer(inputs), nn.functional.linear(inputs, layer.weight, layer.bias)
+        )
+
+    def test_replicas_that_were_given_one_state_stay_equal(self) -> None:
+        """What DistributedDataParallel broadcasts: Parameters and all buffers, in place."""
+        replicas = [self.make(), self.make()]
+        parts = [[*layer.parameters(), *layer.buffers()] for layer in replicas]
+        with torch.no_grad():
+            for one, other in zip(*parts, strict=True):
+                other.copy_(one)
+        optimizers = [self.wrap(layer) for layer in replicas]
+        for layer, opt in zip(replicas, optimizers, strict=True):
+            train(layer, opt, torch.ones(4, 20), 5)
+        assert_agree(optimizers[0], optimizers[1], 0.0)
+
+    def test_a_loaded_layer_knows_nothing_outside_b(self) -> None:
+        layer, other = self.make(), self.make()
+        other.load_state_dict(layer.state_dict())
+        assert int((topkast.dense_params(self.wrap(other))["values"] != 0).sum()) == 120
+
+    @pytest.mark.parametrize("way", ["deepcopy", "assign", "copy"])
+    def test_an_optimizer_finds_the_layer_of_its_values(self, way: str) -> None:
+        layer = self.make()
+        if way == "deepcopy":
+            layer = copy.deepcopy(layer)
+        elif way == "copy":
+            copy.copy(layer)
+        else:
+            layer.load_state_dict(self.make().state_dict(), assign=True)
+        assert topkast.summary(self.wrap(layer)).tensors[0].shape == (30, 20)
+
+    def test_a_failed_wrap_changes_nothing(self) -> None:
+        layer = self.make()
+        with pytest.raises(topkast.OptionError):
+            topkast.wrap_optimizer(
+                torch.optim.SGD(layer.named_parameters(), 0.1), fwd=0.9, bwd=0.8, dense="typo"
+            )
+        assert int((topkast.dense_params(self.wrap(layer))["values"] != 0).sum()) == 600
+
+    def test_tied_values_are_refused(self) -> None:
+        layer, other = self.make(), self.make()
+        with pytest.raises(topkast.MismatchError, match="another sparse layer"):
+            other.values = layer.values
+
+    def test_the_weight_can_be_differentiated(self) -> None:
+        layer, inputs = self.make(), torch.randn(4, 20)
+        (direct,) = torch.autograd.grad(layer(inputs).square().sum(), layer.values)
+        found = nn.functional.linear(inputs, layer.weight, layer.bias).square().sum()
+        torch.testing.assert_close(torch.autograd.grad(found, layer.values)[0], direct)
+
+    def test_low_precision_is_refused(self) -> None:
+        with pytest.raises(topkast.UnsupportedTensorError, match="bfloat16"):
+            self.make(dtype=torch.bfloat16)
+
+    def test_inputs_by_name(self) -> None:
+        layer = self.make()
+        assert layer(input=torch.ones(4, 20)).shape == (4, 30)
+
+    def test_a_model_made_dense_leaves_its_optimizer_readable(self) -> None:
+        model, opt, inputs = prepare("mlp")
+        topkast.sparsify(model, opt)
+        train(model, opt, inputs, 2)
+        state = opt.state_dict()
+        topkast.densify(model)
+        assert topkast.summary(opt).updates == 2
+        opt.load_state_dict(state)
+        with pytest.raises(topkast.MismatchError, match="made dense"):
+            train(model, opt, inputs, 1)
+
+    def test_sparsified_layers_leave_no_hook_behind(self) -> None:
+        model, opt, _ = prepare("mlp")
+        weights = [param for name, param in model.named_parameters() if "weight" in name]
+        topkast.sparsify(model, opt)
+        assert not any(weight._post_accumulate_grad_hooks for weight in weights)
+
+    def test_a_layer_with_a_forward_of_its_own_stays(self) -> None:
+        model, opt, inputs = prepare("mlp")
+        layer: Any = model.get_submodule("0")
+        layer.forward = lambda x: nn.functional.linear(x, layer.weight, layer.bias)
+        report = topkast.sparsify(model, opt)
+        assert "forward function was replaced" in report.layers[0].reason
+        train(model, opt, inputs, 2)

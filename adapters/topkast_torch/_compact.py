@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from topkast import Support
-from topkast._compact import move
+from topkast._compact import Migration, move
 from topkast._exploration import exploration_weights
 from topkast._options import Options
 from topkast._plan import Block
@@ -45,6 +45,12 @@ class CompactTensor(ABC):
     @abstractmethod
     def load_gradient(self, *, penalty: float, kind: str) -> None:
         """Hand the inner optimizer the gradient on B, with that of the exploration penalty."""
+
+    def unload_gradient(self) -> None:  # noqa: B027 - most have nothing to do
+        """Give the model back the gradient that :meth:`load_gradient` took."""
+
+    def carry(self, migration: Migration) -> None:  # noqa: B027
+        """Carry over to the new B what the model holds of the old one."""
 
     @abstractmethod
     def show(self, *, everywhere: bool = False) -> None:
@@ -84,6 +90,7 @@ class CompactTensor(ABC):
             values = self.values.detach()
             active = self.support.active.view(values.shape)
             values.copy_(torch.where(active, values, self._frozen))
+        self.unload_gradient()
         self.show()
 
     def theta(self) -> Tensor:
@@ -104,6 +111,7 @@ class CompactTensor(ABC):
             if isinstance(entry, Tensor) and entry.shape == self.values.shape:
                 entry.copy_(move(entry, new.migration, initial.get(name) or 0.0))
         self.changed = new.changed
+        self.carry(new.migration)
         self.restore(new.support, self.reservoir)
 
     def restore(self, support: Support, theta: Tensor) -> None:

@@ -3,41 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import fold, unfold
 
-from topkast_torch._products import Products
+from topkast_torch._products import Products, Window
 
-_UNFOLDED = 1 << 22  # entries of unfolded images at a time
-
-
-class Window(NamedTuple):
-    """What of an image each place of a convolution's output sees."""
-
-    size: tuple[int, int]
-    dilation: tuple[int, int]
-    stride: tuple[int, int]
-
-    def unfold(self, images: Tensor) -> Tensor:
-        """(images · places, features) from (images, channels, height, width)."""
-        unfolded = unfold(images, self.size, dilation=self.dilation, stride=self.stride)
-        return unfolded.transpose(0, 1).reshape(unfolded.shape[1], -1).t()
-
-    def fold(self, unfolded: Tensor, images: torch.Size) -> Tensor:
-        """The transpose of :meth:`unfold`, for images of this shape."""
-        pieces = unfolded.t().unflatten(1, (images[0], -1)).transpose(0, 1)
-        return fold(pieces, images[2:], self.size, dilation=self.dilation, stride=self.stride)
-
-    def places(self, images: torch.Size) -> tuple[int, int]:
-        """Height and width of the output."""
-        height, width = (
-            (length - dilation * (size - 1) - 1) // stride + 1
-            for length, size, dilation, stride in zip(images[2:], *self, strict=True)
-        )
-        return height, width
+_UNFOLDED = 1 << 20  # entries of unfolded images at a time: what second caches hold
+_WHOLE = Window((1, 1), (1, 1), (1, 1))  # a place sees itself, in all channels
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -48,9 +22,10 @@ def multiply(
 
     The result lies in memory by row if `by_row`; the gradient of x as x does.
     """
-    found: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-        x, values, bias, products, by_row
-    )
+    with torch.autocast(x.device.type, enabled=False):
+        found: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            x, values, bias, products, by_row
+        )
     return found
 
 
@@ -59,9 +34,10 @@ def convolve(
     images: Tensor, values: Tensor, bias: Tensor | None, products: Products, window: Window
 ) -> Tensor:
     """The same at each place of padded images (images, channels, height, width)."""
-    found: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
-        images, values, bias, products, window
-    )
+    with torch.autocast(images.device.type, enabled=False):
+        found: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
+            images, values, bias, products, window
+        )
     return found
 
 
@@ -80,7 +56,11 @@ class _Product(torch.autograd.Function):
         packed = products.pack(x)
         context.products, context.batch, context.by_row = products, len(x), x.is_contiguous()
         context.save_for_backward(packed, values)
-        return products.forward(values.detach().view(-1), packed, bias, len(x), by_row=by_row)
+        found = products.forward(values.detach().view(-1), packed, bias, len(x), by_row=by_row)
+        if found._is_view():  # which no operation in place may follow
+            place = found.untyped_storage(), found.storage_offset(), found.shape, found.stride()
+            found = found.new_empty(0).set_(*place)
+        return found
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -95,7 +75,8 @@ class _Product(torch.autograd.Function):
                 values.view(-1), packed_slope, batch, by_row=context.by_row
             )
         if wanted[1]:
-            for_values = products.weight_gradient(packed_slope, packed).view(values.shape)
+            for_values = torch.zeros_like(values)
+            products.add_weight_gradient(packed_slope, packed, for_values.view(-1))
         return for_x, for_values, slope.sum(0) if wanted[2] else None, None, None
 
 
@@ -112,11 +93,12 @@ class _Convolution(torch.autograd.Function):
         window: Window,
     ) -> Tensor:
         context.window, context.products = window, products
+        images = images.contiguous()
         context.save_for_backward(images, values)
         places, flat = window.places(images.shape), values.detach().view(-1)
         found = images.new_empty(len(images), products.shape[0], *places)
         for part, target in zip(*_parts(products, places, images, found), strict=True):
-            packed = products.pack(window.unfold(part))
+            packed = products.unfold(part, window)
             product = products.forward(
                 flat, packed, bias, len(part) * math.prod(places), by_row=False
             )
@@ -127,20 +109,20 @@ class _Convolution(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(context: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         images, values = context.saved_tensors
+        slope = slope.contiguous()
         window, products, wanted = context.window, context.products, context.needs_input_grad
         for_images = torch.empty_like(images) if wanted[0] else None
         for_values = torch.zeros_like(values).view(-1) if wanted[1] else None
         targets = images if for_images is None else for_images
         parts = _parts(products, window.places(images.shape), images, slope, targets)
         for part, rise, target in zip(*parts, strict=True):
-            flat = rise.transpose(0, 1).reshape(products.shape[0], -1).t()
-            packed = products.pack(flat)
+            packed = products.unfold(rise, _WHOLE)
             if for_values is not None:
-                unfolded = products.pack(window.unfold(part))
-                for_values += products.weight_gradient(packed, unfolded)
+                products.add_weight_gradient(packed, products.unfold(part, window), for_values)
             if for_images is not None:
-                unfolded = products.input_gradient(values.view(-1), packed, len(flat), by_row=False)
-                target.copy_(window.fold(unfolded, part.shape))
+                count = len(part) * math.prod(rise.shape[2:])
+                unfolded = products.input_gradient(values.view(-1), packed, count, by_row=False)
+                products.fold(unfolded, target, window)
         if for_values is not None:
             for_values = for_values.view(values.shape)
         return for_images, for_values, slope.sum((0, 2, 3)) if wanted[2] else None, None, None

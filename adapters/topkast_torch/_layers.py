@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,11 @@ from torch.nn import Parameter
 from torch.nn.functional import pad
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from topkast import MismatchError, Support, select
+from topkast import MismatchError, Support, UnsupportedTensorError, select
+from topkast._distribution import as_written
 from topkast._options import check_sparsities
-from topkast_torch._functions import Window, convolve, multiply
-from topkast_torch._products import Products, make_products
+from topkast_torch._functions import convolve, multiply
+from topkast_torch._products import Products, Window, make_products
 
 # Of each Parameter with the values of a layer, that layer: all that an optimizer is given of it.
 _LAYERS: Any = WeakTensorKeyDictionary()
@@ -42,20 +44,22 @@ class SparseLayer(nn.Module):
     indices: Tensor
     active: Tensor
     shape: Tensor
+    reservoir: Tensor | None  # all weights, until an optimizer takes them over
+    _products: _Built | None
 
     def set_sparse(self, values: Parameter, support: Support, shape: tuple[int, ...]) -> None:
         """Take these values, this support, and a weight of this shape."""
         self.values = values
-        _LAYERS[values] = weakref.ref(self)
         self.register_buffer("shape", torch.tensor(shape))
         self.register_buffer("indices", None)
         self.register_buffer("active", None)
+        self.register_buffer("reservoir", None, persistent=False)
         self.set_support(support)
 
     def set_support(self, support: Support) -> None:
         """Take new places of the values."""
         self.indices, self.active = support
-        self.__dict__["_products"] = None
+        self._products = None
 
     @property
     def support(self) -> Support:
@@ -69,19 +73,27 @@ class SparseLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The forward view α as a dense tensor: a copy, for looking at and export."""
-        return to_dense(self.values, self.support, self.weight_shape)
+        """The forward view α as a dense tensor: a copy, whose gradient reaches the values on B."""
+        found: Tensor = Dense.apply(self.values, *self.support, self.weight_shape)  # type: ignore[no-untyped-call]
+        return found
 
     @property
     def products(self) -> Products:
         """The products with this layer's weight, made once after each refresh."""
-        products: Products | None = self.__dict__.get("_products")
-        if products is None:
-            rows, columns = self._places(self.indices)
-            active = torch.nonzero(self.active).view(-1)
-            products = make_products(rows, columns, active, self._matrix_shape(), self.values.dtype)
-            self.__dict__["_products"] = products
-        return products
+        built = self._products
+        versions = self.indices._version, self.active._version
+        if built is None or built.versions != versions:
+            # Someone may have written into the buffers: an average of models, say.
+            content = _checksum(self.indices), _checksum(self.active)
+            if built is None or built.content != content:
+                built = _Built(self._make_products(), versions, content)
+            self._products = built._replace(versions=versions)
+        return built.products
+
+    def _make_products(self) -> Products:
+        rows, columns = self._places(self.indices)
+        active = torch.nonzero(self.active).view(-1)
+        return make_products(rows, columns, active, self._matrix_shape(), self.values.dtype)
 
     def _matrix_shape(self) -> tuple[int, int]:
         rows, *others = self.weight_shape
@@ -103,19 +115,30 @@ class SparseLayer(nn.Module):
             f"{self.values.dtype}: convert the input (under torch.autocast it is done for you)"
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "values":
+            holder = layer_of(value)
+            if holder is not None and holder is not self:
+                raise MismatchError(
+                    "these values belong to another sparse layer: tie weights by using one layer "
+                    "in both places"
+                )
+            _LAYERS[value] = weakref.ref(self)
+        super().__setattr__(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_products": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        _LAYERS[self.values] = weakref.ref(self)
+        if layer_of(self.values) is None:
+            _LAYERS[self.values] = weakref.ref(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        before = self.values
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.values is not before:
+        if layer_of(self.values) is None:
             _LAYERS[self.values] = weakref.ref(self)
-        self.__dict__["_products"] = None
+        self._products = None
         return self
 
     def _load_from_state_dict(
@@ -132,12 +155,13 @@ class SparseLayer(nn.Module):
         merged = {
             name: value for name, value in state_dict.items() if name != prefix + "weight"
         } | {prefix + name: value for name, value in taken.items()}
-        given = Support(merged.get(prefix + "indices"), merged.get(prefix + "active"))
-        if None not in given and not all(map(torch.equal, given, self.support)):
+        given = [merged[key] for key in (prefix + "indices", prefix + "active") if key in merged]
+        pairs = zip(given, self.support, strict=False)
+        if not all(torch.equal(tensor.to(own.device), own) for tensor, own in pairs):
             # New tensors: an optimizer that shares the old ones is to notice.
-            self.set_support(
-                Support(*(tensor.to(self.values.device, copy=True) for tensor in given))
-            )
+            device = self.values.device
+            self.set_support(Support(*(tensor.to(device, copy=True) for tensor in given)))
+        self.reservoir = None  # what lay outside B was that of other weights
         unexpected = arguments[3]
         super()._load_from_state_dict(merged, prefix, *arguments)
         if prefix + "weight" in unexpected:
@@ -154,7 +178,8 @@ class SparseLayer(nn.Module):
         if torch.count_nonzero(dense) > torch.count_nonzero(current):
             raise MismatchError(
                 f"{name} has nonzero weights outside the forward set of the layer that it is "
-                "loaded into: load it into the dense model, then wrap and sparsify"
+                "loaded into. Load the optimizer's state first, which brings the sets; or load it "
+                "into the dense model, then wrap and sparsify"
             )
         values[self.active] = current.to(values.dtype)
         return values.view(self.values.shape)
@@ -186,6 +211,8 @@ class SparseLinear(SparseLayer):
     ------
     OptionError
         If the sparsities are not as above.
+    UnsupportedTensorError
+        For another dtype.
 
     Examples
     --------
@@ -213,18 +240,28 @@ class SparseLinear(SparseLayer):
         super().__init__()
         check_sparsities(fwd, bwd)
         dense = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        if dense.weight.dtype not in (torch.float32, torch.float64):
+            raise UnsupportedTensorError(
+                f"sparse layers are of float32 or float64, got {dense.weight.dtype}"
+            )
         self.in_features, self.out_features = in_features, out_features
         start(self, dense.weight.detach(), fwd=fwd, bwd=bwd)
         self.register_parameter("bias", dense.bias)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as torch.nn.Linear has it
         """(…, out_features) from (…, in_features)."""
-        inputs = self._check_input(inputs)
-        rows = inputs.reshape(-1, self.in_features)
+        inputs = self._check_input(input)
+        *leading, features = inputs.shape
+        if features != self.in_features:
+            raise MismatchError(
+                f"the layer takes {self.in_features} features, got an input of shape "
+                f"{tuple(inputs.shape)}"
+            )
+        rows = inputs.reshape(math.prod(leading), features)
         # Two dimensions are by column in memory, as the next layer wants them; more may be viewed.
-        by_row = inputs.dim() != 2
+        by_row = len(leading) != 1
         found: Tensor = multiply(rows, self.values, self.bias, self.products, by_row=by_row)
-        return found.view(*inputs.shape[:-1], self.out_features) if by_row else found
+        return found.view(*leading, self.out_features) if by_row else found
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -260,10 +297,16 @@ class SparseConv2d(SparseLayer):
     padding_mode: str
     _reversed_padding_repeated_twice: list[int]
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as torch.nn.Conv2d has it
         """(batch, out_channels, height', width') from (batch, in_channels, height, width)."""
-        inputs = self._check_input(inputs)
+        inputs = self._check_input(input)
         images = inputs if inputs.dim() == 4 else inputs[None]
+        channels = self.weight_shape[1] * self.groups
+        if images.dim() != 4 or images.shape[1] != channels:
+            raise MismatchError(
+                f"the layer takes images of {channels} channels, got an input of shape "
+                f"{tuple(inputs.shape)}"
+            )
         if any(self._reversed_padding_repeated_twice):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             images = pad(images, self._reversed_padding_repeated_twice, mode=mode)
@@ -300,15 +343,45 @@ def start(layer: SparseLayer, theta: Tensor, *, fwd: float, bwd: float) -> None:
     flat = theta.reshape(-1)
     shape = (1,) * (theta.dim() - 1) + (len(support.indices),)
     layer.set_sparse(Parameter(flat[support.indices].view(shape)), support, tuple(theta.shape))
-    layer.__dict__["reservoir"] = flat.clone()
-    layer.__dict__["sparsities"] = (fwd, bwd)
+    layer.reservoir = flat.clone()
+    layer.density = float(1 - as_written(fwd))
 
 
-def to_dense(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor:
+def to_dense(values: Tensor, indices: Tensor, active: Tensor, shape: tuple[int, ...]) -> Tensor:
     """α as a dense tensor."""
     dense = values.new_zeros(math.prod(shape))
-    dense[support.indices[support.active]] = values.detach().view(-1)[support.active]
+    dense[indices[active]] = values.detach().view(-1)[active]
     return dense.view(shape)
+
+
+class Dense(torch.autograd.Function):
+    """:func:`to_dense`, with a gradient on B, as that of the products."""
+
+    @staticmethod
+    def forward(
+        context: Any, values: Tensor, indices: Tensor, active: Tensor, shape: tuple[int, ...]
+    ) -> Tensor:
+        context.save_for_backward(indices)
+        context.shape = values.shape
+        return to_dense(values, indices, active, shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        (indices,) = context.saved_tensors
+        return slope.reshape(-1)[indices].view(context.shape), None, None, None
+
+
+class _Built(NamedTuple):
+    """Products, and what they were made from."""
+
+    products: Products
+    versions: tuple[int, int]
+    content: tuple[int, int]
+
+
+def _checksum(tensor: Tensor) -> int:
+    return crc32(tensor.cpu().contiguous().numpy().tobytes())
 
 
 def _describe(layer: SparseLayer) -> str:
@@ -320,8 +393,14 @@ def _describe(layer: SparseLayer) -> str:
 def _check_structure(prefix: str, state_dict: Mapping[str, Any], layer: SparseLayer) -> None:
     """Raise :class:`topkast.MismatchError` unless a saved structure fits a layer."""
     names = [prefix + name for name in ("values", "indices", "active", "shape")]
-    if any(name not in state_dict for name in names):
-        return  # torch says what is missing
+    there = [name for name in names if name in state_dict]
+    if not there:
+        return  # torch says that all is missing
+    if len(there) < len(names):
+        raise MismatchError(
+            f"the state dict has {there} but not {sorted({*names} - {*there})}: values and their "
+            "places belong together"
+        )
     values, indices, active, shape = (state_dict[name] for name in names)
     size = math.prod(layer.weight_shape)
     problem = None

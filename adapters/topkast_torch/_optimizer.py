@@ -132,7 +132,12 @@ class TopKASTOptimizer(torch.optim.Optimizer):
             for compact in group.compact:
                 compact.adopt_changes()
                 compact.load_gradient(penalty=options["penalty"], kind=options["penalty_kind"])
-        step_without_hooks(core.inner)
+        try:
+            step_without_hooks(core.inner)
+        except BaseException:
+            for compact in core.compact:
+                compact.unload_gradient()
+            raise
         if not moved:
             return
         core.updates += 1

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import warnings
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import fold, unfold
+
+
+class Window(NamedTuple):
+    """What of an image each place of a convolution's output sees."""
+
+    size: tuple[int, int]
+    dilation: tuple[int, int]
+    stride: tuple[int, int]
+
+    def places(self, images: torch.Size) -> tuple[int, int]:
+        """Height and width of the output."""
+        height, width = (
+            (length - dilation * (size - 1) - 1) // stride + 1
+            for length, size, dilation, stride in zip(images[2:], *self, strict=True)
+        )
+        return height, width
 
 
 class Products(Protocol):
@@ -22,6 +40,12 @@ class Products(Protocol):
 
     def pack(self, activations: Tensor) -> Tensor: ...
 
+    def unfold(self, images: Tensor, window: Window) -> Tensor:
+        """What each place of the output sees of (images, channels, height, width), packed."""
+
+    def fold(self, unfolded: Tensor, images: Tensor, window: Window) -> None:
+        """The transpose: into `images`, from (places, features) by column."""
+
     def forward(
         self, values: Tensor, x: Tensor, bias: Tensor | None, batch: int, *, by_row: bool
     ) -> Tensor:
@@ -30,8 +54,8 @@ class Products(Protocol):
     def input_gradient(self, values: Tensor, slope: Tensor, batch: int, *, by_row: bool) -> Tensor:
         """The gradient ``slope · W`` with W on A, as (batch, width)."""
 
-    def weight_gradient(self, slope: Tensor, x: Tensor) -> Tensor:
-        """The gradient ``slopeᵀ · x`` on B, as (|B|,)."""
+    def add_weight_gradient(self, slope: Tensor, x: Tensor, out: Tensor) -> None:
+        """Add the gradient ``slopeᵀ · x`` on B to `out` (|B|,)."""
 
     @property
     def nbytes(self) -> int: ...
@@ -94,12 +118,25 @@ class _CompiledProducts:
     def input_gradient(self, values: Tensor, slope: Tensor, batch: int, *, by_row: bool) -> Tensor:
         return self._multiply(self._transposed, values, slope, None, batch, by_row)
 
-    def weight_gradient(self, slope: Tensor, x: Tensor) -> Tensor:
+    def unfold(self, images: Tensor, window: Window) -> Tensor:
+        from topkast.kernels import tile_width, unfold
+
+        places = len(images) * math.prod(window.places(images.shape))
+        width = tile_width(places, str(images.dtype).removeprefix("torch."))
+        features = images.shape[1] * math.prod(window.size)
+        tiles = images.new_empty(-(-places // width), features, width)
+        unfold(images.numpy(), tiles.numpy(), **window._asdict())
+        return tiles
+
+    def fold(self, unfolded: Tensor, images: Tensor, window: Window) -> None:
+        from topkast.kernels import fold
+
+        fold(unfolded.t().contiguous().numpy(), images.numpy(), **window._asdict())
+
+    def add_weight_gradient(self, slope: Tensor, x: Tensor, out: Tensor) -> None:
         from topkast.kernels import sampled_product
 
-        found = x.new_empty(len(self._backward.columns))
-        sampled_product(self._backward, slope.numpy(), x.numpy(), found.numpy())
-        return found
+        sampled_product(self._backward, slope.numpy(), x.numpy(), out.numpy(), accumulate=True)
 
     @property
     def nbytes(self) -> int:
@@ -154,12 +191,20 @@ class _TorchProducts:
         found: Tensor = (weight @ slope.t()).t()
         return found.contiguous() if by_row else found
 
-    def weight_gradient(self, slope: Tensor, x: Tensor) -> Tensor:
-        where = _matrix(self._backward, x.new_zeros(len(self._backward[1])), self.shape)
-        if not len(slope):  # MKL refuses a product over nothing
-            return where.values()
-        found: Tensor = torch.sparse.sampled_addmm(where, slope.t(), x, beta=0.0).values()
-        return found
+    def unfold(self, images: Tensor, window: Window) -> Tensor:
+        size, dilation, stride = window
+        unfolded = unfold(images, size, dilation=dilation, stride=stride)
+        return unfolded.transpose(0, 1).reshape(unfolded.shape[1], -1).t()
+
+    def fold(self, unfolded: Tensor, images: Tensor, window: Window) -> None:
+        size, dilation, stride = window
+        pieces = unfolded.t().unflatten(1, (len(images), -1)).transpose(0, 1)
+        images.copy_(fold(pieces, images.shape[2:], size, dilation=dilation, stride=stride))
+
+    def add_weight_gradient(self, slope: Tensor, x: Tensor, out: Tensor) -> None:
+        if len(slope):  # MKL refuses a product over nothing
+            where = _matrix(self._backward, out.new_zeros(len(out)), self.shape)
+            out += torch.sparse.sampled_addmm(where, slope.t(), x, beta=0.0).values()
 
     @property
     def nbytes(self) -> int:

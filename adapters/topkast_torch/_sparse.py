@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from topkast import MismatchError, OptionError
+from topkast._compact import Migration, move
 from topkast._options import Options
 from topkast._plan import Block
 from topkast_torch._compact import CompactTensor
@@ -34,18 +38,13 @@ class SparseTensor(CompactTensor):
                 f"{name} is the weight of a {type(layer).__name__}, whose sets have fixed sizes: "
                 "distribution='global' would move weights from tensor to tensor"
             )
-        fwd = layer.__dict__.get("sparsities", (options.fwd, options.bwd))[0]
-        block = Block(
-            {name: layer.weight_shape},
-            int(layer.active.sum()),
-            layer.values.numel(),
-            1.0 - fwd,
-        )
-        values = layer.values
-        theta = layer.__dict__.pop("reservoir", None)
+        forward, size = int(layer.active.sum()), math.prod(layer.weight_shape)
+        density = getattr(layer, "density", forward / size)
+        block = Block({name: layer.weight_shape}, forward, layer.values.numel(), density)
+        theta = layer.reservoir
         if theta is None:  # loaded from a file: what lies outside B is not known
-            theta = torch.zeros(block.size)
-        return cls(block, values, theta.to(values), layer, options, updates)
+            theta = layer.values.detach().new_zeros(size)
+        return cls(block, layer.values, theta.to(layer.values), layer, options, updates)
 
     @classmethod
     def of_masked(cls, masked: MaskedTensor, layer: SparseLayer) -> SparseTensor:
@@ -54,6 +53,7 @@ class SparseTensor(CompactTensor):
         for name in CompactTensor.__annotations__:
             setattr(tensor, name, getattr(masked, name))
         tensor.layer, tensor._gradient = layer, None
+        tensor._register_hook()
         return tensor
 
     def __init__(
@@ -72,12 +72,27 @@ class SparseTensor(CompactTensor):
         self._gradient = None
         self.weigh()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_hook": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._register_hook()
+
+    def _register_hook(self) -> None:
+        if self.values.requires_grad:
+            restrict = _Restrict(weakref.ref(self))
+            self._hook = self.values.register_post_accumulate_grad_hook(restrict)
+            weakref.finalize(self, self._hook.remove)
+
     def install(self) -> None:
-        pass  # the layer is there
+        self.layer.reservoir = None  # it is here from now on
+        self._register_hook()
 
     def adopt_changes(self) -> None:
         layer, name = self.layer, self.block.key
-        if layer.values is not self.values or layer.values.dtype != self.reservoir.dtype:
+        values = getattr(layer, "values", None)
+        if values is not self.values or values.dtype != self.reservoir.dtype:
             raise MismatchError(
                 f"the layer of {name} was converted or made dense after its optimizer was built: "
                 "convert and move the model first"
@@ -96,16 +111,22 @@ class SparseTensor(CompactTensor):
             self.add_penalty(*flat, penalty=penalty, kind=kind)
             self.values.grad = whole
 
-    def settle(self) -> None:
-        super().settle()
-        self.values.grad = self._gradient
-        self._gradient = None
+    def unload_gradient(self) -> None:
+        if self._gradient is not None:
+            self.values.grad = self._gradient
+            self._gradient = None
+
+    def carry(self, migration: Migration) -> None:
+        if self.values.grad is not None:  # which may be added to
+            self.values.grad = move(self.values.grad, migration)
 
     def show(self, *, everywhere: bool = False) -> None:
         pass  # the model's Parameter is what was updated
 
     def derive(self) -> None:
-        self.layer.set_support(self.support)
+        layer: Any = self.layer
+        if isinstance(layer, SparseLayer):  # it may have been made dense
+            layer.set_support(self.support)
 
     def gather_state(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         return dict(next(iter(states.values()), {}))
@@ -114,4 +135,18 @@ class SparseTensor(CompactTensor):
         return [] if self.values.grad is None else [self.values.grad]
 
     def held_bytes(self, state: Mapping[str, Any]) -> int:
-        return super().held_bytes(state) + self.layer.products.nbytes
+        layer: Any = self.layer
+        own = layer.products.nbytes if isinstance(layer, SparseLayer) else 0
+        return super().held_bytes(state) + own
+
+
+@dataclass(frozen=True)
+class _Restrict:
+    """Hook that zeroes the gradient on B∖A once exploration has stopped."""
+
+    owner: weakref.ref[SparseTensor]
+
+    def __call__(self, param: Tensor) -> None:
+        owner = self.owner()
+        if owner is not None and not owner.exploring and param.grad is not None:
+            param.grad.masked_fill_(~owner.support.active.view(param.shape), 0)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
 
-from topkast import OptionError, Support
+from topkast import OptionError
 from topkast_torch._layers import SparseConv2d, SparseLayer, SparseLinear, to_dense
 from topkast_torch._masked import MaskedTensor
 from topkast_torch._optimizer import TopKASTOptimizer
@@ -78,12 +79,9 @@ def sparsify(
         )
     patterns = ["*"] if only is None else [only] if isinstance(only, str) else list(only)
     owners = _owners(model)
-    tensors = [
-        tensor
-        for group in optimizer._core.groups
-        for tensor in group.compact
-        if isinstance(tensor, MaskedTensor)
-    ]
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise OptionError("make a model sparse before DistributedDataParallel takes it over")
+    tensors = list(optimizer._core.compact)
     names = [name for tensor in tensors for name in tensor.block.shapes]
     for pattern in patterns:
         if names and not any(fnmatchcase(name, pattern) for name in names):
@@ -91,6 +89,9 @@ def sparsify(
     inputs = _inputs(model, example) if auto and example is not None else {}
     found = []
     for tensor in tensors:
+        if not isinstance(tensor, MaskedTensor):
+            found.append(LayerExecution(tensor.block.key, "sparse", "it was already"))
+            continue
         if len(tensor.members) > 1:
             found += [
                 LayerExecution(name, "masked", "ranked with others: distribution='global'")
@@ -124,11 +125,12 @@ def densify(model: Any) -> Any:
         return _densify_state(model)
     for module in model.modules():
         if isinstance(module, SparseLayer):
-            weight = Parameter(module.weight, requires_grad=module.values.requires_grad)
-            for name in ("indices", "active", "shape"):
-                del module._buffers[name]
-            module._parameters.pop("values")
-            for name in ("_products", "reservoir", "sparsities"):
+            flag = module.values.requires_grad
+            weight = Parameter(module.weight.detach(), requires_grad=flag)
+            for name in ("indices", "active", "shape", "reservoir"):
+                delattr(module, name)
+            del module._parameters["values"]
+            for name in ("_products", "density"):
                 module.__dict__.pop(name, None)
             bias = module._parameters.pop("bias")
             dense: Any = next(dense for dense, kind in _KINDS.items() if isinstance(module, kind))
@@ -146,9 +148,9 @@ def _densify_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         if prefix + "indices" not in state_dict or prefix + "shape" not in state_dict:
             dense[name] = entry
         elif last == "values":
-            support = Support(state_dict[prefix + "indices"], state_dict[prefix + "active"])
+            places = state_dict[prefix + "indices"], state_dict[prefix + "active"]
             shape = tuple(state_dict[prefix + "shape"].tolist())
-            dense[prefix + "weight"] = to_dense(entry, support, shape)
+            dense[prefix + "weight"] = to_dense(entry, *places, shape)
         elif last not in ("indices", "active", "shape"):
             dense[name] = entry
     return dense
@@ -173,6 +175,8 @@ def _obstacle(modules: list[tuple[nn.Module, str]], param: Tensor) -> str | None
     ((module, name),) = modules
     if type(module) not in _KINDS or name != "weight":
         return f"{name} of {type(module).__name__}, which has no sparse form"
+    if "forward" in module.__dict__:
+        return "its forward function was replaced"
     if param.dtype not in (torch.float32, torch.float64):
         return f"{param.dtype} has no sparse products"
     return None
@@ -214,11 +218,11 @@ def _inputs(model: nn.Module, example: Any) -> dict[nn.Module, Tensor]:
     """What reaches each layer when the model is given the example."""
     seen: dict[nn.Module, Tensor] = {}
 
-    def remember(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        seen.setdefault(module, arguments[0])
+    def remember(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen.setdefault(module, arguments[0] if arguments else named["input"])
 
     hooks = [
-        module.register_forward_pre_hook(remember)
+        module.register_forward_pre_hook(remember, with_kwargs=True)
         for module in model.modules()
         if type(module) in _KINDS
     ]
@@ -237,13 +241,8 @@ def _inputs(model: nn.Module, example: Any) -> dict[nn.Module, Tensor]:
 
 def _compare(name: str, module: nn.Module, masked: MaskedTensor, given: Tensor) -> LayerExecution:
     """Time a layer both ways, and choose the faster."""
-    shadow = module.__class__.__new__(module.__class__)
-    shadow.__dict__ = module.__dict__ | {
-        "_parameters": dict(module._parameters),
-        "_buffers": dict(module._buffers),
-    }
-    sparse = _convert(shadow, Parameter(masked.values.detach()), masked)
-    ways = {"masked": _passes(module, given), "sparse": _passes(sparse, given)}
+    sparse = _convert(_shadow(module), Parameter(masked.values.detach()), masked)
+    ways = {"masked": _passes(_shadow(module), given), "sparse": _passes(sparse, given)}
     times: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(_ROUNDS + 1):
         for way, run in ways.items():
@@ -254,6 +253,17 @@ def _compare(name: str, module: nn.Module, masked: MaskedTensor, given: Tensor) 
     masked_ms, sparse_ms = (statistics.median(times[way]) for way in ("masked", "sparse"))
     execution = "sparse" if sparse_ms < masked_ms else "masked"
     return LayerExecution(name, execution, "the faster in this example", masked_ms, sparse_ms)
+
+
+def _shadow(module: nn.Module) -> nn.Module:
+    """A module with the same tensors, and without the hooks."""
+    shadow = module.__class__.__new__(module.__class__)
+    nn.Module.__init__(shadow)
+    own = {name: value for name, value in module.__dict__.items() if name not in shadow.__dict__}
+    shadow.__dict__.update(own)
+    shadow._parameters.update(module._parameters)
+    shadow._buffers.update(module._buffers)
+    return shadow
 
 
 def _passes(module: nn.Module, given: Tensor) -> Callable[[], Any]:

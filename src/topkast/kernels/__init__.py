@@ -7,8 +7,19 @@ gradient ``dY · Xᵀ`` on B alone (:func:`sampled_product`). Activations are pa
 need stays in the first cache; a :class:`Layout` orders the entries of a set to fit.
 """
 
+from topkast.kernels._images import fold, unfold
 from topkast.kernels._layout import Layout, arrange
 from topkast.kernels._packing import pack, unpack
 from topkast.kernels._products import multiply, sampled_product, tile_width
 
-__all__ = ["Layout", "arrange", "multiply", "pack", "sampled_product", "tile_width", "unpack"]
+__all__ = [
+    "Layout",
+    "arrange",
+    "fold",
+    "multiply",
+    "pack",
+    "sampled_product",
+    "tile_width",
+    "unfold",
+    "unpack",
+]

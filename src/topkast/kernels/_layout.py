@@ -29,8 +29,9 @@ class Layout(NamedTuple):
     Attributes
     ----------
     source
-        Where each entry is in the vector that the matrix is compacted to, int32 (entries,); or,
-        where segments are runs of that vector, where each of these starts, int32 (segments,).
+        Where each entry is in the vector that the matrix is compacted to, int32, (entries,) and
+        some zeros, since the kernels look ahead; or, where segments are runs of that vector, where
+        each of these starts, (segments,).
     columns
         Column of each entry in its block; uint16 (entries,).
     segment_rows, segment_columns, segment_starts
@@ -82,6 +83,11 @@ def arrange(
     -------
     Layout
 
+    Raises
+    ------
+    ValueError
+        If the arrays differ in length, or a place lies outside of `shape`.
+
     Examples
     --------
     >>> import numpy as np
@@ -92,6 +98,13 @@ def arrange(
     """
     height, width = shape
     entries = len(rows)
+    if not len(columns) == len(source) == entries:
+        raise ValueError(f"{entries} rows, {len(columns)} columns, {len(source)} sources")
+    for name, place, size in (("rows", rows, height), ("columns", columns, width)):
+        if entries and not 0 <= place.min() <= place.max() < size:
+            raise ValueError(f"{name} must lie in [0, {size})")
+    if entries and source.min() < 0:
+        raise ValueError("source must not be negative")
     density = entries / max(height * width, 1)
     block = max(_LEAST_BLOCK, min(_MOST_BLOCK, int(_SEGMENT / density) if density else width))
     chunk = max(1, min(_CHUNK, height // _CHUNKS))
@@ -147,8 +160,7 @@ def _arrange(
                     segment += 1
     chunk_segments[chunks] = segment
     segment_starts[segment] = first
-    # The kernels look ahead of what they use.
-    ordered_source = np.zeros(len(source) + AHEAD, dtype=np.int32)[: len(source)]
+    ordered_source = np.zeros(len(source) + AHEAD, dtype=np.int32)
     ordered_columns = np.empty(len(columns), dtype=np.uint16)
     for entry in range(len(rows)):
         place, row = columns[entry] // block, rows[entry]

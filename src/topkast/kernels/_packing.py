@@ -93,6 +93,8 @@ def _start(
         raise TypeError(f"expected float32 or float64, got {source.dtype} and {target.dtype}")
     if not (source.flags.c_contiguous and target.flags.c_contiguous):
         raise ValueError("both arrays must be contiguous")
+    if not target.flags.writeable:
+        raise ValueError("what is to be written is read-only")
     numbers = [0, items, *sizes, source.ctypes.data, target.ctypes.data]
     kernel = single if source.dtype == np.float32 else double
     run(kernel, np.asarray(numbers, dtype=np.int64), threads)

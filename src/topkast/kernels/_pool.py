@@ -69,3 +69,7 @@ def _openmp_of_torch() -> _Region | None:
 @functools.cache
 def _python_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_CORES, thread_name_prefix="topkast")
+
+
+if hasattr(os, "register_at_fork"):  # the threads of a process are not those of its child
+    os.register_at_fork(after_in_child=_python_threads.cache_clear)

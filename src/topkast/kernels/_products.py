@@ -10,6 +10,7 @@ from numba import carray, cfunc, njit, types
 from topkast.kernels._layout import Layout, Vector
 from topkast.kernels._pool import run
 from topkast.kernels._vector import (
+    AHEAD,
     GROUP,
     HALF,
     VECTOR_BYTES,
@@ -119,7 +120,7 @@ def multiply(
         ("out", out, (layout.rows, tiles * width)),
         *([] if bias is None else [("bias", bias, (layout.rows,))]),
     )
-    if len(layout.source) != len(layout.columns):
+    if len(layout.source) != len(layout.columns) + AHEAD:
         raise ValueError("multiply needs a layout of arrange(..., runs=False)")
     chunks = len(layout.chunk_rows) - 1
     _start(
@@ -148,7 +149,14 @@ def multiply(
 
 
 def sampled_product(
-    layout: Layout, y: Vector, x: Vector, out: Vector, /, *, threads: int | None = None
+    layout: Layout,
+    y: Vector,
+    x: Vector,
+    out: Vector,
+    /,
+    *,
+    accumulate: bool = False,
+    threads: int | None = None,
 ) -> None:
     """``out = (y · xᵀ)[row, column]`` for the entries of a layout, and no others.
 
@@ -160,6 +168,8 @@ def sampled_product(
         Packed, (tiles, layout.rows, width) and (tiles, layout.width, width), contiguous.
     out
         Compact vector.
+    accumulate
+        Add to what is there.
     threads
         As for :func:`multiply`.
 
@@ -208,6 +218,7 @@ def sampled_product(
             x,
             y,
             out,
+            accumulate,
         ),
         threads,
     )
@@ -220,6 +231,8 @@ def _check(dtype: Any, *arrays: tuple[str, Vector, tuple[int, ...]]) -> None:
     for name, array, shape in arrays:
         if array.dtype != dtype:
             raise TypeError(f"{name} is {array.dtype}, the compact vector {dtype}")
+        if name == "out" and not array.flags.writeable:
+            raise ValueError("out is read-only")
         if array.shape != shape or not array.flags.c_contiguous:
             raise ValueError(
                 f"{name} must be contiguous and of shape {shape}, got {array.shape} with strides "
@@ -293,7 +306,7 @@ def _multiply(address: Any, kind: Any) -> None:
 
 @njit  # type: ignore[untyped-decorator]
 def _sample(address: Any, kind: Any) -> None:
-    numbers = carray(as_pointer(address), 15, np.int64)
+    numbers = carray(as_pointer(address), 16, np.int64)
     chunks, tiles, registers = numbers[1], numbers[2], numbers[3]
     rows, width, columns = numbers[4], numbers[5], numbers[7]
     x, y, out_at = numbers[12], numbers[13], numbers[14]
@@ -311,7 +324,7 @@ def _sample(address: Any, kind: Any) -> None:
         if chunk >= chunks:
             break
         first, last = chunk_segments[chunk], chunk_segments[chunk + 1]
-        for segment in range(first, last):
+        for segment in range(first, first if numbers[15] else last):
             start = sources[segment]
             out[start : start + starts[segment + 1] - starts[segment]] = zero
         for tile in range(tiles):

@@ -233,6 +233,40 @@ def transpose_block(  # type: ignore[no-untyped-def]
     return types.void(zero, *[types.intp] * 4), emit
 
 
+def _run(add: bool) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def run(_, zero, source, target, count) -> Any:  # type: ignore[no-untyped-def]
+        """target[:count] = source[:count], or += it; runs are too short for a call to pay."""
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _, source, target, count = arguments
+            emitter = _Emitter(builder, signature.args[0])
+            size, lanes = ir.Constant(_INT64, emitter.size), ir.Constant(_INT64, emitter.lanes)
+
+            def move(first: Any, kind: Any) -> None:
+                start = builder.mul(first, size)
+                here, there = builder.add(source, start), builder.add(target, start)
+                value = emitter.load(here, 0, kind)
+                if add:
+                    value = builder.fadd(value, emitter.load(there, 0, kind))
+                emitter.store(value, there, 0)
+
+            whole = builder.sdiv(count, lanes)
+            with cgutils.for_range(builder, whole) as loop:
+                move(builder.mul(loop.index, lanes), emitter.vector)
+            done = builder.mul(whole, lanes)
+            with cgutils.for_range(builder, builder.sub(count, done)) as loop:
+                move(builder.add(done, loop.index), emitter.scalar)
+            return context.get_dummy_value()
+
+        return types.void(zero, *[types.intp] * 3), emit
+
+    return run
+
+
+copy_run, add_run = _run(add=False), _run(add=True)
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def take_ticket(_: Any, address: Any) -> Any:
     """The int64 at `address`, which is counted up: no two threads are given the same."""

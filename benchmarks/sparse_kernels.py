@@ -1,0 +1,165 @@
+"""GFLOP/s of the kernels, useful products alone, beside dense GEMM and PyTorch's sparse products.
+
+SpMM is the output ``A · X``; its transpose the input gradient ``Aᵀ · dY``; SDDMM the gradient on B,
+``dY · Xᵀ``. Square float32 layers, random sets. Then what two pools of threads would cost: a dense
+product and a sparse one in turn, against each alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from _harness import Timing, arguments, environment, interleave, table, write
+
+from topkast.kernels import arrange, multiply, sampled_product, tile_width
+
+SPARSITIES = [(0.8, 0.5), (0.9, 0.8), (0.95, 0.9), (0.98, 0.95)]
+
+
+class Case:
+    """One layer, one batch, one pair of sparsities."""
+
+    def __init__(self, size: int, batch: int, pair: tuple[float, float]) -> None:
+        rng = np.random.default_rng(0)
+        self.backward = np.sort(
+            rng.choice(size**2, size**2 - int(pair[1] * size**2), replace=False)
+        )
+        forward = size**2 - int(pair[0] * size**2)
+        place = np.sort(rng.choice(len(self.backward), forward, replace=False)).astype(np.int32)
+        row, column = (part.astype(np.int32) for part in np.divmod(self.backward, size))
+        shape = (size, size)
+        self.spmm_layout = arrange(row[place], column[place], place, shape=shape)
+        self.transposed_layout = arrange(column[place], row[place], place, shape=shape)
+        everywhere = np.arange(len(row), dtype=np.int32)
+        self.sddmm_layout = arrange(row, column, everywhere, shape=shape, runs=True)
+        width = tile_width(batch, np.float32)
+        tiles = -(-batch // width)
+        self.values, self.gradient = aligned(len(row)), aligned(len(row))
+        self.x, self.y = aligned(tiles, size, width), aligned(tiles, size, width)
+        self.out = aligned(size, tiles * width)
+        self.flops = {
+            "SpMM": 2 * forward * batch,
+            "SpMM of the transpose": 2 * forward * batch,
+            "SDDMM": 2 * len(row) * batch,
+            "dense": 2 * size**2 * batch,
+        }
+        self.weight, self.columns = torch.randn(size, size), torch.randn(size, batch)
+        self.slope = torch.randn(size, batch)
+        self.a = csr(row[place], column[place], self.values[place], size)
+        self.b = csr(row, column, np.zeros(len(row), np.float32), size)
+
+    def sides(self) -> dict[str, Callable[[], Any]]:
+        rows = self.columns.t().contiguous()
+        return {
+            "dense": lambda: self.weight @ self.columns,
+            "SpMM": partial(multiply, self.spmm_layout, self.values, self.x, self.out),
+            "SpMM of the transpose": partial(
+                multiply, self.transposed_layout, self.values, self.x, self.out
+            ),
+            "SDDMM": partial(sampled_product, self.sddmm_layout, self.y, self.x, self.gradient),
+            "SpMM, PyTorch": lambda: self.a @ self.columns,
+            "SDDMM, PyTorch": lambda: torch.sparse.sampled_addmm(
+                self.b, self.slope, rows, beta=0.0
+            ),
+        }
+
+
+def aligned(*shape: int) -> np.ndarray[Any, Any]:
+    """Random numbers at an address that is a multiple of a vector's length, as PyTorch's are."""
+    return torch.randn(*shape).numpy()
+
+
+def csr(row: Any, column: Any, values: Any, size: int) -> torch.Tensor:
+    starts = torch.from_numpy(np.searchsorted(row, np.arange(size + 1)))
+    places = torch.from_numpy(column.astype(np.int64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.sparse_csr_tensor(starts, places, torch.from_numpy(values), (size, size))
+
+
+def flops_of(case: Case, name: str) -> int:
+    return case.flops[name.removesuffix(", PyTorch")]
+
+
+def measure(size: int, batch: int, rounds: int) -> list[dict[str, Any]]:
+    records, rows = [], []
+    for pair in SPARSITIES:
+        case = Case(size, batch, pair)
+        timings = interleave(case.sides(), rounds=rounds)
+        speeds = {
+            name: flops_of(case, name) / timing.median / 1e6 for name, timing in timings.items()
+        }
+        rows.append([f"{pair[0]}/{pair[1]}", *(f"{speed:.0f}" for speed in speeds.values())])
+        records += [
+            {
+                "size": size,
+                "batch": batch,
+                "fwd": pair[0],
+                "bwd": pair[1],
+                "kernel": name,
+                "gflops": speeds[name],
+                **vars(timing),
+            }
+            for name, timing in timings.items()
+        ]
+    print(f"\n{size} × {size}, batch {batch}, GFLOP/s\n")
+    print(table(["fwd/bwd", *speeds], rows), flush=True)
+    return records
+
+
+def measure_pools(rounds: int) -> dict[str, Any]:
+    """A dense and a sparse product in turn, against each alone."""
+    case = Case(2048, 256, (0.9, 0.8))
+    sides = case.sides()
+    dense, sparse = sides["dense"], sides["SpMM"]
+
+    def repeat(*calls: Callable[[], Any]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(20):
+                for call in calls:
+                    call()
+
+        return run
+
+    timings = interleave(
+        {
+            "dense alone": repeat(dense),
+            "sparse alone": repeat(sparse),
+            "in turn": repeat(dense, sparse),
+        },
+        rounds=rounds,
+    )
+    alone = timings["dense alone"].median + timings["sparse alone"].median
+    together: Timing = timings["in turn"]
+    print("\n20 dense products (2048 × 2048 × 256) and 20 sparse ones (0.9), ms\n")
+    rows = [[name, f"{timing.median:.1f}"] for name, timing in timings.items()]
+    print(table(["", "ms"], [*rows, ["in turn / sum of both", f"{together.median / alone:.3f}"]]))
+    return {name: vars(timing) for name, timing in timings.items()}
+
+
+def main() -> None:
+    parser = arguments(__doc__, "sparse_kernels")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    records = [
+        record
+        for size in options.sizes
+        for batch in options.batches
+        for record in measure(size, batch, options.rounds)
+    ]
+    pools = measure_pools(options.rounds)
+    packages = ("numpy", "torch", "numba")
+    result = {"environment": environment(options.threads, packages), "rows": records}
+    write(options.output, {**result, "pools": pools})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""The kernels against dense NumPy, on matrices of any shape with rows of any length."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from topkast.kernels import (
+    Layout,
+    _layout,
+    arrange,
+    fold,
+    multiply,
+    pack,
+    sampled_product,
+    tile_width,
+    unfold,
+    unpack,
+)
+
+Array = np.ndarray[Any, Any]
+DTYPES = [np.float32, np.float64]
+
+
+class Problem:
+    """A sparse matrix, whose compact vector is shuffled or in order, and dense activations."""
+
+    def __init__(
+        self, shape: tuple[int, int], batch: int, density: float, dtype: Any, seed: int
+    ) -> None:
+        rng = np.random.default_rng(seed)
+        mask = rng.random(shape) < density
+        if mask.size and seed % 3 == 0:
+            mask[rng.integers(shape[0])] = seed % 2  # an empty row, or a full one
+        self.shape, self.batch = shape, batch
+        self.rows, self.columns = (place.astype(np.int32) for place in np.nonzero(mask))
+        self.order = rng.permutation(len(self.rows)).astype(np.int32)
+        self.values = rng.standard_normal(len(self.rows)).astype(dtype)
+        self.dense = np.zeros(shape, dtype)
+        self.dense[self.rows, self.columns] = self.values[self.order]
+        self.x = rng.standard_normal((batch, shape[1])).astype(dtype)
+        self.y = rng.standard_normal((batch, shape[0])).astype(dtype)
+        self.bias = rng.standard_normal(shape[0]).astype(dtype)
+
+    def layout(self, *, runs: bool = False) -> Layout:
+        order = np.arange(len(self.rows), dtype=np.int32) if runs else self.order
+        return arrange(self.rows, self.columns, order, shape=self.shape, runs=runs)
+
+
+def tiles_of(rows: Array) -> Array:
+    width = tile_width(len(rows), rows.dtype)
+    tiles = np.full((-(-len(rows) // width), rows.shape[1], width), np.nan, rows.dtype)
+    pack(rows, tiles)
+    return tiles
+
+
+problems = st.builds(
+    Problem,
+    st.tuples(st.integers(1, 70), st.integers(1, 230)),
+    st.sampled_from([1, 2, 15, 16, 17, 64, 100, 129, 300]),
+    st.sampled_from([0.0, 0.02, 0.2, 0.6, 1.0]),
+    st.sampled_from(DTYPES),
+    st.integers(0, 1000),
+)
+
+
+@given(problems)
+def test_multiply(problem: Problem) -> None:
+    x = tiles_of(problem.x)
+    out = np.full((problem.shape[0], x.shape[0] * x.shape[2]), np.nan, x.dtype)
+    multiply(problem.layout(), problem.values, x, out, bias=problem.bias)
+    expected = problem.x @ problem.dense.T + problem.bias
+    np.testing.assert_allclose(out[:, : problem.batch].T, expected, **tolerance(problem))
+
+
+@given(problems)
+def test_sampled_product(problem: Problem) -> None:
+    layout = problem.layout(runs=True)
+    out = np.full(len(problem.rows), np.nan, problem.x.dtype)
+    sampled_product(layout, tiles_of(problem.y), tiles_of(problem.x), out)
+    expected = (problem.y.T @ problem.x)[problem.rows, problem.columns]
+    np.testing.assert_allclose(out, expected, **tolerance(problem))
+    sampled_product(layout, tiles_of(problem.y), tiles_of(problem.x), out, accumulate=True)
+    np.testing.assert_allclose(out, 2 * expected, **tolerance(problem))
+
+
+def tolerance(problem: Problem) -> dict[str, Any]:
+    single = problem.x.dtype == np.float32
+    return {"rtol": 1e-4, "atol": 2e-4} if single else {"rtol": 1e-11, "atol": 1e-11}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
+    problem = Problem((300, 200), 300, 0.1, np.float32, 1)
+    x, y = tiles_of(problem.x), tiles_of(problem.y)
+
+    def products(count: int) -> tuple[Array, Array]:
+        out = np.empty((300, x.shape[0] * x.shape[2]), np.float32)
+        gradient = np.empty(len(problem.rows), np.float32)
+        multiply(problem.layout(), problem.values, x, out, threads=count)
+        sampled_product(problem.layout(runs=True), y, x, gradient, threads=count)
+        return out, gradient
+
+    for found, expected in zip(products(threads), products(1), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_blocks_wider_than_the_numbers_of_columns_in_them() -> None:
+    """Columns are counted from the start of their block, in 16 bits."""
+    assert _layout._MOST_BLOCK == 1 << 16
+    columns = np.asarray([5, 70_000, 199_999], np.int32)
+    rows = np.zeros(3, np.int32)
+    layout = arrange(rows, columns, np.arange(3, dtype=np.int32), shape=(1, 200_000))
+    x = tiles_of(np.arange(200_000, dtype=np.float64)[None])
+    out = np.empty((1, x.shape[2]))
+    multiply(layout, np.asarray([1.0, 2.0, 4.0]), x, out)
+    assert out[0, 0] == 5 + 2 * 70_000 + 4 * 199_999
+
+
+@given(st.integers(1, 150), st.integers(1, 90), st.sampled_from(DTYPES), st.sampled_from([16, 64]))
+def test_pack_and_unpack(batch: int, features: int, dtype: Any, width: int) -> None:
+    rows = np.random.default_rng(0).standard_normal((batch, features)).astype(dtype)
+    tiles = np.full((-(-batch // width), features, width), np.nan, dtype)
+    pack(rows, tiles)
+    columns = np.ascontiguousarray(tiles.transpose(1, 0, 2).reshape(features, -1))
+    np.testing.assert_array_equal(columns[:, :batch], rows.T)
+    assert not columns[:, batch:].any()
+    back = np.full_like(rows, np.nan)
+    unpack(columns, back)
+    np.testing.assert_array_equal(back, rows)
+
+
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    st.tuples(st.integers(6, 20), st.integers(6, 20)),
+    st.sampled_from(DTYPES),
+)
+def test_unfold_and_fold(
+    batch: tuple[int, int],
+    size: tuple[int, int],
+    dilation: tuple[int, int],
+    stride: tuple[int, int],
+    extent: tuple[int, int],
+    dtype: Any,
+) -> None:
+    window: dict[str, Any] = {"size": size, "dilation": dilation, "stride": stride}
+    images = np.random.default_rng(0).standard_normal((*batch, *extent)).astype(dtype)
+    options = {"kernel_size": size, "dilation": dilation, "stride": stride}
+    expected = torch.nn.functional.unfold(torch.from_numpy(images), **options)
+    features, places = expected.shape[1], expected.shape[0] * expected.shape[2]
+    tiles = np.full((-(-places // 16), features, 16), np.nan, dtype)
+    unfold(images, tiles, **window)
+    columns = np.ascontiguousarray(tiles.transpose(1, 0, 2).reshape(features, -1))
+    np.testing.assert_array_equal(
+        columns[:, :places], expected.transpose(0, 1).reshape(features, places)
+    )
+    assert not columns[:, places:].any()
+    found = np.full_like(images, np.nan)
+    fold(columns, found, **window)
+    pieces = expected.transpose(0, 1).reshape(features, batch[0], -1).transpose(0, 1)
+    sums = torch.nn.functional.fold(pieces, extent, **options)
+    np.testing.assert_allclose(found, sums, rtol=1e-5, atol=1e-5)
+
+
+class TestBadInput:
+    """The kernels trust addresses: what does not fit must not reach them."""
+
+    def setup_method(self) -> None:
+        self.problem = Problem((8, 9), 3, 0.5, np.float32, 1)
+        self.x, self.y = tiles_of(self.problem.x), tiles_of(self.problem.y)
+        self.out = np.empty((8, self.x.shape[2]), np.float32)
+
+    def test_shapes(self) -> None:
+        layout, values = self.problem.layout(), self.problem.values
+        narrow = np.zeros((1, 9, self.x.shape[2] - 1), np.float32)
+        for x, out, compact, bias in (
+            (self.x[:, 1:].copy(), self.out, values, None),
+            (self.x, self.out[1:].copy(), values, None),
+            (self.x, self.out, values[1:].copy(), None),
+            (self.x, self.out, values, np.zeros(7, np.float32)),
+            (self.x[:, ::-1], self.out, values, None),
+            (narrow, self.out[:, 1:].copy(), values, None),
+        ):
+            with pytest.raises(ValueError, match=r"must be contiguous and of|a tile cannot"):
+                multiply(layout, compact, x, out, bias=bias)
+        with pytest.raises(ValueError, match="must be contiguous and of"):
+            sampled_product(self.problem.layout(runs=True), self.x, self.x, values.copy())
+
+    def test_dtypes(self) -> None:
+        layout, values = self.problem.layout(), self.problem.values
+        with pytest.raises(TypeError, match="x is float64"):
+            multiply(layout, values, self.x.astype(np.float64), self.out)
+        with pytest.raises(TypeError, match="float32 or float64"):
+            multiply(layout, values.astype(np.float16), self.x, self.out)
+
+    def test_layouts_for_the_other_product(self) -> None:
+        with pytest.raises(ValueError, match="runs=False"):
+            multiply(self.problem.layout(runs=True), self.problem.values, self.x, self.out)
+        with pytest.raises(ValueError, match="runs=True"):
+            sampled_product(self.problem.layout(), self.y, self.x, self.problem.values.copy())
+
+    def test_packing(self) -> None:
+        with pytest.raises(ValueError, match="cannot pack"):
+            pack(self.problem.x, self.x[:, 1:].copy())
+        with pytest.raises(ValueError, match="cannot unpack"):
+            unpack(self.out[1:].copy(), self.problem.y)
+        with pytest.raises(TypeError, match="float32 or float64"):
+            pack(self.problem.x, self.x.astype(np.float64))
+
+    def test_images(self) -> None:
+        images = np.zeros((1, 2, 5, 5), np.float32)
+        with pytest.raises(ValueError, match="cannot unfold"):
+            unfold(images, np.zeros((1, 8, 16), np.float32), size=(3, 3))
+        with pytest.raises(ValueError, match="cannot fold"):
+            fold(np.zeros((18, 8), np.float32), images, size=(3, 3))
+        with pytest.raises(ValueError, match="does not fit"):
+            unfold(images, np.zeros((1, 72, 16), np.float32), size=(6, 6))
+
+    def test_places(self) -> None:
+        place = np.zeros(1, np.int32)
+        for rows, columns, source in ((5, 0, 0), (-1, 0, 0), (0, 9, 0), (0, 0, -1)):
+            with pytest.raises(ValueError, match=r"must lie in|must not be negative"):
+                arrange(place + rows, place + columns, place + source, shape=(5, 9))
+        with pytest.raises(ValueError, match="1 rows, 2 columns"):
+            arrange(place, np.zeros(2, np.int32), place, shape=(5, 9))
+        with pytest.raises(ValueError, match="must be positive"):
+            unfold(
+                np.zeros((1, 1, 5, 5), np.float32),
+                np.zeros((1, 1, 16), np.float32),
+                size=(1, 1),
+                dilation=(-9, 1),
+            )
+
+    def test_what_is_read_only_is_not_written(self) -> None:
+        self.out.flags.writeable = False
+        with pytest.raises(ValueError, match="read-only"):
+            multiply(self.problem.layout(), self.problem.values, self.x, self.out)
+        self.x.flags.writeable = False
+        with pytest.raises(ValueError, match="read-only"):
+            pack(self.problem.x, self.x)
+
+
+def test_they_run_without_pytorch() -> None:
+    """On Python's threads, in the child of a process that has used them too."""
+    code = """
+import os, sys
+import numpy as np
+from topkast.kernels import arrange, multiply
+place = np.arange(500, dtype=np.int32)
+layout = arrange(place, place, place, shape=(500, 500))
+x = np.ones((1, 500, 16), np.float32)
+out = np.empty((500, 16), np.float32)
+multiply(layout, place.astype(np.float32), x, out, threads=3)
+assert (out == place[:, None]).all() and "torch" not in sys.modules
+child = os.fork()
+if not child:
+    multiply(layout, place.astype(np.float32), x, out, threads=3)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
