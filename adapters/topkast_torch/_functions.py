@@ -75,8 +75,8 @@ class _Product(torch.autograd.Function):
                 values.view(-1), packed_slope, batch, by_row=context.by_row
             )
         if wanted[1]:
-            for_values = torch.zeros_like(values)
-            products.add_weight_gradient(packed_slope, packed, for_values.view(-1))
+            for_values = torch.empty_like(values)
+            products.weight_gradient(packed_slope, packed, for_values.view(-1), add=False)
         return for_x, for_values, slope.sum(0) if wanted[2] else None, None, None
 
 
@@ -118,7 +118,8 @@ class _Convolution(torch.autograd.Function):
         for part, rise, target in zip(*parts, strict=True):
             packed = products.unfold(rise, _WHOLE)
             if for_values is not None:
-                products.add_weight_gradient(packed, products.unfold(part, window), for_values)
+                unfolded = products.unfold(part, window)
+                products.weight_gradient(packed, unfolded, for_values, add=True)
             if for_images is not None:
                 count = len(part) * math.prod(rise.shape[2:])
                 unfolded = products.input_gradient(values.view(-1), packed, count, by_row=False)

@@ -54,8 +54,8 @@ class Products(Protocol):
     def input_gradient(self, values: Tensor, slope: Tensor, batch: int, *, by_row: bool) -> Tensor:
         """The gradient ``slope · W`` with W on A, as (batch, width)."""
 
-    def add_weight_gradient(self, slope: Tensor, x: Tensor, out: Tensor) -> None:
-        """Add the gradient ``slopeᵀ · x`` on B to `out` (|B|,)."""
+    def weight_gradient(self, slope: Tensor, x: Tensor, out: Tensor, *, add: bool) -> None:
+        """Write the gradient ``slopeᵀ · x`` on B into `out` (|B|,), or add it to that."""
 
     @property
     def nbytes(self) -> int: ...
@@ -133,10 +133,10 @@ class _CompiledProducts:
 
         fold(unfolded.t().contiguous().numpy(), images.numpy(), **window._asdict())
 
-    def add_weight_gradient(self, slope: Tensor, x: Tensor, out: Tensor) -> None:
+    def weight_gradient(self, slope: Tensor, x: Tensor, out: Tensor, *, add: bool) -> None:
         from topkast.kernels import sampled_product
 
-        sampled_product(self._backward, slope.numpy(), x.numpy(), out.numpy(), accumulate=True)
+        sampled_product(self._backward, slope.numpy(), x.numpy(), out.numpy(), accumulate=add)
 
     @property
     def nbytes(self) -> int:
@@ -201,7 +201,9 @@ class _TorchProducts:
         pieces = unfolded.t().unflatten(1, (len(images), -1)).transpose(0, 1)
         images.copy_(fold(pieces, images.shape[2:], size, dilation=dilation, stride=stride))
 
-    def add_weight_gradient(self, slope: Tensor, x: Tensor, out: Tensor) -> None:
+    def weight_gradient(self, slope: Tensor, x: Tensor, out: Tensor, *, add: bool) -> None:
+        if not add:
+            out.zero_()
         if len(slope):  # MKL refuses a product over nothing
             where = _matrix(self._backward, out.new_zeros(len(out)), self.shape)
             out += torch.sparse.sampled_addmm(where, slope.t(), x, beta=0.0).values()
