@@ -13,12 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 import topkast
 
 
-def train(rank: int, folder: str, explore: Any) -> None:
+def train(rank: int, folder: str, explore: Any, seeds: tuple[int, int] | None = None) -> None:
+    """Masked execution or, with `seeds` of the initial weights, sparse execution."""
     torch.set_num_threads(1)
     store = FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    torch.manual_seed(rank)
-    model = DistributedDataParallel(nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4)))
+    torch.manual_seed(rank if seeds is None else seeds[rank])
+    model: nn.Module = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4))
+    if seeds is None:
+        model = DistributedDataParallel(model)
     optimizer = topkast.wrap_optimizer(
         torch.optim.AdamW(model.named_parameters(), 0.05),
         fwd=0.9,
@@ -26,6 +29,10 @@ def train(rank: int, folder: str, explore: Any) -> None:
         refresh_every=2,
         explore=explore,
     )
+    if seeds is not None:
+        topkast.sparsify(model, optimizer)
+        model = DistributedDataParallel(model)
+        torch.manual_seed(rank)
     for _ in range(7):
         optimizer.zero_grad()
         inputs = torch.randn(8, 12)  # each process has its own

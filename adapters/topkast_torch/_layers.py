@@ -46,6 +46,8 @@ class SparseLayer(nn.Module):
     shape: Tensor
     reservoir: Tensor | None  # all weights, until an optimizer takes them over
     _products: _Built | None
+    _versions: tuple[int, int]
+    _content: tuple[int, int]
 
     def set_sparse(self, values: Parameter, support: Support, shape: tuple[int, ...]) -> None:
         """Take these values, this support, and a weight of this shape."""
@@ -59,7 +61,7 @@ class SparseLayer(nn.Module):
     def set_support(self, support: Support) -> None:
         """Take new places of the values."""
         self.indices, self.active = support
-        self._products = None
+        self._products, self._versions = None, (-1, -1)
 
     @property
     def support(self) -> Support:
@@ -80,15 +82,18 @@ class SparseLayer(nn.Module):
     @property
     def products(self) -> Products:
         """The products with this layer's weight, made once after each refresh."""
-        built = self._products
+        content = self.content()
+        if self._products is None or self._products.content != content:
+            self._products = _Built(self._make_products(), content)
+        return self._products.products
+
+    def content(self) -> tuple[int, int]:
+        """Checksums of indices and flags, which someone may write to: an average of models, say."""
         versions = self.indices._version, self.active._version
-        if built is None or built.versions != versions:
-            # Someone may have written into the buffers: an average of models, say.
-            content = _checksum(self.indices), _checksum(self.active)
-            if built is None or built.content != content:
-                built = _Built(self._make_products(), versions, content)
-            self._products = built._replace(versions=versions)
-        return built.products
+        if self._versions != versions:
+            self._versions = versions
+            self._content = _checksum(self.indices), _checksum(self.active)
+        return self._content
 
     def _make_products(self) -> Products:
         rows, columns = self._places(self.indices)
@@ -127,7 +132,7 @@ class SparseLayer(nn.Module):
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_products": None}
+        return self.__dict__ | {"_products": None, "_versions": (-1, -1)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -138,7 +143,7 @@ class SparseLayer(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if layer_of(self.values) is None:
             _LAYERS[self.values] = weakref.ref(self)
-        self._products = None
+        self._products, self._versions = None, (-1, -1)
         return self
 
     def _load_from_state_dict(
@@ -376,7 +381,6 @@ class _Built(NamedTuple):
     """Products, and what they were made from."""
 
     products: Products
-    versions: tuple[int, int]
     content: tuple[int, int]
 
 

@@ -25,6 +25,8 @@ class SparseTensor(CompactTensor):
     """A block of one tensor, the weight of a sparse layer."""
 
     layer: SparseLayer
+    # Changed by a refresh
+    _content: tuple[int, int]  # of the layer's sets
     # During a step
     _gradient: Tensor | None  # of the loss, while the inner optimizer sees the penalty's added
 
@@ -52,7 +54,7 @@ class SparseTensor(CompactTensor):
         tensor = cls.__new__(cls)
         for name in CompactTensor.__annotations__:
             setattr(tensor, name, getattr(masked, name))
-        tensor.layer, tensor._gradient = layer, None
+        tensor.layer, tensor._gradient, tensor._content = layer, None, layer.content()
         tensor._register_hook()
         return tensor
 
@@ -69,7 +71,7 @@ class SparseTensor(CompactTensor):
         self.support = layer.support
         self.changed = block.no_change(self.support.indices)
         self.set_exploring(options.explore_until, updates)
-        self._gradient = None
+        self._gradient, self._content = None, layer.content()
         self.weigh()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -97,10 +99,11 @@ class SparseTensor(CompactTensor):
                 f"the layer of {name} was converted or made dense after its optimizer was built: "
                 "convert and move the model first"
             )
-        if layer.indices is not self.support.indices:
+        if layer.indices is not self.support.indices or layer.content() != self._content:
             raise MismatchError(
                 f"{name} was given other sets than its optimizer has, as by model.load_state_dict: "
-                "load the optimizer's state dict too, which holds them all"
+                "load the optimizer's state dict too, which holds them all. If it was "
+                "DistributedDataParallel, start all processes with the same weights"
             )
 
     def load_gradient(self, *, penalty: float, kind: str) -> None:
@@ -127,6 +130,7 @@ class SparseTensor(CompactTensor):
         layer: Any = self.layer
         if isinstance(layer, SparseLayer):  # it may have been made dense
             layer.set_support(self.support)
+            self._content = layer.content()
 
     def gather_state(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         return dict(next(iter(states.values()), {}))

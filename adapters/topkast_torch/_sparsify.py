@@ -130,7 +130,7 @@ def densify(model: Any) -> Any:
             for name in ("indices", "active", "shape", "reservoir"):
                 delattr(module, name)
             del module._parameters["values"]
-            for name in ("_products", "density"):
+            for name in ("_products", "_versions", "_content", "density"):
                 module.__dict__.pop(name, None)
             bias = module._parameters.pop("bias")
             dense: Any = next(dense for dense, kind in _KINDS.items() if isinstance(module, kind))
