@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -269,3 +271,37 @@ if not child:
 assert os.waitpid(child, 0)[1] == 0
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("features", [{"avx2": True}, {}], ids=["avx2", "none"])
+def test_processors_with_shorter_vectors(features: dict[str, bool], tmp_path: Path) -> None:
+    code = f"""
+from llvmlite import binding
+features = binding.FeatureMap()
+features.update({features})
+binding.get_host_cpu_features = lambda: features
+import numpy as np
+from topkast.kernels import _vector, arrange, multiply, pack, sampled_product, tile_width
+assert _vector.VECTOR_BYTES == {32 if features else 16}
+rng = np.random.default_rng(0)
+rows, columns = (part.astype(np.int32) for part in np.nonzero(rng.random((70, 90)) < 0.3))
+order = np.arange(len(rows), dtype=np.int32)
+values = rng.standard_normal(len(rows)).astype(np.float32)
+dense = np.zeros((70, 90), np.float32)
+dense[rows, columns] = values
+for batch in (1, 9, 200):
+    x, y = (rng.standard_normal((batch, size)).astype(np.float32) for size in (90, 70))
+    width = tile_width(batch, np.float32)
+    tiles = [np.empty((-(-batch // width), part.shape[1], width), np.float32) for part in (x, y)]
+    pack(x, tiles[0])
+    pack(y, tiles[1])
+    out = np.empty((70, tiles[0].shape[0] * width), np.float32)
+    multiply(arrange(rows, columns, order, shape=(70, 90)), values, tiles[0], out)
+    np.testing.assert_allclose(out[:, :batch].T, x @ dense.T, atol=1e-4)
+    found = np.empty_like(values)
+    layout = arrange(rows, columns, order, shape=(70, 90), runs=True)
+    sampled_product(layout, tiles[1], tiles[0], found)
+    np.testing.assert_allclose(found, (y.T @ x)[rows, columns], atol=1e-4)
+"""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=200, env=environment)
