@@ -250,7 +250,14 @@ def main() -> None:
         print(f"without {name}: {error}")
     records: list[dict[str, Any]] = []
     if options.only in (None, "mlp"):
-        for width, batch in ((1024, 128), (2048, 256), (4096, 256), (2048, 16)):
+        for width, batch in (
+            (256, 128),
+            (512, 128),
+            (1024, 128),
+            (2048, 256),
+            (4096, 256),
+            (2048, 16),
+        ):
             title = f"MLP 784-{width}-{width}-{width}-10, batch {batch}"
             make = lambda width=width: mlp(width)  # noqa: E731
             inputs = torch.randn(batch, 784)

@@ -11,22 +11,12 @@ from topkast.kernels._layout import Layout, Vector
 from topkast.kernels._pool import run
 from topkast.kernels._vector import (
     AHEAD,
-    GROUP,
-    HALF,
     VECTOR_BYTES,
     as_pointer,
-    dot_product_1,
-    dot_product_2,
-    dot_product_4,
-    dot_product_8,
-    group_product_1,
-    group_product_2,
-    group_product_4,
-    group_product_8,
-    half_product_1,
-    half_product_2,
-    half_product_4,
-    half_product_8,
+    dot_products_1,
+    dot_products_2,
+    dot_products_4,
+    dot_products_8,
     row_product_1,
     row_product_2,
     row_product_4,
@@ -333,48 +323,16 @@ def _sample(address: Any, kind: Any) -> None:
             for segment in range(first, last):
                 row = tile_y + segment_rows[segment] * tile_bytes
                 source = tile_x + segment_columns[segment] * tile_bytes
-                k, stop = np.int64(starts[segment]), np.int64(starts[segment + 1])
-                target = out_at + (sources[segment] - k) * out.itemsize
+                start, stop = starts[segment], starts[segment + 1]
+                target = out_at + sources[segment] * out.itemsize
                 if registers == 8:
-                    while k + GROUP <= stop:
-                        group_product_8(zero, columns, k, source, row, target + k * out.itemsize)
-                        k += GROUP
-                    if k + HALF <= stop:
-                        half_product_8(zero, columns, k, source, row, target + k * out.itemsize)
-                        k += HALF
-                    while k < stop:
-                        dot_product_8(zero, columns, k, source, row, target + k * out.itemsize)
-                        k += 1
+                    dot_products_8(zero, columns, start, stop, source, row, target)
                 elif registers == 4:
-                    while k + GROUP <= stop:
-                        group_product_4(zero, columns, k, source, row, target + k * out.itemsize)
-                        k += GROUP
-                    if k + HALF <= stop:
-                        half_product_4(zero, columns, k, source, row, target + k * out.itemsize)
-                        k += HALF
-                    while k < stop:
-                        dot_product_4(zero, columns, k, source, row, target + k * out.itemsize)
-                        k += 1
+                    dot_products_4(zero, columns, start, stop, source, row, target)
                 elif registers == 2:
-                    while k + GROUP <= stop:
-                        group_product_2(zero, columns, k, source, row, target + k * out.itemsize)
-                        k += GROUP
-                    if k + HALF <= stop:
-                        half_product_2(zero, columns, k, source, row, target + k * out.itemsize)
-                        k += HALF
-                    while k < stop:
-                        dot_product_2(zero, columns, k, source, row, target + k * out.itemsize)
-                        k += 1
+                    dot_products_2(zero, columns, start, stop, source, row, target)
                 else:
-                    while k + GROUP <= stop:
-                        group_product_1(zero, columns, k, source, row, target + k * out.itemsize)
-                        k += GROUP
-                    if k + HALF <= stop:
-                        half_product_1(zero, columns, k, source, row, target + k * out.itemsize)
-                        k += HALF
-                    while k < stop:
-                        dot_product_1(zero, columns, k, source, row, target + k * out.itemsize)
-                        k += 1
+                    dot_products_1(zero, columns, start, stop, source, row, target)
 
 
 _KERNEL = types.void(types.intp)

@@ -151,35 +151,45 @@ def _row_product(registers: int) -> Any:
     return row_product
 
 
-def _dot_products(group: int, registers: int) -> Any:
+def _dot_products(registers: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
-    def dot_products(_, zero, columns, k, x, y, out) -> Any:  # type: ignore[no-untyped-def]
-        """out[:group] += y · x[columns[k:k+group]] over the width of a tile."""
+    def dot_products(  # type: ignore[no-untyped-def]
+        _, zero, columns, start, stop, x, y, out
+    ) -> Any:
+        """out[k - start] += y · x[columns[k]], k from start to stop."""
 
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _, columns, k, x, y, out = arguments
+            _, columns, start, stop, x, y, out = arguments
             emitter = _Emitter(builder, signature.args[0])
-            rows = [
-                emitter.row(
-                    x,
-                    emitter.index(columns, builder.add(k, ir.Constant(_INT64, member))),
-                    registers,
-                )
-                for member in range(group)
-            ]
-            nothing = ir.Constant(emitter.vector, [0.0] * emitter.lanes)
-            sums: list[Any] = [nothing] * group
-            for place in range(registers):
-                shared = emitter.load(y, place)  # by the whole group
-                sums = [
-                    emitter.multiply_add(shared, emitter.load(row, place), total)
-                    for row, total in zip(rows, sums, strict=True)
-                ]
-            found = emitter.sums(sums)
-            emitter.store(builder.fadd(emitter.load(out, 0, found.type), found), out, 0)
+
+            def several(first: Any, count: int) -> None:
+                """So many entries at once, which share what they load of y."""
+                rows = []
+                for member in range(count):
+                    entry = builder.add(first, ir.Constant(_INT64, member))
+                    rows.append(emitter.row(x, emitter.index(columns, entry), registers))
+                sums: list[Any] = [ir.Constant(emitter.vector, [0.0] * emitter.lanes)] * count
+                for place in range(registers):
+                    shared = emitter.load(y, place)
+                    sums = [
+                        emitter.multiply_add(shared, emitter.load(row, place), total)
+                        for row, total in zip(rows, sums, strict=True)
+                    ]
+                found = emitter.sums(sums)
+                size = ir.Constant(_INT64, emitter.size)
+                target = builder.add(out, builder.mul(builder.sub(first, start), size))
+                emitter.store(builder.fadd(emitter.load(target, 0, found.type), found), target, 0)
+
+            done = start
+            for count in _GROUPS:
+                size = ir.Constant(_INT64, count)
+                groups = builder.sdiv(builder.sub(stop, done), size)
+                with cgutils.for_range(builder, groups) as loop:
+                    several(builder.add(done, builder.mul(loop.index, size)), count)
+                done = builder.add(done, builder.mul(groups, size))
             return context.get_dummy_value()
 
-        return types.void(zero, *[types.intp] * 5), emit
+        return types.void(zero, *[types.intp] * 6), emit
 
     return dot_products
 
@@ -187,18 +197,11 @@ def _dot_products(group: int, registers: int) -> Any:
 # row_product(zero, values, sources, columns, start, stop, x, out), by the width of a tile.
 row_product_1, row_product_2, row_product_4, row_product_8 = map(_row_product, (1, 2, 4, 8))
 
-# dot_products(zero, columns, k, x, y, out), of GROUP entries at once, of half as many, or of one.
-GROUP = min(8, VECTOR_BYTES // 8)  # no more than a vector of doubles has lanes
-HALF = GROUP // 2
-group_product_1, group_product_2, group_product_4, group_product_8 = (
-    _dot_products(GROUP, registers) for registers in (1, 2, 4, 8)
-)
-half_product_1, half_product_2, half_product_4, half_product_8 = (
-    _dot_products(HALF, registers) for registers in (1, 2, 4, 8)
-)
-dot_product_1, dot_product_2, dot_product_4, dot_product_8 = (
-    _dot_products(1, registers) for registers in (1, 2, 4, 8)
-)
+# Entries whose products are summed together: at most as many as a vector of doubles has lanes.
+_GROUPS = [count for count in (8, 4, 1) if count <= VECTOR_BYTES // 8]
+
+# dot_products(zero, columns, start, stop, x, y, out), by the width of a tile.
+dot_products_1, dot_products_2, dot_products_4, dot_products_8 = map(_dot_products, (1, 2, 4, 8))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
