@@ -49,6 +49,13 @@ def test_wrapping_for_one_framework_imports_no_other() -> None:
     assert not modules_after(code).intersection(["torch", "flax", "cupy"])
 
 
+def test_kernels_are_compiled_only_where_a_sparse_layer_runs() -> None:
+    code = "import torch, topkast, topkast_torch\n"
+    code += "layer = topkast_torch.SparseLinear(4, 4, fwd=0.5, bwd=0.5)\n"
+    assert "numba" not in modules_after(code)
+    assert "numba" in modules_after(code + "layer(torch.ones(1, 4))")
+
+
 def test_importing_costs_only_what_the_project_declares() -> None:
     plain = modules_after("import numpy, array_api_compat, importlib.metadata, decimal, fractions")
     extra = modules_after("import topkast") - plain
