@@ -412,8 +412,15 @@ class TestChoice:
         model = nn.Linear(3, 3)
         with pytest.raises(topkast.OptionError, match="needs the optimizer that"):
             topkast.sparsify(model, torch.optim.SGD(model.parameters(), 0.1))
-        with pytest.raises(topkast.AdapterNotFoundError, match=r"expected a torch\.nn\.Module"):
-            topkast.sparsify({}, None)
+        others: list[Any] = [{}, torch.optim.SGD(model.parameters(), 0.1)]
+        for swapped in others:
+            with pytest.raises(topkast.AdapterNotFoundError, match=r"expected a torch\.nn\.Module"):
+                topkast.sparsify(swapped, model)
+        with pytest.raises(topkast.OptionError, match="not built for the parameters of this"):
+            topkast.sparsify(nn.Linear(3, 3), prepare("mlp")[1])
+        for example in (torch.ones(2, 3), (torch.ones(2, 30), 1), "x"):
+            with pytest.raises(topkast.OptionError, match="does not take the example"):
+                topkast.sparsify(*prepare("mlp")[:2], example=example)
 
 
 class TestState:
@@ -559,7 +566,7 @@ class TestInputs:
         model, opt, inputs = prepare("mlp")
         topkast.sparsify(model, opt)
         model.double()
-        with pytest.raises(topkast.MismatchError, match="converted or made dense"):
+        with pytest.raises(topkast.MismatchError, match="was converted"):
             train(model, opt, inputs.double(), 1)
 
 
@@ -745,6 +752,14 @@ class TestLayer:
         with pytest.raises(topkast.UnsupportedTensorError, match="bfloat16"):
             self.make(dtype=torch.bfloat16)
 
+    def test_a_layer_converted_to_low_precision_is_told(self) -> None:
+        with pytest.raises(topkast.MismatchError, match=r"converted to torch\.float16"):
+            self.make().half()(torch.ones(4, 20).half())
+
+    def test_there_must_be_something_sparse_to_save(self, tmp_path: Path) -> None:
+        with pytest.raises(topkast.MismatchError, match="no sparse layer"):
+            topkast_torch.save_forward(nn.Linear(3, 3), tmp_path / "file")
+
     def test_inputs_by_name(self) -> None:
         layer = self.make()
         assert layer(input=torch.ones(4, 20)).shape == (4, 30)
@@ -757,8 +772,9 @@ class TestLayer:
         topkast.densify(model)
         assert topkast.summary(opt).updates == 2
         opt.load_state_dict(state)
-        with pytest.raises(topkast.MismatchError, match="made dense"):
-            train(model, opt, inputs, 1)
+        for use in (lambda: train(model, opt, inputs, 1), lambda: topkast.sparsify(model, opt)):
+            with pytest.raises(topkast.MismatchError, match=r"made dense by topkast\.densify"):
+                use()
 
     def test_sparsified_layers_leave_no_hook_behind(self) -> None:
         model, opt, _ = prepare("mlp")

@@ -29,6 +29,11 @@ def save_forward(model: nn.Module, path: str | PathLike[str]) -> None:
     path
         File to write. Needs the extra ``topkast[safetensors]``.
 
+    Raises
+    ------
+    MismatchError
+        If there is no sparse layer.
+
     Examples
     --------
     >>> import tempfile, torch, topkast_torch
@@ -45,6 +50,8 @@ def save_forward(model: nn.Module, path: str | PathLike[str]) -> None:
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)
     }
+    if not layers:
+        raise MismatchError("the model has no sparse layer: call topkast.sparsify first")
     own = {
         _join(name, part) for name in layers for part in ("values", "indices", "active", "shape")
     }

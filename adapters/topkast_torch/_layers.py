@@ -111,6 +111,11 @@ class SparseLayer(nn.Module):
         return rows, indices - rows * width
 
     def _check_input(self, inputs: Tensor) -> Tensor:
+        if self.values.dtype not in (torch.float32, torch.float64):
+            raise MismatchError(
+                f"sparse layers are of float32 or float64, and this one was converted to "
+                f"{self.values.dtype}"
+            )
         if inputs.dtype == self.values.dtype:
             return inputs
         if torch.is_autocast_enabled(inputs.device.type):

@@ -94,10 +94,15 @@ class SparseTensor(CompactTensor):
     def adopt_changes(self) -> None:
         layer, name = self.layer, self.block.key
         values = getattr(layer, "values", None)
+        if values is None:
+            raise MismatchError(
+                f"the layer of {name} was made dense by topkast.densify: its optimizer no longer "
+                "reaches it. To export and train on, densify a copy.deepcopy of the model"
+            )
         if values is not self.values or values.dtype != self.reservoir.dtype:
             raise MismatchError(
-                f"the layer of {name} was converted or made dense after its optimizer was built: "
-                "convert and move the model first"
+                f"the layer of {name} was converted, or given other Parameters, after its "
+                "optimizer was built: convert and move the model first"
             )
         if layer.indices is not self.support.indices or layer.content() != self._content:
             raise MismatchError(

@@ -79,6 +79,9 @@ def sparsify(
         )
     patterns = ["*"] if only is None else [only] if isinstance(only, str) else list(only)
     owners = _owners(model)
+    params = {param for group in optimizer.param_groups for param in group["params"]}
+    if not params & owners.keys():
+        raise OptionError("the optimizer was not built for the parameters of this model")
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise OptionError("make a model sparse before DistributedDataParallel takes it over")
     tensors = list(optimizer._core.compact)
@@ -89,9 +92,11 @@ def sparsify(
     inputs = _inputs(model, example) if auto and example is not None else {}
     found = []
     for tensor in tensors:
-        if not isinstance(tensor, MaskedTensor):
+        if isinstance(tensor, SparseTensor):
+            tensor.adopt_changes()  # or say that its layer was made dense
             found.append(LayerExecution(tensor.block.key, "sparse", "it was already"))
             continue
+        assert isinstance(tensor, MaskedTensor)
         if len(tensor.members) > 1:
             found += [
                 LayerExecution(name, "masked", "ranked with others: distribution='global'")
@@ -231,6 +236,8 @@ def _inputs(model: nn.Module, example: Any) -> dict[nn.Module, Tensor]:
         with torch.enable_grad():
             model.eval()  # statistics of batches are not to change
             model(*example) if isinstance(example, (tuple, list)) else model(example)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OptionError(f"the model does not take the example: {error}") from error
     finally:
         for hook in hooks:
             hook.remove()

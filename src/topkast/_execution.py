@@ -50,7 +50,10 @@ def sparsify(
     Raises
     ------
     OptionError
-        If `optimizer` is not wrapped, or `only` matches nothing.
+        If `optimizer` is not wrapped or belongs to another model, if `only` matches nothing, or if
+        the model does not take `example`.
+    MismatchError
+        If the model was made dense by :func:`densify`.
     AdapterNotFoundError
         For a model of another framework.
 
@@ -115,8 +118,8 @@ def densify(model: Any, /) -> Any:
 
 
 def _check(model: Any) -> None:
-    roots = {base.__module__.partition(".")[0] for base in type(model).__mro__}
-    if "torch" not in roots:
+    bases = {f"{base.__module__}.{base.__name__}" for base in type(model).__mro__}
+    if "torch.nn.modules.module.Module" not in bases:
         raise AdapterNotFoundError(
             f"expected a torch.nn.Module, got {type(model).__module__}.{type(model).__qualname__}: "
             "sparse layers exist for PyTorch"
