@@ -69,3 +69,11 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the data folder beside the repository")
     return SHARED
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernels, and PyTorch's own sparse products in the place of a missing numba."""
+    chosen: str = request.param
+    monkeypatch.setattr("topkast_torch._products.has_numba", lambda: chosen == "compiled")
+    return chosen

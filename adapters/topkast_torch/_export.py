@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from topkast import MismatchError
-from topkast_torch._layers import SparseLayer
+from topkast_torch._sparse_layer import SparseLayer
 
 _FORMAT = "topkast-forward-1"
 

@@ -16,10 +16,10 @@ from topkast import OptionError, UnsupportedTensorError
 from topkast._options import FIXED_OPTIONS, GROUP_OPTIONS, Options, check_patterns, kept_dense
 from topkast._plan import plan
 from topkast_torch._compact import CompactTensor
-from topkast_torch._layers import layer_of
 from topkast_torch._masked import MaskedTensor
 from topkast_torch._probe import initial_state
 from topkast_torch._sparse import SparseTensor
+from topkast_torch._sparse_layer import layer_of
 
 
 @dataclass

@@ -17,8 +17,8 @@ from topkast._compact import Migration, move
 from topkast._options import Options
 from topkast._plan import Block
 from topkast_torch._compact import CompactTensor
-from topkast_torch._layers import SparseLayer
 from topkast_torch._masked import MaskedTensor
+from topkast_torch._sparse_layer import SparseLayer
 
 
 class SparseTensor(CompactTensor):

@@ -15,10 +15,11 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from topkast import OptionError
-from topkast_torch._layers import SparseConv2d, SparseLayer, SparseLinear, to_dense
+from topkast_torch._layers import SparseConv2d, SparseLinear
 from topkast_torch._masked import MaskedTensor
 from topkast_torch._optimizer import TopKASTOptimizer
 from topkast_torch._sparse import SparseTensor
+from topkast_torch._sparse_layer import SparseLayer, to_dense
 
 _KINDS: dict[type[nn.Module], type[SparseLayer]] = {
     nn.Linear: SparseLinear,

@@ -8,7 +8,7 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 
 from topkast.kernels._layout import Vector
-from topkast.kernels._pool import run
+from topkast.kernels._pool import transform
 from topkast.kernels._vector import add_run, as_pointer, copy_run, take_ticket
 
 Pair = tuple[int, int]
@@ -59,7 +59,7 @@ def unfold(
     if features != images.shape[1] * size[0] * size[1] or count != -(-places // columns):
         raise ValueError(f"cannot unfold {images.shape} into {tiles.shape}")
     numbers = (*images.shape, height, width, *size, *dilation, *stride, columns)
-    _start(_unfold_single, _unfold_double, count, numbers, images, tiles, threads)
+    transform(_unfold_single, _unfold_double, images, tiles, (count, *numbers), threads)
 
 
 def fold(
@@ -103,7 +103,7 @@ def fold(
         raise ValueError(f"cannot fold {unfolded.shape} into {images.shape}")
     numbers = (*images.shape, height, width, *size, *dilation, *stride, columns)
     items = images.shape[0] * images.shape[1]
-    _start(_fold_single, _fold_double, items, numbers, unfolded, images, threads)
+    transform(_fold_single, _fold_double, unfolded, images, (items, *numbers), threads)
 
 
 def _places(images: tuple[int, ...], size: Pair, dilation: Pair, stride: Pair) -> Pair:
@@ -118,36 +118,16 @@ def _places(images: tuple[int, ...], size: Pair, dilation: Pair, stride: Pair) -
     return height, width
 
 
-def _start(
-    single: Any,
-    double: Any,
-    items: int,
-    numbers: tuple[int, ...],
-    source: Vector,
-    target: Vector,
-    threads: int | None,
-) -> None:
-    if source.dtype != target.dtype or source.dtype not in (np.float32, np.float64):
-        raise TypeError(f"expected float32 or float64, got {source.dtype} and {target.dtype}")
-    if not (source.flags.c_contiguous and target.flags.c_contiguous):
-        raise ValueError("both arrays must be contiguous")
-    if not target.flags.writeable:
-        raise ValueError("what is to be written is read-only")
-    kernel = single if source.dtype == np.float32 else double
-    addresses = source.ctypes.data, target.ctypes.data
-    run(kernel, np.asarray([0, items, *addresses, *numbers], dtype=np.int64), threads)
-
-
 @njit  # type: ignore[untyped-decorator]
 def _unfold(address: Any, kind: Any) -> None:
     numbers = carray(as_pointer(address), 17, np.int64)
-    count, columns = numbers[1], numbers[16]
+    count, columns = numbers[3], numbers[16]
     batch, channels, rows, width = numbers[4], numbers[5], numbers[6], numbers[7]
     out_rows, out_width, size, across = numbers[8], numbers[9], numbers[10], numbers[11]
     step, step_across, jump, jump_across = numbers[12], numbers[13], numbers[14], numbers[15]
-    images = carray(as_pointer(numbers[2]), (batch, channels, rows, width), kind)
+    images = carray(as_pointer(numbers[1]), (batch, channels, rows, width), kind)
     features = channels * size * across
-    tiles = carray(as_pointer(numbers[3]), (count, features, columns), kind)
+    tiles = carray(as_pointer(numbers[2]), (count, features, columns), kind)
     zero, size_of = kind(0), images.itemsize
     places = batch * out_rows * out_width
     while True:
@@ -168,9 +148,9 @@ def _unfold(address: Any, kind: Any) -> None:
                     for right in range(across):
                         start = column * jump_across + right * step_across
                         if jump_across == 1:
-                            here = numbers[2] + (pixels * width + start) * size_of
+                            here = numbers[1] + (pixels * width + start) * size_of
                             line = tile * features + feature
-                            there = numbers[3] + (line * columns + place - first) * size_of
+                            there = numbers[2] + (line * columns + place - first) * size_of
                             copy_run(zero, here, there, length)
                         else:
                             source = images[image, channel, row * jump + down * step]
@@ -184,12 +164,12 @@ def _unfold(address: Any, kind: Any) -> None:
 @njit  # type: ignore[untyped-decorator]
 def _fold(address: Any, kind: Any) -> None:
     numbers = carray(as_pointer(address), 17, np.int64)
-    items, columns = numbers[1], numbers[16]
+    items, columns = numbers[3], numbers[16]
     batch, channels, rows, width = numbers[4], numbers[5], numbers[6], numbers[7]
     out_rows, out_width, size, across = numbers[8], numbers[9], numbers[10], numbers[11]
     step, step_across, jump, jump_across = numbers[12], numbers[13], numbers[14], numbers[15]
-    unfolded = carray(as_pointer(numbers[2]), (channels * size * across, columns), kind)
-    images = carray(as_pointer(numbers[3]), (batch, channels, rows, width), kind)
+    unfolded = carray(as_pointer(numbers[1]), (channels * size * across, columns), kind)
+    images = carray(as_pointer(numbers[2]), (batch, channels, rows, width), kind)
     zero, size_of = kind(0), images.itemsize
     while True:
         item = take_ticket(address)
@@ -205,8 +185,8 @@ def _fold(address: Any, kind: Any) -> None:
                     feature = (channel * size + down) * across + right
                     start = right * step_across
                     if jump_across == 1:
-                        here = numbers[2] + (feature * columns + place) * size_of
-                        there = numbers[3] + (pixels * width + start) * size_of
+                        here = numbers[1] + (feature * columns + place) * size_of
+                        there = numbers[2] + (pixels * width + start) * size_of
                         add_run(zero, here, there, out_width)
                     else:
                         source = unfolded[feature]

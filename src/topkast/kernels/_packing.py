@@ -8,7 +8,7 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 
 from topkast.kernels._layout import Vector
-from topkast.kernels._pool import run
+from topkast.kernels._pool import transform
 from topkast.kernels._vector import VECTOR_BYTES, as_pointer, take_ticket, transpose_block
 
 _BAND = 64  # rows that a thread takes at a time
@@ -43,7 +43,7 @@ def pack(rows: Vector, tiles: Vector, /, *, threads: int | None = None) -> None:
     count, height, width = tiles.shape
     if height != features or count != -(-batch // width):
         raise ValueError(f"cannot pack {rows.shape} into {tiles.shape}")
-    _start(_pack_single, _pack_double, rows, tiles, (batch, features, width), count, threads)
+    transform(_pack_single, _pack_double, rows, tiles, (count, batch, features, width), threads)
 
 
 def unpack(columns: Vector, rows: Vector, /, *, threads: int | None = None) -> None:
@@ -77,27 +77,8 @@ def unpack(columns: Vector, rows: Vector, /, *, threads: int | None = None) -> N
     if height != features or stride < batch:
         raise ValueError(f"cannot unpack {columns.shape} into {rows.shape}")
     items = -(-batch // _BAND)
-    _start(_unpack_single, _unpack_double, columns, rows, (batch, features, stride), items, threads)
-
-
-def _start(
-    single: Any,
-    double: Any,
-    source: Vector,
-    target: Vector,
-    sizes: tuple[int, int, int],
-    items: int,
-    threads: int | None,
-) -> None:
-    if source.dtype != target.dtype or source.dtype not in (np.float32, np.float64):
-        raise TypeError(f"expected float32 or float64, got {source.dtype} and {target.dtype}")
-    if not (source.flags.c_contiguous and target.flags.c_contiguous):
-        raise ValueError("both arrays must be contiguous")
-    if not target.flags.writeable:
-        raise ValueError("what is to be written is read-only")
-    numbers = [0, items, *sizes, source.ctypes.data, target.ctypes.data]
-    kernel = single if source.dtype == np.float32 else double
-    run(kernel, np.asarray(numbers, dtype=np.int64), threads)
+    numbers = items, batch, features, stride
+    transform(_unpack_single, _unpack_double, columns, rows, numbers, threads)
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -125,9 +106,9 @@ def _transpose(source: Any, target: Any) -> None:
 @njit  # type: ignore[untyped-decorator]
 def _pack(address: Any, kind: Any) -> None:
     numbers = carray(as_pointer(address), 7, np.int64)
-    count, batch, features, width = numbers[1], numbers[2], numbers[3], numbers[4]
-    rows = carray(as_pointer(numbers[5]), (batch, features), kind)
-    tiles = carray(as_pointer(numbers[6]), (count, features, width), kind)
+    count, batch, features, width = numbers[3], numbers[4], numbers[5], numbers[6]
+    rows = carray(as_pointer(numbers[1]), (batch, features), kind)
+    tiles = carray(as_pointer(numbers[2]), (count, features, width), kind)
     while True:
         tile = take_ticket(address)
         if tile >= count:
@@ -141,9 +122,9 @@ def _pack(address: Any, kind: Any) -> None:
 @njit  # type: ignore[untyped-decorator]
 def _unpack(address: Any, kind: Any) -> None:
     numbers = carray(as_pointer(address), 7, np.int64)
-    items, batch, features, stride = numbers[1], numbers[2], numbers[3], numbers[4]
-    columns = carray(as_pointer(numbers[5]), (features, stride), kind)
-    rows = carray(as_pointer(numbers[6]), (batch, features), kind)
+    items, batch, features, stride = numbers[3], numbers[4], numbers[5], numbers[6]
+    columns = carray(as_pointer(numbers[1]), (features, stride), kind)
+    rows = carray(as_pointer(numbers[2]), (batch, features), kind)
     while True:
         item = take_ticket(address)
         if item >= items:

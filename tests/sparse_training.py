@@ -1,0 +1,104 @@
+"""Small networks, trained alike in masked and in sparse execution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import topkast
+
+OPTIONS: dict[str, Any] = {"fwd": 0.8, "bwd": 0.6, "refresh_every": 7, "penalty": 1e-2}
+
+
+# No layer here has a bias whose gradient is zero (that of keys, or before a BatchNorm): Adam would
+# make steps of its rounding errors.
+
+
+class Attention(nn.Module):
+    """A small transformer block of ``nn.Linear``."""
+
+    def __init__(self, width: int = 24, heads: int = 3) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.project_in = nn.Linear(width, 3 * width, bias=False)
+        self.project_out = nn.Linear(width, width, bias=False)
+        self.feed = nn.Sequential(nn.Linear(width, 40), nn.GELU(), nn.Linear(40, width))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        batch, time, width = hidden.shape
+        split = self.project_in(self.norm(hidden)).view(batch, time, 3, self.heads, -1)
+        query, key, value = split.permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        hidden = hidden + self.project_out(mixed.transpose(1, 2).reshape(batch, time, width))
+        fed: Tensor = self.feed(hidden)
+        return hidden + fed
+
+
+def mlp() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(
+        nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 5)
+    ), torch.randn(33, 30)
+
+
+def convolutional() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(
+        nn.Conv2d(4, 12, 3, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 12, 3, stride=2, dilation=2, padding=2, groups=3, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(12, 8, (1, 3), padding="same"),
+        nn.Flatten(),
+        nn.Linear(8 * 25, 5),
+    ), torch.randn(6, 4, 10, 10)
+
+
+def transformer() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(Attention(), Attention(), nn.Linear(24, 5)), torch.randn(3, 11, 24)
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "mlp": mlp,
+    "convolutional": convolutional,
+    "transformer": transformer,
+}
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda params: torch.optim.SGD(params, 0.05, momentum=0.9, weight_decay=0.01),
+    "adamw": lambda params: torch.optim.AdamW(params, 1e-2),
+}
+
+
+def prepare(
+    model: str, optimizer: str = "adamw", dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[nn.Module, Any, Tensor]:
+    torch.manual_seed(0)
+    built, inputs = MODELS[model]()
+    built, inputs = built.to(dtype), inputs.to(dtype)
+    opt = OPTIMIZERS[optimizer](list(built.named_parameters()))
+    return built, topkast.wrap_optimizer(opt, **{**OPTIONS, **options}), inputs
+
+
+def train(model: nn.Module, optimizer: Any, inputs: Tensor, steps: int) -> None:
+    for step in range(steps):
+        optimizer.zero_grad()
+        torch.manual_seed(step)
+        batch = inputs + 0.1 * torch.randn_like(inputs)
+        (model(batch) - 1).square().mean().backward()
+        optimizer.step()
+
+
+def assert_agree(one: Any, other: Any, tolerance: float = 1e-5) -> None:
+    """Supports identical, θ within `tolerance` of its norm."""
+    masks, others = topkast.masks(one), topkast.masks(other)
+    assert masks.keys() == others.keys()
+    for name, mask in masks.items():
+        assert torch.equal(mask.forward, others[name].forward), name
+        assert torch.equal(mask.backward, others[name].backward), name
+    for (name, theta), found in zip(
+        topkast.dense_params(one).items(), topkast.dense_params(other).values(), strict=True
+    ):
+        assert (theta - found).norm() <= tolerance * theta.norm(), name

@@ -1,0 +1,284 @@
+"""Sparse layers: their gradients, their inputs, and what may be done to them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import topkast_torch
+import torch
+from sparse_training import OPTIONS, assert_agree, prepare, train
+from topkast_torch import _functions
+from torch import Tensor, nn
+
+import topkast
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (0, 6), (7, 6), (2, 3, 6), (129, 6)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_gradients(backend: str, shape: tuple[int, ...], bias: bool) -> None:
+    layer = topkast_torch.SparseLinear(6, 9, bias, fwd=0.7, bwd=0.4, dtype=torch.float64)
+    inputs = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    check_gradients(layer, inputs, nn.functional.linear)
+
+
+CONVOLUTIONS: list[dict[str, Any]] = [
+    {"kernel_size": 3},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": (2, 3), "stride": (1, 2), "padding": (0, 2), "dilation": (2, 1)},
+    {"kernel_size": 3, "groups": 2, "bias": False},
+    {"kernel_size": 3, "groups": 4, "padding": "same"},
+    {"kernel_size": (2, 1), "padding": 1, "padding_mode": "reflect"},
+    {"kernel_size": 1},
+]
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("images", [3, None])
+def test_convolution_gradients(
+    backend: str, options: dict[str, Any], images: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_functions, "_UNFOLDED", 700)  # a few images at a time, and one
+    torch.manual_seed(0)
+    dense = nn.Conv2d(4, 8, **options, dtype=torch.float64)
+    shape = (4, 7, 6) if images is None else (images, 4, 7, 6)
+    inputs = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    model = copy.deepcopy(dense)
+    opt = torch.optim.SGD(model.named_parameters(), 0.1)
+    opt = topkast.wrap_optimizer(opt, fwd=0.7, bwd=0.4)
+    topkast.sparsify(model, opt)
+
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        given = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        found: Tensor = torch.func.functional_call(dense, given, x)
+        return found
+
+    check_gradients(model, inputs, convolve)
+
+
+def check_gradients(layer: Any, inputs: Tensor, dense: Callable[..., Tensor]) -> None:
+    """By differences, and against the dense layer: the output, and gradients on B."""
+    found = layer(inputs)
+    weight = layer.weight.requires_grad_()
+    expected = dense(inputs, weight, layer.bias)
+    torch.testing.assert_close(found, expected)
+    slope = torch.randn_like(found)
+    given = [tensor for tensor in (inputs, layer.bias) if tensor is not None]
+    grads = torch.autograd.grad(found, [layer.values, *given], slope)
+    dense_grads = torch.autograd.grad(expected, [weight, *given], slope)
+    on_b = dense_grads[0].reshape(-1)[layer.indices].view(layer.values.shape)
+    torch.testing.assert_close(grads, (on_b, *dense_grads[1:]))
+
+    def on_a(inputs: Tensor, values: Tensor, *bias: Tensor) -> Tensor:
+        # What the layer does is no function of B∖A, whose gradient is that of a dense weight.
+        flags = layer.active.view(values.shape)
+        held = torch.where(flags, values, layer.values.detach())
+        given = {"values": held} | ({"bias": bias[0]} if bias else {})
+        found: Tensor = torch.func.functional_call(layer, given, inputs)
+        return found
+
+    if inputs.numel():
+        assert torch.autograd.gradcheck(on_a, (inputs, layer.values, *given[1:]))
+
+
+def test_layers_used_directly() -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5))
+    torch.manual_seed(0)
+    sparse = nn.Sequential(
+        topkast_torch.SparseLinear(20, 30, fwd=0.8, bwd=0.6), nn.ReLU(), nn.Linear(30, 5)
+    )
+    optimizers = []
+    for model in (dense, sparse):
+        opt = torch.optim.AdamW(model.named_parameters(), 1e-2)
+        optimizers.append(topkast.wrap_optimizer(opt, **OPTIONS, dense="2.*"))
+        train(model, optimizers[-1], torch.randn(16, 20, generator=torch.manual_seed(1)), 20)
+    masked, found = (list(topkast.masks(opt).values()) for opt in optimizers)
+    assert torch.equal(masked[0].forward, found[0].forward)
+    assert topkast.summary(optimizers[1]).tensors[0].shape == (30, 20)
+    theta, other = (next(iter(topkast.dense_params(opt).values())) for opt in optimizers)
+    torch.testing.assert_close(theta, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_under_a_plain_optimizer_keeps_its_mask() -> None:
+    layer = topkast_torch.SparseLinear(20, 30, fwd=0.8, bwd=0.8)
+    before = layer.weight != 0
+    train(layer, torch.optim.SGD(layer.parameters(), 0.1), torch.randn(8, 20), 5)
+    assert torch.equal(layer.weight != 0, before)
+
+
+class TestInputs:
+    def test_other_precision_is_refused_but_under_autocast(self) -> None:
+        layer = topkast_torch.SparseLinear(6, 9, fwd=0.8, bwd=0.6)
+        inputs = torch.randn(4, 6)
+        with pytest.raises(topkast.MismatchError, match=r"input .* is torch\.bfloat16"):
+            layer(inputs.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            found = layer(inputs.bfloat16())
+        assert found.dtype == torch.float32
+
+    def test_inputs_of_any_strides(self, backend: str) -> None:
+        layer = topkast_torch.SparseLinear(6, 9, fwd=0.8, bwd=0.6)
+        inputs = torch.randn(12, 10)[::2, 2:8]
+        for given in (inputs, inputs.t().contiguous().t(), inputs[:1].expand(5, 6)):
+            torch.testing.assert_close(
+                layer(given), nn.functional.linear(given, layer.weight, layer.bias)
+            )
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks
+    def test_compiled_models(self) -> None:
+        model, opt, inputs = prepare("mlp")
+        topkast.sparsify(model, opt)
+        expected = model(inputs)
+        found = torch.compile(model, backend="eager")(inputs)
+        torch.testing.assert_close(found, expected)
+
+    def test_frozen_layers_stay(self) -> None:
+        model, opt, inputs = prepare("mlp")
+        model.get_parameter("2.weight").requires_grad_(False)
+        topkast.sparsify(model, opt)
+        before = topkast.dense_params(opt)["2.weight"]
+        train(model, opt, inputs, 9)
+        assert torch.equal(topkast.dense_params(opt)["2.weight"], before)
+
+    def test_converting_a_model_in_training_is_told(self) -> None:
+        model, opt, inputs = prepare("mlp")
+        topkast.sparsify(model, opt)
+        model.double()
+        with pytest.raises(topkast.MismatchError, match="was converted"):
+            train(model, opt, inputs.double(), 1)
+
+
+class TestLayer:
+    def make(self, **options: Any) -> topkast_torch.SparseLinear:
+        return topkast_torch.SparseLinear(20, 30, **{"fwd": 0.9, "bwd": 0.8, **options})
+
+    def wrap(self, layer: nn.Module) -> Any:
+        opt = torch.optim.SGD(layer.named_parameters(), 0.1)
+        return topkast.wrap_optimizer(opt, fwd=0.9, bwd=0.8, refresh_every=1)
+
+    def test_inputs_of_another_width_are_refused(self) -> None:
+        with pytest.raises(topkast.MismatchError, match="takes 20 features"):
+            self.make()(torch.ones(4, 40))
+        model = nn.Sequential(nn.Conv2d(4, 8, 3))
+        opt = self.wrap(model)
+        topkast.sparsify(model, opt)
+        with pytest.raises(topkast.MismatchError, match="images of 4 channels"):
+            model(torch.ones(1, 8, 5, 5))
+
+    def test_what_follows_may_work_in_place(self, backend: str) -> None:
+        layer = self.make()
+        found = torch.relu_(layer(torch.ones(4, 20)))
+        found.sum().backward()
+        assert layer.values.grad is not None
+
+    def test_without_numba_under_autocast(self, backend: str) -> None:
+        layer = self.make()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = layer(torch.ones(4, 20))
+        assert found.dtype == torch.float32
+
+    def test_writing_into_its_buffers_is_noticed(self) -> None:
+        """As an average of models does, or DistributedDataParallel."""
+        layer, other = self.make(), self.make()
+        inputs = torch.ones(4, 20)
+        layer(inputs)
+        with torch.no_grad():
+            for own, given in zip(layer.buffers(), other.buffers(), strict=True):
+                own.copy_(given)
+            layer.values.copy_(other.values)
+        torch.testing.assert_close(
+            layer(inputs), nn.functional.linear(inputs, layer.weight, layer.bias)
+        )
+
+    def test_replicas_that_were_given_one_state_stay_equal(self) -> None:
+        """What DistributedDataParallel broadcasts: Parameters and all buffers, in place."""
+        replicas = [self.make(), self.make()]
+        parts = [[*layer.parameters(), *layer.buffers()] for layer in replicas]
+        with torch.no_grad():
+            for one, other in zip(*parts, strict=True):
+                other.copy_(one)
+        optimizers = [self.wrap(layer) for layer in replicas]
+        for layer, opt in zip(replicas, optimizers, strict=True):
+            train(layer, opt, torch.ones(4, 20), 5)
+        assert_agree(optimizers[0], optimizers[1], 0.0)
+
+    def test_a_loaded_layer_knows_nothing_outside_b(self) -> None:
+        layer, other = self.make(), self.make()
+        other.load_state_dict(layer.state_dict())
+        assert int((topkast.dense_params(self.wrap(other))["values"] != 0).sum()) == 120
+
+    @pytest.mark.parametrize("way", ["deepcopy", "assign", "copy"])
+    def test_an_optimizer_finds_the_layer_of_its_values(self, way: str) -> None:
+        layer = self.make()
+        if way == "deepcopy":
+            layer = copy.deepcopy(layer)
+        elif way == "copy":
+            copy.copy(layer)
+        else:
+            layer.load_state_dict(self.make().state_dict(), assign=True)
+        assert topkast.summary(self.wrap(layer)).tensors[0].shape == (30, 20)
+
+    def test_a_failed_wrap_changes_nothing(self) -> None:
+        layer = self.make()
+        with pytest.raises(topkast.OptionError):
+            topkast.wrap_optimizer(
+                torch.optim.SGD(layer.named_parameters(), 0.1), fwd=0.9, bwd=0.8, dense="typo"
+            )
+        assert int((topkast.dense_params(self.wrap(layer))["values"] != 0).sum()) == 600
+
+    def test_tied_values_are_refused(self) -> None:
+        layer, other = self.make(), self.make()
+        with pytest.raises(topkast.MismatchError, match="another sparse layer"):
+            other.values = layer.values
+
+    def test_the_weight_can_be_differentiated(self) -> None:
+        layer, inputs = self.make(), torch.randn(4, 20)
+        (direct,) = torch.autograd.grad(layer(inputs).square().sum(), layer.values)
+        found = nn.functional.linear(inputs, layer.weight, layer.bias).square().sum()
+        torch.testing.assert_close(torch.autograd.grad(found, layer.values)[0], direct)
+
+    def test_low_precision_is_refused(self) -> None:
+        with pytest.raises(topkast.UnsupportedTensorError, match="bfloat16"):
+            self.make(dtype=torch.bfloat16)
+
+    def test_a_layer_converted_to_low_precision_is_told(self) -> None:
+        with pytest.raises(topkast.MismatchError, match=r"converted to torch\.float16"):
+            self.make().half()(torch.ones(4, 20).half())
+
+    def test_there_must_be_something_sparse_to_save(self, tmp_path: Path) -> None:
+        with pytest.raises(topkast.MismatchError, match="no sparse layer"):
+            topkast_torch.save_forward(nn.Linear(3, 3), tmp_path / "file")
+
+    def test_inputs_by_name(self) -> None:
+        layer = self.make()
+        assert layer(input=torch.ones(4, 20)).shape == (4, 30)
+
+    def test_a_model_made_dense_leaves_its_optimizer_readable(self) -> None:
+        model, opt, inputs = prepare("mlp")
+        topkast.sparsify(model, opt)
+        train(model, opt, inputs, 2)
+        state = opt.state_dict()
+        topkast.densify(model)
+        assert topkast.summary(opt).updates == 2
+        opt.load_state_dict(state)
+        for use in (lambda: train(model, opt, inputs, 1), lambda: topkast.sparsify(model, opt)):
+            with pytest.raises(topkast.MismatchError, match=r"made dense by topkast\.densify"):
+                use()
+
+    def test_sparsified_layers_leave_no_hook_behind(self) -> None:
+        model, opt, _ = prepare("mlp")
+        weights = [param for name, param in model.named_parameters() if "weight" in name]
+        topkast.sparsify(model, opt)
+        assert not any(weight._post_accumulate_grad_hooks for weight in weights)
+
+    def test_a_layer_with_a_forward_of_its_own_stays(self) -> None:
+        model, opt, inputs = prepare("mlp")
+        layer: Any = model.get_submodule("0")
+        layer.forward = lambda x: nn.functional.linear(x, layer.weight, layer.bias)
+        report = topkast.sparsify(model, opt)
+        assert "forward function was replaced" in report.layers[0].reason
+        train(model, opt, inputs, 2)
