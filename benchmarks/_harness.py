@@ -29,6 +29,11 @@ class Timing:
     least_ratio: float
     most_ratio: float
 
+    def divided(self, count: int) -> Timing:
+        """That of one, where so many were timed together."""
+        times = self.median / count, self.least / count, self.most / count
+        return Timing(*times, self.ratio, self.least_ratio, self.most_ratio)
+
 
 def interleave(
     sides: Mapping[str, Callable[[], Any]], *, rounds: int, warm_up: int = 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +26,6 @@ from topkast.kernels import (
     sampled_product,
     tile_width,
     unfold,
-    unpack,
 )
 
 Array = np.ndarray[Any, Any]
@@ -80,6 +81,9 @@ def test_multiply(problem: Problem) -> None:
     multiply(problem.layout(), problem.values, x, out, bias=problem.bias)
     expected = problem.x @ problem.dense.T + problem.bias
     np.testing.assert_allclose(out[:, : problem.batch].T, expected, **tolerance(problem))
+    rows = np.full((problem.batch, problem.shape[0]), np.nan, x.dtype)
+    multiply(problem.layout(), problem.values, x, rows, bias=problem.bias, by_row=True)
+    np.testing.assert_array_equal(rows, out[:, : problem.batch].T)
 
 
 @given(problems)
@@ -103,12 +107,16 @@ def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
     problem = Problem((300, 200), 300, 0.1, np.float32, 1)
     x, y = tiles_of(problem.x), tiles_of(problem.y)
 
-    def products(count: int) -> tuple[Array, Array]:
-        out = np.empty((300, x.shape[0] * x.shape[2]), np.float32)
+    def products(count: int) -> tuple[Array, ...]:
+        out, rows = (
+            np.empty((300, x.shape[0] * x.shape[2]), np.float32),
+            np.empty((300, 300), np.float32),
+        )
         gradient = np.empty(len(problem.rows), np.float32)
         multiply(problem.layout(), problem.values, x, out, threads=count)
+        multiply(problem.layout(), problem.values, x, rows, by_row=True, threads=count)
         sampled_product(problem.layout(runs=True), y, x, gradient, threads=count)
-        return out, gradient
+        return out, rows, gradient
 
     for found, expected in zip(products(threads), products(1), strict=True):
         np.testing.assert_array_equal(found, expected)
@@ -127,16 +135,29 @@ def test_blocks_wider_than_the_numbers_of_columns_in_them() -> None:
 
 
 @given(st.integers(1, 150), st.integers(1, 90), st.sampled_from(DTYPES), st.sampled_from([16, 64]))
-def test_pack_and_unpack(batch: int, features: int, dtype: Any, width: int) -> None:
+def test_pack(batch: int, features: int, dtype: Any, width: int) -> None:
     rows = np.random.default_rng(0).standard_normal((batch, features)).astype(dtype)
     tiles = np.full((-(-batch // width), features, width), np.nan, dtype)
     pack(rows, tiles)
     columns = np.ascontiguousarray(tiles.transpose(1, 0, 2).reshape(features, -1))
     np.testing.assert_array_equal(columns[:, :batch], rows.T)
     assert not columns[:, batch:].any()
-    back = np.full_like(rows, np.nan)
-    unpack(columns, back)
-    np.testing.assert_array_equal(back, rows)
+
+
+def test_a_copied_layout_works_without_the_original() -> None:
+    problem = Problem((60, 40), 20, 0.3, np.float64, 1)
+    layouts = [copy.deepcopy(problem.layout()), pickle.loads(pickle.dumps(problem.layout()))]
+    used = problem.layout()
+    x, out = tiles_of(problem.x), np.empty((20, 60))
+    multiply(used, problem.values, x, out, by_row=True)  # which remembers where its arrays are
+    layouts.append(copy.deepcopy(used))
+    del used
+    for layout in layouts:
+        found = np.full_like(out, np.nan)
+        multiply(layout, problem.values, x, found, by_row=True)
+        np.testing.assert_array_equal(found, out)
+        arrays = layout._arrays
+        assert layout._numbers[3:] == tuple(array.ctypes.data for array in arrays)
 
 
 @given(
@@ -195,6 +216,11 @@ class TestBadInput:
         ):
             with pytest.raises(ValueError, match=r"must be contiguous and of|a tile cannot"):
                 multiply(layout, compact, x, out, bias=bias)
+        rows = np.zeros((self.x.shape[0] * self.x.shape[2] + 1, layout.rows), np.float32)
+        with pytest.raises(ValueError, match="rows from 1 tiles of"):
+            multiply(layout, values, self.x, rows, by_row=True)
+        with pytest.raises(ValueError, match="must be contiguous and of"):
+            multiply(layout, values, self.x, rows[:4, 1:], by_row=True)
         with pytest.raises(ValueError, match="must be contiguous and of"):
             sampled_product(self.problem.layout(runs=True), self.x, self.x, values.copy())
 
@@ -214,8 +240,6 @@ class TestBadInput:
     def test_packing(self) -> None:
         with pytest.raises(ValueError, match="cannot pack"):
             pack(self.problem.x, self.x[:, 1:].copy())
-        with pytest.raises(ValueError, match="cannot unpack"):
-            unpack(self.out[1:].copy(), self.problem.y)
         with pytest.raises(TypeError, match="float32 or float64"):
             pack(self.problem.x, self.x.astype(np.float64))
 

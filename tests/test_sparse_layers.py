@@ -128,6 +128,17 @@ class TestInputs:
                 layer(given), nn.functional.linear(given, layer.weight, layer.bias)
             )
 
+    @pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 6)])
+    def test_outputs_and_gradients_may_be_viewed(
+        self, backend: str, shape: tuple[int, ...]
+    ) -> None:
+        layer = topkast_torch.SparseLinear(6, 9, fwd=0.8, bwd=0.6)
+        inputs = torch.randn(shape, requires_grad=True)
+        found = layer(inputs)
+        (slope,) = torch.autograd.grad(found.view(-1).sum(), inputs)
+        assert found.is_contiguous()
+        assert slope.is_contiguous()
+
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks
     def test_compiled_models(self) -> None:
         model, opt, inputs = prepare("mlp")

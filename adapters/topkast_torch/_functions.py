@@ -15,16 +15,11 @@ _WHOLE = Window((1, 1), (1, 1), (1, 1))  # a place sees itself, in all channels
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def multiply(
-    x: Tensor, values: Tensor, bias: Tensor | None, products: Products, *, by_row: bool
-) -> Tensor:
-    """The product x · Wᵀ + bias with W on A, for x of shape (batch, features); gradients on B.
-
-    The result lies in memory by row if `by_row`; the gradient of x as x does.
-    """
+def multiply(x: Tensor, values: Tensor, bias: Tensor | None, products: Products) -> Tensor:
+    """The product x · Wᵀ + bias with W on A, for x of shape (batch, features); gradients on B."""
     with torch.autocast(x.device.type, enabled=False):
         found: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-            x, values, bias, products, by_row
+            x, values, bias, products
         )
     return found
 
@@ -51,16 +46,11 @@ class _Product(torch.autograd.Function):
         values: Tensor,
         bias: Tensor | None,
         products: Products,
-        by_row: bool,
     ) -> Tensor:
         packed = products.pack(x)
-        context.products, context.batch, context.by_row = products, len(x), x.is_contiguous()
+        context.products, context.batch = products, len(x)
         context.save_for_backward(packed, values)
-        found = products.forward(values.detach().view(-1), packed, bias, len(x), by_row=by_row)
-        if found._is_view():  # which no operation in place may follow
-            place = found.untyped_storage(), found.storage_offset(), found.shape, found.stride()
-            found = found.new_empty(0).set_(*place)
-        return found
+        return products.forward(values.detach().view(-1), packed, bias, len(x), by_row=True)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -71,13 +61,11 @@ class _Product(torch.autograd.Function):
         for_x = for_values = None
         packed_slope = products.pack(slope) if wanted[0] or wanted[1] else slope
         if wanted[0]:
-            for_x = products.input_gradient(
-                values.view(-1), packed_slope, batch, by_row=context.by_row
-            )
+            for_x = products.input_gradient(values.view(-1), packed_slope, batch, by_row=True)
         if wanted[1]:
             for_values = torch.empty_like(values)
             products.weight_gradient(packed_slope, packed, for_values.view(-1), add=False)
-        return for_x, for_values, slope.sum(0) if wanted[2] else None, None, None
+        return for_x, for_values, slope.sum(0) if wanted[2] else None, None
 
 
 class _Convolution(torch.autograd.Function):

@@ -92,10 +92,8 @@ class SparseLinear(SparseLayer):
                 f"{tuple(inputs.shape)}"
             )
         rows = inputs.reshape(math.prod(leading), features)
-        # Two dimensions are by column in memory, as the next layer wants them; more may be viewed.
-        by_row = len(leading) != 1
-        found: Tensor = multiply(rows, self.values, self.bias, self.products, by_row=by_row)
-        return found.view(*leading, self.out_features) if by_row else found
+        found: Tensor = multiply(rows, self.values, self.bias, self.products)
+        return found.view(*leading, self.out_features)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

@@ -146,17 +146,14 @@ class _CompiledProducts:
     def _multiply(
         layout: Any, values: Tensor, x: Tensor, bias: Tensor | None, batch: int, by_row: bool
     ) -> Tensor:
-        from topkast.kernels import multiply, unpack
+        from topkast.kernels import multiply
 
         tiles, _, width = x.shape
-        found = x.new_empty(layout.rows, tiles * width)
+        shape = (batch, layout.rows) if by_row else (layout.rows, tiles * width)
+        found = x.new_empty(shape)
         given = None if bias is None else bias.numpy()
-        multiply(layout, values.numpy(), x.numpy(), found.numpy(), bias=given)
-        if not by_row:
-            return found[:, :batch].t()
-        rows = x.new_empty(batch, layout.rows)
-        unpack(found.numpy(), rows.numpy())
-        return rows
+        multiply(layout, values.numpy(), x.numpy(), found.numpy(), bias=given, by_row=by_row)
+        return found if by_row else found[:, :batch].t()
 
 
 class _TorchProducts:

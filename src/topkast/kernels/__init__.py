@@ -9,7 +9,7 @@ need stays in the first cache; a :class:`Layout` orders the entries of a set to 
 
 from topkast.kernels._images import fold, unfold
 from topkast.kernels._layout import Layout, arrange
-from topkast.kernels._packing import pack, unpack
+from topkast.kernels._packing import pack
 from topkast.kernels._products import multiply, sampled_product, tile_width
 
 __all__ = [
@@ -21,5 +21,4 @@ __all__ = [
     "sampled_product",
     "tile_width",
     "unfold",
-    "unpack",
 ]

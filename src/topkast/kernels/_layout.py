@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -18,7 +20,8 @@ _CHUNK = 256  # rows at most, whose part of the output stays in the second cache
 _CHUNKS = 16  # at least, if there are rows: for that many threads there is work
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Layout:
     """Entries of a sparse matrix (`rows` × `width`), ordered for the caches.
 
     The rows are cut into chunks, which threads take one by one; the columns into blocks. A segment
@@ -59,7 +62,28 @@ class Layout(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return sum(part.nbytes for part in self if isinstance(part, np.ndarray))
+        return sum(array.nbytes for array in self._arrays)
+
+    @property
+    def _arrays(self) -> tuple[Vector, ...]:
+        return (
+            self.source,
+            self.columns,
+            self.segment_rows,
+            self.segment_columns,
+            self.segment_starts,
+            self.chunk_rows,
+            self.chunk_segments,
+        )
+
+    @cached_property
+    def _numbers(self) -> tuple[int, ...]:
+        """What the kernels are told: sizes and addresses."""
+        addresses = [array.ctypes.data for array in self._arrays]
+        return len(self.chunk_rows) - 1, self.rows, self.width, *addresses
+
+    def __reduce__(self) -> Any:  # a copy has other addresses
+        return type(self), (*self._arrays, self.rows, self.width, self.extent)
 
 
 def arrange(

@@ -1,4 +1,4 @@
-"""Activations by row, as most libraries keep them, to tiles and back."""
+"""Activations by row, as most libraries keep them, to tiles."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from numba import carray, cfunc, njit, types
 from topkast.kernels._layout import Vector
 from topkast.kernels._pool import transform
 from topkast.kernels._vector import VECTOR_BYTES, as_pointer, take_ticket, transpose_block
-
-_BAND = 64  # rows that a thread takes at a time
 
 
 def pack(rows: Vector, tiles: Vector, /, *, threads: int | None = None) -> None:
@@ -46,43 +44,8 @@ def pack(rows: Vector, tiles: Vector, /, *, threads: int | None = None) -> None:
     transform(_pack_single, _pack_double, rows, tiles, (count, batch, features, width), threads)
 
 
-def unpack(columns: Vector, rows: Vector, /, *, threads: int | None = None) -> None:
-    """What :func:`multiply` found, (features, columns), as (batch, features).
-
-    Parameters
-    ----------
-    columns, rows
-        Contiguous, float32 or float64; ``batch <= columns.shape[1]``.
-    threads
-        As for :func:`multiply`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As :func:`pack`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from topkast.kernels import unpack
-    >>> rows = np.empty((3, 2))
-    >>> unpack(np.asarray([[1.0, 3.0, 5.0, 0.0], [2.0, 4.0, 6.0, 0.0]]), rows)
-    >>> rows
-    array([[1., 2.],
-           [3., 4.],
-           [5., 6.]])
-    """
-    batch, features = rows.shape
-    height, stride = columns.shape
-    if height != features or stride < batch:
-        raise ValueError(f"cannot unpack {columns.shape} into {rows.shape}")
-    items = -(-batch // _BAND)
-    numbers = items, batch, features, stride
-    transform(_unpack_single, _unpack_double, columns, rows, numbers, threads)
-
-
 @njit  # type: ignore[untyped-decorator]
-def _transpose(source: Any, target: Any) -> None:
+def transpose(source: Any, target: Any) -> None:
     """Write the transpose of `source` into `target`, for matrices whose rows are contiguous."""
     height, width = source.shape
     side = VECTOR_BYTES // source.itemsize
@@ -115,22 +78,8 @@ def _pack(address: Any, kind: Any) -> None:
             break
         first = tile * width
         there = min(width, batch - first)
-        _transpose(rows[first : first + there], tiles[tile][:, :there])
+        transpose(rows[first : first + there], tiles[tile][:, :there])
         tiles[tile][:, there:] = 0
-
-
-@njit  # type: ignore[untyped-decorator]
-def _unpack(address: Any, kind: Any) -> None:
-    numbers = carray(as_pointer(address), 7, np.int64)
-    items, batch, features, stride = numbers[3], numbers[4], numbers[5], numbers[6]
-    columns = carray(as_pointer(numbers[1]), (features, stride), kind)
-    rows = carray(as_pointer(numbers[2]), (batch, features), kind)
-    while True:
-        item = take_ticket(address)
-        if item >= items:
-            break
-        first, last = item * _BAND, min(batch, (item + 1) * _BAND)
-        _transpose(columns[:, first:last], rows[first:last])
 
 
 _KERNEL = types.void(types.intp)
@@ -144,13 +93,3 @@ def _pack_single(address: Any) -> None:
 @cfunc(_KERNEL, cache=True)  # type: ignore[untyped-decorator]
 def _pack_double(address: Any) -> None:
     _pack(address, np.float64)
-
-
-@cfunc(_KERNEL, cache=True)  # type: ignore[untyped-decorator]
-def _unpack_single(address: Any) -> None:
-    _unpack(address, np.float32)
-
-
-@cfunc(_KERNEL, cache=True)  # type: ignore[untyped-decorator]
-def _unpack_double(address: Any) -> None:
-    _unpack(address, np.float64)

@@ -8,7 +8,8 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 
 from topkast.kernels._layout import Layout, Vector
-from topkast.kernels._pool import run
+from topkast.kernels._packing import transpose
+from topkast.kernels._pool import default_threads, run
 from topkast.kernels._vector import (
     AHEAD,
     VECTOR_BYTES,
@@ -24,6 +25,7 @@ from topkast.kernels._vector import (
     take_ticket,
 )
 
+_BAND = 16  # columns that are transposed at a time: as many pages are written to
 _OVERHEAD = 3  # what an entry costs in a tile, besides its vectors, in vectors
 
 
@@ -66,9 +68,10 @@ def multiply(
     /,
     *,
     bias: Vector | None = None,
+    by_row: bool = False,
     threads: int | None = None,
 ) -> None:
-    """``out = W · x + bias`` for a sparse matrix W.
+    """``out = W · x + bias`` for a sparse matrix W, or its transpose.
 
     Parameters
     ----------
@@ -79,9 +82,12 @@ def multiply(
     x
         Packed activations, (tiles, layout.width, width), contiguous.
     out
-        Where the result goes: (layout.rows, tiles · width), contiguous.
+        Where the result goes: (layout.rows, tiles · width), contiguous; `by_row` its transpose,
+        (batch, layout.rows) with ``batch <= tiles · width``.
     bias
         (layout.rows,)
+    by_row
+        Write rows of features, as most libraries keep them.
     threads
         None: as many as PyTorch uses, or one for each core. The result does not depend on it.
 
@@ -101,40 +107,44 @@ def multiply(
     >>> multiply(diagonal, np.asarray([2, 3], dtype="float32"), x, out)
     >>> out[:, 0]
     array([2., 3.], dtype=float32)
+    >>> rows = np.empty((1, 2), dtype="float32")
+    >>> multiply(diagonal, np.asarray([2, 3], dtype="float32"), x, rows, by_row=True)
+    >>> rows
+    array([[2., 3.]], dtype=float32)
     """
     tiles, _, width = x.shape
+    columns = len(out) if by_row else tiles * width
+    if columns > tiles * width:
+        raise ValueError(f"{columns} rows from {tiles} tiles of {width}")
     _check(
         values.dtype,
         ("values", values, (max(values.size, layout.extent),)),
         ("x", x, (tiles, layout.width, width)),
-        ("out", out, (layout.rows, tiles * width)),
+        ("out", out, (columns, layout.rows) if by_row else (layout.rows, columns)),
         *([] if bias is None else [("bias", bias, (layout.rows,))]),
     )
     if len(layout.source) != len(layout.columns) + AHEAD:
         raise ValueError("multiply needs a layout of arrange(..., runs=False)")
-    chunks = len(layout.chunk_rows) - 1
+    chunk = int(layout.chunk_rows[1]) if layout.rows else 0
+    count = threads or default_threads()
+    scratch = np.empty((count * chunk + 1 if by_row else 0, width), dtype=values.dtype)
     _start(
         _multiply_single if values.dtype == np.float32 else _multiply_double,
+        layout,
         (
-            tiles * chunks,
-            chunks,
+            tiles,
             _registers(width, values.dtype),
-            layout.rows,
-            layout.width,
             values,
-            layout.source,
-            layout.columns,
-            layout.segment_rows,
-            layout.segment_columns,
-            layout.segment_starts,
-            layout.chunk_rows,
-            layout.chunk_segments,
             x,
             out,
-            tiles * width,
+            columns,
             0 if bias is None else bias,
+            by_row,
+            scratch,
+            chunk,
+            0,
         ),
-        threads,
+        count,
     )
 
 
@@ -190,26 +200,10 @@ def sampled_product(
     )
     if len(layout.source) != len(layout.segment_rows):
         raise ValueError("sampled_product needs a layout of arrange(..., runs=True)")
-    chunks = len(layout.chunk_rows) - 1
     _start(
         _sample_single if out.dtype == np.float32 else _sample_double,
-        (
-            chunks,
-            tiles,
-            _registers(width, out.dtype),
-            layout.rows,
-            layout.width,
-            layout.source,
-            layout.columns,
-            layout.segment_rows,
-            layout.segment_columns,
-            layout.segment_starts,
-            layout.chunk_segments,
-            x,
-            y,
-            out,
-            accumulate,
-        ),
+        layout,
+        (tiles, _registers(width, out.dtype), x, y, out, accumulate),
         threads,
     )
 
@@ -237,13 +231,13 @@ def _registers(width: int, dtype: Any) -> int:
     return registers
 
 
-def _start(kernel: Any, arguments: tuple[Any, ...], threads: int | None) -> None:
+def _start(kernel: Any, layout: Layout, arguments: tuple[Any, ...], threads: int | None) -> None:
     """Hand a kernel numbers and the addresses of arrays, which live until it returns."""
     numbers = [
         argument.ctypes.data if isinstance(argument, np.ndarray) else argument
         for argument in arguments
     ]
-    run(kernel, np.asarray([0, *numbers], dtype=np.int64), threads)
+    run(kernel, np.asarray([0, *layout._numbers, *numbers], dtype=np.int64), threads)
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
@@ -253,37 +247,43 @@ def _integers(address: Any, count: Any) -> Any:
 
 @njit  # type: ignore[untyped-decorator]
 def _multiply(address: Any, kind: Any) -> None:
-    numbers = carray(as_pointer(address), 18, np.int64)
-    items, chunks, registers = numbers[1], numbers[2], numbers[3]
-    rows, width = numbers[4], numbers[5]
-    values, sources, columns = numbers[6], numbers[7], numbers[8]
-    x, out, stride, bias_at = numbers[14], numbers[15], numbers[16], numbers[17]
+    numbers = carray(as_pointer(address), 22, np.int64)
+    chunks, rows, width = numbers[1], numbers[2], numbers[3]
+    sources, columns = numbers[4], numbers[5]
+    tiles, registers, values = numbers[11], numbers[12], numbers[13]
+    x, out, extent, bias_at = numbers[14], numbers[15], numbers[16], numbers[17]
+    by_row, scratch, chunk_size = numbers[18], numbers[19], numbers[20]
     zero = kind(0)
-    chunk_rows = _integers(numbers[12], chunks + 1)
-    chunk_segments = _integers(numbers[13], chunks + 1)
+    chunk_rows = _integers(numbers[9], chunks + 1)
+    chunk_segments = _integers(numbers[10], chunks + 1)
     segments = chunk_segments[chunks]
-    segment_rows = _integers(numbers[9], segments)
-    segment_columns = _integers(numbers[10], segments)
-    starts = _integers(numbers[11], segments + 1)
+    segment_rows = _integers(numbers[6], segments)
+    segment_columns = _integers(numbers[7], segments)
+    starts = _integers(numbers[8], segments + 1)
     bias = carray(as_pointer(bias_at), rows, kind)
-    result = carray(as_pointer(out), (rows, stride), kind)
+    size = bias.itemsize
     tile_bytes = registers * VECTOR_BYTES
-    lanes = tile_bytes // result.itemsize
-    stride_bytes = stride * result.itemsize
+    lanes = tile_bytes // size
+    turned = carray(as_pointer(out), (extent, rows), kind)
+    # A thread computes its part of the output in place, or in memory of its own to be transposed.
+    slot = take_ticket(address + 21 * 8)
+    own = -(-scratch // VECTOR_BYTES) * VECTOR_BYTES + slot * chunk_size * tile_bytes
+    stride = lanes if by_row else extent
     while True:
         item = take_ticket(address)
-        if item >= items:
+        if item >= tiles * chunks:
             break
         place, chunk = item // chunks, item % chunks
-        for row in range(chunk_rows[chunk], chunk_rows[chunk + 1]):
-            first = bias[row] if bias_at else zero
-            result[row, place * lanes : (place + 1) * lanes] = first
+        first, last = chunk_rows[chunk], chunk_rows[chunk + 1]
+        here = own if by_row else out + place * tile_bytes + first * stride * size
+        part = carray(as_pointer(here), (last - first, stride), kind)
+        for row in range(first, last):
+            part[row - first, :lanes] = bias[row] if bias_at else zero
         tile_x = x + place * width * tile_bytes
-        tile_out = out + place * tile_bytes
         for segment in range(chunk_segments[chunk], chunk_segments[chunk + 1]):
             start, stop = starts[segment], starts[segment + 1]
             tile = tile_x + segment_columns[segment] * tile_bytes
-            target = tile_out + segment_rows[segment] * stride_bytes
+            target = here + (segment_rows[segment] - first) * stride * size
             if registers == 8:
                 row_product_8(zero, values, sources, columns, start, stop, tile, target)
             elif registers == 4:
@@ -292,21 +292,27 @@ def _multiply(address: Any, kind: Any) -> None:
                 row_product_2(zero, values, sources, columns, start, stop, tile, target)
             else:
                 row_product_1(zero, values, sources, columns, start, stop, tile, target)
+        if by_row:
+            there = min(lanes, extent - place * lanes)
+            for column in range(0, there, _BAND):
+                stop = min(there, column + _BAND)
+                target_rows = turned[place * lanes + column : place * lanes + stop, first:last]
+                transpose(part[:, column:stop], target_rows)
 
 
 @njit  # type: ignore[untyped-decorator]
 def _sample(address: Any, kind: Any) -> None:
-    numbers = carray(as_pointer(address), 16, np.int64)
-    chunks, tiles, registers = numbers[1], numbers[2], numbers[3]
-    rows, width, columns = numbers[4], numbers[5], numbers[7]
-    x, y, out_at = numbers[12], numbers[13], numbers[14]
+    numbers = carray(as_pointer(address), 17, np.int64)
+    chunks, rows, width, columns = numbers[1], numbers[2], numbers[3], numbers[5]
+    tiles, registers = numbers[11], numbers[12]
+    x, y, out_at, accumulate = numbers[13], numbers[14], numbers[15], numbers[16]
     zero = kind(0)
-    chunk_segments = _integers(numbers[11], chunks + 1)
+    chunk_segments = _integers(numbers[10], chunks + 1)
     segments = chunk_segments[chunks]
-    sources = _integers(numbers[6], segments)
-    segment_rows = _integers(numbers[8], segments)
-    segment_columns = _integers(numbers[9], segments)
-    starts = _integers(numbers[10], segments + 1)
+    sources = _integers(numbers[4], segments)
+    segment_rows = _integers(numbers[6], segments)
+    segment_columns = _integers(numbers[7], segments)
+    starts = _integers(numbers[8], segments + 1)
     out = carray(as_pointer(out_at), starts[segments], kind)
     tile_bytes = registers * VECTOR_BYTES
     while True:
@@ -314,7 +320,7 @@ def _sample(address: Any, kind: Any) -> None:
         if chunk >= chunks:
             break
         first, last = chunk_segments[chunk], chunk_segments[chunk + 1]
-        for segment in range(first, first if numbers[15] else last):
+        for segment in range(first, first if accumulate else last):
             start = sources[segment]
             out[start : start + starts[segment + 1] - starts[segment]] = zero
         for tile in range(tiles):
