@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from pathlib import Path
 
 import nox
+import nox.virtualenv
 
 nox.needs_version = ">=2025.2"
 nox.options.sessions = ["tests", "lint", "docs"]
@@ -72,6 +75,60 @@ def docs(session: nox.Session) -> None:
     """The documentation, into docs/_build/html; warnings are errors."""
     install(session, "-e", ".[docs]")
     session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
+
+
+def find_gpu(session: nox.Session) -> None:
+    """End the session as skipped where there is no GPU."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        session.skip("no GPU: NVIDIA's driver is not installed")
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        session.skip("no GPU: NVIDIA's driver finds none")
+
+
+def prepare_for_gpu(session: nox.Session) -> dict[str, str]:
+    """Install all three libraries for CUDA 12; returns what to set in the environment.
+
+    Under ``nox --no-venv`` nothing is installed: the sources are used, beside what an installation
+    would say of them.
+    """
+    # JAX takes most of the memory by default, which the others need too.
+    env = {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if not isinstance(session.virtualenv, nox.virtualenv.PassthroughEnv):
+        session.install("torch", "jax[cuda12]", "cupy-cuda12x[ctk]")
+        session.install("-e", ".[demo,jax,testing,torch]", *TEST)
+        return env
+    folder = Path(session.create_tmp())
+    described = folder / "topkast-0.dist-info"
+    described.mkdir(exist_ok=True)
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: topkast\nVersion: 0\n")
+    lines = []
+    for group, entries in PROJECT["project"]["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {target}" for name, target in entries.items())]
+    (described / "entry_points.txt").write_text("\n".join(lines))
+    root = Path(__file__).parent
+    places = [root / "src", root / "adapters", folder]
+    return env | {"PYTHONPATH": os.pathsep.join(map(str, places))}
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """What needs a GPU, in CuPy, PyTorch and JAX; `nox --no-venv -s gpu` installs nothing."""
+    find_gpu(session)
+    env = prepare_for_gpu(session)
+    paths = session.posargs or ["tests/test_gpu.py"]
+    session.run("python", "-m", "pytest", "-m", "gpu", *paths, env=env, external=True)
+
+
+@nox.session
+def gpu_bench(session: nox.Session) -> None:
+    """Benchmarks on a GPU, into benchmarks/results/<device>.json and .md."""
+    find_gpu(session)
+    env = prepare_for_gpu(session)
+    script = os.path.join("benchmarks", "gpu.py")
+    session.run("python", script, *session.posargs, env=env, external=True)
 
 
 @nox.session

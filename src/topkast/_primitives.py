@@ -6,8 +6,10 @@ program that has imported that library already.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from importlib.metadata import entry_points
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from array_api_compat import (
@@ -23,6 +25,9 @@ Array: TypeAlias = Any  # an array of any library of the array-API standard
 Namespace: TypeAlias = Any  # its namespace
 T = TypeVar("T")
 
+# Under this name an adapter registers a function that returns its FastPaths, by the library's name.
+PATHS = "topkast.primitives"
+
 # What JAX need not check of our indices.
 _IN_ORDER: dict[str, Any] = {
     "indices_are_sorted": True,
@@ -30,6 +35,52 @@ _IN_ORDER: dict[str, Any] = {
     "mode": "promise_in_bounds",
     "wrap_negative_indices": False,
 }
+
+
+class FastPaths(Protocol):
+    """What an adapter does better for arrays of its library than the standard's functions can."""
+
+    def check(self, name: str, array: Array) -> None:
+        """Raise an error that names `array`, if these paths cannot work on it."""
+
+    def largest(self, flat: Array, count: int) -> tuple[Array, Array]:
+        """Ascending indices of the `count` largest magnitudes of a vector, and its entries there.
+
+        Ties go to the lower index. Raises :class:`topkast.NonFiniteError`.
+        """
+
+    def largest_flags(self, flat: Array, count: int) -> Array:
+        """The same as flags (n,)."""
+
+    def true_indices(self, mask: Array, count: int) -> Array:
+        """As the function of this module."""
+
+    def put(self, flat: Array, indices: Array, values: Array) -> None:
+        """Write `values` at `indices` into the vector `flat`, in place."""
+
+    def step(
+        self, rule: Any, blocks: Any, grads: Any, state: Any, params: Any, options: Any
+    ) -> tuple[dict[str, Array], Any] | None:
+        """The next parameters and the rule's next state, or None for a rule of others."""
+
+
+def fast_paths(array: Array) -> FastPaths | None:
+    """Those of the library of an array, if an adapter brings some."""
+    for is_of_library, name in _WITH_PATHS:
+        if is_of_library(array):
+            return _load_paths(name)
+    return None
+
+
+_WITH_PATHS: list[tuple[Callable[[Any], bool], str]] = [(is_cupy_array, "cupy")]
+
+
+@functools.cache
+def _load_paths(name: str) -> FastPaths | None:
+    for entry in entry_points(group=PATHS, name=name):
+        paths: FastPaths = entry.load()()
+        return paths
+    return None
 
 
 def host_view(array: Array) -> np.ndarray[Any, Any] | None:
@@ -80,6 +131,14 @@ def device(array: Array) -> Any:
     return _xla.beside(array)
 
 
+def counter(beside: Array) -> Array:
+    """A 0-d int32 zero that can be read without waiting for a device, for arrays like `beside`."""
+    if is_cupy_array(beside):
+        return np.zeros((), dtype=np.int32)
+    xp = array_namespace(beside)
+    return xp.zeros((), dtype=xp.int32, device="cpu" if is_torch_array(beside) else device(beside))
+
+
 def index_dtype(xp: Namespace, place: Any = None) -> Any:
     """The library's own dtype for indices (int64; int32 in JAX unless 64 bits are enabled)."""
     return xp.__array_namespace_info__().default_dtypes(device=place)["indexing"]
@@ -104,11 +163,15 @@ def scatter(values: Array, indices: Array, size: int, fill: float) -> Array:
     """
     xp = array_namespace(values, indices)
     base = xp.full((size,), fill, dtype=values.dtype, device=device(values))
+    paths = fast_paths(values)
+    if paths is not None:
+        paths.put(base, indices, values)
+        return base
     if is_torch_array(values):
         return base.scatter_(0, indices, values)
     if is_jax_array(values):
         return base.at[indices].set(values, **_IN_ORDER)
-    if is_numpy_array(values) or is_cupy_array(values):
+    if is_numpy_array(values):
         base[indices] = values
         return base
     place = xp.searchsorted(indices, xp.arange(size, dtype=indices.dtype))
@@ -124,9 +187,13 @@ def put(flat: Array, indices: Array, values: Array) -> Array:
     if is_torch_array(flat):
         return flat.scatter(0, indices, values)
     xp = array_namespace(flat)
-    if is_numpy_array(flat) or is_cupy_array(flat):
+    paths = fast_paths(flat)
+    if paths is not None or is_numpy_array(flat):
         copy = xp.asarray(flat, copy=True)
-        copy[indices] = values
+        if paths is not None:
+            paths.put(copy, indices, values)
+        else:
+            copy[indices] = values
         return copy
     everywhere = xp.ones(indices.shape[0], dtype=xp.bool, device=device(flat))
     inside = scatter(everywhere, indices, flat.shape[0], False)
@@ -142,6 +209,11 @@ def true_indices(mask: Array, count: int) -> Array:
         from topkast import _xla
 
         return _xla.true_indices(mask, count)
+    paths = fast_paths(mask)
+    if paths is not None:
+        return paths.true_indices(mask, count)
+    if is_torch_array(mask):
+        return mask.nonzero().view(-1)
     xp = array_namespace(mask)
     dtype = index_dtype(xp, device(mask))
     seen = xp.cumulative_sum(xp.astype(mask, dtype), dtype=dtype)

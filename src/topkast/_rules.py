@@ -87,7 +87,7 @@ class SGD:
         self, grads: Mapping[str, Array], state: SGDState, params: Mapping[str, Array], /
     ) -> tuple[Arrays, SGDState]:
         """What to add to the parameters, and the next state."""
-        lr = _learning_rate(self.lr, state.step)
+        lr = learning_rate(self.lr, state.step)
         slopes = _with_decay(grads, params, self.weight_decay)
         velocity: Arrays = {}
         if self.momentum:
@@ -160,7 +160,7 @@ class Adam:
         self, grads: Mapping[str, Array], state: AdamState, params: Mapping[str, Array], /
     ) -> tuple[Arrays, AdamState]:
         """What to add to the parameters, and the next state."""
-        lr = _learning_rate(self.lr, state.step)
+        lr = learning_rate(self.lr, state.step)
         step = state.step + 1
         beta1, beta2 = self.betas
         slopes = dict(grads) if self.decoupled else _with_decay(grads, params, self.weight_decay)
@@ -169,8 +169,8 @@ class Adam:
             xp = array_namespace(slope)
             mean[name] = state.mean[name] * beta1 + slope * (1 - beta1)
             square[name] = state.square[name] * beta2 + slope * slope * (1 - beta2)
-            scale = lr / _bias_correction(beta1, step, slope.dtype)
-            root = xp.sqrt(_bias_correction(beta2, step, slope.dtype))
+            scale = lr / bias_correction(beta1, step, slope.dtype)
+            root = xp.sqrt(bias_correction(beta2, step, slope.dtype))
             steps[name] = -scale * (mean[name] / (xp.sqrt(square[name]) / root + self.eps))
             if self.decoupled and self.weight_decay:
                 steps[name] = steps[name] - lr * self.weight_decay * params[name]
@@ -215,7 +215,8 @@ def _zeros(params: Mapping[str, Array]) -> Arrays:
     return {name: array_namespace(param).zeros_like(param) for name, param in params.items()}
 
 
-def _learning_rate(lr: LearningRate, step: Array) -> Any:
+def learning_rate(lr: LearningRate, step: Array) -> Any:
+    """The rate of the step after so many."""
     return lr(step) if callable(lr) else lr
 
 
@@ -225,7 +226,7 @@ def _with_decay(grads: Mapping[str, Array], params: Mapping[str, Array], factor:
     return {name: grad + factor * params[name] for name, grad in grads.items()}
 
 
-def _bias_correction(beta: float, step: Array, dtype: Any) -> Array:
+def bias_correction(beta: float, step: Array, dtype: Any) -> Array:
     """1 - β^t. By way of expm1: in float32, 1 - 0.999 has lost four of its seven digits."""
     xp = array_namespace(step)
     if beta == 0:

@@ -5,13 +5,22 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from array_api_compat import array_namespace, is_jax_array, is_numpy_array
+from array_api_compat import array_namespace, is_jax_array, is_numpy_array, is_torch_array
 
 from topkast._distribution import as_written, kept_count
 from topkast._errors import NonFiniteError, UnsupportedTensorError
 from topkast._host import largest_flags, largest_on_host
 from topkast._options import Explore, check_sparsities
-from topkast._primitives import Array, device, host_view, index_dtype, is_traced, like, true_indices
+from topkast._primitives import (
+    Array,
+    device,
+    fast_paths,
+    host_view,
+    index_dtype,
+    is_traced,
+    like,
+    true_indices,
+)
 from topkast._random import uniform
 
 
@@ -119,8 +128,12 @@ def select_counts(
         )
     if backward == 0:
         return Support(xp.zeros(0, dtype=dtype), xp.zeros(0, dtype=xp.bool))
+    paths = fast_paths(work)
     if explore == "random":
         support = _random_support(work, forward, backward, seed, round_)
+    elif paths is not None:
+        indices, magnitudes = paths.largest(work, backward)
+        support = Support(indices, paths.largest_flags(magnitudes, forward))
     elif is_numpy_array(work):
         indices, magnitudes = largest_on_host(work, backward)
         support = Support(indices, largest_flags(magnitudes, forward))
@@ -146,6 +159,9 @@ def _random_support(
 
 
 def _flags(flat: Array, count: int) -> Array:
+    paths = fast_paths(flat)
+    if paths is not None:
+        return paths.largest_flags(flat, count)
     if is_numpy_array(flat):
         return largest_flags(flat, count)
     return _largest(_rank_keys(flat), count)
@@ -158,7 +174,10 @@ def _largest(keys: Array, count: int) -> Array:
 
         return _xla.largest_flags(keys, count)
     xp = array_namespace(keys)
-    threshold = xp.sort(keys)[keys.shape[0] - count]
+    if is_torch_array(keys):  # on an accelerator, by radix selection; on the host NumPy does it
+        threshold = keys.topk(count, sorted=False).values.amin()
+    else:
+        threshold = xp.sort(keys)[keys.shape[0] - count]
     above = keys > threshold
     ties = keys == threshold
     dtype = index_dtype(xp, device(keys))

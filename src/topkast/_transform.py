@@ -14,14 +14,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, is_jax_array
 
 from topkast._compact import gather, move, scatter
 from topkast._errors import MismatchError, UnsupportedTensorError
 from topkast._exploration import exploration_gradient
 from topkast._options import Options, check_patterns, kept_dense
 from topkast._plan import Block, plan
-from topkast._primitives import Array, device, may_hold, put, when, where
+from topkast._primitives import (
+    Array,
+    counter,
+    device,
+    fast_paths,
+    is_traced,
+    may_hold,
+    put,
+    when,
+    where,
+)
 from topkast._selection import Support
 from topkast._state import Arrays, TopKASTState, Visit, map_dictionaries
 
@@ -70,7 +80,7 @@ class TopKASTTransform:
         }
         some = next(iter(params.values()))
         return TopKASTState(
-            array_namespace(some).zeros((), dtype=array_namespace(some).int32, device=device(some)),
+            counter(some),
             supports,
             {block.key: block.no_change(supports[block.key].indices) for block in blocks},
             self.inner.init(_compact(blocks, params, supports)),
@@ -137,6 +147,14 @@ class TopKASTTransform:
 
         Raises as :meth:`update`.
         """
+        paths = fast_paths(next(iter(params.values()))) if params and not extra else None
+        if paths is not None:
+            blocks = self.check(grads, params, state)
+            outcome = paths.step(self.inner, blocks, grads, state, params, self.options)
+            if outcome is not None:
+                found, inner = outcome
+                state = state._replace(updates=_increment(state.updates), inner=inner)
+                return found, self._refresh_if_due(blocks, state, lambda: found)
         blocks, values, steps, inner = self._advance(grads, state, params, extra)
         stepped = apply_updates(values, steps)
         moved = {name: stepped[name] for name in params if name in stepped}
@@ -172,6 +190,8 @@ class TopKASTTransform:
             )
             if self.options.explore_until is not None:
                 exploring = state.updates < self.options.explore_until
+                if not is_traced(exploring):
+                    exploring = bool(exploring)
                 live[key] = array_namespace(values[key]).reshape(
                     support.active | exploring, block.compact_shape
                 )
@@ -209,6 +229,10 @@ class TopKASTTransform:
                 array.dtype, ("real floating", "complex floating")
             ):
                 raise UnsupportedTensorError(f"{name}: weights must be floats, got {array.dtype}")
+            paths = fast_paths(array)
+            if paths is not None:
+                paths.check(name, array)
+        _check_together(params)
         check_patterns(params, self.options.dense)
         dense = kept_dense(params, self.options.dense)
         shapes = {name: tuple(params[name].shape) for name in params if name not in dense}
@@ -313,11 +337,25 @@ def _check_same(grads: Mapping[str, Array], params: Mapping[str, Array]) -> None
         raise MismatchError(f"grads and params have different names: {odd} are in one alone")
     for name, grad in grads.items():
         param = params[name]
+        _check_together({name: param, f"the gradient of {name}": grad})
         if tuple(grad.shape) != tuple(param.shape) or grad.dtype != param.dtype:
             raise MismatchError(
                 f"{name}: the gradient is {grad.dtype}{tuple(grad.shape)}, the parameter "
                 f"{param.dtype}{tuple(param.shape)}"
             )
+
+
+def _check_together(arrays: Mapping[str, Array]) -> None:
+    """Raise :class:`MismatchError` unless all are of one library and on one device."""
+    (first, one), *others = arrays.items()
+    for name, other in others:
+        try:
+            array_namespace(one, other)
+        except TypeError:
+            kinds = [f"{type(array).__module__}.{type(array).__name__}" for array in (one, other)]
+            raise MismatchError(f"{first} is a {kinds[0]} and {name} a {kinds[1]}") from None
+        if not is_jax_array(one) and device(one) != device(other):
+            raise MismatchError(f"{first} is on {device(one)} and {name} on {device(other)}")
 
 
 def _check_plan(blocks: list[Block], state: TopKASTState) -> None:

@@ -1,0 +1,10 @@
+"""Top-KAST on CuPy arrays: CUDA kernels, which the core finds by itself when it sees such an array.
+
+``topkast.wrap_optimizer(topkast.AdamW(1e-3), fwd=0.9, bwd=0.8)`` works on a dictionary of CuPy
+arrays as on one of NumPy arrays. What is here for users is :func:`why_unavailable`.
+"""
+
+from topkast_cupy._module import why_unavailable
+from topkast_cupy._paths import FastPaths, load
+
+__all__ = ["FastPaths", "load", "why_unavailable"]

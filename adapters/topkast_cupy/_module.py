@@ -1,0 +1,70 @@
+"""The CUDA source, compiled for one size of number and launched on the stream of the moment."""
+
+from __future__ import annotations
+
+import functools
+from importlib.resources import files
+from typing import Any, Protocol
+
+THREADS = 256  # of a block; kernels.cu has it too
+
+
+class Module(Protocol):
+    """The kernels of kernels.cu, compiled for weights of so many bits."""
+
+    def launch(self, name: str, blocks: int, *arguments: Any) -> None:
+        """Start a kernel on so many blocks. Arguments are arrays, 0-d arrays, int, float, None."""
+
+
+def source() -> str:
+    """What is compiled."""
+    return (files("topkast_cupy") / "kernels.cu").read_text()
+
+
+class CudaModule:
+    """Compiled by NVRTC at the first launch, and once for each device."""
+
+    def __init__(self, bits: int) -> None:
+        import cupy
+
+        options = ("--std=c++17", f"-DVALUE_BITS={bits}")
+        self._module = cupy.RawModule(code=source(), options=options)
+
+    def launch(self, name: str, blocks: int, *arguments: Any) -> None:
+        given = tuple(0 if argument is None else argument for argument in arguments)
+        self._module.get_function(name)((blocks,), (THREADS,), given)
+
+
+def why_unavailable() -> str | None:
+    """Why CuPy cannot be used here, as one sentence; None where it can.
+
+    Without a GPU CuPy can be imported, and the first array that it makes fails.
+
+    Examples
+    --------
+    >>> import topkast_cupy
+    >>> if topkast_cupy.why_unavailable():
+    ...     import numpy as xp
+    ... else:
+    ...     import cupy as xp
+    """
+    try:
+        import cupy
+    except ImportError as error:
+        return (
+            f"CuPy is not installed ({error}): pip install 'topkast[cupy]' for CUDA 12, "
+            "'topkast[cupy13]' for CUDA 13"
+        )
+    try:
+        if cupy.cuda.runtime.getDeviceCount():
+            return None
+        error_text = "none is visible"
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        error_text = str(error)
+    return f"CuPy {cupy.__version__} is installed and finds no CUDA device: {error_text}"
+
+
+@functools.cache
+def cuda_module(bits: int) -> CudaModule:
+    """The kernels for weights of so many bits."""
+    return CudaModule(bits)

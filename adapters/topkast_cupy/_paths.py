@@ -1,0 +1,232 @@
+"""What the core asks for, as launches: selection in a few reads of the weights, fused updates."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from topkast import SGD, Adam, AdamW, MismatchError, NonFiniteError, UnsupportedTensorError
+from topkast._options import Options
+from topkast._plan import Block
+from topkast._primitives import Array
+from topkast._rules import AdamState, SGDState, bias_correction, learning_rate
+from topkast._state import Arrays, TopKASTState
+from topkast_cupy._module import THREADS, Module, cuda_module
+
+_TILE = 4096  # consecutive entries that a block counts or collects; kernels.cu has it too
+_MOST_BINS = 2048
+_MOST_BLOCKS = 2048  # of kernels whose threads stride over all entries
+_PER_THREAD = 8  # entries that such a thread should have at least
+
+# Bits of a magnitude by those of a number, cut into digits: the highest first.
+_DIGITS = {16: (8, 7), 32: (11, 10, 10), 64: (11, 11, 11, 10, 10, 10)}
+
+
+@functools.cache
+def load() -> FastPaths:
+    """The fast paths for CuPy's arrays."""
+    import cupy
+
+    return FastPaths(cupy, cuda_module, cupy.cuda.Device)
+
+
+class FastPaths:
+    """Fast paths of ``topkast._primitives`` for arrays of a library with NumPy's names.
+
+    Parameters
+    ----------
+    xp
+        The library: CuPy, or NumPy in tests, where `module` runs the kernels on the host.
+    module
+        From bits of a number to the kernels for it.
+    device
+        Says where arrays are made at the moment.
+    """
+
+    def __init__(self, xp: Any, module: Callable[[int], Module], device: Callable[[], Any]) -> None:
+        self.xp, self._module, self._device = xp, module, device
+
+    def check(self, name: str, array: Array) -> None:
+        """Raise an error that names what the kernels cannot work on."""
+        if array.dtype not in (np.float16, np.float32, np.float64):
+            raise UnsupportedTensorError(
+                f"{name}: weights in CuPy must be float16, float32 or float64, got {array.dtype}"
+            )
+        if array.device != self._device():
+            raise MismatchError(
+                f"{name} is on {array.device!r} and the current device is {self._device()!r}: "
+                "work inside `with array.device:`"
+            )
+
+    def largest(self, flat: Array, count: int) -> tuple[Array, Array]:
+        """Ascending indices of the `count` largest magnitudes of a vector (n,), and its entries."""
+        flat, state = self._threshold(flat, count)
+        indices = self.xp.empty(count, dtype=np.int64)
+        self._collect(flat, state, indices=indices)
+        return indices, flat.take(indices)
+
+    def largest_flags(self, flat: Array, count: int) -> Array:
+        """Flags (n,) of the `count` largest magnitudes; ties go to the lower index."""
+        flat, state = self._threshold(flat, count)
+        flags = self.xp.empty(flat.shape, dtype=np.bool_)
+        self._collect(flat, state, flags=flags)
+        return flags
+
+    def true_indices(self, mask: Array, count: int) -> Array:
+        """Ascending indices of the `count` true entries of a mask (n,)."""
+        indices = self.xp.empty(count, dtype=np.int64)
+        state = self.xp.zeros(3, dtype=np.int64)  # all that is above zero, and no tie
+        self._collect(self.xp.ascontiguousarray(mask), state, indices=indices)
+        return indices
+
+    def put(self, flat: Array, indices: Array, values: Array) -> None:
+        """Write `values` (k,) at `indices` into the vector `flat`, in place."""
+        values = self.xp.ascontiguousarray(values)
+        self._stride("scatter", flat, len(indices), indices, values, len(indices), flat)
+
+    def step(
+        self,
+        rule: Any,
+        blocks: list[Block],
+        grads: Mapping[str, Array],
+        state: TopKASTState,
+        params: Mapping[str, Array],
+        options: Options,
+    ) -> tuple[Arrays, Any] | None:
+        """The next parameters and inner state: gather, penalty, update and scatter in one kernel.
+
+        None for rules of others, for which there is no kernel.
+        """
+        if type(rule) not in (SGD, Adam, AdamW):
+            return None
+        exploring = options.explore_until is None or bool(state.updates < options.explore_until)
+        inside = {name for block in blocks for name in block.shapes}
+        outside = {name: params[name] for name in params if name not in inside}
+        moved, inner = self._step_dense(rule, outside, grads, state.inner)
+        for block in blocks:
+            flat = block.flatten(params).copy()
+            slopes = self.xp.ascontiguousarray(block.flatten(grads))
+            support = state.supports[block.key]
+            penalty = options.penalty
+            where = (
+                support.indices,
+                support.active,
+                len(support.indices),
+                float(penalty),
+                penalty / block.density,
+                int(options.penalty_kind == "l1"),
+                int(exploring),
+                flat,
+                slopes,
+            )
+            kernel = self._adam if isinstance(rule, Adam) else self._sgd
+            kernel(rule, block.key, state.inner, inner, where)
+            moved |= block.unflatten(flat)
+        return {name: moved[name] for name in params}, inner
+
+    def _step_dense(
+        self, rule: Any, params: Arrays, grads: Mapping[str, Array], state: Any
+    ) -> tuple[Arrays, Any]:
+        """What stays dense, by the rule itself; its next state, whose entries are added to."""
+        entries = {
+            field: {name: entry[name] for name in params if name in entry}
+            for field, entry in state._asdict().items()
+            if field != "step"
+        }
+        steps, inner = rule.update(
+            {name: grads[name] for name in params}, state._replace(**entries), params
+        )
+        moved = {name: (param + steps[name]).astype(param.dtype) for name, param in params.items()}
+        return moved, inner
+
+    def _sgd(
+        self, rule: SGD, key: str, old: SGDState, new: SGDState, where: tuple[Any, ...]
+    ) -> None:
+        velocity = following = None
+        if rule.momentum:
+            velocity = old.velocity[key]
+            following = new.velocity[key] = self.xp.empty_like(velocity)
+        self._stride(
+            "sgd",
+            where[-1],
+            where[2],
+            *where,
+            velocity,
+            following,
+            self._number(learning_rate(rule.lr, old.step)),
+            float(rule.momentum),
+            int(rule.nesterov),
+            float(rule.weight_decay),
+        )
+
+    def _adam(
+        self, rule: Adam, key: str, old: AdamState, new: AdamState, where: tuple[Any, ...]
+    ) -> None:
+        mean, square = old.mean[key], old.square[key]
+        new.mean[key], new.square[key] = self.xp.empty_like(mean), self.xp.empty_like(square)
+        lr = self._number(learning_rate(rule.lr, old.step))
+        first, second = (bias_correction(beta, new.step, np.float64) for beta in rule.betas)
+        self._stride(
+            "adam",
+            where[-1],
+            where[2],
+            *where,
+            mean,
+            new.mean[key],
+            square,
+            new.square[key],
+            lr,
+            self._number(lr / first),
+            self._number(self.xp.sqrt(second)),
+            *map(float, rule.betas),
+            float(rule.eps),
+            float(rule.weight_decay),
+            int(rule.decoupled),
+        )
+
+    def _number(self, number: Any) -> Array:
+        """A number, or a 0-d array, where the kernels can read it."""
+        if type(number) in (int, float):
+            return self.xp.full((), number, dtype=np.float64)
+        return self.xp.asarray(number, dtype=np.float64)
+
+    def _threshold(self, flat: Array, count: int) -> tuple[Array, Array]:
+        """The `count`-th largest magnitude of a vector, as the State of kernels.cu."""
+        flat = self.xp.ascontiguousarray(flat)
+        state = self.xp.asarray(np.asarray([0, count, 0], dtype=np.int64))
+        counts = self.xp.zeros(_MOST_BINS, dtype=np.uint64)
+        digits = _DIGITS[8 * flat.itemsize]
+        shift = sum(digits)
+        for bits in digits:
+            first = int(shift == sum(digits))
+            shift -= bits
+            self._stride(
+                "histogram", flat, flat.size, flat, flat.size, shift, bits, first, state, counts
+            )
+            self._launch("choose", flat, 1, shift, bits, state, counts)
+        wrong = int(state[2])
+        if wrong:
+            raise NonFiniteError(f"{wrong} of {flat.size} entries are NaN or infinite")
+        return flat, state
+
+    def _collect(
+        self, keys: Array, state: Array, *, indices: Array | None = None, flags: Array | None = None
+    ) -> None:
+        """Indices or flags of the entries above a threshold, and of the first ones at it."""
+        tiles = max(1, math.ceil(keys.size / _TILE))
+        above, ties = (self.xp.empty(tiles, dtype=np.int64) for _ in range(2))
+        self._launch("count", keys, tiles, keys, keys.size, state, above, ties)
+        above, ties = above.cumsum(), ties.cumsum()
+        self._launch("collect", keys, tiles, keys, keys.size, state, above, ties, indices, flags)
+
+    def _stride(self, name: str, like: Array, entries: int, *arguments: Any) -> None:
+        """Launch a kernel whose threads stride over so many entries."""
+        blocks = min(_MOST_BLOCKS, math.ceil(entries / (THREADS * _PER_THREAD)))
+        self._launch(name, like, max(1, blocks), *arguments)
+
+    def _launch(self, name: str, like: Array, blocks: int, *arguments: Any) -> None:
+        self._module(8 * like.itemsize).launch(name, blocks, *arguments)

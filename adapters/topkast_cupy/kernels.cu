@@ -1,0 +1,277 @@
+// Selection by magnitude and update of weights on B, for NVRTC: no header is needed.
+//
+// VALUE_BITS says what a weight is: 16 (IEEE half), 32 (float), 64 (double), or 8 for a mask.
+// Non-negative floats order as their bit patterns do, so that selection works on integers and never
+// does arithmetic on weights. NumPy versions of these passes, for tests without a GPU, are in
+// tests/cuda_passes.py; keep the two alike. All scalars have 64 bits, as Python's have.
+
+typedef long long int64;
+typedef unsigned long long uint64;
+
+#if VALUE_BITS == 64
+typedef uint64 Key;
+typedef double Value;
+typedef double Real;
+#define MAGNITUDE 0x7fffffffffffffffULL
+#define NOT_FINITE 0x7ff0000000000000ULL
+#elif VALUE_BITS == 32
+typedef unsigned int Key;
+typedef float Value;
+typedef float Real;
+#define MAGNITUDE 0x7fffffffU
+#define NOT_FINITE 0x7f800000U
+#elif VALUE_BITS == 16
+typedef unsigned short Key;
+typedef unsigned short Value;
+typedef float Real;
+#define MAGNITUDE 0x7fffU
+#define NOT_FINITE 0x7c00U
+#else
+typedef unsigned char Key;
+#define MAGNITUDE 0xffU
+#define NOT_FINITE 0x100U
+#endif
+
+// A block looks at so many consecutive entries when it counts or collects: _paths.py has it too.
+#define TILE 4096
+#define THREADS 256
+#define WARP 32
+#define MOST_BINS 2048
+
+// What the passes hand each other.
+struct State {
+    uint64 key;   // of the k-th largest magnitude, as far as its digits are known
+    int64 rank;   // of that among the keys with these digits, from 1; at the end: ties to take
+    int64 wrong;  // entries that are NaN or infinite
+};
+
+// How often each digit occurs, in bits [shift, shift + bits), among keys with the known digits.
+extern "C" __global__ void histogram(
+    const Key* values, int64 size, int64 shift, int64 bits, int64 first, State* state,
+    uint64* counts
+) {
+    __shared__ unsigned int own[MOST_BINS];
+    int bins = 1 << bits;
+    for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) own[bin] = 0;
+    __syncthreads();
+    uint64 known = state->key >> (shift + bits);
+    int64 step = (int64)gridDim.x * blockDim.x;
+    int last = -1;
+    unsigned int run = 0, wrong = 0;
+    for (int64 i = (int64)blockIdx.x * blockDim.x + threadIdx.x; i < size; i += step) {
+        Key key = values[i] & MAGNITUDE;
+        wrong += key >= NOT_FINITE;
+        if (!first && (uint64)key >> (shift + bits) != known) continue;
+        int digit = (int)((uint64)key >> shift) & (bins - 1);
+        // Equal neighbours (zeros, above all) would wait for each other at one counter.
+        if (digit == last) {
+            ++run;
+            continue;
+        }
+        if (run) atomicAdd(&own[last], run);
+        last = digit;
+        run = 1;
+    }
+    if (run) atomicAdd(&own[last], run);
+    if (first && wrong) atomicAdd((uint64*)&state->wrong, (uint64)wrong);
+    __syncthreads();
+    for (int bin = threadIdx.x; bin < bins; bin += blockDim.x)
+        if (own[bin]) atomicAdd(&counts[bin], (uint64)own[bin]);
+}
+
+// The digit of the k-th largest key, and its rank among those that have it. One block.
+extern "C" __global__ void choose(int64 shift, int64 bits, State* state, uint64* counts) {
+    __shared__ int64 sums[THREADS];
+    int bins = 1 << bits;
+    int share = (bins + THREADS - 1) / THREADS;
+    int top = bins - (int)threadIdx.x * share;  // thread 0 has the largest digits
+    int64 sum = 0;
+    for (int bin = top - 1; bin >= top - share && bin >= 0; --bin) sum += (int64)counts[bin];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int64 rank = state->rank;
+        int thread = 0;
+        while (thread < THREADS - 1 && sums[thread] < rank) rank -= sums[thread++];
+        int bin = bins - thread * share - 1;
+        while (bin > 0 && (int64)counts[bin] < rank) rank -= (int64)counts[bin--];
+        state->key |= (uint64)bin << shift;
+        state->rank = rank;
+    }
+    __syncthreads();
+    for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) counts[bin] = 0;
+}
+
+// Entries above the threshold, and at it, in each tile.
+extern "C" __global__ void count(
+    const Key* values, int64 size, const State* state, int64* above, int64* ties
+) {
+    __shared__ unsigned int found[2];
+    if (threadIdx.x < 2) found[threadIdx.x] = 0;
+    __syncthreads();
+    Key threshold = (Key)state->key;
+    int64 start = (int64)blockIdx.x * TILE;
+    unsigned int mine = 0, equal = 0;
+    for (int place = threadIdx.x; place < TILE && start + place < size; place += blockDim.x) {
+        Key key = values[start + place] & MAGNITUDE;
+        mine += key > threshold;
+        equal += key == threshold;
+    }
+    if (mine) atomicAdd(&found[0], mine);
+    if (equal) atomicAdd(&found[1], equal);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        above[blockIdx.x] = found[0];
+        ties[blockIdx.x] = found[1];
+    }
+}
+
+// Ascending indices, or flags, of the entries chosen: those above the threshold, and of those at it
+// the first. `above` and `ties` are running sums over the tiles.
+extern "C" __global__ void collect(
+    const Key* values, int64 size, const State* state, const int64* above, const int64* ties,
+    int64* indices, unsigned char* flags
+) {
+    __shared__ unsigned int warps_above[THREADS / WARP], warps_ties[THREADS / WARP];
+    Key threshold = (Key)state->key;
+    int64 room = state->rank;
+    int64 before_above = blockIdx.x ? above[blockIdx.x - 1] : 0;
+    int64 before_ties = blockIdx.x ? ties[blockIdx.x - 1] : 0;
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    unsigned int lower = (1U << lane) - 1;
+    int64 start = (int64)blockIdx.x * TILE;
+    for (int strip = 0; strip < TILE && start + strip < size; strip += THREADS) {
+        int64 i = start + strip + threadIdx.x;
+        bool inside = i < size;
+        Key key = inside ? (Key)(values[i] & MAGNITUDE) : (Key)0;
+        bool is_above = inside && key > threshold, is_tie = inside && key == threshold;
+        unsigned int bits_above = __ballot_sync(0xffffffffU, is_above);
+        unsigned int bits_ties = __ballot_sync(0xffffffffU, is_tie);
+        if (lane == 0) {
+            warps_above[warp] = __popc(bits_above);
+            warps_ties[warp] = __popc(bits_ties);
+        }
+        __syncthreads();
+        int64 my_above = before_above + __popc(bits_above & lower);
+        int64 my_ties = before_ties + __popc(bits_ties & lower);
+        for (int other = 0; other < THREADS / WARP; ++other) {
+            before_above += warps_above[other];
+            before_ties += warps_ties[other];
+            if (other < warp) {
+                my_above += warps_above[other];
+                my_ties += warps_ties[other];
+            }
+        }
+        bool chosen = is_above || (is_tie && my_ties < room);
+        if (chosen && indices) indices[my_above + (my_ties < room ? my_ties : room)] = i;
+        if (inside && flags) flags[i] = chosen;
+        __syncthreads();
+    }
+}
+
+// Values (count,) at ascending indices into a vector.
+extern "C" __global__ void scatter(
+    const int64* indices, const Key* values, int64 count, Key* out
+) {
+    int64 step = (int64)gridDim.x * blockDim.x;
+    for (int64 k = (int64)blockIdx.x * blockDim.x + threadIdx.x; k < count; k += step)
+        out[indices[k]] = values[k];
+}
+
+#if VALUE_BITS >= 16
+
+#if VALUE_BITS == 16
+// Conversions of IEEE half, rounding to nearest even.
+__device__ inline Real load(Value half) {
+    unsigned int sign = (unsigned int)(half & 0x8000U) << 16, magnitude = half & 0x7fffU, bits;
+    if (magnitude >= 0x7c00U) {
+        bits = sign | 0x7f800000U | (magnitude & 0x3ffU) << 13;
+    } else if (magnitude >= 0x400U) {
+        bits = sign | ((magnitude << 13) + 0x38000000U);
+    } else {  // zero and subnormal: multiples of 2^-24
+        float scaled = (float)magnitude * 5.9604644775390625e-8f;
+        return sign ? -scaled : scaled;
+    }
+    return __uint_as_float(bits);
+}
+
+__device__ inline Value store(Real value) {
+    unsigned int bits = __float_as_uint(value), sign = bits >> 16 & 0x8000U;
+    bits &= 0x7fffffffU;
+    if (bits > 0x7f800000U) return (Value)(sign | 0x7e00U);
+    if (bits >= 0x477ff000U) return (Value)(sign | 0x7c00U);  // rounds to infinity
+    if (bits < 0x38800000U) {  // subnormal: adding 0.5 puts the digits to be kept at the end
+        unsigned int rounded = __float_as_uint(__uint_as_float(bits) + 0.5f) - 0x3f000000U;
+        return (Value)(sign | rounded);
+    }
+    bits += 0xfffU + (bits >> 13 & 1U);
+    return (Value)(sign | (bits - 0x38000000U) >> 13);
+}
+#else
+__device__ inline Real load(Value value) { return value; }
+__device__ inline Value store(Real value) { return value; }
+#endif
+
+// The gradient of the loss with that of the exploration penalty: `weight` is coefficient times weight.
+__device__ inline Real slope_of(Real gradient, Real value, double weight, int64 l1) {
+    Real slope = l1 ? (Real)((value > 0) - (value < 0)) : value;
+    return gradient + (Real)weight * slope;
+}
+
+// The rules read and write params (a copy) and read gradients, both dense, at the indices of B; state
+// is on B, old and new. B is `count` indices and which of them are active, with the penalty's weights
+// on both kinds; unless `exploring`, what is not active stays where it is.
+extern "C" __global__ void sgd(
+    const int64* indices, const unsigned char* active, int64 count, double on_active,
+    double on_inactive, int64 l1, int64 exploring, Value* params, const Value* gradients,
+    const Value* velocity, Value* new_velocity, const double* lr, double momentum, int64 nesterov,
+    double decay
+) {
+    int64 step = (int64)gridDim.x * blockDim.x;
+    Real rate = (Real)*lr, factor = (Real)momentum;
+    for (int64 k = (int64)blockIdx.x * blockDim.x + threadIdx.x; k < count; k += step) {
+        int64 i = indices[k];
+        Real value = load(params[i]);
+        bool live = exploring || active[k];
+        double weight = active[k] ? on_active : on_inactive;
+        Real slope = live ? slope_of(load(gradients[i]), value, weight, l1) : (Real)0;
+        slope += (Real)decay * value;
+        if (velocity) {
+            Real moved = load(velocity[k]) * factor + slope;
+            new_velocity[k] = store(moved);
+            slope = nesterov ? slope + moved * factor : moved;
+        }
+        if (live) params[i] = store(value - rate * slope);
+    }
+}
+
+// `scale` is the learning rate by the correction of the mean, `root` the root of the other one.
+extern "C" __global__ void adam(
+    const int64* indices, const unsigned char* active, int64 count, double on_active,
+    double on_inactive, int64 l1, int64 exploring, Value* params, const Value* gradients,
+    const Value* mean, Value* new_mean, const Value* square, Value* new_square, const double* lr,
+    const double* scale, const double* root, double beta1, double beta2, double eps, double decay,
+    int64 decoupled
+) {
+    int64 step = (int64)gridDim.x * blockDim.x;
+    Real first = (Real)beta1, second = (Real)beta2;
+    Real other_first = (Real)(1 - beta1), other_second = (Real)(1 - beta2);
+    Real rate = (Real)*scale, shrink = (Real)(*lr * decay), divisor = (Real)*root;
+    for (int64 k = (int64)blockIdx.x * blockDim.x + threadIdx.x; k < count; k += step) {
+        int64 i = indices[k];
+        Real value = load(params[i]);
+        bool live = exploring || active[k];
+        double weight = active[k] ? on_active : on_inactive;
+        Real slope = live ? slope_of(load(gradients[i]), value, weight, l1) : (Real)0;
+        if (!decoupled) slope += (Real)decay * value;
+        Real average = load(mean[k]) * first + slope * other_first;
+        Real spread = load(square[k]) * second + slope * slope * other_second;
+        new_mean[k] = store(average);
+        new_square[k] = store(spread);
+        Real moved = value - rate * (average / (sqrt(spread) / divisor + (Real)eps));
+        if (decoupled) moved -= shrink * value;
+        if (live) params[i] = store(moved);
+    }
+}
+
+#endif

@@ -1,0 +1,86 @@
+"""CuPy's fast paths without a GPU: NumPy arrays, and the kernels run on the host.
+
+Either as NumPy passes (cuda_passes), or from the CUDA source itself, compiled by g++ with a small
+shim in which the threads of a block are fibers (cuda_on_host.cpp).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import cuda_passes
+import numpy as np
+import topkast_cupy
+from topkast_cupy._module import THREADS
+
+SHIM = Path(__file__).with_name("cuda_on_host.cpp")
+KERNELS = Path(topkast_cupy.__file__).with_name("kernels.cu")
+
+
+class Passes:
+    """The kernels as NumPy functions."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+
+    def launch(self, name: str, blocks: int, *arguments: Any) -> None:
+        _check(arguments)
+        kernel = getattr(cuda_passes, name)
+        kernel(blocks, *arguments)
+
+
+class Compiled:
+    """The CUDA source, compiled for the host."""
+
+    def __init__(self, bits: int) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="topkast-cuda-"))
+        library = folder / "kernels.so"
+        command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-w", f"-DVALUE_BITS={bits}"]
+        command += [f"-I{KERNELS.parent}", str(SHIM), "-o", str(library)]
+        subprocess.run(command, check=True, timeout=120)
+        self._library = ctypes.CDLL(str(library))
+        shutil.rmtree(folder)
+
+    def launch(self, name: str, blocks: int, *arguments: Any) -> None:
+        _check(arguments)
+        words = [_word(argument) for argument in arguments]
+        addresses = (ctypes.c_void_p * len(words))(
+            *(ctypes.cast(ctypes.pointer(word), ctypes.c_void_p) for word in words)
+        )
+        getattr(self._library, f"run_{name}")(blocks, addresses)
+
+
+@functools.cache
+def compiled(bits: int) -> Compiled:
+    return Compiled(bits)
+
+
+def fast_paths(kind: str) -> topkast_cupy.FastPaths:
+    """Those of CuPy, on NumPy arrays: ``"passes"`` or ``"compiled"``."""
+    modules: dict[str, Any] = {"passes": Passes, "compiled": compiled}
+    return topkast_cupy.FastPaths(np, modules[kind], lambda: "cpu")
+
+
+def _check(arguments: tuple[Any, ...]) -> None:
+    """What CuPy hands on to a kernel is arrays, and numbers of 64 bits."""
+    for argument in arguments:
+        assert argument is None or type(argument) in (int, float) or argument.flags.c_contiguous
+
+
+def _word(argument: Any) -> Any:
+    if argument is None:
+        return ctypes.c_void_p(0)
+    if isinstance(argument, int):
+        return ctypes.c_int64(argument)
+    if isinstance(argument, float):
+        return ctypes.c_double(argument)
+    return ctypes.c_void_p(argument.ctypes.data)
+
+
+assert THREADS == cuda_passes.THREADS

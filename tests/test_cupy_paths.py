@@ -1,0 +1,280 @@
+"""CuPy's fast paths without a GPU: the passes in NumPy, and the CUDA source run on the host."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import cuda_on_host
+import numpy as np
+import pytest
+import topkast_cupy
+from array_api_compat import is_numpy_array
+from hypothesis import given
+from hypothesis import strategies as st
+from topkast_cupy._module import source
+
+import topkast
+import topkast.testing
+from topkast import _primitives
+
+Array = np.ndarray[Any, Any]
+DTYPES: list[Any] = [np.float16, np.float32, np.float64]
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="needs g++ to run the CUDA source on the host"
+)
+KINDS = ["passes", pytest.param("compiled", marks=needs_compiler)]
+
+
+@pytest.fixture(params=KINDS)
+def paths(request: pytest.FixtureRequest) -> topkast_cupy.FastPaths:
+    return cuda_on_host.fast_paths(request.param)
+
+
+@pytest.fixture
+def in_core(
+    paths: topkast_cupy.FastPaths, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[pytest.MonkeyPatch]:
+    """The core takes these paths for NumPy arrays."""
+    with monkeypatch.context() as patch:
+        patch.setattr(_primitives, "_WITH_PATHS", [(is_numpy_array, "host")])
+        patch.setattr(_primitives, "_load_paths", lambda name: paths)
+        yield patch
+
+
+def oracle(vector: Array, count: int) -> Array:
+    """Ascending indices of the largest magnitudes, ties to the lower index, by a stable sort."""
+    order = np.argsort(-np.abs(vector.astype(np.float64)), kind="stable")
+    return np.sort(order[:count])
+
+
+@st.composite
+def vectors(draw: st.DrawFn) -> tuple[Array, int]:
+    """Weights with many ties, zeros of both signs and subnormal numbers, in up to three tiles."""
+    dtype = draw(st.sampled_from(DTYPES))
+    size = draw(st.sampled_from([1, 2, 31, 257, 4095, 4096, 4097, 9001]))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    vector = rng.standard_normal(size)
+    kind = draw(st.sampled_from(["normal", "rounded", "zeros", "tiny", "wide", "signs"]))
+    if kind == "rounded":
+        vector = np.round(vector)
+    elif kind == "zeros":
+        vector[rng.random(size) < 0.9] = -0.0
+    elif kind == "tiny":
+        vector *= float(np.finfo(dtype).smallest_subnormal) * 3
+    elif kind == "wide":
+        vector = np.exp2(rng.uniform(-14, 14, size))
+    elif kind == "signs":
+        vector = np.sign(vector)
+    return vector.astype(dtype), draw(st.integers(1, size))
+
+
+@given(vectors())
+def test_largest(paths: topkast_cupy.FastPaths, problem: tuple[Array, int]) -> None:
+    vector, count = problem
+    expected = oracle(vector, count)
+    indices, magnitudes = paths.largest(vector, count)
+    np.testing.assert_array_equal(indices, expected)
+    np.testing.assert_array_equal(magnitudes, vector[expected])
+    flags = paths.largest_flags(vector, count)
+    np.testing.assert_array_equal(np.flatnonzero(flags), expected)
+    np.testing.assert_array_equal(paths.true_indices(flags, count), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_put(paths: topkast_cupy.FastPaths, dtype: Any, rng: np.random.Generator) -> None:
+    indices = np.sort(rng.choice(9000, 5000, replace=False))
+    out, values = np.zeros(9000, dtype), rng.standard_normal((1, 5000)).astype(dtype)
+    paths.put(out, indices, values)
+    expected = np.zeros(9000, dtype)
+    expected[indices] = values[0]
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_not_finite(paths: topkast_cupy.FastPaths, dtype: Any) -> None:
+    vector = np.ones(5000, dtype)
+    vector[[7, 4500]] = np.nan, -np.inf
+    for function in (paths.largest, paths.largest_flags):
+        with pytest.raises(topkast.NonFiniteError, match="2 of 5000 entries"):
+            function(vector, 10)
+
+
+@pytest.mark.usefixtures("in_core")
+@given(vectors(), st.sampled_from(["magnitude", "random"]))
+def test_selection_is_that_of_numpy(
+    in_core: pytest.MonkeyPatch, problem: tuple[Array, int], explore: Any
+) -> None:
+    vector = problem[0]
+    found = topkast.select(vector, fwd=0.9, bwd=0.7, explore=explore, seed=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_primitives, "_WITH_PATHS", [])
+        expected = topkast.select(vector, fwd=0.9, bwd=0.7, explore=explore, seed=3)
+    topkast.testing.assert_same_support(found, expected)
+
+
+RULES = {
+    "sgd": topkast.SGD(0.1, weight_decay=0.1),
+    "momentum": topkast.SGD(0.1, momentum=0.9),
+    "nesterov": topkast.SGD(lambda step: 0.1 / (1 + step), momentum=0.9, nesterov=True),
+    "adam": topkast.Adam(0.02, weight_decay=0.1),
+    "adamw": topkast.AdamW(lambda step: 0.02 / (1 + step), betas=(0.8, 0.9)),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "l1": {"penalty_kind": "l1", "penalty": 0.01},
+    "stopping": {"explore_until": 5},
+    "random": {"explore": "random"},
+    "global": {"distribution": "global", "dense": "bias"},
+}
+
+
+def train(rule: Any, dtype: Any, **options: Any) -> tuple[dict[str, Array], Any, list[Any]]:
+    rng = np.random.default_rng(0)
+    params: dict[str, Array] = {
+        "hidden": rng.standard_normal((90, 70)).astype(dtype),
+        "bias": rng.standard_normal(70).astype(dtype),
+        "output": rng.standard_normal((70, 10)).astype(dtype),
+    }
+    tx = topkast.wrap_optimizer(rule, fwd=0.9, bwd=0.7, refresh_every=3, **options)
+    state = tx.init(params)
+    supports = []
+    for _ in range(10):
+        grads = {
+            name: (view - 0.1 * rng.standard_normal(view.shape)).astype(dtype)
+            for name, view in topkast.forward_params(params, state).items()
+        }
+        params, state = tx.step(grads, state, params)
+        supports.append(state.supports)
+    return params, state, supports
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_training_is_that_of_numpy(
+    in_core: pytest.MonkeyPatch, rule: Any, options: Mapping[str, Any]
+) -> None:
+    params, state, supports = train(rule, np.float64, **options)
+    in_core.setattr(_primitives, "_WITH_PATHS", [])
+    expected_params, expected_state, expected_supports = train(rule, np.float64, **options)
+    for found, expected in zip(supports, expected_supports, strict=True):
+        for key in expected:
+            topkast.testing.assert_same_support(found[key], expected[key])
+    for name, param in expected_params.items():
+        np.testing.assert_allclose(params[name], param, rtol=1e-12, atol=1e-12)
+    for entries, expected in zip(state.inner, expected_state.inner, strict=True):
+        if isinstance(expected, dict):
+            assert entries.keys() == expected.keys()
+            for key, entry in expected.items():
+                assert entries[key].shape == entry.shape
+                np.testing.assert_allclose(entries[key], entry, rtol=1e-12, atol=1e-12)
+        else:
+            assert entries == expected
+
+
+@pytest.mark.usefixtures("in_core")
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_step_in_lower_precision(dtype: Any) -> None:
+    """One step from the same weights: as near to the exact one as the dtype can tell."""
+    rng = np.random.default_rng(1)
+    params = {"w": rng.standard_normal((60, 50)).astype(dtype)}
+    grads = {"w": rng.standard_normal((60, 50)).astype(dtype)}
+    for rule in (topkast.SGD(0.1, momentum=0.9), topkast.AdamW(0.1, eps=1e-4)):
+        tx = topkast.wrap_optimizer(rule, fwd=0.9, bwd=0.7)
+        found, state = tx.step(grads, tx.init(params), params)
+        exact = {"w": params["w"].astype(np.float64)}
+        slopes = {"w": grads["w"].astype(np.float64)}
+        expected, _ = tx.step(slopes, tx.init(exact), exact)
+        assert found["w"].dtype == dtype
+        np.testing.assert_allclose(
+            found["w"].astype(np.float64), expected["w"], rtol=2 * np.finfo(dtype).eps, atol=1e-6
+        )
+        outside = np.ones(3000, np.bool_)
+        outside[state.supports["w"].indices] = False
+        np.testing.assert_array_equal(found["w"].ravel()[outside], params["w"].ravel()[outside])
+
+
+@needs_compiler
+def test_half_precision_is_converted_as_numpy_does() -> None:
+    """All halves, and floats around every boundary of rounding."""
+    paths = cuda_on_host.fast_paths("compiled")
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)]
+    count = len(halves)
+    zero = np.zeros(count, np.float16)
+    everything = np.arange(count), np.ones(count, np.bool_), count, 0.0, 0.0, 0, 1
+    # A step of SGD with a rate of 1 writes weight - gradient, rounded once.
+    rate = np.asarray(1.0)
+    rng = np.random.default_rng(0)
+    for gradients in (zero, rng.permutation(halves), np.nextafter(halves, np.float16(0))):
+        params = halves.copy()
+        paths._stride(
+            "sgd", params, count, *everything, params, gradients, None, None, rate, 0.0, 0, 0.0
+        )
+        with np.errstate(over="ignore"):
+            expected = (halves.astype(np.float32) - gradients.astype(np.float32)).astype(np.float16)
+        np.testing.assert_array_equal(params, expected)
+
+
+class TestBadInput:
+    @pytest.mark.usefixtures("in_core")
+    @pytest.mark.parametrize("dtype", [np.complex64, np.int32, np.longdouble])
+    def test_dtypes(self, dtype: Any) -> None:
+        tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.5, bwd=0.5)
+        with pytest.raises(topkast.UnsupportedTensorError, match="w: weights"):
+            tx.init({"w": np.ones((3, 3), dtype)})
+
+    def test_the_wrong_device(self) -> None:
+        paths = topkast_cupy.FastPaths(np, cuda_on_host.Passes, lambda: "another")
+        with pytest.raises(topkast.MismatchError, match=r"w is on 'cpu' .* `with array.device:`"):
+            paths.check("w", np.ones(3))
+
+
+def test_cupy_is_missing_or_works() -> None:
+    reason = topkast_cupy.why_unavailable()
+    assert reason is None or ("CuPy" in reason and "\n" not in reason)
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32, 64])
+def test_the_source_compiles_to_ptx(bits: int) -> None:
+    nvrtc = find_nvrtc()
+    if nvrtc is None:
+        pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc-cu12")
+    program = ctypes.c_void_p()
+    text = source().encode()
+    assert not nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, b"kernels.cu", 0, None, None)
+    options = [b"--std=c++17", b"--gpu-architecture=compute_80", f"-DVALUE_BITS={bits}".encode()]
+    failed = nvrtc.nvrtcCompileProgram(
+        program, len(options), (ctypes.c_char_p * len(options))(*options)
+    )
+    log = ctypes.create_string_buffer(1 << 16)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    assert not failed, log.value.decode()
+    size = ctypes.c_size_t()
+    nvrtc.nvrtcGetPTXSize(program, ctypes.byref(size))
+    ptx = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetPTX(program, ptx)
+    names = ["histogram", "choose", "count", "collect", "scatter"] + ["sgd", "adam"] * (bits > 8)
+    for name in names:
+        assert f".visible .entry {name}(" in ptx.value.decode()
+
+
+def find_nvrtc() -> ctypes.CDLL | None:
+    """NVIDIA's compiler, from a package or from the system."""
+    try:
+        found = importlib.util.find_spec("nvidia.cuda_nvrtc")
+    except ModuleNotFoundError:
+        found = None
+    folders = [Path(place) / "lib" for place in (found and found.submodule_search_locations) or []]
+    names = [str(path) for folder in folders for path in folder.glob("libnvrtc.so*")]
+    for name in [*names, "libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"]:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return None
