@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import gc
 import math
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
-from _harness import RESULTS, Timing, arguments, environment, interleave, table, write
+from _harness import Timing, arguments, environment, interleave, table, write
 
 import topkast
 
@@ -42,13 +44,14 @@ def torch_sides(weights: int) -> tuple[str, dict[str, Sides], dict[str, int]]:
     steps: Sides = {}
     peaks = {}
     for name in ("torch.optim.AdamW(fused=True)", "wrapped"):
-        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         param = torch.nn.Parameter(torch.randn(side, side, device="cuda"))
         optimizer: Any = torch.optim.AdamW([("w", param)], 1e-6, fused=True)
         if name == "wrapped":
             optimizer = topkast.wrap_optimizer(optimizer, fwd=FWD, bwd=BWD, refresh_every=NEVER)
         param.grad = torch.ones_like(param)
+        optimizer.step()
+        torch.cuda.reset_peak_memory_stats()
         optimizer.step()
         steps[f"{name}, PyTorch"] = waiting(optimizer.step)
         peaks[f"{name}, PyTorch"] = torch.cuda.max_memory_allocated() - before
@@ -74,11 +77,13 @@ def cupy_sides(weights: int) -> tuple[str, dict[str, Sides], dict[str, int]]:
         "topkast, CuPy": waiting(lambda: topkast.select(vector, fwd=FWD, bwd=BWD)),
     }
     tx = topkast.wrap_optimizer(topkast.AdamW(1e-6), fwd=FWD, bwd=BWD, refresh_every=NEVER)
-    params = {"w": vector[: side * side].reshape(side, side)}
-    grads = {"w": cupy.ones_like(params["w"])}
-    state = tx.init(params)
     pool = cupy.get_default_memory_pool()
     before = pool.used_bytes()
+    params = {"w": vector[: side * side].reshape(side, side).copy()}
+    grads = {"w": cupy.ones_like(params["w"])}
+    state = tx.init(params)
+    cupy.cuda.get_current_stream().synchronize()
+    pool.free_all_blocks()
     tx.step(grads, state, params)
     steps = {"wrapped, CuPy (a copy of θ)": waiting(lambda: tx.step(grads, state, params))}
     peaks = {"wrapped, CuPy (a copy of θ)": pool.total_bytes() - before}
@@ -132,23 +137,40 @@ def _jax_step(tx: Any, start: Any) -> Callable[[], Any]:
     return run
 
 
+def measure(
+    make: Any, weights: int, rounds: int
+) -> tuple[str, dict[str, int], dict[str, dict[str, Timing]]]:
+    """Time the sides of one library, and give its memory back."""
+    try:
+        device, kinds, peaks = make(weights)
+        timings = {kind: interleave(sides, rounds=rounds) for kind, sides in kinds.items()}
+        return device, peaks, timings
+    finally:
+        kinds = None
+        gc.collect()
+        if torch := sys.modules.get("torch"):
+            torch.cuda.empty_cache()
+        if cupy := sys.modules.get("cupy"):
+            cupy.get_default_memory_pool().free_all_blocks()
+
+
 def main() -> None:
-    parser = arguments(__doc__, "gpu")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    parser = arguments(__doc__, "<device>")
     parser.add_argument("--weights", type=int, default=10**8)
     parser.add_argument("--rounds", type=int, default=21)
     options = parser.parse_args()
     device, timings, peaks = None, dict[str, dict[str, Timing]](), dict[str, int]()
     for make in (torch_sides, cupy_sides, jax_sides):
+        library = make.__name__.partition("_")[0]
         try:
-            device, kinds, held = make(options.weights)
-        except Exception as error:
-            print(f"without {make.__name__.partition('_')[0]}: {error}")
+            device, held, measured = measure(make, options.weights, options.rounds)
+        except Exception as error:  # one library must not take the others' results with it
+            print(f"without {library}: {type(error).__name__}: {error}")
             continue
         peaks |= held
-        for kind, sides in kinds.items():
-            timings.setdefault(kind, {}).update(interleave(sides, rounds=options.rounds))
-        del kinds
-        gc.collect()
+        for kind, of_kind in measured.items():
+            timings.setdefault(kind, {}).update(of_kind)
     if device is None:
         print("No library sees a GPU: nothing was measured.")
         return
@@ -160,7 +182,9 @@ def main() -> None:
         ]
         lines += [f"\n{kind}, {options.weights:,} weights, {device}\n"]
         lines += [table(["side", "ms", "least-most"], rows)]
-    lines += ["\npeak memory of a step\n"]
+    lines += [
+        "\npeak memory of a step: weights, gradient, state, and what the step needs besides\n"
+    ]
     lines += [table(["side", "MB"], [[name, f"{held / 1e6:,.0f}"] for name, held in peaks.items()])]
     text = "\n".join(lines)
     print(text)
@@ -175,8 +199,9 @@ def main() -> None:
         },
         "peak_bytes": peaks,
     }
-    write(RESULTS / f"{stem}.json", result)
-    (RESULTS / f"{stem}.md").write_text(text.strip() + "\n")
+    path = options.output.with_name(options.output.name.replace("<device>", stem))
+    write(path, result)
+    path.with_suffix(".md").write_text(text.strip() + "\n")
 
 
 if __name__ == "__main__":

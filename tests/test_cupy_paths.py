@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cuda_on_host
 import numpy as np
 import pytest
 import topkast_cupy
+import torch
 from array_api_compat import is_numpy_array
 from hypothesis import given
 from hypothesis import strategies as st
@@ -229,15 +233,72 @@ class TestBadInput:
         with pytest.raises(topkast.UnsupportedTensorError, match="w: weights"):
             tx.init({"w": np.ones((3, 3), dtype)})
 
+    @pytest.mark.usefixtures("in_core")
+    def test_integers_are_not_ranked_as_floats(self) -> None:
+        with pytest.raises(topkast.UnsupportedTensorError, match="int32"):
+            topkast.select(np.arange(9, dtype=np.int32), fwd=0.5, bwd=0.5)
+
     def test_the_wrong_device(self) -> None:
         paths = topkast_cupy.FastPaths(np, cuda_on_host.Passes, lambda: "another")
-        with pytest.raises(topkast.MismatchError, match=r"w is on 'cpu' .* `with array.device:`"):
-            paths.check("w", np.ones(3))
+        vector = np.ones(3)
+        for use in (
+            lambda: paths.check("w", vector),
+            lambda: paths.largest(vector, 1),
+            lambda: paths.true_indices(vector > 0, 3),
+            lambda: paths.put(vector, np.arange(3), vector),
+        ):
+            with pytest.raises(topkast.MismatchError, match=r"'cpu' .* `with array.device:`"):
+                use()
+
+    def test_libraries_and_devices_that_do_not_go_together(self) -> None:
+        tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.5, bwd=0.5)
+        params = {"w": torch.ones(3, 3), "v": torch.ones(3, 3)}
+        with pytest.raises(topkast.MismatchError, match=r"w is a torch\.Tensor and v a numpy"):
+            tx.init({**params, "v": np.ones((3, 3))})
+        with pytest.raises(topkast.MismatchError, match="w is on cpu and v on meta"):
+            tx.init({**params, "v": torch.ones(3, 3, device="meta")})
+        state = tx.init(params)
+        with pytest.raises(topkast.MismatchError, match="the gradient of w"):
+            tx.step({"w": np.ones((3, 3), np.float32), "v": params["v"]}, state, params)
 
 
-def test_cupy_is_missing_or_works() -> None:
-    reason = topkast_cupy.why_unavailable()
-    assert reason is None or ("CuPy" in reason and "\n" not in reason)
+@pytest.mark.usefixtures("in_core")
+def test_complex_values_and_short_indices_are_scattered() -> None:
+    support = topkast.Support(np.asarray([1, 3], np.int32), np.asarray([True, False]))
+    for dtype in (np.float32, np.bool_, np.complex64, np.complex128):
+        found = topkast.scatter(np.asarray([1, 1], dtype), support, shape=(2, 2))
+        np.testing.assert_array_equal(found, np.asarray([[0, 1], [0, 1]], dtype))
+
+
+@pytest.mark.usefixtures("in_core")
+def test_options_may_be_numbers_of_numpy() -> None:
+    """A kernel reads eight bytes."""
+    params = {"w": np.arange(1.0, 10.0).reshape(3, 3)}
+    rule = topkast.SGD(np.float32(0.5), momentum=np.float32(0.5))  # type: ignore[arg-type]
+    penalty = np.float32(0.25)
+    tx = topkast.wrap_optimizer(rule, fwd=0.5, bwd=0.5, penalty=penalty)  # type: ignore[arg-type]
+    found, _ = tx.step({"w": np.zeros((3, 3))}, tx.init(params), params)
+    np.testing.assert_array_equal(found["w"].ravel()[4:], params["w"].ravel()[4:] * 0.875)
+
+
+def test_why_cupy_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CUDARuntimeError(RuntimeError):
+        pass
+
+    def no_driver() -> int:
+        raise CUDARuntimeError("cudaErrorInsufficientDriver: too old")
+
+    def cupy(count: Any) -> Any:
+        runtime = SimpleNamespace(getDeviceCount=count, CUDARuntimeError=CUDARuntimeError)
+        return SimpleNamespace(__version__="14.2.0", cuda=SimpleNamespace(runtime=runtime))
+
+    monkeypatch.setitem(sys.modules, "cupy", cupy(lambda: 1))
+    assert topkast_cupy.why_unavailable() is None
+    for count, reason in ((lambda: 0, "none is visible"), (no_driver, "InsufficientDriver")):
+        monkeypatch.setitem(sys.modules, "cupy", cupy(count))
+        assert re.search(f"finds no CUDA device: .*{reason}", topkast_cupy.why_unavailable() or "")
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert "cupy" in (topkast_cupy.why_unavailable() or "").lower()
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32, 64])

@@ -251,3 +251,20 @@ def test_sample_that_misleads_changes_nothing(rng: np.random.Generator) -> None:
     found = masks(choose(LIBRARIES[0], theta, 0.9, 0.8), theta)
     np.testing.assert_array_equal(found.forward, top_k(theta, 0.9))
     np.testing.assert_array_equal(found.backward, top_k(theta, 0.8))
+
+
+@pytest.mark.parametrize("kind", ["normal", "rounded", "zeros"])
+@pytest.mark.parametrize("explore", ["magnitude", "random"])
+def test_tensors_that_the_host_cannot_see(
+    kind: str, explore: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator, where PyTorch selects by its own functions."""
+    vector = rng.standard_normal(5000).astype(np.float32)
+    if kind == "rounded":
+        vector = np.round(vector)
+    elif kind == "zeros":
+        vector[rng.random(5000) < 0.95] = -0.0
+    expected = topkast.select(vector, fwd=0.9, bwd=0.8, explore=explore)
+    monkeypatch.setattr("topkast._selection.host_view", lambda array: None)
+    found = topkast.select(torch.asarray(vector), fwd=0.9, bwd=0.8, explore=explore)
+    assert_same_support(found, expected)

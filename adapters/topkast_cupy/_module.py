@@ -50,11 +50,15 @@ def why_unavailable() -> str | None:
     """
     try:
         import cupy
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "cupy":
+            return _broken(error)
         return (
-            f"CuPy is not installed ({error}): pip install 'topkast[cupy]' for CUDA 12, "
+            "CuPy is not installed: pip install 'topkast[cupy]' for CUDA 12, "
             "'topkast[cupy13]' for CUDA 13"
         )
+    except ImportError as error:
+        return _broken(error)
     try:
         if cupy.cuda.runtime.getDeviceCount():
             return None
@@ -62,6 +66,12 @@ def why_unavailable() -> str | None:
     except cupy.cuda.runtime.CUDARuntimeError as error:
         error_text = str(error)
     return f"CuPy {cupy.__version__} is installed and finds no CUDA device: {error_text}"
+
+
+def _broken(error: ImportError) -> str:
+    """In one line; CuPy's own message is a page."""
+    reason = " ".join(str(error.__cause__ or error).split())
+    return f"CuPy is installed and cannot be imported: {reason}"
 
 
 @functools.cache

@@ -56,6 +56,9 @@ class FastPaths:
             raise UnsupportedTensorError(
                 f"{name}: weights in CuPy must be float16, float32 or float64, got {array.dtype}"
             )
+        self._check_device(name, array)
+
+    def _check_device(self, name: str, array: Array) -> None:
         if array.device != self._device():
             raise MismatchError(
                 f"{name} is on {array.device!r} and the current device is {self._device()!r}: "
@@ -85,7 +88,11 @@ class FastPaths:
 
     def put(self, flat: Array, indices: Array, values: Array) -> None:
         """Write `values` (k,) at `indices` into the vector `flat`, in place."""
-        values = self.xp.ascontiguousarray(values)
+        if flat.itemsize > 8:  # complex128
+            flat[indices] = self.xp.reshape(values, (-1,))
+            return
+        values = self.xp.ascontiguousarray(values, dtype=flat.dtype)
+        indices = self.xp.ascontiguousarray(indices, dtype=np.int64)
         self._stride("scatter", flat, len(indices), indices, values, len(indices), flat)
 
     def step(
@@ -111,13 +118,13 @@ class FastPaths:
             flat = block.flatten(params).copy()
             slopes = self.xp.ascontiguousarray(block.flatten(grads))
             support = state.supports[block.key]
-            penalty = options.penalty
+            penalty = float(options.penalty)
             where = (
-                support.indices,
+                self.xp.ascontiguousarray(support.indices, dtype=np.int64),
                 support.active,
                 len(support.indices),
-                float(penalty),
-                penalty / block.density,
+                penalty,
+                penalty / float(block.density),
                 int(options.penalty_kind == "l1"),
                 int(exploring),
                 flat,
@@ -196,6 +203,7 @@ class FastPaths:
 
     def _threshold(self, flat: Array, count: int) -> tuple[Array, Array]:
         """The `count`-th largest magnitude of a vector, as the State of kernels.cu."""
+        self.check("params", flat)
         flat = self.xp.ascontiguousarray(flat)
         state = self.xp.asarray(np.asarray([0, count, 0], dtype=np.int64))
         counts = self.xp.zeros(_MOST_BINS, dtype=np.uint64)
@@ -229,4 +237,5 @@ class FastPaths:
         self._launch(name, like, max(1, blocks), *arguments)
 
     def _launch(self, name: str, like: Array, blocks: int, *arguments: Any) -> None:
+        self._check_device("an array", like)
         self._module(8 * like.itemsize).launch(name, blocks, *arguments)

@@ -26,10 +26,12 @@ typedef unsigned short Value;
 typedef float Real;
 #define MAGNITUDE 0x7fffU
 #define NOT_FINITE 0x7c00U
-#else
+#elif VALUE_BITS == 8
 typedef unsigned char Key;
 #define MAGNITUDE 0xffU
 #define NOT_FINITE 0x100U
+#else
+#error "VALUE_BITS must be 8, 16, 32 or 64"
 #endif
 
 // A block looks at so many consecutive entries when it counts or collects: _paths.py has it too.

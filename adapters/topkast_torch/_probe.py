@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -93,7 +94,9 @@ def _train(
 
 def _step(optimizer: torch.optim.Optimizer, fresh: torch.optim.Optimizer) -> None:
     try:
-        step_without_hooks(fresh)
+        with warnings.catch_warnings():  # meant for the optimizer that is being tried
+            warnings.simplefilter("ignore")
+            step_without_hooks(fresh)
     except Exception as error:
         raise UnsupportedOptimizerError(
             f"{_name(optimizer)} cannot take a plain step on a vector of weights and its dense "

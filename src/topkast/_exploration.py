@@ -14,8 +14,9 @@ def exploration_weights(support: Support, /, *, density: float, dtype: object) -
     """Weight of each entry of B in the penalty: 1 on A, 1/D on B∖A; shape (|B|,)."""
     xp = array_namespace(support.active)
     place = device(support.active)
-    one = xp.asarray(1.0, dtype=dtype, device=place)
-    inverse = xp.asarray(1.0 / density, dtype=dtype, device=place)
+    # Filled there, and not copied from the host, which would wait for an accelerator.
+    one = xp.full((), 1.0, dtype=dtype, device=place)
+    inverse = xp.full((), 1.0 / density, dtype=dtype, device=place)
     return xp.where(support.active, one, inverse)
 
 

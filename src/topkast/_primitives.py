@@ -233,4 +233,4 @@ def when(due: Array, change: Callable[..., T], state: T, *operands: Any) -> T:
 def where(flags: Array, array: Array, other: float) -> Array:
     """`array` where `flags` are true, and the number `other` in its dtype elsewhere."""
     xp = array_namespace(array)
-    return xp.where(flags, array, xp.asarray(other, dtype=array.dtype, device=device(array)))
+    return xp.where(flags, array, xp.full((), other, dtype=array.dtype, device=device(array)))

@@ -127,7 +127,8 @@ def select_counts(
             f"{flat.shape[0]} entries are too many for indices of {dtype}: in JAX, enable 64 bits"
         )
     if backward == 0:
-        return Support(xp.zeros(0, dtype=dtype), xp.zeros(0, dtype=xp.bool))
+        nothing = xp.zeros(0, dtype=dtype, device=device(params))
+        return Support(nothing, xp.zeros(0, dtype=xp.bool, device=device(params)))
     paths = fast_paths(work)
     if explore == "random":
         support = _random_support(work, forward, backward, seed, round_)

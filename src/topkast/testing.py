@@ -21,6 +21,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from array_api_compat import is_cupy_array
 
 from topkast._distribution import as_written, kept_count
 from topkast._inspect import Masks
@@ -178,6 +179,8 @@ def assert_same_support(first: Support, second: Support) -> None:
 
 def to_numpy(array: Array) -> HostArray:
     """An array of any library as a NumPy array."""
+    if is_cupy_array(array):
+        return np.asarray(array.get())
     if hasattr(array, "detach"):  # PyTorch
         array = array.detach().cpu().resolve_conj()
     try:
