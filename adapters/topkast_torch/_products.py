@@ -98,16 +98,8 @@ class _CompiledProducts:
 
         batch, features = activations.shape
         width = tile_width(batch, str(activations.dtype).removeprefix("torch."))
-        whole, rest = divmod(batch, width)
-        packed = activations.new_empty(whole + bool(rest), features, width)
-        if activations.is_contiguous():
-            pack(activations.numpy(), packed.numpy())
-            return packed
-        tiles = activations[: whole * width].unflatten(0, (whole, width))
-        packed[:whole] = tiles.transpose(1, 2)
-        if rest:
-            packed[whole, :, :rest] = activations[whole * width :].t()
-            packed[whole, :, rest:] = 0
+        packed = activations.new_empty(-(-batch // width), features, width)
+        pack(activations.contiguous().numpy(), packed.numpy())
         return packed
 
     def forward(
