@@ -158,6 +158,19 @@ def train(rule: Any, dtype: Any, **options: Any) -> tuple[dict[str, Array], Any,
     return params, state, supports
 
 
+def test_other_rules_go_the_ordinary_way(in_core: pytest.MonkeyPatch) -> None:
+    class Twice(topkast.SGD):
+        def update(self, *arguments: Any) -> Any:
+            steps, state = super().update(*arguments)
+            return {name: 2 * step for name, step in steps.items()}, state
+
+    params, _, _ = train(Twice(0.1), np.float64)
+    in_core.setattr(_primitives, "_WITH_PATHS", [])
+    expected, _, _ = train(topkast.SGD(0.2), np.float64)
+    for name, param in expected.items():
+        np.testing.assert_allclose(params[name], param, rtol=1e-12)
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 def test_training_is_that_of_numpy(
@@ -299,6 +312,18 @@ def test_why_cupy_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
         assert re.search(f"finds no CUDA device: .*{reason}", topkast_cupy.why_unavailable() or "")
     monkeypatch.setitem(sys.modules, "cupy", None)
     assert "cupy" in (topkast_cupy.why_unavailable() or "").lower()
+
+
+@pytest.mark.parametrize(
+    "line", ["raise ImportError('======\\n a page\\n of text')", "import cupy.does_not_exist"]
+)
+def test_a_broken_cupy(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cupy").mkdir()
+    (tmp_path / "cupy" / "__init__.py").write_text(line)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    reason = topkast_cupy.why_unavailable()
+    assert re.fullmatch("CuPy is installed and cannot be imported: .*", reason or "")
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32, 64])
