@@ -12,6 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from _harness import Timing, arguments, environment, interleave, table, write
@@ -23,6 +24,16 @@ NEVER = 10**9
 Sides = dict[str, Callable[[], Any]]
 
 
+def and_wait(synchronize: Callable[[], None], run: Callable[[], Any]) -> Callable[[], None]:
+    """`run`, to its end on the device."""
+
+    def wait() -> None:
+        run()
+        synchronize()
+
+    return wait
+
+
 def torch_sides(weights: int) -> tuple[str, dict[str, Sides], dict[str, int]]:
     import torch
 
@@ -30,13 +41,7 @@ def torch_sides(weights: int) -> tuple[str, dict[str, Sides], dict[str, int]]:
     vector = torch.randn(weights, device="cuda")
     count = weights // 5
 
-    def waiting(run: Callable[[], Any]) -> Callable[[], Any]:
-        def wait() -> None:
-            run()
-            torch.cuda.synchronize()
-
-        return wait
-
+    waiting = partial(and_wait, torch.cuda.synchronize)
     selection = {
         "torch.topk": waiting(lambda: vector.abs().topk(count, sorted=False)),
         "topkast, PyTorch": waiting(lambda: topkast.select(vector, fwd=FWD, bwd=BWD)),
@@ -65,13 +70,7 @@ def cupy_sides(weights: int) -> tuple[str, dict[str, Sides], dict[str, int]]:
     vector = cupy.random.standard_normal(weights, dtype="f4")
     count = weights // 5
 
-    def waiting(run: Callable[[], Any]) -> Callable[[], Any]:
-        def wait() -> None:
-            run()
-            cupy.cuda.get_current_stream().synchronize()
-
-        return wait
-
+    waiting = partial(and_wait, cupy.cuda.get_current_stream().synchronize)
     selection = {
         "cupy.argpartition": waiting(lambda: cupy.argpartition(cupy.abs(vector), -count)[-count:]),
         "topkast, CuPy": waiting(lambda: topkast.select(vector, fwd=FWD, bwd=BWD)),

@@ -22,7 +22,7 @@ static thread_local Place threadIdx, blockIdx, blockDim, gridDim;
 #define __device__
 #define __shared__ static
 
-static const int kThreads = 256, kWarp = 32, kStack = 1 << 16;
+static const int kThreads = THREADS, kWarp = 32, kStack = 1 << 16;
 static ucontext_t scheduler, fibers[kThreads];
 static bool finished[kThreads], waiting[kThreads];
 static bool votes[2][kThreads];

@@ -17,7 +17,8 @@ from typing import Any
 import cuda_passes
 import numpy as np
 import topkast_cupy
-from topkast_cupy._module import THREADS
+from topkast_cupy._module import options
+from topkast_cupy._paths import FastPaths
 
 SHIM = Path(__file__).with_name("cuda_on_host.cpp")
 KERNELS = Path(topkast_cupy.__file__).with_name("kernels.cu")
@@ -26,13 +27,9 @@ KERNELS = Path(topkast_cupy.__file__).with_name("kernels.cu")
 class Passes:
     """The kernels as NumPy functions."""
 
-    def __init__(self, bits: int) -> None:
-        self.bits = bits
-
     def launch(self, name: str, blocks: int, *arguments: Any) -> None:
         _check(arguments)
-        kernel = getattr(cuda_passes, name)
-        kernel(blocks, *arguments)
+        getattr(cuda_passes, name)(blocks, *arguments)
 
 
 class Compiled:
@@ -41,7 +38,7 @@ class Compiled:
     def __init__(self, bits: int) -> None:
         folder = Path(tempfile.mkdtemp(prefix="topkast-cuda-"))
         library = folder / "kernels.so"
-        command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-w", f"-DVALUE_BITS={bits}"]
+        command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-w", *options(bits)]
         command += [f"-I{KERNELS.parent}", str(SHIM), "-o", str(library)]
         subprocess.run(command, check=True, timeout=120)
         self._library = ctypes.CDLL(str(library))
@@ -61,10 +58,10 @@ def compiled(bits: int) -> Compiled:
     return Compiled(bits)
 
 
-def fast_paths(kind: str) -> topkast_cupy.FastPaths:
+def fast_paths(kind: str) -> FastPaths:
     """Those of CuPy, on NumPy arrays: ``"passes"`` or ``"compiled"``."""
-    modules: dict[str, Any] = {"passes": Passes, "compiled": compiled}
-    return topkast_cupy.FastPaths(np, modules[kind], lambda: "cpu")
+    modules: dict[str, Any] = {"passes": lambda bits: Passes(), "compiled": compiled}
+    return FastPaths(np, modules[kind], lambda: "cpu")
 
 
 def _check(arguments: tuple[Any, ...]) -> None:
@@ -81,6 +78,3 @@ def _word(argument: Any) -> Any:
     if isinstance(argument, float):
         return ctypes.c_double(argument)
     return ctypes.c_void_p(argument.ctypes.data)
-
-
-assert THREADS == cuda_passes.THREADS

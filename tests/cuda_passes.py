@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from topkast_cupy._module import TILE
 
 Vector = np.ndarray[Any, Any]
 
-TILE, THREADS = 4096, 256
 KEY, RANK, WRONG = range(3)
 
 _NOT_FINITE = {1: 0x100, 2: 0x7C00, 4: 0x7F800000, 8: 0x7FF0000000000000}
@@ -85,63 +85,22 @@ def scatter(blocks: int, indices: Vector, values: Vector, count: int, out: Vecto
     out[indices[:count]] = values.reshape(-1)[:count]
 
 
-def sgd(
-    blocks: int,
-    indices: Vector,
-    active: Vector,
-    count: int,
-    on_active: float,
-    on_inactive: float,
-    l1: int,
-    exploring: int,
-    params: Vector,
-    gradients: Vector,
-    velocity: Vector | None,
-    new_velocity: Vector | None,
-    lr: Vector,
-    momentum: float,
-    nesterov: int,
-    decay: float,
-) -> None:
-    values, slopes, live = _gather(
-        indices, active, on_active, on_inactive, l1, exploring, params, gradients
-    )
-    slopes = slopes + values.dtype.type(decay) * values
-    if velocity is not None and new_velocity is not None:
-        moved = _load(velocity.reshape(-1)) * values.dtype.type(momentum) + slopes
+def sgd(blocks: int, *arguments: Any) -> None:
+    indices, params, values, slopes, live = _read(*arguments[:9])
+    velocity, new_velocity, lr, momentum, nesterov, decay = arguments[9:]
+    real = values.dtype.type
+    slopes = slopes + real(decay) * values
+    if velocity is not None:
+        moved = _load(velocity.reshape(-1)) * real(momentum) + slopes
         new_velocity.reshape(-1)[...] = moved
-        slopes = slopes + moved * values.dtype.type(momentum) if nesterov else moved
-    values = values - values.dtype.type(lr) * slopes
-    params[indices[live]] = values[live]
+        slopes = slopes + moved * real(momentum) if nesterov else moved
+    params[indices[live]] = (values - real(lr) * slopes)[live]
 
 
-def adam(
-    blocks: int,
-    indices: Vector,
-    active: Vector,
-    count: int,
-    on_active: float,
-    on_inactive: float,
-    l1: int,
-    exploring: int,
-    params: Vector,
-    gradients: Vector,
-    mean: Vector,
-    new_mean: Vector,
-    square: Vector,
-    new_square: Vector,
-    lr: Vector,
-    scale: Vector,
-    root: Vector,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
-    decoupled: int,
-) -> None:
-    values, slopes, live = _gather(
-        indices, active, on_active, on_inactive, l1, exploring, params, gradients
-    )
+def adam(blocks: int, *arguments: Any) -> None:
+    indices, params, values, slopes, live = _read(*arguments[:9])
+    mean, new_mean, square, new_square, lr, scale, root, *others = arguments[9:]
+    beta1, beta2, eps, decay, decoupled = others
     real = values.dtype.type
     if not decoupled:
         slopes = slopes + real(decay) * values
@@ -155,22 +114,23 @@ def adam(
     params[indices[live]] = moved[live]
 
 
-def _gather(
+def _read(
     indices: Vector,
     active: Vector,
+    count: int,
     on_active: float,
     on_inactive: float,
     l1: int,
     exploring: int,
     params: Vector,
     gradients: Vector,
-) -> tuple[Vector, Vector, Vector]:
-    """Weights on B, gradients with that of the penalty, and what of them moves."""
+) -> tuple[Vector, Vector, Vector, Vector, Vector]:
+    """Where B is, what is written, weights, gradients with that of the penalty, and what moves."""
     values = _load(params[indices])
     weights = np.where(active, on_active, on_inactive).astype(values.dtype)
     slopes = _load(gradients[indices]) + weights * (np.sign(values) if l1 else values)
     live = active | bool(exploring)
-    return values, np.where(live, slopes, values.dtype.type(0)), live
+    return indices, params, values, np.where(live, slopes, values.dtype.type(0)), live
 
 
 def _load(values: Vector) -> Vector:

@@ -20,7 +20,8 @@ import torch
 from array_api_compat import is_numpy_array
 from hypothesis import given
 from hypothesis import strategies as st
-from topkast_cupy._module import source
+from topkast_cupy._module import options, source
+from topkast_cupy._paths import FastPaths
 
 import topkast
 import topkast.testing
@@ -37,14 +38,12 @@ KINDS = ["passes", pytest.param("compiled", marks=needs_compiler)]
 
 
 @pytest.fixture(params=KINDS)
-def paths(request: pytest.FixtureRequest) -> topkast_cupy.FastPaths:
+def paths(request: pytest.FixtureRequest) -> FastPaths:
     return cuda_on_host.fast_paths(request.param)
 
 
 @pytest.fixture
-def in_core(
-    paths: topkast_cupy.FastPaths, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[pytest.MonkeyPatch]:
+def in_core(paths: FastPaths, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """The core takes these paths for NumPy arrays."""
     with monkeypatch.context() as patch:
         patch.setattr(_primitives, "_WITH_PATHS", [(is_numpy_array, "host")])
@@ -80,7 +79,7 @@ def vectors(draw: st.DrawFn) -> tuple[Array, int]:
 
 
 @given(vectors())
-def test_largest(paths: topkast_cupy.FastPaths, problem: tuple[Array, int]) -> None:
+def test_largest(paths: FastPaths, problem: tuple[Array, int]) -> None:
     vector, count = problem
     expected = oracle(vector, count)
     indices, magnitudes = paths.largest(vector, count)
@@ -92,7 +91,7 @@ def test_largest(paths: topkast_cupy.FastPaths, problem: tuple[Array, int]) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_put(paths: topkast_cupy.FastPaths, dtype: Any, rng: np.random.Generator) -> None:
+def test_put(paths: FastPaths, dtype: Any, rng: np.random.Generator) -> None:
     indices = np.sort(rng.choice(9000, 5000, replace=False))
     out, values = np.zeros(9000, dtype), rng.standard_normal((1, 5000)).astype(dtype)
     paths.put(out, indices, values)
@@ -102,7 +101,7 @@ def test_put(paths: topkast_cupy.FastPaths, dtype: Any, rng: np.random.Generator
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_not_finite(paths: topkast_cupy.FastPaths, dtype: Any) -> None:
+def test_not_finite(paths: FastPaths, dtype: Any) -> None:
     vector = np.ones(5000, dtype)
     vector[[7, 4500]] = np.nan, -np.inf
     for function in (paths.largest, paths.largest_flags):
@@ -253,7 +252,7 @@ class TestBadInput:
             topkast.select(np.arange(9, dtype=np.int32), fwd=0.5, bwd=0.5)
 
     def test_the_wrong_device(self) -> None:
-        paths = topkast_cupy.FastPaths(np, cuda_on_host.Passes, lambda: "another")
+        paths = FastPaths(np, lambda bits: cuda_on_host.Passes(), lambda: "another")
         vector = np.ones(3)
         for use in (
             lambda: paths.check("w", vector),
@@ -333,12 +332,12 @@ def test_the_source_compiles_to_ptx(bits: int) -> None:
     if nvrtc is None:
         pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc-cu12")
     program = ctypes.c_void_p()
-    text = source().encode()
-    assert not nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, b"kernels.cu", 0, None, None)
-    options = [b"--std=c++17", b"--gpu-architecture=compute_80", f"-DVALUE_BITS={bits}".encode()]
-    failed = nvrtc.nvrtcCompileProgram(
-        program, len(options), (ctypes.c_char_p * len(options))(*options)
-    )
+    code = source().encode()
+    assert not nvrtc.nvrtcCreateProgram(ctypes.byref(program), code, b"kernels.cu", 0, None, None)
+    told = [
+        text.encode() for text in ("--std=c++17", "--gpu-architecture=compute_80", *options(bits))
+    ]
+    failed = nvrtc.nvrtcCompileProgram(program, len(told), (ctypes.c_char_p * len(told))(*told))
     log = ctypes.create_string_buffer(1 << 16)
     nvrtc.nvrtcGetProgramLog(program, log)
     assert not failed, log.value.decode()

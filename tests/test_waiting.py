@@ -24,14 +24,14 @@ class NothingLooks(TorchDispatchMode):
     def __init__(self, *on_host: torch.Tensor, flags: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._on_host = {tensor.data_ptr() for tensor in on_host}
-        self._flags = flags
+        self.flags = flags
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         name = function.overloadpacket.__name__
-        flag = name == "_local_scalar_dense" and args[0].dtype == torch.bool and self._flags > 0
-        self._flags -= flag
+        flag = name == "_local_scalar_dense" and args[0].dtype == torch.bool and self.flags > 0
+        self.flags -= flag
         if name in _LOOKING and not flag and args[0].data_ptr() not in self._on_host:
             raise AssertionError(f"{name} of a {args[0].dtype} tensor {tuple(args[0].shape)}")
         by_mask = name.startswith("index") and any(
@@ -80,8 +80,9 @@ def test_plain_arrays(rule: Any, options: dict[str, Any]) -> None:
     assert state.updates.device.type == "cpu"  # wherever the weights are
     for _ in range(4):
         # Whether a refresh is due, and whether B∖A still moves.
-        with NothingLooks(flags=2 * (1 + len(options))):
+        with NothingLooks(flags=2 * (1 + len(options))) as mode:
             grads = topkast.forward_params(params, state)
             params, state = tx.step(grads, state, params)
             updates, state = tx.update(grads, state, params)
             params = topkast.apply_updates(params, updates)
+        assert mode.flags == 0

@@ -5,6 +5,6 @@ arrays as on one of NumPy arrays. What is here for users is :func:`why_unavailab
 """
 
 from topkast_cupy._module import why_unavailable
-from topkast_cupy._paths import FastPaths, load
+from topkast_cupy._paths import load
 
-__all__ = ["FastPaths", "load", "why_unavailable"]
+__all__ = ["load", "why_unavailable"]

@@ -6,7 +6,9 @@ import functools
 from importlib.resources import files
 from typing import Any, Protocol
 
-THREADS = 256  # of a block; kernels.cu has it too
+THREADS = 256  # of a block
+TILE = 4096  # consecutive entries that a block counts or collects
+MOST_BINS = 2048  # of a histogram
 
 
 class Module(Protocol):
@@ -21,14 +23,19 @@ def source() -> str:
     return (files("topkast_cupy") / "kernels.cu").read_text()
 
 
+def options(bits: int) -> list[str]:
+    """What the compiler is told, for weights of so many bits."""
+    sizes = {"VALUE_BITS": bits, "THREADS": THREADS, "TILE": TILE, "MOST_BINS": MOST_BINS}
+    return [f"-D{name}={size}" for name, size in sizes.items()]
+
+
 class CudaModule:
     """Compiled by NVRTC at the first launch, and once for each device."""
 
     def __init__(self, bits: int) -> None:
         import cupy
 
-        options = ("--std=c++17", f"-DVALUE_BITS={bits}")
-        self._module = cupy.RawModule(code=source(), options=options)
+        self._module = cupy.RawModule(code=source(), options=("--std=c++17", *options(bits)))
 
     def launch(self, name: str, blocks: int, *arguments: Any) -> None:
         given = tuple(0 if argument is None else argument for argument in arguments)
@@ -39,6 +46,10 @@ def why_unavailable() -> str | None:
     """Why CuPy cannot be used here, as one sentence; None where it can.
 
     Without a GPU CuPy can be imported, and the first array that it makes fails.
+
+    Returns
+    -------
+    str or None
 
     Examples
     --------

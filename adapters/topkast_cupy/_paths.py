@@ -5,20 +5,27 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from topkast import SGD, Adam, AdamW, MismatchError, NonFiniteError, UnsupportedTensorError
+from topkast import (
+    SGD,
+    Adam,
+    AdamW,
+    MismatchError,
+    NonFiniteError,
+    UnsupportedTensorError,
+    apply_updates,
+)
 from topkast._options import Options
 from topkast._plan import Block
 from topkast._primitives import Array
-from topkast._rules import AdamState, SGDState, bias_correction, learning_rate
+from topkast._rules import bias_correction, learning_rate
 from topkast._state import Arrays, TopKASTState
-from topkast_cupy._module import THREADS, Module, cuda_module
+from topkast_cupy._module import MOST_BINS, THREADS, TILE, Module, cuda_module
 
-_TILE = 4096  # consecutive entries that a block counts or collects; kernels.cu has it too
-_MOST_BINS = 2048
 _MOST_BLOCKS = 2048  # of kernels whose threads stride over all entries
 _PER_THREAD = 8  # entries that such a thread should have at least
 
@@ -111,15 +118,28 @@ class FastPaths:
         if type(rule) not in (SGD, Adam, AdamW):
             return None
         exploring = options.explore_until is None or bool(state.updates < options.explore_until)
+        penalty = float(options.penalty)
         inside = {name for block in blocks for name in block.shapes}
         outside = {name: params[name] for name in params if name not in inside}
-        moved, inner = self._step_dense(rule, outside, grads, state.inner)
+        fields = [field for field in state.inner._fields if field != "step"]
+        old = {field: getattr(state.inner, field) for field in fields}
+        slopes = {name: grads[name] for name in outside}
+        steps, inner = rule.update(slopes, state.inner, outside)
+        moved = apply_updates(outside, steps)
+        kernel, numbers = self._numbers(rule, state.inner.step, inner.step)
         for block in blocks:
+            key, support = block.key, state.supports[block.key]
             flat = block.flatten(params).copy()
-            slopes = self.xp.ascontiguousarray(block.flatten(grads))
-            support = state.supports[block.key]
-            penalty = float(options.penalty)
-            where = (
+            entries = []
+            for field in fields:
+                entry = old[field].get(key)  # SGD keeps nothing without momentum
+                if entry is not None:
+                    getattr(inner, field)[key] = self.xp.empty_like(entry)
+                entries += [entry, getattr(inner, field).get(key)]
+            self._stride(
+                kernel,
+                flat,
+                len(support.indices),
                 self.xp.ascontiguousarray(support.indices, dtype=np.int64),
                 support.active,
                 len(support.indices),
@@ -128,64 +148,20 @@ class FastPaths:
                 int(options.penalty_kind == "l1"),
                 int(exploring),
                 flat,
-                slopes,
+                self.xp.ascontiguousarray(block.flatten(grads)),
+                *entries,
+                *numbers,
             )
-            kernel = self._adam if isinstance(rule, Adam) else self._sgd
-            kernel(rule, block.key, state.inner, inner, where)
             moved |= block.unflatten(flat)
         return {name: moved[name] for name in params}, inner
 
-    def _step_dense(
-        self, rule: Any, params: Arrays, grads: Mapping[str, Array], state: Any
-    ) -> tuple[Arrays, Any]:
-        """What stays dense, by the rule itself; its next state, whose entries are added to."""
-        entries = {
-            field: {name: entry[name] for name in params if name in entry}
-            for field, entry in state._asdict().items()
-            if field != "step"
-        }
-        steps, inner = rule.update(
-            {name: grads[name] for name in params}, state._replace(**entries), params
-        )
-        moved = {name: (param + steps[name]).astype(param.dtype) for name, param in params.items()}
-        return moved, inner
-
-    def _sgd(
-        self, rule: SGD, key: str, old: SGDState, new: SGDState, where: tuple[Any, ...]
-    ) -> None:
-        velocity = following = None
-        if rule.momentum:
-            velocity = old.velocity[key]
-            following = new.velocity[key] = self.xp.empty_like(velocity)
-        self._stride(
-            "sgd",
-            where[-1],
-            where[2],
-            *where,
-            velocity,
-            following,
-            self._number(learning_rate(rule.lr, old.step)),
-            float(rule.momentum),
-            int(rule.nesterov),
-            float(rule.weight_decay),
-        )
-
-    def _adam(
-        self, rule: Adam, key: str, old: AdamState, new: AdamState, where: tuple[Any, ...]
-    ) -> None:
-        mean, square = old.mean[key], old.square[key]
-        new.mean[key], new.square[key] = self.xp.empty_like(mean), self.xp.empty_like(square)
-        lr = self._number(learning_rate(rule.lr, old.step))
-        first, second = (bias_correction(beta, new.step, np.float64) for beta in rule.betas)
-        self._stride(
-            "adam",
-            where[-1],
-            where[2],
-            *where,
-            mean,
-            new.mean[key],
-            square,
-            new.square[key],
+    def _numbers(self, rule: SGD | Adam, step: Array, following: Array) -> tuple[str, list[Any]]:
+        """The kernel of a rule, and its arguments that all tensors share."""
+        lr = self._number(learning_rate(rule.lr, step))
+        if isinstance(rule, SGD):
+            return "sgd", [lr, float(rule.momentum), int(rule.nesterov), float(rule.weight_decay)]
+        first, second = (bias_correction(beta, following, np.float64) for beta in rule.betas)
+        return "adam", [
             lr,
             self._number(lr / first),
             self._number(self.xp.sqrt(second)),
@@ -193,12 +169,12 @@ class FastPaths:
             float(rule.eps),
             float(rule.weight_decay),
             int(rule.decoupled),
-        )
+        ]
 
     def _number(self, number: Any) -> Array:
         """A number, or a 0-d array, where the kernels can read it."""
-        if type(number) in (int, float):
-            return self.xp.full((), number, dtype=np.float64)
+        if isinstance(number, Real):  # filled in there: a copy from the host would wait
+            return self.xp.full((), float(number), dtype=np.float64)
         return self.xp.asarray(number, dtype=np.float64)
 
     def _threshold(self, flat: Array, count: int) -> tuple[Array, Array]:
@@ -206,7 +182,7 @@ class FastPaths:
         self.check("params", flat)
         flat = self.xp.ascontiguousarray(flat)
         state = self.xp.asarray(np.asarray([0, count, 0], dtype=np.int64))
-        counts = self.xp.zeros(_MOST_BINS, dtype=np.uint64)
+        counts = self.xp.zeros(MOST_BINS, dtype=np.uint64)
         digits = _DIGITS[8 * flat.itemsize]
         shift = sum(digits)
         for bits in digits:
@@ -225,7 +201,7 @@ class FastPaths:
         self, keys: Array, state: Array, *, indices: Array | None = None, flags: Array | None = None
     ) -> None:
         """Indices or flags of the entries above a threshold, and of the first ones at it."""
-        tiles = max(1, math.ceil(keys.size / _TILE))
+        tiles = max(1, math.ceil(keys.size / TILE))
         above, ties = (self.xp.empty(tiles, dtype=np.int64) for _ in range(2))
         self._launch("count", keys, tiles, keys, keys.size, state, above, ties)
         above, ties = above.cumsum(), ties.cumsum()

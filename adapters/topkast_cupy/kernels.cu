@@ -34,11 +34,9 @@ typedef unsigned char Key;
 #error "VALUE_BITS must be 8, 16, 32 or 64"
 #endif
 
-// A block looks at so many consecutive entries when it counts or collects: _paths.py has it too.
-#define TILE 4096
-#define THREADS 256
+// THREADS of a block, the TILE of consecutive entries that it counts or collects, and MOST_BINS of a
+// histogram are given by _module.py, which launches with them.
 #define WARP 32
-#define MOST_BINS 2048
 
 // What the passes hand each other.
 struct State {
@@ -214,15 +212,27 @@ __device__ inline Real load(Value value) { return value; }
 __device__ inline Value store(Real value) { return value; }
 #endif
 
-// The gradient of the loss with that of the exploration penalty: `weight` is coefficient times weight.
-__device__ inline Real slope_of(Real gradient, Real value, double weight, int64 l1) {
-    Real slope = l1 ? (Real)((value > 0) - (value < 0)) : value;
-    return gradient + (Real)weight * slope;
+// An entry of B: its weight, the gradient of the loss and of the exploration penalty, and whether it
+// moves. `on_active` and `on_inactive` are the penalty's coefficient times its weights.
+struct Entry {
+    Real value, slope;
+    bool live;
+};
+
+__device__ inline Entry read(
+    Value param, Value gradient, bool active, double on_active, double on_inactive, int64 l1,
+    int64 exploring
+) {
+    Real value = load(param);
+    Real factor = (Real)(active ? on_active : on_inactive);
+    Real direction = l1 ? (Real)((value > 0) - (value < 0)) : value;
+    bool live = exploring || active;
+    return {value, live ? load(gradient) + factor * direction : (Real)0, live};
 }
 
 // The rules read and write params (a copy) and read gradients, both dense, at the indices of B; state
-// is on B, old and new. B is `count` indices and which of them are active, with the penalty's weights
-// on both kinds; unless `exploring`, what is not active stays where it is.
+// is on B, old and new. B is `count` indices and which of them are active; unless `exploring`, what is
+// not active stays where it is.
 extern "C" __global__ void sgd(
     const int64* indices, const unsigned char* active, int64 count, double on_active,
     double on_inactive, int64 l1, int64 exploring, Value* params, const Value* gradients,
@@ -233,17 +243,15 @@ extern "C" __global__ void sgd(
     Real rate = (Real)*lr, factor = (Real)momentum;
     for (int64 k = (int64)blockIdx.x * blockDim.x + threadIdx.x; k < count; k += step) {
         int64 i = indices[k];
-        Real value = load(params[i]);
-        bool live = exploring || active[k];
-        double weight = active[k] ? on_active : on_inactive;
-        Real slope = live ? slope_of(load(gradients[i]), value, weight, l1) : (Real)0;
-        slope += (Real)decay * value;
+        Entry entry =
+            read(params[i], gradients[i], active[k], on_active, on_inactive, l1, exploring);
+        Real slope = entry.slope + (Real)decay * entry.value;
         if (velocity) {
             Real moved = load(velocity[k]) * factor + slope;
             new_velocity[k] = store(moved);
             slope = nesterov ? slope + moved * factor : moved;
         }
-        if (live) params[i] = store(value - rate * slope);
+        if (entry.live) params[i] = store(entry.value - rate * slope);
     }
 }
 
@@ -261,18 +269,16 @@ extern "C" __global__ void adam(
     Real rate = (Real)*scale, shrink = (Real)(*lr * decay), divisor = (Real)*root;
     for (int64 k = (int64)blockIdx.x * blockDim.x + threadIdx.x; k < count; k += step) {
         int64 i = indices[k];
-        Real value = load(params[i]);
-        bool live = exploring || active[k];
-        double weight = active[k] ? on_active : on_inactive;
-        Real slope = live ? slope_of(load(gradients[i]), value, weight, l1) : (Real)0;
-        if (!decoupled) slope += (Real)decay * value;
+        Entry entry =
+            read(params[i], gradients[i], active[k], on_active, on_inactive, l1, exploring);
+        Real slope = decoupled ? entry.slope : entry.slope + (Real)decay * entry.value;
         Real average = load(mean[k]) * first + slope * other_first;
         Real spread = load(square[k]) * second + slope * slope * other_second;
         new_mean[k] = store(average);
         new_square[k] = store(spread);
-        Real moved = value - rate * (average / (sqrt(spread) / divisor + (Real)eps));
-        if (decoupled) moved -= shrink * value;
-        if (live) params[i] = store(moved);
+        Real moved = entry.value - rate * (average / (sqrt(spread) / divisor + (Real)eps));
+        if (decoupled) moved -= shrink * entry.value;
+        if (entry.live) params[i] = store(moved);
     }
 }
 

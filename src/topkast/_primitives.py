@@ -188,12 +188,13 @@ def put(flat: Array, indices: Array, values: Array) -> Array:
         return flat.scatter(0, indices, values)
     xp = array_namespace(flat)
     paths = fast_paths(flat)
-    if paths is not None or is_numpy_array(flat):
+    if paths is not None:
         copy = xp.asarray(flat, copy=True)
-        if paths is not None:
-            paths.put(copy, indices, values)
-        else:
-            copy[indices] = values
+        paths.put(copy, indices, values)
+        return copy
+    if is_numpy_array(flat):
+        copy = flat.copy()
+        copy[indices] = values
         return copy
     everywhere = xp.ones(indices.shape[0], dtype=xp.bool, device=device(flat))
     inside = scatter(everywhere, indices, flat.shape[0], False)
