@@ -57,6 +57,7 @@ def property(session: nox.Session) -> None:  # noqa: A001 - the name that the RE
         "tests/test_distribution.py",
         "tests/test_exploration.py",
         "tests/test_jax_transform.py::TestInvariants",
+        "tests/test_kernel_convolutions.py",
         "tests/test_kernels.py",
         "tests/test_selection.py",
         "tests/test_torch_state.py",

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,12 +19,10 @@ from topkast.kernels import (
     Layout,
     _layout,
     arrange,
-    fold,
     multiply,
     pack,
     sampled_product,
     tile_width,
-    unfold,
 )
 
 Array = np.ndarray[Any, Any]
@@ -76,14 +73,10 @@ problems = st.builds(
 
 @given(problems)
 def test_multiply(problem: Problem) -> None:
-    x = tiles_of(problem.x)
-    out = np.full((problem.shape[0], x.shape[0] * x.shape[2]), np.nan, x.dtype)
-    multiply(problem.layout(), problem.values, x, out, bias=problem.bias)
+    out = np.full((problem.batch, problem.shape[0]), np.nan, problem.x.dtype)
+    multiply(problem.layout(), problem.values, tiles_of(problem.x), out, bias=problem.bias)
     expected = problem.x @ problem.dense.T + problem.bias
-    np.testing.assert_allclose(out[:, : problem.batch].T, expected, **tolerance(problem))
-    rows = np.full((problem.batch, problem.shape[0]), np.nan, x.dtype)
-    multiply(problem.layout(), problem.values, x, rows, bias=problem.bias, by_row=True)
-    np.testing.assert_array_equal(rows, out[:, : problem.batch].T)
+    np.testing.assert_allclose(out, expected, **tolerance(problem))
 
 
 @given(problems)
@@ -93,8 +86,6 @@ def test_sampled_product(problem: Problem) -> None:
     sampled_product(layout, tiles_of(problem.y), tiles_of(problem.x), out)
     expected = (problem.y.T @ problem.x)[problem.rows, problem.columns]
     np.testing.assert_allclose(out, expected, **tolerance(problem))
-    sampled_product(layout, tiles_of(problem.y), tiles_of(problem.x), out, accumulate=True)
-    np.testing.assert_allclose(out, 2 * expected, **tolerance(problem))
 
 
 def tolerance(problem: Problem) -> dict[str, Any]:
@@ -108,15 +99,11 @@ def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
     x, y = tiles_of(problem.x), tiles_of(problem.y)
 
     def products(count: int) -> tuple[Array, ...]:
-        out, rows = (
-            np.empty((300, x.shape[0] * x.shape[2]), np.float32),
-            np.empty((300, 300), np.float32),
-        )
+        out = np.empty((300, 300), np.float32)
         gradient = np.empty(len(problem.rows), np.float32)
         multiply(problem.layout(), problem.values, x, out, threads=count)
-        multiply(problem.layout(), problem.values, x, rows, by_row=True, threads=count)
         sampled_product(problem.layout(runs=True), y, x, gradient, threads=count)
-        return out, rows, gradient
+        return out, gradient
 
     for found, expected in zip(products(threads), products(1), strict=True):
         np.testing.assert_array_equal(found, expected)
@@ -129,7 +116,7 @@ def test_blocks_wider_than_the_numbers_of_columns_in_them() -> None:
     rows = np.zeros(3, np.int32)
     layout = arrange(rows, columns, np.arange(3, dtype=np.int32), shape=(1, 200_000))
     x = tiles_of(np.arange(200_000, dtype=np.float64)[None])
-    out = np.empty((1, x.shape[2]))
+    out = np.empty((1, 1))
     multiply(layout, np.asarray([1.0, 2.0, 4.0]), x, out)
     assert out[0, 0] == 5 + 2 * 70_000 + 4 * 199_999
 
@@ -149,50 +136,15 @@ def test_a_copied_layout_works_without_the_original() -> None:
     layouts = [copy.deepcopy(problem.layout()), pickle.loads(pickle.dumps(problem.layout()))]
     used = problem.layout()
     x, out = tiles_of(problem.x), np.empty((20, 60))
-    multiply(used, problem.values, x, out, by_row=True)  # which remembers where its arrays are
+    multiply(used, problem.values, x, out)  # which remembers where its arrays are
     layouts.append(copy.deepcopy(used))
     del used
     for layout in layouts:
         found = np.full_like(out, np.nan)
-        multiply(layout, problem.values, x, found, by_row=True)
+        multiply(layout, problem.values, x, found)
         np.testing.assert_array_equal(found, out)
         arrays = layout._arrays
         assert layout._numbers[3:] == tuple(array.ctypes.data for array in arrays)
-
-
-@given(
-    st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    st.tuples(st.integers(1, 2), st.integers(1, 2)),
-    st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    st.tuples(st.integers(6, 20), st.integers(6, 20)),
-    st.sampled_from(DTYPES),
-)
-def test_unfold_and_fold(
-    batch: tuple[int, int],
-    size: tuple[int, int],
-    dilation: tuple[int, int],
-    stride: tuple[int, int],
-    extent: tuple[int, int],
-    dtype: Any,
-) -> None:
-    window: dict[str, Any] = {"size": size, "dilation": dilation, "stride": stride}
-    images = np.random.default_rng(0).standard_normal((*batch, *extent)).astype(dtype)
-    options = {"kernel_size": size, "dilation": dilation, "stride": stride}
-    expected = torch.nn.functional.unfold(torch.from_numpy(images), **options)
-    features, places = expected.shape[1], expected.shape[0] * expected.shape[2]
-    tiles = np.full((-(-places // 16), features, 16), np.nan, dtype)
-    unfold(images, tiles, **window)
-    columns = np.ascontiguousarray(tiles.transpose(1, 0, 2).reshape(features, -1))
-    np.testing.assert_array_equal(
-        columns[:, :places], expected.transpose(0, 1).reshape(features, places)
-    )
-    assert not columns[:, places:].any()
-    found = np.full_like(images, np.nan)
-    fold(columns, found, **window)
-    pieces = expected.transpose(0, 1).reshape(features, batch[0], -1).transpose(0, 1)
-    sums = torch.nn.functional.fold(pieces, extent, **options)
-    np.testing.assert_allclose(found, sums, rtol=1e-5, atol=1e-5)
 
 
 class TestBadInput:
@@ -201,26 +153,25 @@ class TestBadInput:
     def setup_method(self) -> None:
         self.problem = Problem((8, 9), 3, 0.5, np.float32, 1)
         self.x, self.y = tiles_of(self.problem.x), tiles_of(self.problem.y)
-        self.out = np.empty((8, self.x.shape[2]), np.float32)
+        self.out = np.empty((3, 8), np.float32)
 
     def test_shapes(self) -> None:
         layout, values = self.problem.layout(), self.problem.values
         narrow = np.zeros((1, 9, self.x.shape[2] - 1), np.float32)
         for x, out, compact, bias in (
             (self.x[:, 1:].copy(), self.out, values, None),
-            (self.x, self.out[1:].copy(), values, None),
+            (self.x, self.out[:, 1:].copy(), values, None),
+            (self.x, self.out[:, ::-1], values, None),
             (self.x, self.out, values[1:].copy(), None),
             (self.x, self.out, values, np.zeros(7, np.float32)),
             (self.x[:, ::-1], self.out, values, None),
-            (narrow, self.out[:, 1:].copy(), values, None),
+            (narrow, self.out, values, None),
         ):
             with pytest.raises(ValueError, match=r"must be contiguous and of|a tile cannot"):
                 multiply(layout, compact, x, out, bias=bias)
         rows = np.zeros((self.x.shape[0] * self.x.shape[2] + 1, layout.rows), np.float32)
         with pytest.raises(ValueError, match="rows from 1 tiles of"):
-            multiply(layout, values, self.x, rows, by_row=True)
-        with pytest.raises(ValueError, match="must be contiguous and of"):
-            multiply(layout, values, self.x, rows[:4, 1:], by_row=True)
+            multiply(layout, values, self.x, rows)
         with pytest.raises(ValueError, match="must be contiguous and of"):
             sampled_product(self.problem.layout(runs=True), self.x, self.x, values.copy())
 
@@ -243,15 +194,6 @@ class TestBadInput:
         with pytest.raises(TypeError, match="float32 or float64"):
             pack(self.problem.x, self.x.astype(np.float64))
 
-    def test_images(self) -> None:
-        images = np.zeros((1, 2, 5, 5), np.float32)
-        with pytest.raises(ValueError, match="cannot unfold"):
-            unfold(images, np.zeros((1, 8, 16), np.float32), size=(3, 3))
-        with pytest.raises(ValueError, match="cannot fold"):
-            fold(np.zeros((18, 8), np.float32), images, size=(3, 3))
-        with pytest.raises(ValueError, match="does not fit"):
-            unfold(images, np.zeros((1, 72, 16), np.float32), size=(6, 6))
-
     def test_places(self) -> None:
         place = np.zeros(1, np.int32)
         for rows, columns, source in ((5, 0, 0), (-1, 0, 0), (0, 9, 0), (0, 0, -1)):
@@ -259,13 +201,6 @@ class TestBadInput:
                 arrange(place + rows, place + columns, place + source, shape=(5, 9))
         with pytest.raises(ValueError, match="1 rows, 2 columns"):
             arrange(place, np.zeros(2, np.int32), place, shape=(5, 9))
-        with pytest.raises(ValueError, match="must be positive"):
-            unfold(
-                np.zeros((1, 1, 5, 5), np.float32),
-                np.zeros((1, 1, 16), np.float32),
-                size=(1, 1),
-                dilation=(-9, 1),
-            )
 
     def test_what_is_read_only_is_not_written(self) -> None:
         self.out.flags.writeable = False
@@ -285,9 +220,9 @@ from topkast.kernels import arrange, multiply
 place = np.arange(500, dtype=np.int32)
 layout = arrange(place, place, place, shape=(500, 500))
 x = np.ones((1, 500, 16), np.float32)
-out = np.empty((500, 16), np.float32)
+out = np.empty((16, 500), np.float32)
 multiply(layout, place.astype(np.float32), x, out, threads=3)
-assert (out == place[:, None]).all() and "torch" not in sys.modules
+assert (out == place).all() and "torch" not in sys.modules
 child = os.fork()
 if not child:
     multiply(layout, place.astype(np.float32), x, out, threads=3)

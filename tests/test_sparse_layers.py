@@ -11,7 +11,7 @@ import pytest
 import topkast_torch
 import torch
 from sparse_training import OPTIONS, assert_agree, prepare, train
-from topkast_torch import _functions
+from topkast_torch import _convolutions
 from torch import Tensor, nn
 
 import topkast
@@ -33,6 +33,8 @@ CONVOLUTIONS: list[dict[str, Any]] = [
     {"kernel_size": 3, "groups": 4, "padding": "same"},
     {"kernel_size": (2, 1), "padding": 1, "padding_mode": "reflect"},
     {"kernel_size": 1},
+    {"kernel_size": 1, "stride": 3},
+    {"kernel_size": (7, 6)},
 ]
 
 
@@ -41,7 +43,7 @@ CONVOLUTIONS: list[dict[str, Any]] = [
 def test_convolution_gradients(
     backend: str, options: dict[str, Any], images: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_functions, "_UNFOLDED", 700)  # a few images at a time, and one
+    monkeypatch.setattr(_convolutions, "_UNFOLDED", 700)  # a few images at a time, and one
     torch.manual_seed(0)
     dense = nn.Conv2d(4, 8, **options, dtype=torch.float64)
     shape = (4, 7, 6) if images is None else (images, 4, 7, 6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -15,7 +15,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from topkast import MismatchError, Support, select
 from topkast._distribution import as_written
-from topkast_torch._products import Products, make_products
 
 # Of each Parameter with the values of a layer, that layer: all that an optimizer is given of it.
 _LAYERS: Any = WeakTensorKeyDictionary()
@@ -42,7 +41,7 @@ class SparseLayer(nn.Module):
     active: Tensor
     shape: Tensor
     reservoir: Tensor | None  # all weights, until an optimizer takes them over
-    _products: _Built | None
+    _products: tuple[Any, tuple[int, int]] | None  # and the checksums of what they were made from
     _versions: tuple[int, int]
     _content: tuple[int, int]
 
@@ -77,12 +76,12 @@ class SparseLayer(nn.Module):
         return found
 
     @property
-    def products(self) -> Products:
-        """The products with this layer's weight, made once after each refresh."""
+    def products(self) -> Any:
+        """The products with this layer's weight, of its kind, made once after each refresh."""
         content = self.content()
-        if self._products is None or self._products.content != content:
-            self._products = _Built(self._make_products(), content)
-        return self._products.products
+        if self._products is None or self._products[1] != content:
+            self._products = self._make_products(), content
+        return self._products[0]
 
     def content(self) -> tuple[int, int]:
         """Checksums of indices and flags, which someone may write to: an average of models, say."""
@@ -92,10 +91,13 @@ class SparseLayer(nn.Module):
             self._content = _checksum(self.indices), _checksum(self.active)
         return self._content
 
-    def _make_products(self) -> Products:
-        rows, columns = self._places(self.indices)
+    def _make_products(self) -> Any:
+        raise NotImplementedError
+
+    def _entries(self) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+        """Rows and columns of B's entries, which of them are in A, and the matrix's shape."""
         active = torch.nonzero(self.active).view(-1)
-        return make_products(rows, columns, active, self._matrix_shape(), self.values.dtype)
+        return *self._places(self.indices), active, self._matrix_shape()
 
     def _matrix_shape(self) -> tuple[int, int]:
         rows, *others = self.weight_shape
@@ -225,13 +227,6 @@ class Dense(torch.autograd.Function):
     def backward(context: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = context.saved_tensors
         return slope.reshape(-1)[indices].view(context.shape), None, None, None
-
-
-class _Built(NamedTuple):
-    """Products, and what they were made from."""
-
-    products: Products
-    content: tuple[int, int]
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -5,20 +5,31 @@ set B: the output ``A · X`` and the input gradient ``Aᵀ · dY`` (:func:`multi
 gradient ``dY · Xᵀ`` on B alone (:func:`sampled_product`). Activations are packed
 (:func:`tile_width`) as (tiles, features, width), so that what a few rows of the sparse matrix
 need stays in the first cache; a :class:`Layout` orders the entries of a set to fit.
+
+For a convolution images become planes (:func:`to_planes`), on which each weight looks at a fixed
+distance (:class:`Grid`, :func:`shift`): the same products are :func:`convolve`, with the layouts of
+the matrix and of its transpose, and :func:`sampled_correlation`.
 """
 
-from topkast.kernels._images import fold, unfold
+from topkast.kernels._convolutions import Shifted, convolve, sampled_correlation, shift
 from topkast.kernels._layout import Layout, arrange
 from topkast.kernels._packing import pack
+from topkast.kernels._planes import Grid, from_planes, lanes_of, to_planes
 from topkast.kernels._products import multiply, sampled_product, tile_width
 
 __all__ = [
+    "Grid",
     "Layout",
+    "Shifted",
     "arrange",
-    "fold",
+    "convolve",
+    "from_planes",
+    "lanes_of",
     "multiply",
     "pack",
+    "sampled_correlation",
     "sampled_product",
+    "shift",
     "tile_width",
-    "unfold",
+    "to_planes",
 ]

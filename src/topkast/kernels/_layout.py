@@ -65,6 +65,15 @@ class Layout:
         return sum(array.nbytes for array in self._arrays)
 
     @property
+    def order(self) -> Vector:
+        """Where each entry is in the compact vector, one by one; int32 (entries,)."""
+        if len(self.source) == len(self.columns) + AHEAD:
+            return self.source[: len(self.columns)]
+        lengths = np.diff(self.segment_starts)
+        first = np.repeat(self.source - self.segment_starts[:-1], lengths)
+        return first + np.arange(len(self.columns), dtype=np.int32)
+
+    @property
     def _arrays(self) -> tuple[Vector, ...]:
         return (
             self.source,
@@ -87,7 +96,14 @@ class Layout:
 
 
 def arrange(
-    rows: Vector, columns: Vector, source: Vector, /, *, shape: tuple[int, int], runs: bool = False
+    rows: Vector,
+    columns: Vector,
+    source: Vector,
+    /,
+    *,
+    shape: tuple[int, int],
+    runs: bool = False,
+    most_rows: int | None = None,
 ) -> Layout:
     """The layout of a matrix with entries at `rows` and `columns`.
 
@@ -99,6 +115,9 @@ def arrange(
         Where each entry is in the compact vector; int32 (entries,).
     shape
         Of the matrix.
+    most_rows
+        Of a chunk; by default so many that there is work for several threads, whose part of the
+        output stays in a cache.
     runs
         Keep of `source` where each segment starts, since it is a run of the compact vector: that
         has all entries by row, then by column.
@@ -131,7 +150,7 @@ def arrange(
         raise ValueError("source must not be negative")
     density = entries / max(height * width, 1)
     block = max(_LEAST_BLOCK, min(_MOST_BLOCK, int(_SEGMENT / density) if density else width))
-    chunk = max(1, min(_CHUNK, height // _CHUNKS))
+    chunk = most_rows or max(1, min(_CHUNK, height // _CHUNKS))
     starts = np.append(np.arange(0, height, chunk, dtype=np.int32), np.int32(height))
     blocks = -(-max(width, 1) // block)
     found: tuple[Vector, ...] = _arrange(rows, columns, source, starts, blocks, block)

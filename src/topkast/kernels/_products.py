@@ -68,10 +68,9 @@ def multiply(
     /,
     *,
     bias: Vector | None = None,
-    by_row: bool = False,
     threads: int | None = None,
 ) -> None:
-    """``out = W · x + bias`` for a sparse matrix W, or its transpose.
+    """``out = (W · x + bias)ᵀ`` for a sparse matrix W, or its transpose.
 
     Parameters
     ----------
@@ -82,12 +81,10 @@ def multiply(
     x
         Packed activations, (tiles, layout.width, width), contiguous.
     out
-        Where the result goes: (layout.rows, tiles · width), contiguous; `by_row` its transpose,
-        (batch, layout.rows) with ``batch <= tiles · width``.
+        Where the result goes, by row as most libraries keep it: (batch, layout.rows), contiguous,
+        with ``batch <= tiles · width``.
     bias
         (layout.rows,)
-    by_row
-        Write rows of features, as most libraries keep them.
     threads
         None: as many as PyTorch uses, or one for each core. The result does not depend on it.
 
@@ -103,32 +100,28 @@ def multiply(
     >>> place = np.arange(2, dtype=np.int32)
     >>> diagonal = arrange(place, place, place, shape=(2, 2))
     >>> x = np.ones((1, 2, tile_width(1, "float32")), dtype="float32")
-    >>> out = np.empty((2, x.shape[2]), dtype="float32")
+    >>> out = np.empty((1, 2), dtype="float32")
     >>> multiply(diagonal, np.asarray([2, 3], dtype="float32"), x, out)
-    >>> out[:, 0]
-    array([2., 3.], dtype=float32)
-    >>> rows = np.empty((1, 2), dtype="float32")
-    >>> multiply(diagonal, np.asarray([2, 3], dtype="float32"), x, rows, by_row=True)
-    >>> rows
+    >>> out
     array([[2., 3.]], dtype=float32)
     """
     tiles, _, width = x.shape
-    columns = len(out) if by_row else tiles * width
+    columns = len(out)
     if columns > tiles * width:
         raise ValueError(f"{columns} rows from {tiles} tiles of {width}")
-    _check(
+    check(
         values.dtype,
         ("values", values, (max(values.size, layout.extent),)),
         ("x", x, (tiles, layout.width, width)),
-        ("out", out, (columns, layout.rows) if by_row else (layout.rows, columns)),
+        ("out", out, (columns, layout.rows)),
         *([] if bias is None else [("bias", bias, (layout.rows,))]),
     )
     if len(layout.source) != len(layout.columns) + AHEAD:
         raise ValueError("multiply needs a layout of arrange(..., runs=False)")
     chunk = int(layout.chunk_rows[1]) if layout.rows else 0
     count = threads or default_threads()
-    scratch = np.empty((count * chunk + 1 if by_row else 0, width), dtype=values.dtype)
-    _start(
+    scratch = np.empty((count * chunk + 1, width), dtype=values.dtype)
+    start(
         _multiply_single if values.dtype == np.float32 else _multiply_double,
         layout,
         (
@@ -139,7 +132,6 @@ def multiply(
             out,
             columns,
             0 if bias is None else bias,
-            by_row,
             scratch,
             chunk,
             0,
@@ -155,7 +147,6 @@ def sampled_product(
     out: Vector,
     /,
     *,
-    accumulate: bool = False,
     threads: int | None = None,
 ) -> None:
     """``out = (y · xᵀ)[row, column]`` for the entries of a layout, and no others.
@@ -168,8 +159,6 @@ def sampled_product(
         Packed, (tiles, layout.rows, width) and (tiles, layout.width, width), contiguous.
     out
         Compact vector.
-    accumulate
-        Add to what is there.
     threads
         As for :func:`multiply`.
 
@@ -192,7 +181,7 @@ def sampled_product(
     array([4., 9.], dtype=float32)
     """
     tiles, _, width = x.shape
-    _check(
+    check(
         out.dtype,
         ("x", x, (tiles, layout.width, width)),
         ("y", y, (tiles, layout.rows, width)),
@@ -200,15 +189,15 @@ def sampled_product(
     )
     if len(layout.source) != len(layout.segment_rows):
         raise ValueError("sampled_product needs a layout of arrange(..., runs=True)")
-    _start(
+    start(
         _sample_single if out.dtype == np.float32 else _sample_double,
         layout,
-        (tiles, _registers(width, out.dtype), x, y, out, accumulate),
+        (tiles, _registers(width, out.dtype), x, y, out),
         threads,
     )
 
 
-def _check(dtype: Any, *arrays: tuple[str, Vector, tuple[int, ...]]) -> None:
+def check(dtype: Any, *arrays: tuple[str, Vector, tuple[int, ...]]) -> None:
     """The kernels trust addresses: whatever they get must be as large as they think."""
     if dtype not in (np.float32, np.float64):
         raise TypeError(f"products are of float32 or float64, got {dtype}")
@@ -231,7 +220,7 @@ def _registers(width: int, dtype: Any) -> int:
     return registers
 
 
-def _start(kernel: Any, layout: Layout, arguments: tuple[Any, ...], threads: int | None) -> None:
+def start(kernel: Any, layout: Layout, arguments: tuple[Any, ...], threads: int | None) -> None:
     """Hand a kernel numbers and the addresses of arrays, which live until it returns."""
     numbers = [
         argument.ctypes.data if isinstance(argument, np.ndarray) else argument
@@ -241,49 +230,47 @@ def _start(kernel: Any, layout: Layout, arguments: tuple[Any, ...], threads: int
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
-def _integers(address: Any, count: Any) -> Any:
+def integers(address: Any, count: Any) -> Any:
     return carray(as_pointer(address), count, np.int32)
 
 
 @njit  # type: ignore[untyped-decorator]
 def _multiply(address: Any, kind: Any) -> None:
-    numbers = carray(as_pointer(address), 22, np.int64)
+    numbers = carray(as_pointer(address), 21, np.int64)
     chunks, rows, width = numbers[1], numbers[2], numbers[3]
     sources, columns = numbers[4], numbers[5]
     tiles, registers, values = numbers[11], numbers[12], numbers[13]
     x, out, extent, bias_at = numbers[14], numbers[15], numbers[16], numbers[17]
-    by_row, scratch, chunk_size = numbers[18], numbers[19], numbers[20]
+    scratch, chunk_size = numbers[18], numbers[19]
     zero = kind(0)
-    chunk_rows = _integers(numbers[9], chunks + 1)
-    chunk_segments = _integers(numbers[10], chunks + 1)
+    chunk_rows = integers(numbers[9], chunks + 1)
+    chunk_segments = integers(numbers[10], chunks + 1)
     segments = chunk_segments[chunks]
-    segment_rows = _integers(numbers[6], segments)
-    segment_columns = _integers(numbers[7], segments)
-    starts = _integers(numbers[8], segments + 1)
+    segment_rows = integers(numbers[6], segments)
+    segment_columns = integers(numbers[7], segments)
+    starts = integers(numbers[8], segments + 1)
     bias = carray(as_pointer(bias_at), rows, kind)
     size = bias.itemsize
     tile_bytes = registers * VECTOR_BYTES
     lanes = tile_bytes // size
     turned = carray(as_pointer(out), (extent, rows), kind)
-    # A thread computes its part of the output in place, or in memory of its own to be transposed.
-    slot = take_ticket(address + 21 * 8)
+    # A thread computes its part of the output in memory of its own, to be transposed.
+    slot = take_ticket(address + 20 * 8)
     own = -(-scratch // VECTOR_BYTES) * VECTOR_BYTES + slot * chunk_size * tile_bytes
-    stride = lanes if by_row else extent
     while True:
         item = take_ticket(address)
         if item >= tiles * chunks:
             break
         place, chunk = item // chunks, item % chunks
         first, last = chunk_rows[chunk], chunk_rows[chunk + 1]
-        here = own if by_row else out + place * tile_bytes + first * stride * size
-        part = carray(as_pointer(here), (last - first, stride), kind)
+        part = carray(as_pointer(own), (last - first, lanes), kind)
         for row in range(first, last):
-            part[row - first, :lanes] = bias[row] if bias_at else zero
+            part[row - first] = bias[row] if bias_at else zero
         tile_x = x + place * width * tile_bytes
         for segment in range(chunk_segments[chunk], chunk_segments[chunk + 1]):
             start, stop = starts[segment], starts[segment + 1]
             tile = tile_x + segment_columns[segment] * tile_bytes
-            target = here + (segment_rows[segment] - first) * stride * size
+            target = own + (segment_rows[segment] - first) * tile_bytes
             if registers == 8:
                 row_product_8(zero, values, sources, columns, start, stop, tile, target)
             elif registers == 4:
@@ -292,27 +279,26 @@ def _multiply(address: Any, kind: Any) -> None:
                 row_product_2(zero, values, sources, columns, start, stop, tile, target)
             else:
                 row_product_1(zero, values, sources, columns, start, stop, tile, target)
-        if by_row:
-            there = min(lanes, extent - place * lanes)
-            for column in range(0, there, _BAND):
-                stop = min(there, column + _BAND)
-                target_rows = turned[place * lanes + column : place * lanes + stop, first:last]
-                transpose(part[:, column:stop], target_rows)
+        there = min(lanes, extent - place * lanes)
+        for column in range(0, there, _BAND):
+            stop = min(there, column + _BAND)
+            target_rows = turned[place * lanes + column : place * lanes + stop, first:last]
+            transpose(part[:, column:stop], target_rows)
 
 
 @njit  # type: ignore[untyped-decorator]
 def _sample(address: Any, kind: Any) -> None:
-    numbers = carray(as_pointer(address), 17, np.int64)
+    numbers = carray(as_pointer(address), 16, np.int64)
     chunks, rows, width, columns = numbers[1], numbers[2], numbers[3], numbers[5]
     tiles, registers = numbers[11], numbers[12]
-    x, y, out_at, accumulate = numbers[13], numbers[14], numbers[15], numbers[16]
+    x, y, out_at = numbers[13], numbers[14], numbers[15]
     zero = kind(0)
-    chunk_segments = _integers(numbers[10], chunks + 1)
+    chunk_segments = integers(numbers[10], chunks + 1)
     segments = chunk_segments[chunks]
-    sources = _integers(numbers[4], segments)
-    segment_rows = _integers(numbers[6], segments)
-    segment_columns = _integers(numbers[7], segments)
-    starts = _integers(numbers[8], segments + 1)
+    sources = integers(numbers[4], segments)
+    segment_rows = integers(numbers[6], segments)
+    segment_columns = integers(numbers[7], segments)
+    starts = integers(numbers[8], segments + 1)
     out = carray(as_pointer(out_at), starts[segments], kind)
     tile_bytes = registers * VECTOR_BYTES
     while True:
@@ -320,7 +306,7 @@ def _sample(address: Any, kind: Any) -> None:
         if chunk >= chunks:
             break
         first, last = chunk_segments[chunk], chunk_segments[chunk + 1]
-        for segment in range(first, first if accumulate else last):
+        for segment in range(first, last):
             start = sources[segment]
             out[start : start + starts[segment + 1] - starts[segment]] = zero
         for tile in range(tiles):

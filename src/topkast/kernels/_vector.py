@@ -88,6 +88,21 @@ class _Emitter:
         width = ir.Constant(_INT64, registers * VECTOR_BYTES)
         return self.builder.add(start, self.builder.mul(number, width))
 
+    def accumulate(self, entry: Any, start: Any, stop: Any, out: Any, registers: int) -> None:
+        """Add to `out` the product of scalar and row, as `entry` names them, of each entry."""
+        builder, places = self.builder, range(registers)
+        sums = [cgutils.alloca_once(builder, self.vector) for _ in places]
+        for place in places:
+            builder.store(self.load(out, place), sums[place])
+        with cgutils.for_range_slice(builder, start, stop, ir.Constant(_INT64, 1)) as (k, _):
+            value, row = entry(k)
+            factor = self.broadcast(value)
+            for place in places:
+                found = self.multiply_add(factor, self.load(row, place), builder.load(sums[place]))
+                builder.store(found, sums[place])
+        for place in places:
+            self.store(builder.load(sums[place]), out, place)
+
     def sums(self, vectors: list[Any]) -> Any:
         """The sum over each of these vectors (as many as a power of two), as one vector.
 
@@ -127,23 +142,14 @@ def _row_product(registers: int) -> Any:
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             _, values, sources, columns, start, stop, x, out = arguments
             emitter = _Emitter(builder, signature.args[0])
-            places = range(registers)
-            sums = [cgutils.alloca_once(builder, emitter.vector) for _ in places]
-            for place in places:
-                builder.store(emitter.load(out, place), sums[place])
-            with cgutils.for_range_slice(builder, start, stop, ir.Constant(_INT64, 1)) as (k, _):
+
+            def entry(k: Any) -> tuple[Any, Any]:
                 later = builder.add(k, ir.Constant(_INT64, AHEAD))
                 emitter.prefetch(values, emitter.position(sources, later))
-                place = emitter.position(sources, k)
-                value = emitter.broadcast(emitter.element(values, place, emitter.scalar))
-                row = emitter.row(x, emitter.index(columns, k), registers)
-                for place in places:
-                    found = emitter.multiply_add(
-                        value, emitter.load(row, place), builder.load(sums[place])
-                    )
-                    builder.store(found, sums[place])
-            for place in places:
-                emitter.store(builder.load(sums[place]), out, place)
+                value = emitter.element(values, emitter.position(sources, k), emitter.scalar)
+                return value, emitter.row(x, emitter.index(columns, k), registers)
+
+            emitter.accumulate(entry, start, stop, out, registers)
             return context.get_dummy_value()
 
         return types.void(zero, *[types.intp] * 7), emit
@@ -151,7 +157,32 @@ def _row_product(registers: int) -> Any:
     return row_product
 
 
-def _dot_products(registers: int) -> Any:
+def _shifted_sum(registers: int) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def shifted_sum(  # type: ignore[no-untyped-def]
+        _, zero, values, shifts, start, stop, x, out
+    ) -> Any:
+        """out[:] += Σ values[k] · x[shifts[k] :], k from start to stop; shifts in vectors."""
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _, values, shifts, start, stop, x, out = arguments
+            emitter = _Emitter(builder, signature.args[0])
+
+            def entry(k: Any) -> tuple[Any, Any]:
+                value = emitter.element(values, k, emitter.scalar)
+                return value, emitter.row(x, emitter.position(shifts, k), 1)
+
+            emitter.accumulate(entry, start, stop, out, registers)
+            return context.get_dummy_value()
+
+        return types.void(zero, *[types.intp] * 6), emit
+
+    return shifted_sum
+
+
+def _dot_products(registers: int, shifted: bool = False) -> Any:
+    """With columns of a tile (uint16), or, if `shifted`, with distances in vectors (int32)."""
+
     @intrinsic  # type: ignore[untyped-decorator]
     def dot_products(  # type: ignore[no-untyped-def]
         _, zero, columns, start, stop, x, y, out
@@ -162,12 +193,16 @@ def _dot_products(registers: int) -> Any:
             _, columns, start, stop, x, y, out = arguments
             emitter = _Emitter(builder, signature.args[0])
 
+            def row(entry: Any) -> Any:
+                if shifted:
+                    return emitter.row(x, emitter.position(columns, entry), 1)
+                return emitter.row(x, emitter.index(columns, entry), registers)
+
             def several(first: Any, count: int) -> None:
                 """So many entries at once, which share what they load of y."""
-                rows = []
-                for member in range(count):
-                    entry = builder.add(first, ir.Constant(_INT64, member))
-                    rows.append(emitter.row(x, emitter.index(columns, entry), registers))
+                rows = [
+                    row(builder.add(first, ir.Constant(_INT64, member))) for member in range(count)
+                ]
                 sums: list[Any] = [ir.Constant(emitter.vector, [0.0] * emitter.lanes)] * count
                 for place in range(registers):
                     shared = emitter.load(y, place)
@@ -197,11 +232,19 @@ def _dot_products(registers: int) -> Any:
 # row_product(zero, values, sources, columns, start, stop, x, out), by the width of a tile.
 row_product_1, row_product_2, row_product_4, row_product_8 = map(_row_product, (1, 2, 4, 8))
 
+# shifted_sum(zero, values, shifts, start, stop, x, out), by places at a time.
+shifted_sum_1, shifted_sum_2, shifted_sum_4, shifted_sum_8 = map(_shifted_sum, (1, 2, 4, 8))
+
 # Entries whose products are summed together: at most as many as a vector of doubles has lanes.
 _GROUPS = [count for count in (8, 4, 1) if count <= VECTOR_BYTES // 8]
 
 # dot_products(zero, columns, start, stop, x, y, out), by the width of a tile.
 dot_products_1, dot_products_2, dot_products_4, dot_products_8 = map(_dot_products, (1, 2, 4, 8))
+
+# shifted_dots(zero, shifts, start, stop, x, y, out), by places at a time.
+shifted_dots_1, shifted_dots_2, shifted_dots_4, shifted_dots_8 = (
+    _dot_products(places, shifted=True) for places in (1, 2, 4, 8)
+)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -236,38 +279,21 @@ def transpose_block(  # type: ignore[no-untyped-def]
     return types.void(zero, *[types.intp] * 4), emit
 
 
-def _run(add: bool) -> Any:
-    @intrinsic  # type: ignore[untyped-decorator]
-    def run(_, zero, source, target, count) -> Any:  # type: ignore[no-untyped-def]
-        """target[:count] = source[:count], or += it; runs are too short for a call to pay."""
+@intrinsic  # type: ignore[untyped-decorator]
+def copy_run(_, zero, source, target, count) -> Any:  # type: ignore[no-untyped-def]
+    """target[:count] = source[:count], for whole vectors; runs are too short for a call to pay."""
 
-        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _, source, target, count = arguments
-            emitter = _Emitter(builder, signature.args[0])
-            size, lanes = ir.Constant(_INT64, emitter.size), ir.Constant(_INT64, emitter.lanes)
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, source, target, count = arguments
+        emitter = _Emitter(builder, signature.args[0])
+        vectors = builder.sdiv(count, ir.Constant(_INT64, emitter.lanes))
+        with cgutils.for_range(builder, vectors) as loop:
+            start = builder.mul(loop.index, ir.Constant(_INT64, VECTOR_BYTES))
+            value = emitter.load(builder.add(source, start), 0)
+            emitter.store(value, builder.add(target, start), 0)
+        return context.get_dummy_value()
 
-            def move(first: Any, kind: Any) -> None:
-                start = builder.mul(first, size)
-                here, there = builder.add(source, start), builder.add(target, start)
-                value = emitter.load(here, 0, kind)
-                if add:
-                    value = builder.fadd(value, emitter.load(there, 0, kind))
-                emitter.store(value, there, 0)
-
-            whole = builder.sdiv(count, lanes)
-            with cgutils.for_range(builder, whole) as loop:
-                move(builder.mul(loop.index, lanes), emitter.vector)
-            done = builder.mul(whole, lanes)
-            with cgutils.for_range(builder, builder.sub(count, done)) as loop:
-                move(builder.add(done, loop.index), emitter.scalar)
-            return context.get_dummy_value()
-
-        return types.void(zero, *[types.intp] * 3), emit
-
-    return run
-
-
-copy_run, add_run = _run(add=False), _run(add=True)
+    return types.void(zero, *[types.intp] * 3), emit
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -1,0 +1,268 @@
+"""The kernels for convolutions against PyTorch's, for windows and images of any kind."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from topkast.kernels import (
+    Grid,
+    Layout,
+    arrange,
+    convolve,
+    from_planes,
+    lanes_of,
+    sampled_correlation,
+    shift,
+    to_planes,
+)
+
+Array = np.ndarray[Any, Any]
+DTYPES = [np.float32, np.float64]
+
+
+class Problem:
+    """A sparse convolution: A within B, images, and the gradient of the output."""
+
+    def __init__(
+        self, grid: Grid, counts: tuple[int, int, int], density: float, dtype: Any, seed: int = 0
+    ) -> None:
+        rng = np.random.default_rng(seed)
+        self.grid, self.dtype = grid, dtype
+        self.batch, self.channels, self.rows = counts
+        weight = rng.standard_normal((self.rows, self.channels, *grid.size)).astype(dtype)
+        chance = rng.random(weight.shape)
+        self.on_b, self.on_a = chance < density, chance < density / 2
+        self.values = weight[self.on_b]
+        self.weight = weight * self.on_a
+        self.images = rng.standard_normal((self.batch, self.channels, *grid.extent)).astype(dtype)
+        self.slope = rng.standard_normal((self.batch, self.rows, *grid.places)).astype(dtype)
+        self.bias = rng.standard_normal(self.rows).astype(dtype)
+
+    def expected(self) -> tuple[Array, Array, Array]:
+        """Output, gradient of the images, gradient of the weight on B."""
+        images, weight = (
+            torch.from_numpy(array).requires_grad_() for array in (self.images, self.weight)
+        )
+        (top, bottom), (left, right) = self.grid.margins
+        padded = torch.nn.functional.pad(images, (left, right, top, bottom))
+        found = torch.nn.functional.conv2d(
+            padded,
+            weight,
+            torch.from_numpy(self.bias),
+            stride=self.grid.stride,
+            dilation=self.grid.dilation,
+        )
+        for_images, for_weight = torch.autograd.grad(
+            found, [images, weight], torch.from_numpy(self.slope)
+        )
+        return found.detach().numpy(), for_images.numpy(), for_weight.numpy()[self.on_b]
+
+    def found(self, threads: int | None = None) -> tuple[Array, Array, Array]:
+        """The same, from the kernels; whatever they do not write themselves is not a number."""
+        grid, weights = self.grid, math.prod(self.grid.size)
+        planes = self.channels * grid.phases
+        row, column = (
+            place.astype(np.int32) for place in np.nonzero(self.on_b.reshape(self.rows, -1))
+        )
+        channel, weight = column // weights, column % weights
+        plane = (channel * grid.phases + grid.phase[weight]).astype(np.int32)
+        active = np.flatnonzero(self.on_a[self.on_b]).astype(np.int32)
+
+        def layout(rows: Array, columns: Array, shape: tuple[int, int]) -> Layout:
+            return arrange(rows[active], columns[active], active, shape=shape, most_rows=7)
+
+        shape = self.rows, self.channels * weights
+        forward = layout(row, column, shape)
+        transposed = layout(plane, row * weights + weight, (planes, self.rows * weights))
+        everywhere = np.arange(len(row), dtype=np.int32)
+        backward = arrange(row, column, everywhere, shape=shape, runs=True, most_rows=2)
+        np.testing.assert_array_equal(np.sort(backward.order), everywhere)
+        of_channel = np.arange(self.channels)[:, None] * grid.phases
+        seen = ((of_channel + grid.phase) * grid.length + grid.shifts).ravel()
+        slopes = np.arange(self.rows)[:, None] * grid.slope_length + grid.reach - grid.shifts
+
+        margin = grid.margins[0][0], grid.margins[1][0]
+        whole: dict[str, Any] = {
+            "width": grid.width,
+            "stride": grid.stride,
+            "margin": margin,
+            "threads": threads,
+        }
+        x = self.nothing(planes, grid.length)
+        to_planes(self.images, x, **whole)
+        y = self.nothing(self.rows, grid.slope_length)
+        to_planes(self.slope, y, width=grid.width, lead=grid.reach, threads=threads)
+
+        out, found = self.nothing(self.rows, grid.count), np.full_like(self.slope, np.nan)
+        ordered = self.values[forward.order]
+        convolve(shift(forward, seen), ordered, x, out, bias=self.bias, threads=threads)
+        from_planes(out, found, width=grid.width, threads=threads)
+        out, for_images = self.nothing(planes, grid.pixels), np.full_like(self.images, np.nan)
+        ordered = self.values[transposed.order]
+        convolve(shift(transposed, slopes.ravel()), ordered, y, out, threads=threads)
+        from_planes(out, for_images, **whole)
+        for_values = np.full_like(self.values, np.nan)
+        sampled_correlation(
+            shift(backward, seen),
+            y,
+            x,
+            for_values,
+            places=grid.count,
+            lead=grid.reach,
+            threads=threads,
+        )
+        return found, for_images, for_values
+
+    def nothing(self, planes: int, length: int) -> Array:
+        lanes = lanes_of(self.dtype)
+        return np.full((-(-self.batch // lanes), planes, length, lanes), np.nan, self.dtype)
+
+
+pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
+margins = st.tuples(st.integers(0, 2), st.integers(0, 2))
+
+
+@given(
+    st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    pairs,
+    pairs,
+    pairs,
+    st.tuples(margins, margins),
+    st.tuples(st.sampled_from([1, 2, 8, 16, 17, 40]), st.integers(1, 9), st.integers(1, 9)),
+    st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    st.sampled_from(DTYPES),
+)
+def test_the_products_are_those_of_pytorch(
+    extent: tuple[int, int],
+    size: tuple[int, int],
+    dilation: tuple[int, int],
+    stride: tuple[int, int],
+    margins: tuple[tuple[int, int], tuple[int, int]],
+    counts: tuple[int, int, int],
+    density: float,
+    dtype: Any,
+) -> None:
+    for length, extent_of, step, margin in zip(extent, size, dilation, margins, strict=True):
+        assume(length + sum(margin) > step * (extent_of - 1))
+    grid = Grid(extent, size=size, dilation=dilation, stride=stride, margins=margins)
+    problem = Problem(grid, counts, density, dtype)
+    tolerance = 2e-4 if dtype == np.float32 else 1e-11
+    for found, expected in zip(problem.found(), problem.expected(), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_images_larger_than_what_is_transposed_at_a_time() -> None:
+    grid = Grid((70, 90), size=(3, 2), stride=(2, 1), margins=((1, 1), (0, 1)))
+    problem = Problem(grid, (18, 2, 3), 0.5, np.float64)
+    for found, expected in zip(problem.found(), problem.expected(), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
+    grid = Grid((12, 13), size=(3, 3), stride=(1, 2), margins=((1, 1), (1, 1)))
+    problem = Problem(grid, (33, 8, 16), 0.3, np.float32)
+    for found, expected in zip(problem.found(threads), problem.found(1), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+class TestBadInput:
+    """The kernels trust addresses: what does not fit must not reach them."""
+
+    def setup_method(self) -> None:
+        self.lanes = lanes_of("float32")
+        place = np.arange(2, dtype=np.int32)
+        layout = arrange(0 * place, place, place, shape=(1, 2))
+        self.runs = shift(
+            arrange(0 * place, place, place, shape=(1, 2), runs=True), np.asarray([0, 9])
+        )
+        self.shifted = shift(layout, np.asarray([0, 9]))
+        self.values = np.ones(2, np.float32)
+        self.x, self.out = self.planes(2, 8), self.planes(1, 4)
+
+    def planes(self, count: int, length: int) -> Array:
+        return np.zeros((1, count, length, self.lanes), np.float32)
+
+    def test_windows(self) -> None:
+        with pytest.raises(ValueError, match="does not fit"):
+            Grid((5, 5), size=(3, 6))
+        for options in ({"size": (0, 1)}, {"stride": (1, 0)}, {"dilation": (-9, 1)}):
+            with pytest.raises(ValueError, match="must be positive"):
+                Grid((5, 5), **({"size": (1, 1)} | options))  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"width": 4},
+            {"lead": 1},
+            {"lead": -1},
+            {"margin": (1, 0)},
+            {"margin": (0, 1)},
+            {"stride": (2, 1)},
+            {"stride": (0, 1)},
+        ],
+        ids=str,
+    )
+    def test_images_that_do_not_fit_planes(self, changed: dict[str, Any]) -> None:
+        images, planes = np.zeros((3, 2, 4, 5), np.float32), self.planes(2, 20)
+        to_planes(images, planes, width=5)
+        for move, arrays in ((to_planes, (images, planes)), (from_planes, (planes, images))):
+            with pytest.raises(ValueError, match="do not fit planes"):
+                move(*arrays, **({"width": 5} | changed))
+
+    def test_other_dtypes_and_sizes_of_planes(self) -> None:
+        images, planes = np.zeros((3, 2, 4, 5), np.float32), self.planes(2, 20)
+        with pytest.raises(TypeError, match="float32 or float64"):
+            to_planes(images.astype(np.float64), self.planes(2, 20), width=5)
+        for wrong in (self.planes(1, 20), self.planes(2, 19), planes[..., 1:].copy()):
+            with pytest.raises(ValueError, match="do not fit planes"):
+                to_planes(images, wrong, width=5)
+        with pytest.raises(ValueError, match="contiguous"):
+            to_planes(images[:, :, ::-1], planes, width=5)
+
+    def test_distances(self) -> None:
+        for table in ([0], [0, -1], [0, 1 << 31]):
+            with pytest.raises(ValueError, match="expected 2 distances"):
+                shift(self.shifted.layout, np.asarray(table))
+
+    def test_what_lies_beyond_the_planes(self) -> None:
+        convolve(self.shifted, self.values, self.x, self.out)
+        with pytest.raises(ValueError, match="sees beyond"):
+            convolve(self.shifted, self.values, self.x, self.planes(1, 8))
+        with pytest.raises(ValueError, match="sees beyond"):
+            sampled_correlation(self.runs, self.planes(1, 8), self.x, self.values, places=8)
+        for lead in (-1, 5):
+            with pytest.raises(ValueError, match="are not in planes of"):
+                sampled_correlation(
+                    self.runs, self.planes(1, 8), self.x, self.values, places=4, lead=lead
+                )
+
+    def test_shapes_and_dtypes(self) -> None:
+        with pytest.raises(ValueError, match="number of places"):
+            convolve(self.shifted, self.values, self.x, self.planes(1, 3))
+        with pytest.raises(ValueError, match="must be contiguous and of"):
+            convolve(self.shifted, self.values, self.x, self.planes(2, 4))
+        with pytest.raises(ValueError, match="must be contiguous and of"):
+            convolve(self.shifted, self.values[:1], self.x, self.out)
+        with pytest.raises(ValueError, match="must be contiguous and of"):
+            convolve(self.shifted, self.values, self.x, self.out, bias=self.values)
+        with pytest.raises(ValueError, match="vectors of"):
+            convolve(
+                self.shifted,
+                self.values,
+                np.zeros((1, 2, 8, 1), np.float32),
+                np.zeros((1, 1, 4, 1), np.float32),
+            )
+        with pytest.raises(TypeError, match="x is float64"):
+            convolve(self.shifted, self.values, self.x.astype(np.float64), self.out)
+        with pytest.raises(ValueError, match="must be contiguous and of"):
+            sampled_correlation(self.runs, self.planes(2, 8), self.x, self.values, places=4)
+        with pytest.raises(ValueError, match="runs=True"):
+            sampled_correlation(self.shifted, self.planes(1, 8), self.x, self.values, places=4)
