@@ -11,26 +11,33 @@ from topkast_torch._convolutions import Convolution
 from topkast_torch._products import Products
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def multiply(x: Tensor, values: Tensor, bias: Tensor | None, products: Products) -> Tensor:
     """The product x · Wᵀ + bias with W on A, for x of shape (batch, features); gradients on B."""
-    with torch.autocast(x.device.type, enabled=False):
-        found: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-            x, values, bias, products
-        )
-    return found
+    return _apply(_Product, x, values, bias, products)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def convolve(
     images: Tensor, values: Tensor, bias: Tensor | None, convolution: Convolution
 ) -> Tensor:
     """The same at each place of images (images, channels, height, width)."""
-    with torch.autocast(images.device.type, enabled=False):
-        found: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
-            images, values, bias, convolution
-        )
+    return _apply(_Convolution, images, values, bias, convolution)
+
+
+def _apply(function: Any, x: Tensor, *arguments: Any) -> Tensor:
+    if torch.compiler.is_compiling():
+        compiled: Tensor = _outside(function, x, *arguments)
+        return compiled
+    return _as_written(function, x, *arguments)
+
+
+def _as_written(function: Any, x: Tensor, *arguments: Any) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        found: Tensor = function.apply(x, *arguments)
     return found
+
+
+# Not called where nothing compiles: the decorator costs as much as a small product.
+_outside: Any = torch.compiler.disable(_as_written)
 
 
 class _Product(torch.autograd.Function):

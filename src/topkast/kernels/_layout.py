@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from topkast.kernels._pool import default_threads
 from topkast.kernels._vector import AHEAD
 
 Vector = np.ndarray[Any, Any]
@@ -16,8 +17,9 @@ Vector = np.ndarray[Any, Any]
 _LEAST_BLOCK = 96  # columns: their rows of a tile of 128 floats fill a first cache of 48 KiB
 _MOST_BLOCK = 1 << 16  # what a uint16 can tell apart
 _SEGMENT = 12  # entries that a segment should have at least, for its loop to be worth starting
-_CHUNK = 256  # rows at most, whose part of the output stays in the second cache
-_CHUNKS = 16  # at least, if there are rows: for that many threads there is work
+_RUN = 24  # the same where they are summed in groups
+_CHUNK = 512  # rows at most, whose part of the output stays in the second cache
+_CHUNKS = 4  # for each thread, at least: some have more to do than others
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +118,8 @@ def arrange(
     shape
         Of the matrix.
     most_rows
-        Of a chunk; by default so many that there is work for several threads, whose part of the
-        output stays in a cache.
+        Of a chunk; by default so few that there are some chunks for each thread, and that the
+        output of one stays in a cache. No result depends on it.
     runs
         Keep of `source` where each segment starts, since it is a run of the compact vector: that
         has all entries by row, then by column.
@@ -149,8 +151,9 @@ def arrange(
     if entries and source.min() < 0:
         raise ValueError("source must not be negative")
     density = entries / max(height * width, 1)
-    block = max(_LEAST_BLOCK, min(_MOST_BLOCK, int(_SEGMENT / density) if density else width))
-    chunk = most_rows or max(1, min(_CHUNK, height // _CHUNKS))
+    wanted = int((_RUN if runs else _SEGMENT) / density) if density else width
+    block = max(_LEAST_BLOCK, min(_MOST_BLOCK, wanted))
+    chunk = most_rows or max(1, min(_CHUNK, height // (_CHUNKS * default_threads())))
     starts = np.append(np.arange(0, height, chunk, dtype=np.int32), np.int32(height))
     blocks = -(-max(width, 1) // block)
     found: tuple[Vector, ...] = _arrange(rows, columns, source, starts, blocks, block)
