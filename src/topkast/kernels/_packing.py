@@ -11,6 +11,8 @@ from topkast.kernels._layout import Vector
 from topkast.kernels._pool import transform
 from topkast.kernels._vector import VECTOR_BYTES, as_pointer, take_ticket, transpose_block
 
+_BAND = 128  # features that are packed at a time: what the first two caches hold
+
 
 def pack(rows: Vector, tiles: Vector, /, *, threads: int | None = None) -> None:
     """Activations (batch, features) into tiles (tiles, features, width), with zeros behind them.
@@ -78,8 +80,12 @@ def _pack(address: Any, kind: Any) -> None:
             break
         first = tile * width
         there = min(width, batch - first)
-        transpose(rows[first : first + there], tiles[tile][:, :there])
-        tiles[tile][:, there:] = 0
+        for start in range(0, features, _BAND):
+            stop = min(features, start + _BAND)
+            part = rows[first : first + there, start:stop]
+            transpose(part, tiles[tile][start:stop, :there])
+        if there < width:
+            tiles[tile][:, there:] = 0
 
 
 _KERNEL = types.void(types.intp)
