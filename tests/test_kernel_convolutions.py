@@ -12,6 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from topkast.kernels import (
+    Bands,
     Grid,
     Layout,
     arrange,
@@ -93,17 +94,19 @@ class Problem:
             "width": grid.width,
             "stride": grid.stride,
             "margin": margin,
+            "bands": grid.input_bands,
             "threads": threads,
         }
+        cut: dict[str, Any] = {"bands": grid.output_bands, "width": grid.width, "threads": threads}
         x = self.nothing(planes, grid.length)
         to_planes(self.images, x, **whole)
         y = self.nothing(self.rows, grid.slope_length)
-        to_planes(self.slope, y, width=grid.width, lead=grid.reach, threads=threads)
+        to_planes(self.slope, y, lead=grid.reach, **cut)
 
         out, found = self.nothing(self.rows, grid.count), np.full_like(self.slope, np.nan)
         ordered = self.values[forward.order]
         convolve(shift(forward, seen), ordered, x, out, bias=self.bias, threads=threads)
-        from_planes(out, found, width=grid.width, threads=threads)
+        from_planes(out, found, **cut)
         out, for_images = self.nothing(planes, grid.pixels), np.full_like(self.images, np.nan)
         ordered = self.values[transposed.order]
         convolve(shift(transposed, slopes.ravel()), ordered, y, out, threads=threads)
@@ -122,7 +125,8 @@ class Problem:
 
     def nothing(self, planes: int, length: int) -> Array:
         lanes = lanes_of(self.dtype)
-        return np.full((-(-self.batch // lanes), planes, length, lanes), np.nan, self.dtype)
+        slabs = -(-self.batch * self.grid.bands // lanes)
+        return np.full((slabs, planes, length, lanes), np.nan, self.dtype)
 
 
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -135,7 +139,8 @@ margins = st.tuples(st.integers(0, 2), st.integers(0, 2))
     pairs,
     pairs,
     st.tuples(margins, margins),
-    st.tuples(st.sampled_from([1, 2, 8, 16, 17, 40]), st.integers(1, 9), st.integers(1, 9)),
+    st.sampled_from([None, 1, 2, 4]),
+    st.tuples(st.sampled_from([0, 1, 2, 8, 16, 17, 40]), st.integers(1, 9), st.integers(1, 9)),
     st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     st.sampled_from(DTYPES),
 )
@@ -145,13 +150,16 @@ def test_the_products_are_those_of_pytorch(
     dilation: tuple[int, int],
     stride: tuple[int, int],
     margins: tuple[tuple[int, int], tuple[int, int]],
+    bands: int | None,
     counts: tuple[int, int, int],
     density: float,
     dtype: Any,
 ) -> None:
     for length, extent_of, step, margin in zip(extent, size, dilation, margins, strict=True):
         assume(length + sum(margin) > step * (extent_of - 1))
-    grid = Grid(extent, size=size, dilation=dilation, stride=stride, margins=margins)
+    grid = Grid(extent, size, dilation, stride, margins, bands or 1)
+    if bands is None:
+        grid = grid.for_batch(counts[0], lanes_of(dtype))
     problem = Problem(grid, counts, density, dtype)
     tolerance = 2e-4 if dtype == np.float32 else 1e-11
     for found, expected in zip(problem.found(), problem.expected(), strict=True):
@@ -171,6 +179,13 @@ def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
     problem = Problem(grid, (33, 8, 16), 0.3, np.float32)
     for found, expected in zip(problem.found(threads), problem.found(1), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_bands_fill_the_lanes_of_few_images() -> None:
+    grid, lanes = Grid((32, 32), size=(3, 3), margins=((1, 1), (1, 1))), 16
+    assert [grid.for_batch(batch, lanes).bands for batch in (1, 4, 16, 64)] == [16, 4, 1, 1]
+    assert grid.for_batch(24, lanes).bands == 2
+    assert Grid((1, 9), size=(1, 1)).for_batch(1, lanes).bands == 1
 
 
 class TestBadInput:
@@ -207,6 +222,10 @@ class TestBadInput:
             {"margin": (0, 1)},
             {"stride": (2, 1)},
             {"stride": (0, 1)},
+            {"bands": Bands(1, 0, 3)},
+            {"bands": Bands(1, 0, 5)},
+            {"bands": Bands(3, 2, 2)},
+            {"bands": Bands(0, 2, 2)},
         ],
         ids=str,
     )

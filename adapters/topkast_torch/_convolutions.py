@@ -26,11 +26,22 @@ class Window(NamedTuple):
     stride: Pair
     margins: tuple[Pair, Pair]  # zeros above and below, left and right
 
+    @property
+    def reach(self) -> Pair:
+        """Height and width of what a place sees."""
+        height, width = (
+            dilation * (size - 1) + 1
+            for size, dilation in zip(self.size, self.dilation, strict=True)
+        )
+        return height, width
+
     def places(self, extent: torch.Size) -> Pair:
         """Height and width of the output, for images of some shape."""
         height, width = (
-            (length + sum(margin) - dilation * (size - 1) - 1) // stride + 1
-            for length, size, dilation, stride, margin in zip(extent[2:], *self, strict=True)
+            (length + sum(margin) - reach) // stride + 1
+            for length, margin, reach, stride in zip(
+                extent[2:], self.margins, self.reach, self.stride, strict=True
+            )
         )
         return height, width
 
@@ -97,10 +108,8 @@ class _OnPlanes:
         from topkast.kernels import Grid, arrange
 
         self._window = window
-        size, dilation, stride, _ = window
-        self._rows, self._weights = shape[0], math.prod(size)
-        least = (dilation[0] * (size[0] - 1) + 1, dilation[1] * (size[1] - 1) + 1)
-        grid = Grid(least, size=size, dilation=dilation, stride=stride)
+        self._rows, self._weights = shape[0], math.prod(window.size)
+        grid = Grid(window.reach, window.size, window.dilation, window.stride)
         row, column, place = (tensor.int().numpy() for tensor in (rows, columns, active))
         everywhere = torch.arange(len(row), dtype=torch.int32).numpy()
         channel, weight = column // self._weights, column % self._weights
@@ -118,22 +127,23 @@ class _OnPlanes:
         self._orders = [
             torch.from_numpy(layout.order) for layout in (self._forward, self._transposed)
         ]
-        self._distances: dict[Pair, _Distances] = {}
+        self._distances: dict[tuple[int, ...], _Distances] = {}
 
     def pack(self, images: Tensor) -> Tensor:
         from topkast.kernels import to_planes
 
-        grid = self._at(images.shape).grid
-        packed = self._planes_of(images, self._planes, grid.length)
-        to_planes(images.contiguous().numpy(), packed.numpy(), **self._image_options(grid))
+        grid = self._at(images).grid
+        packed = self._planes_of(images, grid, self._planes, grid.length)
+        to_planes(images.contiguous().numpy(), packed.numpy(), **_of_images(grid))
         return packed
 
     def pack_slope(self, slope: Tensor, extent: torch.Size) -> Tensor:
         from topkast.kernels import to_planes
 
-        grid = self._at(extent).grid
-        packed = self._planes_of(slope, self._rows, grid.slope_length)
-        to_planes(slope.contiguous().numpy(), packed.numpy(), width=grid.width, lead=grid.reach)
+        grid = self._at(slope, extent).grid
+        packed = self._planes_of(slope, grid, self._rows, grid.slope_length)
+        options = {"width": grid.width, "lead": grid.reach, "bands": grid.output_bands}
+        to_planes(slope.contiguous().numpy(), packed.numpy(), **options)
         return packed
 
     def forward(
@@ -141,24 +151,24 @@ class _OnPlanes:
     ) -> Tensor:
         from topkast.kernels import convolve, from_planes
 
-        grid, shifted, *_ = self._at(extent)
+        grid, shifted, *_ = self._at(packed, extent)
         out = packed.new_empty(len(packed), self._rows, grid.count, packed.shape[3])
         ordered = values.index_select(0, self._orders[0])
         given = None if bias is None else bias.numpy()
         convolve(shifted, ordered.numpy(), packed.numpy(), out.numpy(), bias=given)
         found = packed.new_empty(extent[0], self._rows, *grid.places)
-        from_planes(out.numpy(), found.numpy(), width=grid.width)
+        from_planes(out.numpy(), found.numpy(), width=grid.width, bands=grid.output_bands)
         return found
 
     def input_gradient(self, values: Tensor, slope: Tensor, extent: torch.Size) -> Tensor:
         from topkast.kernels import convolve, from_planes
 
-        grid, _, shifted, _ = self._at(extent)
+        grid, _, shifted, _ = self._at(slope, extent)
         out = slope.new_empty(len(slope), self._planes, grid.pixels, slope.shape[3])
         ordered = values.index_select(0, self._orders[1])
         convolve(shifted, ordered.numpy(), slope.numpy(), out.numpy())
         found = slope.new_empty(extent)
-        from_planes(out.numpy(), found.numpy(), **self._image_options(grid))
+        from_planes(out.numpy(), found.numpy(), **_of_images(grid))
         return found
 
     def weight_gradient(
@@ -166,7 +176,7 @@ class _OnPlanes:
     ) -> None:
         from topkast.kernels import sampled_correlation
 
-        grid, *_, shifted = self._at(extent)
+        grid, *_, shifted = self._at(slope, extent)
         sampled_correlation(
             shifted,
             slope.numpy(),
@@ -182,16 +192,17 @@ class _OnPlanes:
         shifts = [part.shifts for found in self._distances.values() for part in found[1:]]
         return sum(part.nbytes for part in (*layouts, *shifts))
 
-    def _at(self, extent: torch.Size) -> _Distances:
-        """The distances in images of this size."""
-        from topkast.kernels import Grid, shift
+    def _at(self, tensor: Tensor, extent: torch.Size | None = None) -> _Distances:
+        """The distances in images of this shape, and of the dtype of `tensor`."""
+        from topkast.kernels import Grid, lanes_of, shift
 
-        key = extent[2], extent[3]
+        extent = tensor.shape if extent is None else extent
+        key = tuple(extent)
         if key not in self._distances:
             if len(self._distances) == _GRIDS:
                 self._distances.clear()
-            size, dilation, stride, margins = self._window
-            grid = Grid(key, size=size, dilation=dilation, stride=stride, margins=margins)
+            whole = Grid((extent[2], extent[3]), *self._window)
+            grid = whole.for_batch(extent[0], lanes_of(name_of(tensor.dtype)))
             channel = torch.arange(self._planes // grid.phases).numpy()[:, None]
             row = torch.arange(self._rows).numpy()[:, None]
             seen = (channel * grid.phases + grid.phase) * grid.length + grid.shifts
@@ -204,16 +215,20 @@ class _OnPlanes:
             )
         return self._distances[key]
 
-    def _image_options(self, grid: Any) -> dict[str, Any]:
-        (top, _), (left, _) = self._window.margins
-        return {"width": grid.width, "stride": self._window.stride, "margin": (top, left)}
-
     @staticmethod
-    def _planes_of(images: Tensor, planes: int, length: int) -> Tensor:
+    def _planes_of(images: Tensor, grid: Any, planes: int, length: int) -> Tensor:
         from topkast.kernels import lanes_of
 
         lanes = lanes_of(name_of(images.dtype))
-        return images.new_empty(-(-len(images) // lanes), planes, length, lanes)
+        slabs = -(-len(images) * grid.bands // lanes)
+        return images.new_empty(slabs, planes, length, lanes)
+
+
+def _of_images(grid: Any) -> dict[str, Any]:
+    """How images become planes."""
+    (top, _), (left, _) = grid.margins
+    margin, bands = (top, left), grid.input_bands
+    return {"width": grid.width, "stride": grid.stride, "margin": margin, "bands": bands}
 
 
 class _Unfolded:

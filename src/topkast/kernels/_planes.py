@@ -8,9 +8,9 @@ multiplied by lies at a fixed distance from the place of the output, and every l
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import carray, cfunc, njit, types
@@ -24,6 +24,14 @@ Pair = tuple[int, int]
 
 _MOST = 8  # places that a product takes at a time
 _BAND = 2048  # pixels that are transposed at a time: what the second cache holds
+
+
+class Bands(NamedTuple):
+    """How many an image is cut into, from which row to the next, and of how many rows each."""
+
+    number: int
+    step: int
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,9 @@ class Grid:
         Of the window.
     margins
         Zeros above and below, left and right of an image.
+    bands
+        Into so many an image is cut, each with some rows of the output and what they see, to fill
+        the lanes of a vector with few images; see :meth:`for_batch`.
 
     Raises
     ------
@@ -60,6 +71,15 @@ class Grid:
     dilation: Pair = (1, 1)
     stride: Pair = (1, 1)
     margins: tuple[Pair, Pair] = ((0, 0), (0, 0))
+    bands: int = 1
+
+    def for_batch(self, batch: int, lanes: int) -> Grid:
+        """The same with as many bands as make the least work of so many images."""
+        counts = [count for count in range(1, lanes + 1) if lanes % count == 0]
+        fitting = [replace(self, bands=count) for count in counts if count <= self.places[0]]
+        return min(
+            fitting, key=lambda grid: -(-batch * grid.bands // lanes) * (grid.pixels + grid.count)
+        )
 
     def __post_init__(self) -> None:
         if min(*self.size, *self.dilation, *self.stride) < 1:
@@ -77,6 +97,21 @@ class Grid:
             )
         )
         return height, width
+
+    @property
+    def input_bands(self) -> Bands:
+        """What a band has of the image, with its margins."""
+        rows = -(-self.places[0] // self.bands)
+        if self.bands == 1:
+            return Bands(1, 0, self._padded[0])
+        seen = self.dilation[0] * (self.size[0] - 1) + 1
+        return Bands(self.bands, rows * self.stride[0], (rows - 1) * self.stride[0] + seen)
+
+    @property
+    def output_bands(self) -> Bands:
+        """What a band has of the output."""
+        rows = -(-self.places[0] // self.bands)
+        return Bands(self.bands, rows, rows)
 
     @property
     def width(self) -> int:
@@ -110,12 +145,12 @@ class Grid:
     @property
     def count(self) -> int:
         """Places of the output, with those that are dropped, as many as whole tiles have."""
-        return _whole((self.places[0] - 1) * self.width + self.places[1])
+        return _whole((self.output_bands.rows - 1) * self.width + self.places[1])
 
     @property
     def pixels(self) -> int:
         """Pixels of a plane, as many as whole tiles have."""
-        return _whole(-(-self._padded[0] // self.stride[0]) * self.width)
+        return _whole(-(-self.input_bands.rows // self.stride[0]) * self.width)
 
     @property
     def length(self) -> int:
@@ -174,6 +209,7 @@ def to_planes(
     stride: Pair = (1, 1),
     margin: Pair = (0, 0),
     lead: int = 0,
+    bands: Bands | None = None,
     threads: int | None = None,
 ) -> None:
     """Lay images out as planes, with zeros wherever there is none.
@@ -184,7 +220,7 @@ def to_planes(
         (images, channels, height, width), contiguous, float32 or float64.
     planes
         (slabs, channels · phases, length, lanes), contiguous, with as many slabs of lanes as the
-        images need.
+        images, or their bands, need.
     width
         Of a row of a plane.
     stride
@@ -193,6 +229,8 @@ def to_planes(
         Zeros above and to the left.
     lead
         Zeros before the first row.
+    bands
+        Cut each image, with its margin, into such bands; their number divides that of the lanes.
     threads
         As for :func:`multiply`.
 
@@ -210,9 +248,8 @@ def to_planes(
     >>> planes[0, 0, :, 0]
     array([0., 1., 2., 0., 3., 4., 0., 0.], dtype=float32)
     """
-    _move(
-        _spread_single, _spread_double, images, planes, planes, width, stride, margin, lead, threads
-    )
+    options = width, stride, margin, lead, bands
+    _move(_spread_single, _spread_double, images, planes, images, planes, *options, threads)
 
 
 def from_planes(
@@ -224,9 +261,10 @@ def from_planes(
     stride: Pair = (1, 1),
     margin: Pair = (0, 0),
     lead: int = 0,
+    bands: Bands | None = None,
     threads: int | None = None,
 ) -> None:
-    """The inverse of :func:`to_planes`, with the same parameters.
+    """The transpose of :func:`to_planes`, with the same parameters: what bands share is added up.
 
     Examples
     --------
@@ -240,9 +278,8 @@ def from_planes(
     array([[[[1., 2.],
              [3., 4.]]]], dtype=float32)
     """
-    _move(
-        _gather_single, _gather_double, planes, images, planes, width, stride, margin, lead, threads
-    )
+    options = width, stride, margin, lead, bands
+    _move(_gather_single, _gather_double, planes, images, images, planes, *options, threads)
 
 
 def _move(
@@ -250,28 +287,37 @@ def _move(
     double: Any,
     source: Vector,
     target: Vector,
+    images: Vector,
     planes: Vector,
     pitch: int,
     stride: Pair,
     margin: Pair,
     lead: int,
+    bands: Bands | None,
     threads: int | None,
 ) -> None:
-    images = target if planes is source else source
     batch, channels, height, width = images.shape
     slabs, count, length, lanes = planes.shape
-    wanted = -(-batch // lanes), channels * math.prod(stride), lanes_of(planes.dtype)
-    fits = min(stride) > 0 and min(*margin, lead) >= 0 and (slabs, count, lanes) == wanted
+    cut = bands or Bands(1, 0, height + margin[0])
+    wanted = (
+        -(-batch * cut.number // lanes),
+        channels * math.prod(stride),
+        lanes_of(planes.dtype),
+    )
+    fits = (
+        min(*stride, cut.number) > 0
+        and min(*margin, lead, *cut) >= 0
+        and (slabs, count, lanes) == wanted
+        and lanes % cut.number == 0
+        and (cut.number > 1 or cut.rows >= height + margin[0])
+    )
     if fits and images.size:
-        last_row, last = (
-            (extent - 1 + zeros) // step
-            for extent, zeros, step in zip((height, width), margin, stride, strict=True)
-        )
-        fits = last < pitch and lead + last_row * pitch + last < length
+        last = (width - 1 + margin[1]) // stride[1]
+        fits = last < pitch and lead + (cut.rows - 1) // stride[0] * pitch + last < length
     if not fits:
         raise ValueError(
             f"images of shape {images.shape} do not fit planes of shape {planes.shape} with rows "
-            f"of {pitch}, stride {stride}, margin {margin} and lead {lead}"
+            f"of {pitch}, stride {stride}, margin {margin}, lead {lead} and {cut}"
         )
     rows = max(1, min(height, _BAND // max(width, 1)))
     used = threads or default_threads()
@@ -283,6 +329,7 @@ def _move(
         *margin,
         pitch,
         lead,
+        *cut,
         rows,
         scratch.ctypes.data,
         0,
@@ -292,15 +339,22 @@ def _move(
 
 @njit  # type: ignore[untyped-decorator]
 def _exchange(address: Any, kind: Any, spread: bool) -> None:
-    numbers = carray(as_pointer(address), 20, np.int64)
+    numbers = carray(as_pointer(address), 23, np.int64)
     images_at, planes_at = (numbers[1], numbers[2]) if spread else (numbers[2], numbers[1])
     slabs, count, length, lanes = numbers[3], numbers[4], numbers[5], numbers[6]
     batch, channels, height, width = numbers[7], numbers[8], numbers[9], numbers[10]
     down, across, top, left = numbers[11], numbers[12], numbers[13], numbers[14]
-    pitch, lead, band = numbers[15], numbers[16], numbers[17]
-    slot = take_ticket(address + 19 * 8)
-    own = -(-numbers[18] // VECTOR_BYTES) * VECTOR_BYTES + slot * band * width * VECTOR_BYTES
-    pixels = carray(as_pointer(own), (band * width, lanes), kind)
+    pitch, lead, bands, step, band_rows = (
+        numbers[15],
+        numbers[16],
+        numbers[17],
+        numbers[18],
+        numbers[19],
+    )
+    most = numbers[20]
+    slot = take_ticket(address + 22 * 8)
+    own = -(-numbers[21] // VECTOR_BYTES) * VECTOR_BYTES + slot * most * width * VECTOR_BYTES
+    pixels = carray(as_pointer(own), (most * width, lanes), kind)
     images = carray(as_pointer(images_at), (batch, channels * height * width), kind)
     planes = carray(as_pointer(planes_at), (slabs * count, length * lanes), kind)
     zero, plane_bytes = kind(0), length * VECTOR_BYTES
@@ -310,37 +364,62 @@ def _exchange(address: Any, kind: Any, spread: bool) -> None:
             break
         slab, channel = item // channels, item % channels
         first = slab * lanes
-        last = min(first + lanes, batch)
+        last = min(first + lanes, batch * bands)
         plane = (slab * channels + channel) * down * across
+        begin = channel * height * width
         if spread:
             planes[plane : plane + down * across] = zero
             pixels[:] = zero
-        for start in range(0, height, band):
-            rows = min(band, height - start)
-            begin = (channel * height + start) * width
-            part = images[first:last, begin : begin + rows * width]
-            if spread:
+        elif bands > 1:
+            images[first // bands : last // bands, begin : begin + height * width] = zero
+        row = 0
+        while row < band_rows:
+            # Of whole images some rows at a time; of bands, which are apart, one.
+            rows = 1
+            if bands == 1:
+                if row < top or row >= top + height:
+                    row += 1
+                    continue
+                rows = min(most, top + height - row)
+            start = begin + (row - top) * width
+            if spread and bands == 1:
+                part = images[first:last, start : start + rows * width]
                 transpose(part, pixels[: rows * width, : last - first])
-            for row in range(rows):
-                place = start + row + top
-                line = plane + place % down * across
-                there = (
-                    planes_at + line * plane_bytes + (lead + place // down * pitch) * VECTOR_BYTES
-                )
-                here = own + row * width * VECTOR_BYTES
+            elif spread:
+                for lane in range(last - first):
+                    image, band = (first + lane) // bands, (first + lane) % bands
+                    there = band * step + row - top
+                    if 0 <= there < height:
+                        for column in range(width):
+                            place = begin + there * width + column
+                            pixels[column, lane] = images[image, place]
+                    else:
+                        pixels[:width, lane] = zero
+            for number in range(rows):
+                place = row + number
+                line = planes_at + (plane + place % down * across) * plane_bytes
+                line += (lead + place // down * pitch) * VECTOR_BYTES
                 run = width if across == 1 else 1
                 for column in range(0, width, run):
                     shifted = column + left
-                    target = (
-                        there + shifted % across * plane_bytes + shifted // across * VECTOR_BYTES
-                    )
-                    source = here + column * VECTOR_BYTES
+                    there = line + shifted % across * plane_bytes + shifted // across * VECTOR_BYTES
+                    here = own + (number * width + column) * VECTOR_BYTES
                     if spread:
-                        copy_run(zero, source, target, run * lanes)
+                        copy_run(zero, here, there, run * lanes)
                     else:
-                        copy_run(zero, target, source, run * lanes)
-            if not spread:
+                        copy_run(zero, there, here, run * lanes)
+            if not spread and bands == 1:
+                part = images[first:last, start : start + rows * width]
                 transpose(pixels[: rows * width, : last - first], part)
+            elif not spread:
+                for lane in range(last - first):
+                    image, band = (first + lane) // bands, (first + lane) % bands
+                    there = band * step + row - top
+                    if 0 <= there < height:
+                        for column in range(width):
+                            place = begin + there * width + column
+                            images[image, place] += pixels[column, lane]
+            row += rows
 
 
 _KERNEL = types.void(types.intp)
