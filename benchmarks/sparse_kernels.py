@@ -41,7 +41,7 @@ class Case:
         tiles = -(-batch // width)
         self.values, self.gradient = aligned(len(row)), aligned(len(row))
         self.x, self.y = aligned(tiles, size, width), aligned(tiles, size, width)
-        self.out = aligned(size, tiles * width)
+        self.out = aligned(batch, size)
         self.flops = {
             "SpMM": 2 * forward * batch,
             "SpMM of the transpose": 2 * forward * batch,

@@ -68,12 +68,12 @@ class Problem:
     def found(self, threads: int | None = None) -> tuple[Array, Array, Array]:
         """The same, from the kernels; whatever they do not write themselves is not a number."""
         grid, weights = self.grid, math.prod(self.grid.size)
-        planes = self.channels * grid.phases
+        planes = self.channels * grid.planes
         row, column = (
             place.astype(np.int32) for place in np.nonzero(self.on_b.reshape(self.rows, -1))
         )
         channel, weight = column // weights, column % weights
-        plane = (channel * grid.phases + grid.phase[weight]).astype(np.int32)
+        plane = (channel * grid.planes + grid.plane[weight]).astype(np.int32)
         active = np.flatnonzero(self.on_a[self.on_b]).astype(np.int32)
 
         def layout(rows: Array, columns: Array, shape: tuple[int, int]) -> Layout:
@@ -84,15 +84,13 @@ class Problem:
         transposed = layout(plane, row * weights + weight, (planes, self.rows * weights))
         everywhere = np.arange(len(row), dtype=np.int32)
         backward = arrange(row, column, everywhere, shape=shape, runs=True, most_rows=2)
-        np.testing.assert_array_equal(np.sort(backward.order), everywhere)
-        of_channel = np.arange(self.channels)[:, None] * grid.phases
-        seen = ((of_channel + grid.phase) * grid.length + grid.shifts).ravel()
-        slopes = np.arange(self.rows)[:, None] * grid.slope_length + grid.reach - grid.shifts
+        seen, seeing = grid.seen(self.channels), grid.seeing(self.rows)
 
         margin = grid.margins[0][0], grid.margins[1][0]
         whole: dict[str, Any] = {
             "width": grid.width,
             "stride": grid.stride,
+            "phases": grid.phases,
             "margin": margin,
             "bands": grid.input_bands,
             "threads": threads,
@@ -109,7 +107,7 @@ class Problem:
         from_planes(out, found, **cut)
         out, for_images = self.nothing(planes, grid.pixels), np.full_like(self.images, np.nan)
         ordered = self.values[transposed.order]
-        convolve(shift(transposed, slopes.ravel()), ordered, y, out, threads=threads)
+        convolve(shift(transposed, seeing), ordered, y, out, threads=threads)
         from_planes(out, for_images, **whole)
         for_values = np.full_like(self.values, np.nan)
         sampled_correlation(
@@ -157,6 +155,7 @@ def test_the_products_are_those_of_pytorch(
 ) -> None:
     for length, extent_of, step, margin in zip(extent, size, dilation, margins, strict=True):
         assume(length + sum(margin) > step * (extent_of - 1))
+    assume(bands is None or lanes_of(dtype) % bands == 0)
     grid = Grid(extent, size, dilation, stride, margins, bands or 1)
     if bands is None:
         grid = grid.for_batch(counts[0], lanes_of(dtype))
@@ -173,9 +172,10 @@ def test_images_larger_than_what_is_transposed_at_a_time() -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
-    grid = Grid((12, 13), size=(3, 3), stride=(1, 2), margins=((1, 1), (1, 1)))
+@pytest.mark.parametrize("threads", [2, 5])
+@pytest.mark.parametrize("bands", [1, 2])
+def test_the_number_of_threads_changes_no_bit(threads: int, bands: int) -> None:
+    grid = Grid((12, 13), size=(3, 3), stride=(1, 2), margins=((1, 1), (1, 1)), bands=bands)
     problem = Problem(grid, (33, 8, 16), 0.3, np.float32)
     for found, expected in zip(problem.found(threads), problem.found(1), strict=True):
         np.testing.assert_array_equal(found, expected)
@@ -208,9 +208,12 @@ class TestBadInput:
     def test_windows(self) -> None:
         with pytest.raises(ValueError, match="does not fit"):
             Grid((5, 5), size=(3, 6))
-        for options in ({"size": (0, 1)}, {"stride": (1, 0)}, {"dilation": (-9, 1)}):
+        with pytest.raises(ValueError, match="does not fit"):
+            Grid((0, 5), size=(1, 1), margins=((1, 1), (0, 0)))
+        wrong: list[dict[str, Any]] = [{"size": (0, 1)}, {"stride": (1, 0)}, {"dilation": (-9, 1)}]
+        for options in (*wrong, {"bands": 0}):
             with pytest.raises(ValueError, match="must be positive"):
-                Grid((5, 5), **({"size": (1, 1)} | options))  # type: ignore[arg-type]
+                Grid((5, 5), **({"size": (1, 1)} | options))
 
     @pytest.mark.parametrize(
         "changed",
@@ -226,6 +229,9 @@ class TestBadInput:
             {"bands": Bands(1, 0, 5)},
             {"bands": Bands(3, 2, 2)},
             {"bands": Bands(0, 2, 2)},
+            {"phases": np.arange(2)},
+            {"phases": np.arange(1, dtype=np.int32)},
+            {"phases": np.full(1, -1)},
         ],
         ids=str,
     )
@@ -243,6 +249,9 @@ class TestBadInput:
         for wrong in (self.planes(1, 20), self.planes(2, 19), planes[..., 1:].copy()):
             with pytest.raises(ValueError, match="do not fit planes"):
                 to_planes(images, wrong, width=5)
+        for empty in ((3, 2, 0, 5), (3, 2, 4, 0)):
+            with pytest.raises(ValueError, match="do not fit planes"):
+                to_planes(np.zeros(empty, np.float32), planes, width=5)
         with pytest.raises(ValueError, match="contiguous"):
             to_planes(images[:, :, ::-1], planes, width=5)
 

@@ -53,7 +53,7 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         packed = products.pack(x)
         context.products, context.batch = products, len(x)
-        context.save_for_backward(packed, values)
+        context.save_for_backward(packed if context.needs_input_grad[1] else None, values)
         return products.forward(values.detach().view(-1), packed, bias, len(x))
 
     @staticmethod
@@ -84,26 +84,23 @@ class _Convolution(torch.autograd.Function):
         convolution: Convolution,
     ) -> Tensor:
         packed = convolution.pack(images)
-        context.convolution, context.extent = convolution, images.shape
-        context.save_for_backward(packed, values)
+        context.convolution, context.shape = convolution, images.shape
+        context.save_for_backward(packed if context.needs_input_grad[1] else None, values)
         return convolution.forward(values.detach().view(-1), packed, bias, images.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(context: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         packed, values = context.saved_tensors
-        convolution, extent, wanted = (
-            context.convolution,
-            context.extent,
-            context.needs_input_grad,
-        )
+        convolution, shape = context.convolution, context.shape
+        wanted = context.needs_input_grad
         for_images = for_values = None
         packed_slope = slope
         if wanted[0] or wanted[1]:
-            packed_slope = convolution.pack_slope(slope, extent)
+            packed_slope = convolution.pack_slope(slope, shape)
         if wanted[0]:
-            for_images = convolution.input_gradient(values.view(-1), packed_slope, extent)
+            for_images = convolution.input_gradient(values.view(-1), packed_slope, shape)
         if wanted[1]:
             for_values = torch.empty_like(values)
-            convolution.weight_gradient(packed_slope, packed, for_values.view(-1), extent)
+            convolution.weight_gradient(packed_slope, packed, for_values.view(-1), shape)
         return for_images, for_values, slope.sum((0, 2, 3)) if wanted[2] else None, None

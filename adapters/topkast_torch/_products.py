@@ -67,7 +67,7 @@ class _CompiledProducts:
         from topkast.kernels import arrange
 
         row, column, place = (tensor.int().numpy() for tensor in (rows, columns, active))
-        everywhere = torch.arange(len(row), dtype=torch.int32).numpy()
+        everywhere = torch.arange(len(row), dtype=torch.int32, device="cpu").numpy()
         self._forward = arrange(row[place], column[place], place, shape=shape)
         self._transposed = arrange(column[place], row[place], place, shape=shape[::-1])
         self._backward = arrange(row, column, everywhere, shape=shape, runs=True)
@@ -160,4 +160,6 @@ def _matrix(places: tuple[Tensor, Tensor], values: Tensor, shape: tuple[int, int
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
-        return torch.sparse_csr_tensor(*places, values, shape, check_invariants=False)
+        return torch.sparse_csr_tensor(
+            *places, values, shape, device=values.device, check_invariants=False
+        )

@@ -41,7 +41,7 @@ class SparseLayer(nn.Module):
     active: Tensor
     shape: Tensor
     reservoir: Tensor | None  # all weights, until an optimizer takes them over
-    _products: tuple[Any, tuple[int, int]] | None  # and the checksums of what they were made from
+    _products: tuple[Any, tuple[Any, ...]] | None  # and what they were made from
     _versions: tuple[int, int]
     _content: tuple[int, int]
 
@@ -78,9 +78,9 @@ class SparseLayer(nn.Module):
     @property
     def products(self) -> Any:
         """The products with this layer's weight, of its kind, made once after each refresh."""
-        content = self.content()
-        if self._products is None or self._products[1] != content:
-            self._products = self._make_products(), content
+        made_from = *self.content(), self._window
+        if self._products is None or self._products[1] != made_from:
+            self._products = self._make_products(), made_from
         return self._products[0]
 
     def content(self) -> tuple[int, int]:
@@ -90,6 +90,11 @@ class SparseLayer(nn.Module):
             self._versions = versions
             self._content = _checksum(self.indices), _checksum(self.active)
         return self._content
+
+    @property
+    def _window(self) -> Any:
+        """What a convolution sees of an image; its attributes may be changed."""
+        return None
 
     def _make_products(self) -> Any:
         raise NotImplementedError

@@ -38,13 +38,13 @@ class Shifted:
     shifts
         Of each entry, vectors from the place of the output to what it is multiplied by; int32
         (entries,).
-    most
+    farthest
         The largest.
     """
 
     layout: Layout
     shifts: Vector
-    most: int
+    farthest: int
 
 
 def shift(layout: Layout, table: Vector, /) -> Shifted:
@@ -243,7 +243,7 @@ def _check_reach(shifted: Shifted, x: Vector, places: int) -> None:
     _, planes, length, lanes = x.shape
     if lanes * x.itemsize != VECTOR_BYTES:
         raise ValueError(f"planes are of vectors of {VECTOR_BYTES} bytes, got {lanes} lanes")
-    if shifted.most + places > planes * length and len(shifted.shifts):
+    if shifted.farthest + places > planes * length and len(shifted.shifts):
         raise ValueError(
             f"the last of {places} places sees beyond {planes} planes of {length} vectors"
         )

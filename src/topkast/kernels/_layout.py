@@ -68,12 +68,8 @@ class Layout:
 
     @property
     def order(self) -> Vector:
-        """Where each entry is in the compact vector, one by one; int32 (entries,)."""
-        if len(self.source) == len(self.columns) + AHEAD:
-            return self.source[: len(self.columns)]
-        lengths = np.diff(self.segment_starts)
-        first = np.repeat(self.source - self.segment_starts[:-1], lengths)
-        return first + np.arange(len(self.columns), dtype=np.int32)
+        """Where each entry is in the compact vector, if not by runs; int32 (entries,)."""
+        return self.source[: len(self.columns)]
 
     @property
     def _arrays(self) -> tuple[Vector, ...]:

@@ -23,7 +23,7 @@ from topkast.kernels._vector import VECTOR_BYTES, as_pointer, copy_run, take_tic
 Pair = tuple[int, int]
 
 _MOST = 8  # places that a product takes at a time
-_BAND = 2048  # pixels that are transposed at a time: what the second cache holds
+_PIXELS = 2048  # that are transposed at a time: what the second cache holds
 
 
 class Bands(NamedTuple):
@@ -39,7 +39,9 @@ class Grid:
     """Where on its planes a convolution finds what a place of its output sees.
 
     Places and pixels are counted row by row, with one width for both: a row of the output is
-    followed by places that see the end of one row and the start of the next, and are dropped.
+    followed by places that see the end of one row and the start of the next, and are dropped. In
+    the gradient of a weight their slope is zero; pixels that are not finite make it NaN all the
+    same, of weights too that never saw them.
 
     Parameters
     ----------
@@ -82,9 +84,9 @@ class Grid:
         )
 
     def __post_init__(self) -> None:
-        if min(*self.size, *self.dilation, *self.stride) < 1:
-            raise ValueError(f"size, dilation and stride must be positive: {self}")
-        if min(self.places) < 1:
+        if min(*self.size, *self.dilation, *self.stride, self.bands) < 1:
+            raise ValueError(f"size, dilation, stride and bands must be positive: {self}")
+        if min(*self.extent, *self.places) < 1:
             raise ValueError(f"a window of {self.size} does not fit images of {self.extent}")
 
     @property
@@ -118,17 +120,24 @@ class Grid:
         """Pixels of a row of a plane."""
         return -(-self._padded[1] // self.stride[1])
 
-    @property
-    def phases(self) -> int:
-        """Planes of a channel."""
-        return math.prod(self.stride)
+    @cached_property
+    def phases(self) -> Vector:
+        """The plane, among those of a channel, of each phase; −1 where none looks; int64."""
+        found = np.full(math.prod(self.stride), -1)
+        used = np.unique(self._phase)
+        found[used] = np.arange(len(used))
+        return found
 
     @cached_property
-    def phase(self) -> Vector:
+    def planes(self) -> int:
+        """Planes of a channel."""
+        return int(self.phases.max()) + 1
+
+    @cached_property
+    def plane(self) -> Vector:
         """The plane, among those of a channel, of each weight of the window; int64."""
-        down, across = self._window
-        phase: Vector = down % self.stride[0] * self.stride[1] + across % self.stride[1]
-        return phase.ravel()
+        found: Vector = self.phases[self._phase]
+        return found
 
     @cached_property
     def shifts(self) -> Vector:
@@ -141,6 +150,19 @@ class Grid:
     def reach(self) -> int:
         """The largest shift."""
         return int(self.shifts[-1])
+
+    def seen(self, channels: int) -> Vector:
+        """From a place, how far it is to what each weight sees; int64 (channels · weights,)."""
+        first = np.arange(channels)[:, None] * self.planes
+        return ((first + self.plane) * self.length + self.shifts).ravel()
+
+    def seeing(self, rows: int) -> Vector:
+        """From a pixel, how far it is to the slope at the place that sees it through each weight.
+
+        int64 (rows · weights,), for planes of slopes with :attr:`reach` zeros before them.
+        """
+        first = np.arange(rows)[:, None] * self.slope_length
+        return (first + self.reach - self.shifts).ravel()
 
     @property
     def count(self) -> int:
@@ -170,6 +192,12 @@ class Grid:
         return height, width
 
     @property
+    def _phase(self) -> Vector:
+        down, across = self._window
+        phase: Vector = down % self.stride[0] * self.stride[1] + across % self.stride[1]
+        return phase.ravel()
+
+    @property
     def _window(self) -> tuple[Vector, Vector]:
         down, across = (
             np.arange(size) * dilation
@@ -185,7 +213,7 @@ def _whole(count: int) -> int:
 
 def _spread(length: int) -> int:
     """Such a length that what is at the same place of many planes does not share a cache's set."""
-    return -(-(length - 8) // 16) * 16 + 8
+    return length if length <= _MOST else -(-(length - 8) // 16) * 16 + 8
 
 
 def lanes_of(dtype: Any) -> int:
@@ -207,6 +235,7 @@ def to_planes(
     *,
     width: int,
     stride: Pair = (1, 1),
+    phases: Vector | None = None,
     margin: Pair = (0, 0),
     lead: int = 0,
     bands: Bands | None = None,
@@ -219,12 +248,15 @@ def to_planes(
     images
         (images, channels, height, width), contiguous, float32 or float64.
     planes
-        (slabs, channels · phases, length, lanes), contiguous, with as many slabs of lanes as the
-        images, or their bands, need.
+        (slabs, channels · planes of each, length, lanes), contiguous, with as many slabs of lanes
+        as the images, or their bands, need.
     width
         Of a row of a plane.
     stride
         The pixels at each remainder modulo it have a plane of their own.
+    phases
+        The number of that plane among those of a channel, for each remainder, row by row; −1 where
+        the pixels are left out. By default one after the other. int64 (product of the stride,).
     margin
         Zeros above and to the left.
     lead
@@ -248,8 +280,9 @@ def to_planes(
     >>> planes[0, 0, :, 0]
     array([0., 1., 2., 0., 3., 4., 0., 0.], dtype=float32)
     """
-    options = width, stride, margin, lead, bands
-    _move(_spread_single, _spread_double, images, planes, images, planes, *options, threads)
+    kernels = _spread_single, _spread_double
+    options = width, stride, phases, margin, lead, bands
+    _move(kernels, images, planes, images, planes, *options, threads)
 
 
 def from_planes(
@@ -259,6 +292,7 @@ def from_planes(
     *,
     width: int,
     stride: Pair = (1, 1),
+    phases: Vector | None = None,
     margin: Pair = (0, 0),
     lead: int = 0,
     bands: Bands | None = None,
@@ -278,19 +312,20 @@ def from_planes(
     array([[[[1., 2.],
              [3., 4.]]]], dtype=float32)
     """
-    options = width, stride, margin, lead, bands
-    _move(_gather_single, _gather_double, planes, images, images, planes, *options, threads)
+    kernels = _gather_single, _gather_double
+    options = width, stride, phases, margin, lead, bands
+    _move(kernels, planes, images, images, planes, *options, threads)
 
 
 def _move(
-    single: Any,
-    double: Any,
+    kernels: tuple[Any, Any],
     source: Vector,
     target: Vector,
     images: Vector,
     planes: Vector,
     pitch: int,
     stride: Pair,
+    phases: Vector | None,
     margin: Pair,
     lead: int,
     bands: Bands | None,
@@ -299,19 +334,19 @@ def _move(
     batch, channels, height, width = images.shape
     slabs, count, length, lanes = planes.shape
     cut = bands or Bands(1, 0, height + margin[0])
-    wanted = (
-        -(-batch * cut.number // lanes),
-        channels * math.prod(stride),
-        lanes_of(planes.dtype),
-    )
+    numbers = np.arange(math.prod(stride)) if phases is None else phases
+    each = int(numbers.max(initial=-1)) + 1
+    wanted = -(-batch * cut.number // max(lanes, 1)), channels * each, lanes_of(planes.dtype)
     fits = (
-        min(*stride, cut.number) > 0
-        and min(*margin, lead, *cut) >= 0
+        min(*stride, height, width, cut.number, cut.rows) > 0
+        and min(*margin, lead, cut.step) >= 0
+        and numbers.shape == (math.prod(stride),)
+        and numbers.dtype == np.int64
         and (slabs, count, lanes) == wanted
         and lanes % cut.number == 0
         and (cut.number > 1 or cut.rows >= height + margin[0])
     )
-    if fits and images.size:
+    if fits:
         last = (width - 1 + margin[1]) // stride[1]
         fits = last < pitch and lead + (cut.rows - 1) // stride[0] * pitch + last < length
     if not fits:
@@ -319,10 +354,10 @@ def _move(
             f"images of shape {images.shape} do not fit planes of shape {planes.shape} with rows "
             f"of {pitch}, stride {stride}, margin {margin}, lead {lead} and {cut}"
         )
-    rows = max(1, min(height, _BAND // max(width, 1)))
+    rows = max(1, min(height, _PIXELS // width))
     used = threads or default_threads()
     scratch = np.empty((used * rows * width + 1) * lanes, dtype=images.dtype)
-    numbers = (
+    arguments = (
         *planes.shape,
         *images.shape,
         *stride,
@@ -330,34 +365,28 @@ def _move(
         pitch,
         lead,
         *cut,
+        numbers.ctypes.data,
         rows,
         scratch.ctypes.data,
         0,
     )
-    transform(single, double, source, target, numbers, used)
+    transform(*kernels, source, target, arguments, used)
 
 
 @njit  # type: ignore[untyped-decorator]
 def _exchange(address: Any, kind: Any, spread: bool) -> None:
-    numbers = carray(as_pointer(address), 23, np.int64)
+    numbers = carray(as_pointer(address), 24, np.int64)
     images_at, planes_at = (numbers[1], numbers[2]) if spread else (numbers[2], numbers[1])
     slabs, count, length, lanes = numbers[3], numbers[4], numbers[5], numbers[6]
     batch, channels, height, width = numbers[7], numbers[8], numbers[9], numbers[10]
-    down, across, top, left = numbers[11], numbers[12], numbers[13], numbers[14]
-    pitch, lead, bands, step, band_rows = (
-        numbers[15],
-        numbers[16],
-        numbers[17],
-        numbers[18],
-        numbers[19],
-    )
-    most = numbers[20]
-    slot = take_ticket(address + 22 * 8)
-    own = -(-numbers[21] // VECTOR_BYTES) * VECTOR_BYTES + slot * most * width * VECTOR_BYTES
+    top, bands, band_rows = numbers[13], numbers[17], numbers[19]
+    most = numbers[21]
+    slot = take_ticket(address + 23 * 8)
+    own = -(-numbers[22] // VECTOR_BYTES) * VECTOR_BYTES + slot * most * width * VECTOR_BYTES
     pixels = carray(as_pointer(own), (most * width, lanes), kind)
     images = carray(as_pointer(images_at), (batch, channels * height * width), kind)
     planes = carray(as_pointer(planes_at), (slabs * count, length * lanes), kind)
-    zero, plane_bytes = kind(0), length * VECTOR_BYTES
+    each = count // channels
     while True:
         item = take_ticket(address)
         if item >= slabs * channels:
@@ -365,61 +394,86 @@ def _exchange(address: Any, kind: Any, spread: bool) -> None:
         slab, channel = item // channels, item % channels
         first = slab * lanes
         last = min(first + lanes, batch * bands)
-        plane = (slab * channels + channel) * down * across
+        plane = (slab * channels + channel) * each
         begin = channel * height * width
         if spread:
-            planes[plane : plane + down * across] = zero
-            pixels[:] = zero
-        elif bands > 1:
-            images[first // bands : last // bands, begin : begin + height * width] = zero
-        row = 0
-        while row < band_rows:
-            # Of whole images some rows at a time; of bands, which are apart, one.
-            rows = 1
-            if bands == 1:
-                if row < top or row >= top + height:
-                    row += 1
-                    continue
-                rows = min(most, top + height - row)
-            start = begin + (row - top) * width
-            if spread and bands == 1:
-                part = images[first:last, start : start + rows * width]
-                transpose(part, pixels[: rows * width, : last - first])
-            elif spread:
-                for lane in range(last - first):
-                    image, band = (first + lane) // bands, (first + lane) % bands
-                    there = band * step + row - top
-                    if 0 <= there < height:
-                        for column in range(width):
-                            place = begin + there * width + column
-                            pixels[column, lane] = images[image, place]
-                    else:
-                        pixels[:width, lane] = zero
-            for number in range(rows):
-                place = row + number
-                line = planes_at + (plane + place % down * across) * plane_bytes
-                line += (lead + place // down * pitch) * VECTOR_BYTES
-                run = width if across == 1 else 1
-                for column in range(0, width, run):
-                    shifted = column + left
-                    there = line + shifted % across * plane_bytes + shifted // across * VECTOR_BYTES
-                    here = own + (number * width + column) * VECTOR_BYTES
-                    if spread:
-                        copy_run(zero, here, there, run * lanes)
-                    else:
-                        copy_run(zero, there, here, run * lanes)
-            if not spread and bands == 1:
-                part = images[first:last, start : start + rows * width]
-                transpose(pixels[: rows * width, : last - first], part)
+            planes[plane : plane + each] = 0
+            pixels[:] = 0
+        there = planes_at + plane * length * VECTOR_BYTES
+        if bands > 1:
+            if not spread:
+                images[first // bands : last // bands, begin : begin + height * width] = 0
+            for row in range(band_rows):
+                if spread:
+                    _exchange_bands(numbers, images, pixels, first, last, begin, row, True)
+                    _exchange_rows(numbers, there, own, row, 1, kind, True)
+                else:
+                    _exchange_rows(numbers, there, own, row, 1, kind, False)
+                    _exchange_bands(numbers, images, pixels, first, last, begin, row, False)
+            continue
+        for row in range(0, height, most):
+            rows = min(most, height - row)
+            part = images[first:last, begin + row * width : begin + (row + rows) * width]
+            some = pixels[: rows * width, : last - first]
+            if spread:
+                transpose(part, some)
+                _exchange_rows(numbers, there, own, top + row, rows, kind, True)
+            else:
+                _exchange_rows(numbers, there, own, top + row, rows, kind, False)
+                transpose(some, part)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _exchange_rows(
+    numbers: Any, planes: Any, pixels: Any, first: Any, rows: Any, kind: Any, spread: bool
+) -> None:
+    """Move rows, from the one that is the `first` with margins, between pixels and planes."""
+    length, lanes, width = numbers[5], numbers[6], numbers[10]
+    down, across, left, pitch, lead = (
+        numbers[11],
+        numbers[12],
+        numbers[14],
+        numbers[15],
+        numbers[16],
+    )
+    phases = carray(as_pointer(numbers[20]), down * across, np.int64)
+    zero, run = kind(0), width if across == 1 else 1
+    for row in range(first, first + rows):
+        line = planes + (lead + row // down * pitch) * VECTOR_BYTES
+        for column in range(left, left + width, run):
+            plane = phases[row % down * across + column % across]
+            here = pixels + ((row - first) * width + column - left) * VECTOR_BYTES
+            there = line + (plane * length + column // across) * VECTOR_BYTES
+            if not spread and plane < 0:
+                carray(as_pointer(here), run * lanes, kind)[:] = 0
             elif not spread:
-                for lane in range(last - first):
-                    image, band = (first + lane) // bands, (first + lane) % bands
-                    there = band * step + row - top
-                    if 0 <= there < height:
-                        for column in range(width):
-                            place = begin + there * width + column
-                            images[image, place] += pixels[column, lane]
-            row += rows
+                copy_run(zero, there, here, run * lanes)
+            elif plane >= 0:
+                copy_run(zero, here, there, run * lanes)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _exchange_bands(
+    numbers: Any,
+    images: Any,
+    pixels: Any,
+    first: Any,
+    last: Any,
+    begin: Any,
+    row: Any,
+    spread: bool,
+) -> None:
+    """Move a row of each band between images and pixels: copied there, added here."""
+    height, width, top, bands, step = numbers[9], numbers[10], numbers[13], numbers[17], numbers[18]
+    for lane in range(last - first):
+        image, place = (first + lane) // bands, (first + lane) % bands * step + row - top
+        outside = place < 0 or place >= height
+        for column in range(width):
+            at = begin + place * width + column
+            if not spread and not outside:
+                images[image, at] += pixels[column, lane]
+            elif spread:
+                pixels[column, lane] = 0 if outside else images[image, at]
 
 
 _KERNEL = types.void(types.intp)
