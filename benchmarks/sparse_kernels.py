@@ -1,14 +1,18 @@
 """GFLOP/s of the kernels, useful products alone, beside dense GEMM and PyTorch's sparse products.
 
 SpMM is the output ``A · X``; its transpose the input gradient ``Aᵀ · dY``; SDDMM the gradient on B,
-``dY · Xᵀ``. Square float32 layers, random sets. Then what two pools of threads would cost: a dense
-product and a sparse one in turn, against each alone.
+``dY · Xᵀ``. Square float32 layers, random sets, four products in a row. "SpMM, one column" is the
+same with all entries in one column, whose activations stay in the first cache: what the loop could
+do if memory cost nothing. Then a convolution, forward and backward, by the number of images; and
+what two pools of threads would cost: a dense product and a sparse one in turn, against each alone.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +20,11 @@ import numpy as np
 import torch
 from _harness import Timing, arguments, environment, interleave, table, write
 
+import topkast
 from topkast.kernels import arrange, multiply, sampled_product, tile_width
 
 SPARSITIES = [(0.8, 0.5), (0.9, 0.8), (0.95, 0.9), (0.98, 0.95)]
+IN_A_ROW = 4
 
 
 class Case:
@@ -54,13 +60,16 @@ class Case:
         self.b = csr(row, column, np.zeros(len(row), np.float32), size)
 
     def sides(self) -> dict[str, Callable[[], Any]]:
-        rows = self.columns.t().contiguous()
+        rows, layout = self.columns.t().contiguous(), self.spmm_layout
+        nowhere = np.zeros_like(layout.columns), np.zeros_like(layout.segment_columns)
+        one = replace(layout, columns=nowhere[0], segment_columns=nowhere[1])
         return {
             "dense": lambda: self.weight @ self.columns,
             "SpMM": partial(multiply, self.spmm_layout, self.values, self.x, self.out),
             "SpMM of the transpose": partial(
                 multiply, self.transposed_layout, self.values, self.x, self.out
             ),
+            "SpMM, one column": partial(multiply, one, self.values, self.x, self.out),
             "SDDMM": partial(sampled_product, self.sddmm_layout, self.y, self.x, self.gradient),
             "SpMM, PyTorch": lambda: self.a @ self.columns,
             "SDDMM, PyTorch": lambda: torch.sparse.sampled_addmm(
@@ -83,14 +92,18 @@ def csr(row: Any, column: Any, values: Any, size: int) -> torch.Tensor:
 
 
 def flops_of(case: Case, name: str) -> int:
-    return case.flops[name.removesuffix(", PyTorch")]
+    return case.flops[name.partition(",")[0]]
 
 
 def measure(size: int, batch: int, rounds: int) -> list[dict[str, Any]]:
     records, rows = [], []
     for pair in SPARSITIES:
         case = Case(size, batch, pair)
-        timings = interleave(case.sides(), rounds=rounds)
+        sides = {name: several(side, IN_A_ROW) for name, side in case.sides().items()}
+        timings = {
+            name: timing.divided(IN_A_ROW)
+            for name, timing in interleave(sides, rounds=rounds).items()
+        }
         speeds = {
             name: flops_of(case, name) / timing.median / 1e6 for name, timing in timings.items()
         }
@@ -112,25 +125,68 @@ def measure(size: int, batch: int, rounds: int) -> list[dict[str, Any]]:
     return records
 
 
+def several(call: Callable[[], Any], count: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(count):
+            call()
+
+    return run
+
+
+def measure_images(rounds: int) -> list[dict[str, Any]]:
+    """A convolution of 64 channels with a window of 3 × 3, on images of 32 × 32."""
+    records, rows = [], []
+    for count in (1, 4, 8, 16, 32, 64):
+        images = torch.randn(count, 64, 32, 32, requires_grad=True)
+        torch.manual_seed(0)
+        dense = torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3, padding=1))
+        models = {"dense": dense}
+        for fwd, bwd in SPARSITIES:
+            models[f"{fwd}/{bwd}"] = copy.deepcopy(dense)
+            params = models[f"{fwd}/{bwd}"].named_parameters()
+            optimizer = topkast.wrap_optimizer(torch.optim.SGD(params, 0.1), fwd=fwd, bwd=bwd)
+            topkast.sparsify(models[f"{fwd}/{bwd}"], optimizer)
+
+        def passes(model: torch.nn.Module, images: torch.Tensor = images) -> None:
+            found = model(images)
+            torch.autograd.grad(found, [images, *model.parameters()], torch.ones_like(found))
+
+        sides = {name: several(partial(passes, model), IN_A_ROW) for name, model in models.items()}
+        timings = {
+            name: timing.divided(IN_A_ROW)
+            for name, timing in interleave(sides, rounds=rounds).items()
+        }
+        rows.append(
+            [
+                str(count),
+                f"{timings['dense'].median:.1f}",
+                *(f"{1 / timing.ratio:.2f}" for name, timing in timings.items() if name != "dense"),
+            ]
+        )
+        records += [
+            {"images": count, "side": name, **vars(timing)} for name, timing in timings.items()
+        ]
+    print("\nConvolution, 64 channels, 3 × 3, images of 32 × 32: times faster than dense\n")
+    names = [f"{fwd}/{bwd}" for fwd, bwd in SPARSITIES]
+    print(table(["images", "dense, ms", *names], rows), flush=True)
+    return records
+
+
 def measure_pools(rounds: int) -> dict[str, Any]:
     """A dense and a sparse product in turn, against each alone."""
     case = Case(2048, 256, (0.9, 0.8))
     sides = case.sides()
     dense, sparse = sides["dense"], sides["SpMM"]
 
-    def repeat(*calls: Callable[[], Any]) -> Callable[[], None]:
-        def run() -> None:
-            for _ in range(20):
-                for call in calls:
-                    call()
-
-        return run
+    def both() -> None:
+        dense()
+        sparse()
 
     timings = interleave(
         {
-            "dense alone": repeat(dense),
-            "sparse alone": repeat(sparse),
-            "in turn": repeat(dense, sparse),
+            "dense alone": several(dense, 20),
+            "sparse alone": several(sparse, 20),
+            "in turn": several(both, 20),
         },
         rounds=rounds,
     )
@@ -155,10 +211,11 @@ def main() -> None:
         for batch in options.batches
         for record in measure(size, batch, options.rounds)
     ]
+    images = measure_images(options.rounds)
     pools = measure_pools(options.rounds)
     packages = ("numpy", "torch", "numba")
     result = {"environment": environment(options.threads, packages), "rows": records}
-    write(options.output, {**result, "pools": pools})
+    write(options.output, {**result, "images": images, "pools": pools})
 
 
 if __name__ == "__main__":
