@@ -10,15 +10,11 @@ from numba import carray, cfunc, njit, types
 
 from topkast.kernels._layout import Layout, Vector
 from topkast.kernels._pool import default_threads
-from topkast.kernels._products import check, integers, start
+from topkast.kernels._products import check, integers, sample, start
 from topkast.kernels._vector import (
     VECTOR_BYTES,
     as_pointer,
     copy_run,
-    shifted_dots_1,
-    shifted_dots_2,
-    shifted_dots_4,
-    shifted_dots_8,
     shifted_sum_1,
     shifted_sum_2,
     shifted_sum_4,
@@ -220,23 +216,9 @@ def sampled_correlation(
     _check_reach(shifted, x, places)
     if lead < 0 or lead + places > slope_length:
         raise ValueError(f"{places} places from {lead} are not in planes of {slope_length}")
-    start(
-        _correlate_single if out.dtype == np.float32 else _correlate_double,
-        layout,
-        (
-            shifted.shifts,
-            slabs,
-            x.shape[1] * length,
-            slope_length,
-            lead,
-            places,
-            _at_a_time(places),
-            x,
-            y,
-            out,
-        ),
-        threads,
-    )
+    lengths = x.shape[1] * length, slope_length
+    at_a_time = _at_a_time(places)
+    sample(layout, shifted.shifts, slabs, *lengths, lead, places, at_a_time, x, y, out, threads)
 
 
 def _check_reach(shifted: Shifted, x: Vector, places: int) -> None:
@@ -313,52 +295,6 @@ def _convolve(address: Any, kind: Any) -> None:
             copy_run(zero, own + row * tile_bytes, there + row * places * VECTOR_BYTES, width)
 
 
-@njit  # type: ignore[untyped-decorator]
-def _correlate(address: Any, kind: Any) -> None:
-    numbers = carray(as_pointer(address), 21, np.int64)
-    chunks, rows, shifts, slabs, slab_length = (
-        numbers[1],
-        numbers[2],
-        numbers[11],
-        numbers[12],
-        numbers[13],
-    )
-    slope_length, lead, places, at_a_time = numbers[14], numbers[15], numbers[16], numbers[17]
-    x, y, out_at = numbers[18], numbers[19], numbers[20]
-    zero = kind(0)
-    chunk_segments = integers(numbers[10], chunks + 1)
-    segments = chunk_segments[chunks]
-    sources = integers(numbers[4], segments)
-    segment_rows = integers(numbers[6], segments)
-    starts = integers(numbers[8], segments + 1)
-    out = carray(as_pointer(out_at), starts[segments], kind)
-    tile_bytes = at_a_time * VECTOR_BYTES
-    while True:
-        chunk = take_ticket(address)
-        if chunk >= chunks:
-            break
-        first, last = chunk_segments[chunk], chunk_segments[chunk + 1]
-        for segment in range(first, last):
-            begin = sources[segment]
-            out[begin : begin + starts[segment + 1] - starts[segment]] = zero
-        for item in range(slabs * (places // at_a_time)):
-            slab, tile = item // (places // at_a_time), item % (places // at_a_time)
-            here = x + slab * slab_length * VECTOR_BYTES + tile * tile_bytes
-            slopes = y + (slab * rows * slope_length + lead) * VECTOR_BYTES + tile * tile_bytes
-            for segment in range(first, last):
-                row = slopes + segment_rows[segment] * slope_length * VECTOR_BYTES
-                start, stop = starts[segment], starts[segment + 1]
-                target = out_at + sources[segment] * out.itemsize
-                if at_a_time == 8:
-                    shifted_dots_8(zero, shifts, start, stop, here, row, target)
-                elif at_a_time == 4:
-                    shifted_dots_4(zero, shifts, start, stop, here, row, target)
-                elif at_a_time == 2:
-                    shifted_dots_2(zero, shifts, start, stop, here, row, target)
-                else:
-                    shifted_dots_1(zero, shifts, start, stop, here, row, target)
-
-
 _KERNEL = types.void(types.intp)
 
 
@@ -370,13 +306,3 @@ def _convolve_single(address: Any) -> None:
 @cfunc(_KERNEL, cache=True)  # type: ignore[untyped-decorator]
 def _convolve_double(address: Any) -> None:
     _convolve(address, np.float64)
-
-
-@cfunc(_KERNEL, cache=True)  # type: ignore[untyped-decorator]
-def _correlate_single(address: Any) -> None:
-    _correlate(address, np.float32)
-
-
-@cfunc(_KERNEL, cache=True)  # type: ignore[untyped-decorator]
-def _correlate_double(address: Any) -> None:
-    _correlate(address, np.float64)

@@ -22,6 +22,10 @@ from topkast.kernels._vector import (
     row_product_2,
     row_product_4,
     row_product_8,
+    shifted_dots_1,
+    shifted_dots_2,
+    shifted_dots_4,
+    shifted_dots_8,
     take_ticket,
 )
 
@@ -189,12 +193,19 @@ def sampled_product(
     )
     if len(layout.source) != len(layout.segment_rows):
         raise ValueError("sampled_product needs a layout of arrange(..., runs=True)")
-    start(
-        _sample_single if out.dtype == np.float32 else _sample_double,
-        layout,
-        (tiles, _registers(width, out.dtype), x, y, out),
-        threads,
-    )
+    count = _registers(width, out.dtype)
+    sample(layout, 0, tiles, layout.width * count, count, 0, count, count, x, y, out, threads)
+
+
+def sample(layout: Layout, shifts: Any, *arguments: Any) -> None:
+    """Run the kernel: the tiles of :func:`sampled_product` are slabs of planes one tile long.
+
+    The arguments are, in vectors where they are lengths: slabs, length of a slab of x, length of a
+    plane of y, where its first place is, places, places at a time, x, y, out, and threads.
+    """
+    *numbers, out, threads = arguments
+    kernel = _sample_single if out.dtype == np.float32 else _sample_double
+    start(kernel, layout, (shifts, *numbers, out), threads)
 
 
 def check(dtype: Any, *arrays: tuple[str, Vector, tuple[int, ...]]) -> None:
@@ -288,10 +299,11 @@ def _multiply(address: Any, kind: Any) -> None:
 
 @njit  # type: ignore[untyped-decorator]
 def _sample(address: Any, kind: Any) -> None:
-    numbers = carray(as_pointer(address), 16, np.int64)
-    chunks, rows, width, columns = numbers[1], numbers[2], numbers[3], numbers[5]
-    tiles, registers = numbers[11], numbers[12]
-    x, y, out_at = numbers[13], numbers[14], numbers[15]
+    numbers = carray(as_pointer(address), 21, np.int64)
+    chunks, rows, columns, shifts = numbers[1], numbers[2], numbers[5], numbers[11]
+    slabs, slab_length, slope_length = numbers[12], numbers[13], numbers[14]
+    lead, places, at_a_time = numbers[15], numbers[16], numbers[17]
+    x, y, out_at = numbers[18], numbers[19], numbers[20]
     zero = kind(0)
     chunk_segments = integers(numbers[10], chunks + 1)
     segments = chunk_segments[chunks]
@@ -300,29 +312,39 @@ def _sample(address: Any, kind: Any) -> None:
     segment_columns = integers(numbers[7], segments)
     starts = integers(numbers[8], segments + 1)
     out = carray(as_pointer(out_at), starts[segments], kind)
-    tile_bytes = registers * VECTOR_BYTES
+    tile_bytes, plane_bytes = at_a_time * VECTOR_BYTES, slope_length * VECTOR_BYTES
+    tiles = places // at_a_time
     while True:
         chunk = take_ticket(address)
         if chunk >= chunks:
             break
         first, last = chunk_segments[chunk], chunk_segments[chunk + 1]
         for segment in range(first, last):
-            start = sources[segment]
-            out[start : start + starts[segment + 1] - starts[segment]] = zero
-        for tile in range(tiles):
-            tile_x = x + tile * width * tile_bytes
-            tile_y = y + tile * rows * tile_bytes
+            begin = sources[segment]
+            out[begin : begin + starts[segment + 1] - starts[segment]] = zero
+        for item in range(slabs * tiles):
+            slab, tile = item // tiles, item % tiles
+            tile_x = x + slab * slab_length * VECTOR_BYTES + tile * tile_bytes
+            tile_y = y + slab * rows * plane_bytes + lead * VECTOR_BYTES + tile * tile_bytes
             for segment in range(first, last):
-                row = tile_y + segment_rows[segment] * tile_bytes
-                source = tile_x + segment_columns[segment] * tile_bytes
                 start, stop = starts[segment], starts[segment + 1]
+                row = tile_y + segment_rows[segment] * plane_bytes
+                source = tile_x + segment_columns[segment] * tile_bytes
                 target = out_at + sources[segment] * out.itemsize
-                if registers == 8:
+                if at_a_time == 8 and shifts:
+                    shifted_dots_8(zero, shifts, start, stop, tile_x, row, target)
+                elif at_a_time == 8:
                     dot_products_8(zero, columns, start, stop, source, row, target)
-                elif registers == 4:
+                elif at_a_time == 4 and shifts:
+                    shifted_dots_4(zero, shifts, start, stop, tile_x, row, target)
+                elif at_a_time == 4:
                     dot_products_4(zero, columns, start, stop, source, row, target)
-                elif registers == 2:
+                elif at_a_time == 2 and shifts:
+                    shifted_dots_2(zero, shifts, start, stop, tile_x, row, target)
+                elif at_a_time == 2:
                     dot_products_2(zero, columns, start, stop, source, row, target)
+                elif shifts:
+                    shifted_dots_1(zero, shifts, start, stop, tile_x, row, target)
                 else:
                     dot_products_1(zero, columns, start, stop, source, row, target)
 
