@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from copy import deepcopy
+from fnmatch import fnmatch
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -26,11 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Build = Callable[[nn.Sequential, float], nn.Module]
+Build = Callable[..., nn.Module]
 
 
 def available() -> dict[str, Build]:
-    """Of each rival that can be imported, what makes a sparse network of a dense one."""
+    """Of each rival that can be imported, what makes the layers of a network sparse, in place.
+
+    It takes the network, a sparsity, patterns of the parameters that stay dense, and an example,
+    and raises TypeError if the network has layers of which the rival has no sparse form.
+    """
     return {
         f"{name} {version(name)}": partial(_replace, convert)
         for name, convert in CONVERT.items()
@@ -77,34 +82,77 @@ class SparselabLinear(nn.Module):
         return outputs if self.bias is None else outputs + self.bias
 
 
-def by_sparseprop(weight: Tensor, bias: Tensor | None) -> nn.Module:
+class Rows(nn.Module):
+    """A layer for rows of features, given inputs of any leading shape."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if inputs.dim() == 2:
+            found: Tensor = self.layer(inputs)
+            return found
+        return self.layer(inputs.flatten(0, -2)).unflatten(0, inputs.shape[:-1])  # type: ignore[no-any-return]
+
+
+def by_sparseprop(layer: nn.Module, weight: Tensor, shape: tuple[int, ...]) -> nn.Module:
     if torch.count_nonzero(weight) > 2**24:
         raise ValueError("sparseprop rounds row offsets above 2^24 to float32")
-    own = None if bias is None else nn.Parameter(bias.clone())
-    sparse: nn.Module = import_module("sparseprop.modules.linear").SparseLinear(weight, own)
-    return sparse
+    held = deepcopy(layer)
+    assert isinstance(held, nn.Linear | nn.Conv2d)
+    held.weight.data = weight
+    modules: Any = import_module("sparseprop.modules")
+    if isinstance(held, nn.Conv2d):
+        chosen: nn.Module = modules.sparsify_conv2d_auto(held, shape)  # the faster of its two ways
+        return chosen
+    return Rows(modules.SparseLinear.from_dense(held))
 
 
-CONVERT: dict[str, Callable[[Tensor, Tensor | None], nn.Module]] = {
+def by_sparselab(layer: nn.Module, weight: Tensor, shape: tuple[int, ...]) -> nn.Module:
+    if not isinstance(layer, nn.Linear):
+        raise TypeError("sparselab has no sparse convolution")
+    return Rows(SparselabLinear(weight, layer.bias))
+
+
+CONVERT: dict[str, Callable[[nn.Module, Tensor, tuple[int, ...]], nn.Module]] = {
     "sparseprop": by_sparseprop,
-    "sparselab": SparselabLinear,
+    "sparselab": by_sparselab,
 }
 
 
 def _replace(
-    convert: Callable[[Tensor, Tensor | None], nn.Module], dense: nn.Sequential, sparsity: float
+    convert: Callable[[nn.Module, Tensor, tuple[int, ...]], nn.Module],
+    model: nn.Module,
+    sparsity: float,
+    kept: list[str],
+    example: Tensor,
 ) -> nn.Module:
-    last = max(place for place, layer in enumerate(dense) if isinstance(layer, nn.Linear))
-    layers: list[nn.Module] = []
-    for place, layer in enumerate(dense):
-        if not isinstance(layer, nn.Linear):
-            layers.append(nn.ReLU())
-        elif place < last:
-            held = layer.state_dict()
-            layers.append(convert(_masked(held["weight"], sparsity), held.get("bias")))
-        else:
-            layers.append(deepcopy(layer))
-    return nn.Sequential(*layers)
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def remember(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        shapes[name] = tuple(inputs[0].shape)
+
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and not any(fnmatch(f"{name}.weight", pattern) for pattern in kept)
+    }
+    hooks = [
+        module.register_forward_pre_hook(partial(remember, name)) for name, module in layers.items()
+    ]
+    model(example)
+    for hook in hooks:
+        hook.remove()
+    for name, layer in layers.items():
+        held = layer.weight.detach()
+        assert isinstance(held, Tensor)
+        parent, _, own = name.rpartition(".")
+        setattr(
+            model.get_submodule(parent), own, convert(layer, _masked(held, sparsity), shapes[name])
+        )
+    return model
 
 
 def _masked(weight: Tensor, sparsity: float) -> Tensor:
