@@ -13,6 +13,7 @@ import torch
 from sparse_training import OPTIONS, assert_agree, prepare, train
 from topkast_torch import _convolutions
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import topkast
 
@@ -167,6 +168,26 @@ class TestImages:
         (gradient,) = torch.autograd.grad(found, images, slope)
         (expected,) = torch.autograd.grad(dense(images), images, slope)
         torch.testing.assert_close(gradient, expected)
+
+    def test_checkpointing(self, backend: str) -> None:
+        """All that is kept for the backward pass is kept where hooks of PyTorch reach it."""
+        layer, dense = convolution()
+        images = torch.randn(2, 4, 9, 9, requires_grad=True)
+        kept: list[Tensor] = []
+
+        def remember(tensor: Tensor) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+            layer(images)
+        assert len(kept) == 2
+        assert kept[0].numel() >= images.numel()
+        assert kept[1] is layer.values
+        found = checkpoint(layer, images, use_reentrant=False)
+        gradients = torch.autograd.grad(found.sum(), [images, layer.values])
+        expected = torch.autograd.grad(dense(images).sum(), [images, layer.values])
+        torch.testing.assert_close(gradients, expected)
 
     @pytest.mark.parametrize("shape", [(1, 4, 2, 9), (1, 4, 0, 9), (1, 4, 9, 0), (1, 3, 9, 9)])
     def test_images_that_do_not_fit_are_told(self, backend: str, shape: tuple[int, ...]) -> None:

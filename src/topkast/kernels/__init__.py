@@ -12,9 +12,10 @@ the matrix and of its transpose, and :func:`sampled_correlation`.
 """
 
 from topkast.kernels._convolutions import Shifted, convolve, sampled_correlation, shift
+from topkast.kernels._grid import Bands, Grid
 from topkast.kernels._layout import Layout, arrange
 from topkast.kernels._packing import pack
-from topkast.kernels._planes import Bands, Grid, from_planes, lanes_of, to_planes
+from topkast.kernels._planes import from_planes, lanes_of, to_planes
 from topkast.kernels._products import multiply, sampled_product, tile_width
 
 __all__ = [
