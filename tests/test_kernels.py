@@ -239,6 +239,7 @@ assert os.waitpid(child, 0)[1] == 0
 @pytest.mark.parametrize("features", [{"avx2": True}, {}], ids=["avx2", "none"])
 def test_processors_with_shorter_vectors(features: dict[str, bool], tmp_path: Path) -> None:
     code = f"""
+import sys
 from llvmlite import binding
 features = binding.FeatureMap()
 features.update({features})
@@ -258,13 +259,20 @@ for batch in (1, 9, 200):
     tiles = [np.empty((-(-batch // width), part.shape[1], width), np.float32) for part in (x, y)]
     pack(x, tiles[0])
     pack(y, tiles[1])
-    out = np.empty((70, tiles[0].shape[0] * width), np.float32)
+    out = np.empty((batch, 70), np.float32)
     multiply(arrange(rows, columns, order, shape=(70, 90)), values, tiles[0], out)
-    np.testing.assert_allclose(out[:, :batch].T, x @ dense.T, atol=1e-4)
+    np.testing.assert_allclose(out, x @ dense.T, atol=1e-4)
     found = np.empty_like(values)
     layout = arrange(rows, columns, order, shape=(70, 90), runs=True)
     sampled_product(layout, tiles[1], tiles[0], found)
     np.testing.assert_allclose(found, (y.T @ x)[rows, columns], atol=1e-4)
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_kernel_convolutions import Grid, Problem, lanes_of
+for batch, dtype in ((1, np.float32), (3, np.float64), (40, np.float32)):
+    grid = Grid((7, 9), size=(3, 2), stride=(1, 2), margins=((1, 1), (0, 1)))
+    problem = Problem(grid.for_batch(batch, lanes_of(dtype)), (batch, 3, 4), 0.5, dtype)
+    for found, expected in zip(problem.found(), problem.expected(), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
 """
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=200, env=environment)
