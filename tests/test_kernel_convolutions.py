@@ -72,8 +72,6 @@ class Problem:
         row, column = (
             place.astype(np.int32) for place in np.nonzero(self.on_b.reshape(self.rows, -1))
         )
-        channel, weight = column // weights, column % weights
-        plane = (channel * grid.planes + grid.plane[weight]).astype(np.int32)
         active = np.flatnonzero(self.on_a[self.on_b]).astype(np.int32)
 
         def layout(rows: Array, columns: Array, shape: tuple[int, int]) -> Layout:
@@ -81,34 +79,24 @@ class Problem:
 
         shape = self.rows, self.channels * weights
         forward = layout(row, column, shape)
-        transposed = layout(plane, row * weights + weight, (planes, self.rows * weights))
+        transposed = layout(*grid.transpose(row, column), (planes, self.rows * weights))
         everywhere = np.arange(len(row), dtype=np.int32)
         backward = arrange(row, column, everywhere, shape=shape, runs=True, most_rows=2)
         seen, seeing = grid.seen(self.channels), grid.seeing(self.rows)
 
-        margin = grid.margins[0][0], grid.margins[1][0]
-        whole: dict[str, Any] = {
-            "width": grid.width,
-            "stride": grid.stride,
-            "phases": grid.phases,
-            "margin": margin,
-            "bands": grid.input_bands,
-            "threads": threads,
-        }
-        cut: dict[str, Any] = {"bands": grid.output_bands, "width": grid.width, "threads": threads}
         x = self.nothing(planes, grid.length)
-        to_planes(self.images, x, **whole)
+        to_planes(self.images, x, grid.of_images, threads=threads)
         y = self.nothing(self.rows, grid.slope_length)
-        to_planes(self.slope, y, lead=grid.reach, **cut)
+        to_planes(self.slope, y, grid.of_slopes, threads=threads)
 
         out, found = self.nothing(self.rows, grid.count), np.full_like(self.slope, np.nan)
         ordered = self.values[forward.order]
         convolve(shift(forward, seen), ordered, x, out, bias=self.bias, threads=threads)
-        from_planes(out, found, **cut)
+        from_planes(out, found, grid.of_output, threads=threads)
         out, for_images = self.nothing(planes, grid.pixels), np.full_like(self.images, np.nan)
         ordered = self.values[transposed.order]
         convolve(shift(transposed, seeing), ordered, y, out, threads=threads)
-        from_planes(out, for_images, **whole)
+        from_planes(out, for_images, grid.of_images, threads=threads)
         for_values = np.full_like(self.values, np.nan)
         sampled_correlation(
             shift(backward, seen),
@@ -232,28 +220,41 @@ class TestBadInput:
             {"phases": np.arange(2)},
             {"phases": np.arange(1, dtype=np.int32)},
             {"phases": np.full(1, -1)},
+            {"stride": (1, 2), "phases": np.arange(4)[::2]},
         ],
         ids=str,
     )
     def test_images_that_do_not_fit_planes(self, changed: dict[str, Any]) -> None:
         images, planes = np.zeros((3, 2, 4, 5), np.float32), self.planes(2, 20)
-        to_planes(images, planes, width=5)
-        for move, arrays in ((to_planes, (images, planes)), (from_planes, (planes, images))):
-            with pytest.raises(ValueError, match="do not fit planes"):
-                move(*arrays, **({"width": 5} | changed))
+        placement = Grid((4, 5), size=(1, 1)).of_images
+        to_planes(images, planes, placement)
+        wrong = placement._replace(**changed)
+        with pytest.raises(ValueError, match="do not fit planes"):
+            to_planes(images, planes, wrong)
+        with pytest.raises(ValueError, match="do not fit planes"):
+            from_planes(planes, images, wrong)
 
     def test_other_dtypes_and_sizes_of_planes(self) -> None:
         images, planes = np.zeros((3, 2, 4, 5), np.float32), self.planes(2, 20)
+        placement = Grid((4, 5), size=(1, 1)).of_images
         with pytest.raises(TypeError, match="float32 or float64"):
-            to_planes(images.astype(np.float64), self.planes(2, 20), width=5)
+            to_planes(images.astype(np.float64), self.planes(2, 20), placement)
         for wrong in (self.planes(1, 20), self.planes(2, 19), planes[..., 1:].copy()):
             with pytest.raises(ValueError, match="do not fit planes"):
-                to_planes(images, wrong, width=5)
+                to_planes(images, wrong, placement)
         for empty in ((3, 2, 0, 5), (3, 2, 4, 0)):
             with pytest.raises(ValueError, match="do not fit planes"):
-                to_planes(np.zeros(empty, np.float32), planes, width=5)
+                to_planes(np.zeros(empty, np.float32), planes, placement)
         with pytest.raises(ValueError, match="contiguous"):
-            to_planes(images[:, :, ::-1], planes, width=5)
+            to_planes(images[:, :, ::-1], planes, placement)
+
+    def test_layouts(self) -> None:
+        with pytest.raises(ValueError, match="where runs start alone"):
+            _ = self.runs.layout.order
+        place = np.arange(2, dtype=np.int32)
+        for most_rows in (0, -1):
+            with pytest.raises(ValueError, match="must be positive"):
+                arrange(place, place, place, shape=(2, 2), most_rows=most_rows)
 
     def test_distances(self) -> None:
         for table in ([0], [0, -1], [0, 1 << 31]):

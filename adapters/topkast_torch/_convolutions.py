@@ -112,17 +112,13 @@ class _OnPlanes:
         grid = _grid(window.span, window._replace(margins=((0, 0), (0, 0))), 1, 1)
         row, column, place = (tensor.int().numpy() for tensor in (rows, columns, active))
         everywhere = torch.arange(len(row), dtype=torch.int32, device="cpu").numpy()
-        channel, weight = column // len(grid.plane), column % len(grid.plane)
-        plane = (channel * grid.planes + grid.plane[weight]).astype("int32")
-        opposite = row * len(grid.plane) + weight
         self._planes = self._channels * grid.planes
-        turned = self._planes, self._rows * len(grid.plane)
+        turned = self._planes, self._rows * math.prod(window.size)
         # Of A, threads share the places, and all rows can be one chunk; of B they share the rows.
         fewer = max(1, min(32, self._rows // torch.get_num_threads()))
         self._forward = arrange(row[place], column[place], place, shape=shape, most_rows=256)
-        self._transposed = arrange(
-            plane[place], opposite[place], place, shape=turned, most_rows=256
-        )
+        plane, opposite = grid.transpose(row[place], column[place])
+        self._transposed = arrange(plane, opposite, place, shape=turned, most_rows=256)
         self._backward = arrange(row, column, everywhere, shape=shape, runs=True, most_rows=fewer)
         self._orders = [
             torch.from_numpy(layout.order) for layout in (self._forward, self._transposed)
@@ -134,7 +130,7 @@ class _OnPlanes:
 
         grid = self._grid_of(images.shape, images.dtype)
         packed = _planes(images, grid, self._planes, grid.length)
-        to_planes(images.contiguous().numpy(), packed.numpy(), **_of_images(grid))
+        to_planes(images.contiguous().numpy(), packed.numpy(), grid.of_images)
         return packed
 
     def pack_slope(self, slope: Tensor, shape: torch.Size) -> Tensor:
@@ -142,7 +138,7 @@ class _OnPlanes:
 
         grid = self._grid_of(shape, slope.dtype)
         packed = _planes(slope, grid, self._rows, grid.slope_length)
-        to_planes(slope.contiguous().numpy(), packed.numpy(), lead=grid.reach, **_of_output(grid))
+        to_planes(slope.contiguous().numpy(), packed.numpy(), grid.of_slopes)
         return packed
 
     def forward(
@@ -157,7 +153,7 @@ class _OnPlanes:
         shifted = self._at(grid).forward
         convolve(shifted, ordered.numpy(), packed.numpy(), out.numpy(), bias=given)
         found = packed.new_empty(shape[0], self._rows, *grid.places)
-        from_planes(out.numpy(), found.numpy(), **_of_output(grid))
+        from_planes(out.numpy(), found.numpy(), grid.of_output)
         return found
 
     def input_gradient(self, values: Tensor, slope: Tensor, shape: torch.Size) -> Tensor:
@@ -168,7 +164,7 @@ class _OnPlanes:
         ordered = values.index_select(0, self._orders[1])
         convolve(self._at(grid).transposed, ordered.numpy(), slope.numpy(), out.numpy())
         found = slope.new_empty(shape)
-        from_planes(out.numpy(), found.numpy(), **_of_images(grid))
+        from_planes(out.numpy(), found.numpy(), grid.of_images)
         return found
 
     def weight_gradient(
@@ -229,22 +225,6 @@ def _planes(images: Tensor, grid: Any, planes: int, length: int) -> Tensor:
     return images.new_empty(-(-len(images) * grid.bands // lanes), planes, length, lanes)
 
 
-def _of_images(grid: Any) -> dict[str, Any]:
-    """How images become planes."""
-    (top, _), (left, _) = grid.margins
-    return {
-        "width": grid.width,
-        "stride": grid.stride,
-        "phases": grid.phases,
-        "margin": (top, left),
-        "bands": grid.input_bands,
-    }
-
-
-def _of_output(grid: Any) -> dict[str, Any]:
-    return {"width": grid.width, "bands": grid.output_bands}
-
-
 class _Unfolded:
     """By products with images unfolded, a few at a time."""
 
@@ -268,7 +248,8 @@ class _Unfolded:
         places = self._window.places(shape)
         found = packed.new_empty(shape[0], self._products.shape[0], *places)
         for part, target in self._parts(shape, packed, found):
-            product = self._products.forward(values, self._unfold(part), bias, 0)
+            rows = self._unfold(part)
+            product = self._products.forward(values, rows, bias, len(rows))
             target.copy_(_unflatten(product, target).unflatten(2, target.shape[2:]))
         return found
 
@@ -277,7 +258,8 @@ class _Unfolded:
         height, width = shape[2] + top + bottom, shape[3] + left + right
         found = slope.new_empty(shape)
         for part, target in self._parts(shape, slope, found):
-            unfolded = self._products.input_gradient(values, _as_rows(part), 0)
+            rows = _as_rows(part)
+            unfolded = self._products.input_gradient(values, rows, len(rows))
             pieces = _unflatten(unfolded, part)
             whole = fold(pieces, (height, width), self._window.size, **self._options)
             target.copy_(whole[:, :, top : height - bottom, left : width - right])

@@ -12,7 +12,7 @@ the matrix and of its transpose, and :func:`sampled_correlation`.
 """
 
 from topkast.kernels._convolutions import Shifted, convolve, sampled_correlation, shift
-from topkast.kernels._grid import Bands, Grid
+from topkast.kernels._grid import Bands, Grid, Placement
 from topkast.kernels._layout import Layout, arrange
 from topkast.kernels._packing import pack
 from topkast.kernels._planes import from_planes, lanes_of, to_planes
@@ -22,6 +22,7 @@ __all__ = [
     "Bands",
     "Grid",
     "Layout",
+    "Placement",
     "Shifted",
     "arrange",
     "convolve",

@@ -48,6 +48,8 @@ def shift(layout: Layout, table: Vector, /) -> Shifted:
 
     Parameters
     ----------
+    layout
+        Its columns are planes, and weights that look at them.
     table
         Vectors, none negative; integers (layout.width,).
 
@@ -241,20 +243,9 @@ def _at_a_time(places: int) -> int:
 @njit  # type: ignore[untyped-decorator]
 def _convolve(address: Any, kind: Any) -> None:
     numbers = carray(as_pointer(address), 23, np.int64)
-    chunks, rows, shifts, slabs, slab_length = (
-        numbers[1],
-        numbers[2],
-        numbers[11],
-        numbers[12],
-        numbers[13],
-    )
-    places, at_a_time, values, x, out = (
-        numbers[14],
-        numbers[15],
-        numbers[16],
-        numbers[17],
-        numbers[18],
-    )
+    chunks, rows, shifts = numbers[1], numbers[2], numbers[11]
+    slabs, slab_length, places, at_a_time = numbers[12], numbers[13], numbers[14], numbers[15]
+    values, x, out = numbers[16], numbers[17], numbers[18]
     bias_at, scratch, chunk_size = numbers[19], numbers[20], numbers[21]
     zero = kind(0)
     chunk_rows = integers(numbers[9], chunks + 1)

@@ -24,6 +24,40 @@ class Bands(NamedTuple):
     rows: int
 
 
+class Placement(NamedTuple):
+    """How images are laid out as planes; made by :class:`Grid`.
+
+    Attributes
+    ----------
+    width
+        Of a row of a plane.
+    bands
+        Into which an image, with its margin, is cut; their number divides that of the lanes.
+    stride
+        The pixels at each remainder modulo it have a plane of their own.
+    phases
+        The number of that plane among those of a channel, for each remainder, row by row; −1 where
+        the pixels are left out. int64, contiguous, (product of the stride,).
+    margin
+        Zeros above and to the left.
+    lead
+        Zeros before the first row.
+
+    Examples
+    --------
+    >>> from topkast.kernels import Grid
+    >>> Grid((4, 5), size=(3, 3), margins=((1, 1), (1, 1))).of_images.margin
+    (1, 1)
+    """
+
+    width: int
+    bands: Bands
+    stride: Pair = (1, 1)
+    phases: Vector = np.zeros(1, np.int64)
+    margin: Pair = (0, 0)
+    lead: int = 0
+
+
 @dataclass(frozen=True)
 class Grid:
     """Where on its planes a convolution finds what a place of its output sees.
@@ -66,7 +100,12 @@ class Grid:
     bands: int = 1
 
     def for_batch(self, batch: int, lanes: int) -> Grid:
-        """The same with as many bands as make the least work of so many images."""
+        """The same with as many bands as make the least work of so many images.
+
+        >>> from topkast.kernels import Grid
+        >>> Grid((32, 32), size=(3, 3)).for_batch(4, lanes=16).bands
+        4
+        """
         counts = [count for count in range(1, lanes + 1) if lanes % count == 0]
         fitting = [replace(self, bands=count) for count in counts if count <= self.places[0]]
         return min(
@@ -91,7 +130,23 @@ class Grid:
         return height, width
 
     @property
-    def input_bands(self) -> Bands:
+    def of_images(self) -> Placement:
+        """How images become planes."""
+        (top, _), (left, _) = self.margins
+        return Placement(self.width, self._input_bands, self.stride, self.phases, (top, left))
+
+    @property
+    def of_output(self) -> Placement:
+        """How the output lies in planes."""
+        return Placement(self.width, self._output_bands)
+
+    @property
+    def of_slopes(self) -> Placement:
+        """How the gradient of the output becomes planes, with :attr:`reach` zeros before it."""
+        return self.of_output._replace(lead=self.reach)
+
+    @property
+    def _input_bands(self) -> Bands:
         """What a band has of the image, with its margins."""
         rows = -(-self.places[0] // self.bands)
         if self.bands == 1:
@@ -100,7 +155,7 @@ class Grid:
         return Bands(self.bands, rows * self.stride[0], (rows - 1) * self.stride[0] + seen)
 
     @property
-    def output_bands(self) -> Bands:
+    def _output_bands(self) -> Bands:
         """What a band has of the output."""
         rows = -(-self.places[0] // self.bands)
         return Bands(self.bands, rows, rows)
@@ -154,15 +209,25 @@ class Grid:
         first = np.arange(rows)[:, None] * self.slope_length
         return (first + self.reach - self.shifts).ravel()
 
+    def transpose(self, rows: Vector, columns: Vector) -> tuple[Vector, Vector]:
+        """Of entries of the matrix (rows, channels · weights), the places in that of the gradient.
+
+        Its rows are the planes of the image, its columns (row, weight); int32 (entries,) each.
+        """
+        weights = len(self.plane)
+        channels, weight = columns // weights, columns % weights
+        planes = channels * self.planes + self.plane[weight]
+        return planes.astype(np.int32), (rows * weights + weight).astype(np.int32)
+
     @property
     def count(self) -> int:
         """Places of the output, with those that are dropped, as many as whole tiles have."""
-        return _whole((self.output_bands.rows - 1) * self.width + self.places[1])
+        return _whole((self._output_bands.rows - 1) * self.width + self.places[1])
 
     @property
     def pixels(self) -> int:
         """Pixels of a plane, as many as whole tiles have."""
-        return _whole(-(-self.input_bands.rows // self.stride[0]) * self.width)
+        return _whole(-(-self._input_bands.rows // self.stride[0]) * self.width)
 
     @property
     def length(self) -> int:

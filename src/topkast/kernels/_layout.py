@@ -68,7 +68,12 @@ class Layout:
 
     @property
     def order(self) -> Vector:
-        """Where each entry is in the compact vector, if not by runs; int32 (entries,)."""
+        """Where each entry is in the compact vector; int32 (entries,).
+
+        Raises ValueError for a layout by runs.
+        """
+        if len(self.source) != len(self.columns) + AHEAD:
+            raise ValueError("a layout of arrange(..., runs=True) keeps where runs start alone")
         return self.source[: len(self.columns)]
 
     @property
@@ -127,7 +132,8 @@ def arrange(
     Raises
     ------
     ValueError
-        If the arrays differ in length, or a place lies outside of `shape`.
+        If the arrays differ in length, a place lies outside of `shape`, or `most_rows` is not
+        positive.
 
     Examples
     --------
@@ -144,6 +150,8 @@ def arrange(
     for name, place, size in (("rows", rows, height), ("columns", columns, width)):
         if entries and not 0 <= place.min() <= place.max() < size:
             raise ValueError(f"{name} must lie in [0, {size})")
+    if most_rows is not None and most_rows < 1:
+        raise ValueError(f"most_rows must be positive, got {most_rows}")
     if entries and source.min() < 0:
         raise ValueError("source must not be negative")
     density = entries / max(height * width, 1)

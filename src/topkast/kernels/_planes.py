@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, njit, types
 
-from topkast.kernels._grid import Bands, Pair
+from topkast.kernels._grid import Placement
 from topkast.kernels._layout import Vector
 from topkast.kernels._packing import transpose
 from topkast.kernels._pool import default_threads, transform
@@ -35,17 +35,7 @@ def lanes_of(dtype: Any) -> int:
 
 
 def to_planes(
-    images: Vector,
-    planes: Vector,
-    /,
-    *,
-    width: int,
-    stride: Pair = (1, 1),
-    phases: Vector | None = None,
-    margin: Pair = (0, 0),
-    lead: int = 0,
-    bands: Bands | None = None,
-    threads: int | None = None,
+    images: Vector, planes: Vector, placement: Placement, /, *, threads: int | None = None
 ) -> None:
     """Lay images out as planes, with zeros wherever there is none.
 
@@ -56,19 +46,8 @@ def to_planes(
     planes
         (slabs, channels · planes of each, length, lanes), contiguous, with as many slabs of lanes
         as the images, or their bands, need.
-    width
-        Of a row of a plane.
-    stride
-        The pixels at each remainder modulo it have a plane of their own.
-    phases
-        The number of that plane among those of a channel, for each remainder, row by row; −1 where
-        the pixels are left out. By default one after the other. int64 (product of the stride,).
-    margin
-        Zeros above and to the left.
-    lead
-        Zeros before the first row.
-    bands
-        Cut each image, with its margin, into such bands; their number divides that of the lanes.
+    placement
+        ``grid.of_images`` of a :class:`Grid`, or ``grid.of_slopes``.
     threads
         As for :func:`multiply`.
 
@@ -80,47 +59,47 @@ def to_planes(
     Examples
     --------
     >>> import numpy as np
-    >>> from topkast.kernels import lanes_of, to_planes
-    >>> planes = np.empty((1, 1, 8, lanes_of("float32")), "float32")
-    >>> to_planes(np.asarray([[[[1, 2], [3, 4]]]], "float32"), planes, width=3, margin=(0, 1))
+    >>> from topkast.kernels import Grid, lanes_of, to_planes
+    >>> grid = Grid((2, 2), size=(1, 2), margins=((0, 0), (1, 0)))
+    >>> planes = np.empty((1, 1, grid.length, lanes_of("float32")), "float32")
+    >>> to_planes(np.asarray([[[[1, 2], [3, 4]]]], "float32"), planes, grid.of_images)
     >>> planes[0, 0, :, 0]
     array([0., 1., 2., 0., 3., 4., 0., 0.], dtype=float32)
     """
-    kernels = _spread_single, _spread_double
-    options = width, stride, phases, margin, lead, bands
-    _move(kernels, images, planes, images, planes, *options, threads)
+    _move((_spread_single, _spread_double), images, planes, images, planes, placement, threads)
 
 
 def from_planes(
-    planes: Vector,
-    images: Vector,
-    /,
-    *,
-    width: int,
-    stride: Pair = (1, 1),
-    phases: Vector | None = None,
-    margin: Pair = (0, 0),
-    lead: int = 0,
-    bands: Bands | None = None,
-    threads: int | None = None,
+    planes: Vector, images: Vector, placement: Placement, /, *, threads: int | None = None
 ) -> None:
-    """The transpose of :func:`to_planes`, with the same parameters: what bands share is added up.
+    """The transpose of :func:`to_planes`: what bands share is added up.
+
+    Parameters
+    ----------
+    planes, images, threads
+        As for :func:`to_planes`; `images` is written.
+    placement
+        ``grid.of_images`` of a :class:`Grid`, or ``grid.of_output``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`to_planes`.
 
     Examples
     --------
     >>> import numpy as np
-    >>> from topkast.kernels import from_planes, lanes_of
-    >>> planes = np.zeros((1, 1, 8, lanes_of("float32")), "float32")
+    >>> from topkast.kernels import Grid, from_planes, lanes_of
+    >>> grid = Grid((2, 2), size=(1, 2), margins=((0, 0), (1, 0)))
+    >>> planes = np.zeros((1, 1, grid.length, lanes_of("float32")), "float32")
     >>> planes[0, 0, :, 0] = [0, 1, 2, 0, 3, 4, 0, 0]
     >>> images = np.empty((1, 1, 2, 2), "float32")
-    >>> from_planes(planes, images, width=3, margin=(0, 1))
+    >>> from_planes(planes, images, grid.of_images)
     >>> images
     array([[[[1., 2.],
              [3., 4.]]]], dtype=float32)
     """
-    kernels = _gather_single, _gather_double
-    options = width, stride, phases, margin, lead, bands
-    _move(kernels, planes, images, images, planes, *options, threads)
+    _move((_gather_single, _gather_double), planes, images, images, planes, placement, threads)
 
 
 def _move(
@@ -129,36 +108,35 @@ def _move(
     target: Vector,
     images: Vector,
     planes: Vector,
-    pitch: int,
-    stride: Pair,
-    phases: Vector | None,
-    margin: Pair,
-    lead: int,
-    bands: Bands | None,
+    placement: Placement,
     threads: int | None,
 ) -> None:
     batch, channels, height, width = images.shape
     slabs, count, length, lanes = planes.shape
-    cut = bands or Bands(1, 0, height + margin[0])
-    numbers = np.arange(math.prod(stride)) if phases is None else phases
-    each = int(numbers.max(initial=-1)) + 1
-    wanted = -(-batch * cut.number // max(lanes, 1)), channels * each, lanes_of(planes.dtype)
+    pitch, bands, stride, phases, margin, lead = placement
+    each = int(phases.max(initial=-1)) + 1
+    wanted = (
+        -(-batch * bands.number // max(lanes, 1)),
+        channels * each,
+        lanes_of(planes.dtype),
+    )
     fits = (
-        min(*stride, height, width, cut.number, cut.rows) > 0
-        and min(*margin, lead, cut.step) >= 0
-        and numbers.shape == (math.prod(stride),)
-        and numbers.dtype == np.int64
+        min(*stride, height, width, *bands[::2]) > 0
+        and min(*margin, lead, bands.step) >= 0
+        and phases.shape == (math.prod(stride),)
+        and phases.dtype == np.int64
+        and phases.flags.c_contiguous
         and (slabs, count, lanes) == wanted
-        and lanes % cut.number == 0
-        and (cut.number > 1 or cut.rows >= height + margin[0])
+        and lanes % bands.number == 0
+        and (bands.number > 1 or bands.rows >= height + margin[0])
     )
     if fits:
         last = (width - 1 + margin[1]) // stride[1]
-        fits = last < pitch and lead + (cut.rows - 1) // stride[0] * pitch + last < length
+        fits = last < pitch and lead + (bands.rows - 1) // stride[0] * pitch + last < length
     if not fits:
         raise ValueError(
-            f"images of shape {images.shape} do not fit planes of shape {planes.shape} with rows "
-            f"of {pitch}, stride {stride}, margin {margin}, lead {lead} and {cut}"
+            f"images of shape {images.shape} do not fit planes of shape {planes.shape} and "
+            f"{placement}"
         )
     rows = max(1, min(height, _PIXELS // width))
     used = threads or default_threads()
@@ -170,8 +148,8 @@ def _move(
         *margin,
         pitch,
         lead,
-        *cut,
-        numbers.ctypes.data,
+        *bands,
+        phases.ctypes.data,
         rows,
         scratch.ctypes.data,
         0,
@@ -192,7 +170,7 @@ def _exchange(address: Any, kind: Any, spread: bool) -> None:
     pixels = carray(as_pointer(own), (most * width, lanes), kind)
     images = carray(as_pointer(images_at), (batch, channels * height * width), kind)
     planes = carray(as_pointer(planes_at), (slabs * count, length * lanes), kind)
-    each = count // channels
+    each = count // max(channels, 1)
     while True:
         item = take_ticket(address)
         if item >= slabs * channels:
