@@ -102,3 +102,28 @@ def assert_agree(one: Any, other: Any, tolerance: float = 1e-5) -> None:
         topkast.dense_params(one).items(), topkast.dense_params(other).values(), strict=True
     ):
         assert (theta - found).norm() <= tolerance * theta.norm(), name
+
+
+def check_gradients(layer: Any, inputs: Tensor, dense: Callable[..., Tensor]) -> None:
+    """By differences, and against the dense layer: the output, and gradients on B."""
+    found = layer(inputs)
+    weight = layer.weight.requires_grad_()
+    expected = dense(inputs, weight, layer.bias)
+    torch.testing.assert_close(found, expected)
+    slope = torch.randn_like(found)
+    given = [tensor for tensor in (inputs, layer.bias) if tensor is not None]
+    grads = torch.autograd.grad(found, [layer.values, *given], slope)
+    dense_grads = torch.autograd.grad(expected, [weight, *given], slope)
+    on_b = dense_grads[0].reshape(-1)[layer.indices].view(layer.values.shape)
+    torch.testing.assert_close(grads, (on_b, *dense_grads[1:]))
+
+    def on_a(inputs: Tensor, values: Tensor, *bias: Tensor) -> Tensor:
+        # What the layer does is no function of B∖A, whose gradient is that of a dense weight.
+        flags = layer.active.view(values.shape)
+        held = torch.where(flags, values, layer.values.detach())
+        given = {"values": held} | ({"bias": bias[0]} if bias else {})
+        found: Tensor = torch.func.functional_call(layer, given, inputs)
+        return found
+
+    if inputs.numel():
+        assert torch.autograd.gradcheck(on_a, (inputs, layer.values, *given[1:]))

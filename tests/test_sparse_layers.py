@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import topkast_torch
 import torch
-from sparse_training import OPTIONS, assert_agree, prepare, train
-from topkast_torch import _convolutions
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from sparse_training import OPTIONS, assert_agree, check_gradients, prepare, train
+from torch import nn
 
 import topkast
 
@@ -24,176 +21,6 @@ def test_linear_gradients(backend: str, shape: tuple[int, ...], bias: bool) -> N
     layer = topkast_torch.SparseLinear(6, 9, bias, fwd=0.7, bwd=0.4, dtype=torch.float64)
     inputs = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     check_gradients(layer, inputs, nn.functional.linear)
-
-
-CONVOLUTIONS: list[dict[str, Any]] = [
-    {"kernel_size": 3},
-    {"kernel_size": 3, "stride": 2, "padding": 1},
-    {"kernel_size": (2, 3), "stride": (1, 2), "padding": (0, 2), "dilation": (2, 1)},
-    {"kernel_size": 3, "groups": 2, "bias": False},
-    {"kernel_size": 3, "groups": 4, "padding": "same"},
-    {"kernel_size": (2, 1), "padding": 1, "padding_mode": "reflect"},
-    {"kernel_size": 1},
-    {"kernel_size": 1, "stride": 3},
-    {"kernel_size": (7, 6)},
-    {"kernel_size": (2, 4), "padding": "same"},
-]
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even")
-@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
-@pytest.mark.parametrize("images", [3, 0, None])
-def test_convolution_gradients(
-    backend: str, options: dict[str, Any], images: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_convolutions, "_UNFOLDED", 700)  # a few images at a time, and one
-    torch.manual_seed(0)
-    dense = nn.Conv2d(4, 8, **options, dtype=torch.float64)
-    shape = (4, 7, 6) if images is None else (images, 4, 7, 6)
-    inputs = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    model = copy.deepcopy(dense)
-    opt = torch.optim.SGD(model.named_parameters(), 0.1)
-    opt = topkast.wrap_optimizer(opt, fwd=0.7, bwd=0.4)
-    topkast.sparsify(model, opt)
-
-    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        given = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-        found: Tensor = torch.func.functional_call(dense, given, x)
-        return found
-
-    check_gradients(model, inputs, convolve)
-
-
-def check_gradients(layer: Any, inputs: Tensor, dense: Callable[..., Tensor]) -> None:
-    """By differences, and against the dense layer: the output, and gradients on B."""
-    found = layer(inputs)
-    weight = layer.weight.requires_grad_()
-    expected = dense(inputs, weight, layer.bias)
-    torch.testing.assert_close(found, expected)
-    slope = torch.randn_like(found)
-    given = [tensor for tensor in (inputs, layer.bias) if tensor is not None]
-    grads = torch.autograd.grad(found, [layer.values, *given], slope)
-    dense_grads = torch.autograd.grad(expected, [weight, *given], slope)
-    on_b = dense_grads[0].reshape(-1)[layer.indices].view(layer.values.shape)
-    torch.testing.assert_close(grads, (on_b, *dense_grads[1:]))
-
-    def on_a(inputs: Tensor, values: Tensor, *bias: Tensor) -> Tensor:
-        # What the layer does is no function of B∖A, whose gradient is that of a dense weight.
-        flags = layer.active.view(values.shape)
-        held = torch.where(flags, values, layer.values.detach())
-        given = {"values": held} | ({"bias": bias[0]} if bias else {})
-        found: Tensor = torch.func.functional_call(layer, given, inputs)
-        return found
-
-    if inputs.numel():
-        assert torch.autograd.gradcheck(on_a, (inputs, layer.values, *given[1:]))
-
-
-def convolution(**options: Any) -> Any:
-    """A sparse convolution of 4 channels, and the dense one that does the same."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(4, 8, 3, **options))
-    opt = topkast.wrap_optimizer(
-        torch.optim.SGD(model.named_parameters(), 0.1), fwd=0.7, bwd=0.4, refresh_every=10**9
-    )
-    topkast.sparsify(model, opt)
-    layer: Any = model[0]
-
-    def dense(images: Tensor) -> Tensor:
-        return nn.functional.conv2d(
-            images, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation
-        )
-
-    return layer, dense
-
-
-class TestImages:
-    """What changes from one call of a convolution to the next."""
-
-    def test_sizes_and_numbers_of_images(self, backend: str) -> None:
-        layer, dense = convolution(padding=1, dtype=torch.float64)
-        shapes = [(1, 7, 6), (40, 7, 6), (3, 9, 8), (2, 3, 30), (1, 40, 3), (17, 7, 6), (5, 5, 5)]
-        batches = [
-            torch.randn(count, 4, height, width, dtype=torch.float64, requires_grad=True)
-            for count, height, width in shapes
-        ]
-        outputs = [layer(images) for images in batches]  # more sizes than are remembered
-        for images, found in zip(batches, outputs, strict=True):
-            expected, slope = dense(images), torch.randn_like(found)
-            torch.testing.assert_close(found, expected)
-            wanted = [images, layer.values]
-            gradients = torch.autograd.grad(found, wanted, slope)
-            torch.testing.assert_close(gradients, torch.autograd.grad(expected, wanted, slope))
-
-    def test_what_is_remembered_of_them_is_bounded(self) -> None:
-        layer, _ = convolution()
-        sizes = []
-        for width in range(5, 25):
-            layer(torch.randn(2, 4, 5, width))
-            sizes.append(layer.products.nbytes)
-        assert sizes[0] < sizes[3] == sizes[-1]
-
-    def test_attributes_that_are_changed(self, backend: str) -> None:
-        layer, dense = convolution()
-        images = torch.randn(3, 4, 11, 12)
-        layer(images)
-        layer.stride = (2, 1)
-        torch.testing.assert_close(layer(images), dense(images))
-        layer.dilation = (1, 3)
-        torch.testing.assert_close(layer(images), dense(images))
-
-    def test_another_dtype_for_one_call(self, backend: str) -> None:
-        layer, _ = convolution()
-        images = torch.randn(1, 4, 9, 9)
-        expected = layer(images)
-        given = {name: param.double() for name, param in layer.named_parameters()}
-        found = torch.func.functional_call(layer, given, images.double())
-        torch.testing.assert_close(found.float(), expected)
-
-    def test_another_default_device(self, backend: str) -> None:
-        layer, dense = convolution()
-        images = torch.randn(2, 4, 9, 9)
-        expected = dense(images)
-        with torch.device("meta"):
-            found = layer(images)
-        torch.testing.assert_close(found, expected)
-
-    def test_frozen_weights_keep_no_images(self) -> None:
-        layer, dense = convolution()
-        layer.values.requires_grad_(requires_grad=False)
-        images = torch.randn(2, 4, 9, 9, requires_grad=True)
-        found = layer(images)
-        assert found.grad_fn.saved_tensors[0] is None
-        slope = torch.randn_like(found)
-        (gradient,) = torch.autograd.grad(found, images, slope)
-        (expected,) = torch.autograd.grad(dense(images), images, slope)
-        torch.testing.assert_close(gradient, expected)
-
-    def test_checkpointing(self, backend: str) -> None:
-        """All that is kept for the backward pass is kept where hooks of PyTorch reach it."""
-        layer, dense = convolution()
-        images = torch.randn(2, 4, 9, 9, requires_grad=True)
-        kept: list[Tensor] = []
-
-        def remember(tensor: Tensor) -> Tensor:
-            kept.append(tensor)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-            layer(images)
-        assert len(kept) == 2
-        assert kept[0].numel() >= images.numel()
-        assert kept[1] is layer.values
-        found = checkpoint(layer, images, use_reentrant=False)
-        gradients = torch.autograd.grad(found.sum(), [images, layer.values])
-        expected = torch.autograd.grad(dense(images).sum(), [images, layer.values])
-        torch.testing.assert_close(gradients, expected)
-
-    @pytest.mark.parametrize("shape", [(1, 4, 2, 9), (1, 4, 0, 9), (1, 4, 9, 0), (1, 3, 9, 9)])
-    def test_images_that_do_not_fit_are_told(self, backend: str, shape: tuple[int, ...]) -> None:
-        layer, _ = convolution(padding=(0, 1))
-        with pytest.raises(topkast.MismatchError, match=r"does not fit|of 4 channels"):
-            layer(torch.randn(shape))
 
 
 def test_layers_used_directly() -> None:
