@@ -63,8 +63,8 @@ def to_planes(
     >>> grid = Grid((2, 2), size=(1, 2), margins=((0, 0), (1, 0)))
     >>> planes = np.empty((1, 1, grid.length, lanes_of("float32")), "float32")
     >>> to_planes(np.asarray([[[[1, 2], [3, 4]]]], "float32"), planes, grid.of_images)
-    >>> planes[0, 0, :, 0]
-    array([0., 1., 2., 0., 3., 4., 0., 0.], dtype=float32)
+    >>> planes[0, 0, :6, 0]
+    array([0., 1., 2., 0., 3., 4.], dtype=float32)
     """
     _move((_spread_single, _spread_double), images, planes, images, planes, placement, threads)
 
@@ -92,7 +92,7 @@ def from_planes(
     >>> from topkast.kernels import Grid, from_planes, lanes_of
     >>> grid = Grid((2, 2), size=(1, 2), margins=((0, 0), (1, 0)))
     >>> planes = np.zeros((1, 1, grid.length, lanes_of("float32")), "float32")
-    >>> planes[0, 0, :, 0] = [0, 1, 2, 0, 3, 4, 0, 0]
+    >>> planes[0, 0, :6, 0] = [0, 1, 2, 0, 3, 4]
     >>> images = np.empty((1, 1, 2, 2), "float32")
     >>> from_planes(planes, images, grid.of_images)
     >>> images
