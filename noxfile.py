@@ -15,6 +15,7 @@ nox.options.reuse_existing_virtualenvs = True
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 TEST = nox.project.dependency_groups(PROJECT, "test")
+ECOSYSTEM = nox.project.dependency_groups(PROJECT, "ecosystem")
 LINT = nox.project.dependency_groups(PROJECT, "lint")
 
 # Two test processes share the cores: more threads in each would get in each other's way.
@@ -49,14 +50,13 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def property(session: nox.Session) -> None:  # noqa: A001 - the name that the README gives it
-    """The property tests with many examples, inside jax.jit too."""
+    """The property tests with many examples, inside jax.jit too; and all that takes long."""
     install(session, "-e", ".[cpu,demo,jax,safetensors,testing]", *TEST)
     paths = session.posargs or [
         "tests/test_compact.py",
         "tests/test_cupy_paths.py",
         "tests/test_distribution.py",
         "tests/test_exploration.py",
-        "tests/test_jax_transform.py::TestInvariants",
         "tests/test_kernel_convolutions.py",
         "tests/test_kernels.py",
         "tests/test_selection.py",
@@ -64,7 +64,20 @@ def property(session: nox.Session) -> None:  # noqa: A001 - the name that the RE
         "tests/test_transform.py",
     ]
     env = {**SINGLE_THREADED, "TOPKAST_HYPOTHESIS_PROFILE": "thorough"}
-    session.run("pytest", "-n", "2", "--timeout", "1800", *paths, env=env)
+    run = "pytest", "-n", "2", "--timeout", "1800"
+    session.run(*run, *paths, env=env)
+    if not session.posargs:
+        session.run(*run, "-m", "slow", "tests", env=env)
+
+
+@nox.session
+def ecosystem(session: nox.Session) -> None:
+    """Other people's optimizers and trainers around the library."""
+    install(session, "-e", ".[cpu,jax,safetensors,testing,torch]", *TEST, *ECOSYSTEM)
+    paths = session.posargs or ["tests/ecosystem"]
+    # Nothing is fetched: models are made from scratch.
+    env = {**SINGLE_THREADED, "HF_HUB_OFFLINE": "1"}
+    session.run("pytest", "-n", "2", *paths, env=env)
 
 
 @nox.session
@@ -148,6 +161,7 @@ def bench(session: nox.Session) -> None:
         "optimizer_step",
         "jax_update",
         "orderings",
+        "refreshes",
         "sparse_kernels",
         "training_step",
     ]

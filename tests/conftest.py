@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # So many devices are made of one processor; what does not ask for the others uses the first.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
+import contextlib
+import ctypes
+import gc
+import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +42,68 @@ EAGER = LIBRARIES if PROFILE == "thorough" else [one for one in LIBRARIES if not
 
 torch.set_num_threads(1)
 
+
+ECOSYSTEM = Path(__file__).parent / "ecosystem"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """What needs other people's libraries is collected if the command line names it alone."""
+    if collection_path != ECOSYSTEM:
+        return None
+    named = (Path(argument.partition("::")[0]).resolve() for argument in config.args)
+    return None if any(ECOSYSTEM in (path, *path.parents) for path in named) else True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if PROFILE != "thorough":
+        slow = pytest.mark.skip(reason="takes long: nox -s property runs it")
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(slow)
+
+
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
+
+
+MEMORY = 1.2e9  # bytes from which on a worker lets go of what it can make anew
+
+
+def pytest_runtest_teardown() -> None:
+    """JAX keeps all that it ever compiled."""
+    if _resident() > MEMORY:
+        jax.clear_caches()
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # not on every system
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _resident() -> int:
+    """Bytes of memory in use; 0 where the system does not tell in this way."""
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:  # of a worker of pytest-xdist
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        output["peak"] = peak * (1 if sys.platform == "darwin" else 1024)
+
+
+PEAKS: list[int] = []
+
+
+def pytest_testnodedown(node: Any) -> None:
+    PEAKS.append(getattr(node, "workeroutput", {}).get("peak", 0))  # 0: it crashed
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if PEAKS:
+        largest = max(PEAKS) / 1e9
+        terminalreporter.write_line(f"peak memory of a test worker: {largest:.2f} GB")
 
 
 @pytest.fixture(params=EAGER, ids=str)

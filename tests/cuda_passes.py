@@ -99,7 +99,8 @@ def sgd(blocks: int, *arguments: Any) -> None:
 
 def adam(blocks: int, *arguments: Any) -> None:
     indices, params, values, slopes, live = _read(*arguments[:9])
-    mean, new_mean, square, new_square, lr, scale, root, *others = arguments[9:]
+    mean, new_mean, square, new_square, ages, limit, factors, factor, *others = arguments[9:]
+    lr, scale, root, *others = others
     beta1, beta2, eps, decay, decoupled = others
     real = values.dtype.type
     if not decoupled:
@@ -111,6 +112,10 @@ def adam(blocks: int, *arguments: Any) -> None:
     moved = values - real(scale) * (average / (np.sqrt(spread) / real(root) + real(eps)))
     if decoupled:
         moved = moved - real(lr * decay) * values
+    if ages is not None:
+        young = ages < limit
+        share = (factors[ages[young] + 1] / factor[0]).astype(values.dtype)
+        moved[young] = values[young] + (moved[young] - values[young]) * share
     params[indices[live]] = moved[live]
 
 

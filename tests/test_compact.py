@@ -17,15 +17,13 @@ Tensor = np.ndarray[Any, Any]
 
 
 @given(theta=weights(min_size=1), pair=sparsities())
-def test_scatter_undoes_gather(
-    any_library: Library, theta: Tensor, pair: tuple[float, float]
-) -> None:
+def test_scatter_undoes_gather(library: Library, theta: Tensor, pair: tuple[float, float]) -> None:
     def round_trip(array: Any) -> Any:
         support = topkast.select(array, fwd=pair[0], bwd=pair[1])
         values = topkast.gather(array, support)
         return support, values, topkast.scatter(values, support, shape=theta.shape, fill=-7.0)
 
-    support, values, tensor = any_library.compile(round_trip)(any_library.asarray(theta))
+    support, values, tensor = library.compile(round_trip)(library.asarray(theta))
     inside = np.zeros(theta.size, dtype=bool)
     inside[to_numpy(support.indices)] = True
     assert to_numpy(values).tobytes() == theta.ravel()[inside].tobytes()
@@ -44,21 +42,21 @@ def moves(draw: st.DrawFn) -> tuple[int, list[int], list[int]]:
 
 @given(move=moves(), seed=st.integers(0, 1000))
 def test_migrate_keeps_the_bits_of_survivors(
-    any_library: Library, move: tuple[int, list[int], list[int]], seed: int
+    library: Library, move: tuple[int, list[int], list[int]], seed: int
 ) -> None:
     _, before, after = move
     entry = np.random.default_rng(seed).standard_normal((1, len(before))).astype(np.float32)
     entry[0, 0] = -0.0
     flags = np.zeros(len(before), dtype=bool)
     old, new = (
-        Support(any_library.asarray(np.asarray(indices)), any_library.asarray(flags))
+        Support(library.asarray(np.asarray(indices)), library.asarray(flags))
         for indices in (before, after)
     )
     for fresh in (0.0, 2.5):
-        run = any_library.compile(
+        run = library.compile(
             lambda entry, old, new, fresh=fresh: topkast.migrate(entry, old, new, fresh=fresh)
         )
-        moved = run(any_library.asarray(entry), old, new)
+        moved = run(library.asarray(entry), old, new)
         assert tuple(moved.shape) == entry.shape
         assert_survivors_unchanged(entry, moved, old, new, fresh=fresh)
 

@@ -188,6 +188,11 @@ def check_counts(data: dict[str, Any], *, counters: int) -> None:
         # Two moments; PyTorch counts the steps for each of six tensors, optax once, and once more
         # for the learning rate.
         assert row["optimizer_state_bytes"] == 4 * (2 * trained + counters)
+        if row["method"] == "dense":
+            assert row["total_bytes"] == 2 * 4 * (5376 + dense_parts) + row["optimizer_state_bytes"]
+        else:  # θ, α and the gradient of the sparse tensors are whole; of the others there is no α
+            whole = 4 * (3 * 5376 + 2 * dense_parts)
+            assert row["total_bytes"] > whole + row["optimizer_state_bytes"]
         assert row["forward_density"] == sum(tensor["forward"] for tensor in tensors) / 5376
 
 

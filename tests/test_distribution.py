@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import topkast
 from topkast._distribution import exact_densities, kept_count
 from topkast._options import Options
-from topkast._plan import plan
+from topkast._tensors import rank_tensors
 from topkast.testing import sparsities
 
 dimensions = st.lists(st.integers(1, 30), min_size=1, max_size=4).map(tuple)
@@ -56,7 +56,7 @@ def test_erk_is_proportional_to_sum_over_product_below_one(
 def test_counts_of_every_block_are_nested(
     shapes: dict[str, tuple[int, ...]], pair: tuple[float, float], distribution: Any
 ) -> None:
-    for block in plan(shapes, Options(fwd=pair[0], bwd=pair[1], distribution=distribution)):
+    for block in rank_tensors(shapes, Options(fwd=pair[0], bwd=pair[1], distribution=distribution)):
         assert 1 <= block.forward <= block.backward <= block.size
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,13 +67,14 @@ def test_public_names_are_documented() -> None:
     page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
     for module in (topkast, topkast.testing):
         whole = f".. automodule:: {module.__name__}\n   :members:" in page
-        missing = [name for name in module.__all__ if name not in page and not whole]
+        names = set(re.findall(rf"{re.escape(module.__name__)}\.(\w+)", page))
+        missing = [name for name in module.__all__ if name not in names and not whole]
         assert not missing, f"docs/api.md lacks {missing} of {module.__name__}"
         for name in module.__all__:
             assert getattr(module, name).__doc__, name
 
 
-def test_all_is_sorted_and_complete() -> None:
+def test_all_is_complete() -> None:
     public = {
         name
         for name, value in vars(topkast).items()

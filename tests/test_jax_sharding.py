@@ -84,6 +84,7 @@ class TestSpread:
         assert_close(state.inner, expected_state.inner)
         assert not np.array_equal(found["w"], params["w"])
 
+    @pytest.mark.slow
     def test_state_is_spread_as_the_parameters_are(self, kind: AxisType, spec: P) -> None:
         tx = wrap(fwd=0.9, bwd=0.8, refresh_every=2)
         mesh = make_mesh(kind)
@@ -100,6 +101,7 @@ class TestSpread:
                 assert view["w"].sharding.is_equivalent_to(params["w"].sharding, 2)
             assert moved["w"].sharding.is_equivalent_to(params["w"].sharding, 2)
 
+    @pytest.mark.slow
     def test_outside_jit(self, kind: AxisType, spec: P) -> None:
         tx = wrap(fwd=0.9, bwd=0.8, refresh_every=2)
         params, mesh = make_params(), make_mesh(kind)

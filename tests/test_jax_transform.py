@@ -32,6 +32,7 @@ import topkast
 from topkast.testing import assert_forward_view, assert_masks, assert_reservoir_unchanged
 
 
+@pytest.mark.slow  # each example is compiled anew
 class TestInvariants:
     """Section 4 of the design, under jit."""
 
@@ -143,6 +144,7 @@ class TestCompiled:
         _, moved = maybe(jnp.asarray(True), params, state)
         assert moved.updates == 1
 
+    @pytest.mark.slow
     def test_vmap_over_seeds(self) -> None:
         tx = wrap()
         seeds = [make_params(seed) for seed in range(3)]
@@ -157,6 +159,7 @@ class TestCompiled:
             assert_equal(found, expected_state.supports)
             assert_close(jax.tree.map(lambda leaf, p=place: leaf[p], params), expected)
 
+    @pytest.mark.slow
     def test_members_of_a_batch_are_refreshed_each_in_its_time(self) -> None:
         tx, params = wrap(refresh_every=2), make_params()
         first = tx.init(params)
@@ -165,12 +168,13 @@ class TestCompiled:
         states, weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *both)
         grads = jax.grad(loss)(params, inputs_of(0))
         _, batch = jax.vmap(functools.partial(tx.update, grads))(states, weights)
-        assert not batch.displaced.any()
+        assert not batch.stale_refreshes.any()
         for place, (state, own) in enumerate(both):
             _, alone = tx.update(grads, state, own)
             found = jax.tree.map(lambda leaf, place=place: leaf[place], batch.supports)
             assert_equal(found, alone.supports)
 
+    @pytest.mark.slow
     def test_updates_can_be_differentiated(self) -> None:
         """What learns a learning rate does: the loss after two updates, by that rate."""
         params = make_params()
@@ -348,7 +352,7 @@ class TestOutermost:
     def test_compiled_functions_count_and_looking_inside_tells(self) -> None:
         tx = optax.chain(wrap(), optax.scale(0.5))
         params, state = run(tx, make_params(), 5)
-        assert inner_state(state).displaced == 1
+        assert inner_state(state).stale_refreshes == 1
         for look in (topkast.summary, topkast.masks, topkast.dense_params):
             with pytest.warns(topkast.WeightsMovedWarning):
                 look(state, params)
@@ -369,4 +373,4 @@ class TestOutermost:
         tx = wrap(distribution=distribution, refresh_every=1)
         for jit in (False, True):
             _, state = run(tx, params, 5, jit=jit)  # a warning would be an error
-            assert state.displaced == 0
+            assert state.stale_refreshes == 0

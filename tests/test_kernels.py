@@ -232,10 +232,7 @@ assert os.waitpid(child, 0)[1] == 0
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-@pytest.mark.skipif(
-    os.environ.get("TOPKAST_HYPOTHESIS_PROFILE") != "thorough",
-    reason="compiles all kernels anew, half a minute each: nox -s property runs it",
-)
+@pytest.mark.slow  # compiles all kernels anew, half a minute each
 @pytest.mark.parametrize("features", [{"avx2": True}, {}], ids=["avx2", "none"])
 def test_processors_with_shorter_vectors(features: dict[str, bool], tmp_path: Path) -> None:
     code = f"""

@@ -16,7 +16,7 @@ from libraries import LIBRARIES, Library
 
 import topkast
 from topkast import Masks, Support
-from topkast._distribution import as_written, kept_count
+from topkast._distribution import exact_fraction, kept_count
 from topkast.reference import top_k
 from topkast.testing import (
     assert_counts,
@@ -69,9 +69,7 @@ def test_kept_magnitudes_are_the_largest(
 
 
 @given(theta=weights(), pair=sparsities())
-def test_ties_go_to_the_lower_index(
-    library: Library, theta: Tensor, pair: tuple[float, float]
-) -> None:
+def test_ties_rank_by_hash(library: Library, theta: Tensor, pair: tuple[float, float]) -> None:
     for mask in masks(choose(library, theta, *pair), theta):
         assert_tie_order(theta, mask)
 
@@ -93,9 +91,9 @@ def test_sets_equal_the_reference(
 
 @given(theta=weights(dtype=np.float64), pair=sparsities())
 def test_float64_sets_equal_the_reference(
-    any_library: Library, x64: None, theta: Tensor, pair: tuple[float, float]
+    library: Library, x64: None, theta: Tensor, pair: tuple[float, float]
 ) -> None:
-    found = masks(choose(any_library, theta, *pair), theta)
+    found = masks(choose(library, theta, *pair), theta)
     for mask, sparsity in zip(found, pair, strict=True):
         np.testing.assert_array_equal(mask, top_k(theta, sparsity))
 
@@ -159,15 +157,15 @@ def test_forward_view_has_the_bits_of_the_weights(
 
 @given(theta=weights(), pair=sparsities(), seed=st.integers(0, 2**70))
 def test_random_exploration_is_the_same_in_every_library(
-    any_library: Library, theta: Tensor, pair: tuple[float, float], seed: int
+    library: Library, theta: Tensor, pair: tuple[float, float], seed: int
 ) -> None:
     options: dict[str, Any] = {"explore": "random", "seed": seed}
-    found = choose(any_library, theta, *pair, **options)
+    found = choose(library, theta, *pair, **options)
     assert_same_support(choose(LIBRARIES[0], theta, *pair, **options), found)
     chosen = masks(found, theta)
     assert_counts(chosen, fwd=pair[0], bwd=pair[1])
     assert_nested(chosen)
-    np.testing.assert_array_equal(chosen.forward, top_k(theta, pair[0]))
+    np.testing.assert_array_equal(chosen.forward, top_k(theta, pair[0], seed=seed))
 
 
 def test_random_exploration_covers_the_reservoir_evenly() -> None:
@@ -185,11 +183,11 @@ def test_random_exploration_covers_the_reservoir_evenly() -> None:
 
 def test_counts_of_large_tensors_do_not_round() -> None:
     # k in float32 is off by two here, in double arithmetic by one (jaxpruner).
-    assert kept_count(100_000_007, 1 - as_written(0.9)) == 10_000_001
-    assert kept_count(10**15 + 1, 1 - as_written(0.7)) == 3 * 10**14 + 1
-    assert kept_count(1000, 1 - as_written(0.58)) == 420
-    assert as_written(0.9) == Fraction(9, 10)
-    assert as_written(float(np.float32(0.5))) == Fraction(1, 2)
+    assert kept_count(100_000_007, 1 - exact_fraction(0.9)) == 10_000_001
+    assert kept_count(10**15 + 1, 1 - exact_fraction(0.7)) == 3 * 10**14 + 1
+    assert kept_count(1000, 1 - exact_fraction(0.58)) == 420
+    assert exact_fraction(0.9) == Fraction(9, 10)
+    assert exact_fraction(float(np.float32(0.5))) == Fraction(1, 2)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -199,7 +197,8 @@ def test_non_finite_weight_is_an_error(any_library: Library, bad: float) -> None
     if any_library.traces:
         if np.isnan(bad):  # cannot be looked at: it ranks last, and the counts stay exact
             support = choose(any_library, theta, 0.8, 0.5)
-            assert to_numpy(support.indices).tolist() == [0, 1, 2, 4, 5]
+            assert len(support.indices) == 5
+            assert not {3, 7} & set(to_numpy(support.indices).tolist())
         return
     with pytest.raises(topkast.NonFiniteError, match="2 of 10 entries are NaN or infinite"):
         choose(any_library, theta, 0.8, 0.5)
@@ -210,8 +209,9 @@ def test_nan_ranks_last_even_when_it_must_be_taken() -> None:
     theta = np.full(6, np.nan, dtype=np.float32)
     theta[4] = -0.0
     support = choose(library, theta, 0.9, 0.5)
-    assert to_numpy(support.indices).tolist() == [0, 1, 4]
-    assert to_numpy(support.active).tolist() == [False, False, True]
+    indices, active = map(to_numpy, support)
+    assert len(indices) == 3
+    assert indices[active].tolist() == [4]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

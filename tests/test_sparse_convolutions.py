@@ -40,8 +40,8 @@ def test_convolution_gradients(
     shape = (4, 7, 6) if images is None else (images, 4, 7, 6)
     inputs = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     model = copy.deepcopy(dense)
-    opt = torch.optim.SGD(model.named_parameters(), 0.1)
-    opt = topkast.wrap_optimizer(opt, fwd=0.7, bwd=0.4)
+    inner = torch.optim.SGD(model.named_parameters(), 0.1)
+    opt = topkast.wrap_optimizer(inner, fwd=0.7, bwd=0.4)
     topkast.sparsify(model, opt)
 
     def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -144,9 +144,10 @@ class TestImages:
 
         with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
             layer(images)
-        assert len(kept) == 2
-        assert kept[0].numel() >= images.numel()
-        assert kept[1] is layer.values
+        assert len(kept) == 3  # the input itself, for derivatives of derivatives
+        assert kept[0] is images
+        assert kept[1].numel() >= images.numel()
+        assert kept[2] is layer.values
         found = checkpoint(layer, images, use_reentrant=False)
         gradients = torch.autograd.grad(found.sum(), [images, layer.values])
         expected = torch.autograd.grad(dense(images).sum(), [images, layer.values])

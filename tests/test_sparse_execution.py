@@ -89,8 +89,8 @@ def test_options_mean_the_same(options: dict[str, Any]) -> None:
 def test_nothing_as_large_as_a_dense_weight_is_allocated(backend: str) -> None:
     """Forward, backward and step, between refreshes, by PyTorch's profiler of memory."""
     model = nn.Sequential(nn.Linear(300, 400), nn.ReLU(), nn.Linear(400, 300))
-    opt = torch.optim.AdamW(model.named_parameters())
-    opt = topkast.wrap_optimizer(opt, fwd=0.9, bwd=0.8, refresh_every=100)
+    inner = torch.optim.AdamW(model.named_parameters())
+    opt = topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.8, refresh_every=100)
     batch = torch.randn(8, 300)
 
     def largest() -> int:

@@ -13,9 +13,9 @@ import topkast
 from topkast import Masks, Support, testing
 
 THETA = np.asarray([[0.1, -0.9, 0.5], [0.5, 0.0, -0.7]], dtype=np.float32)
-GOOD = Masks(
+GOOD = Masks(  # of the two entries of 0.5 the hash prefers the second
     np.asarray([[False, True, False], [False, False, True]]),
-    np.asarray([[False, True, True], [False, False, True]]),
+    np.asarray([[False, True, False], [True, False, True]]),
 )
 PAIR: dict[str, Any] = {"fwd": 0.7, "bwd": 0.5}
 
@@ -36,14 +36,14 @@ def test_good_masks_pass(library: Library) -> None:
     [
         (GOOD._replace(forward=changed(GOOD.forward, (0, 1))), r"\|A\| is 1, expected 2 of 6"),
         (GOOD._replace(backward=changed(GOOD.backward, (1, 1))), r"\|B\| is 4, expected 3 of 6"),
-        (GOOD._replace(backward=changed(GOOD.backward, (0, 1), (1, 0))), "A has 1 entries outside"),
+        (GOOD._replace(backward=changed(GOOD.backward, (0, 1), (0, 2))), "A has 1 entries outside"),
         (
-            Masks(changed(GOOD.forward, (1, 2), (0, 2)), GOOD.backward),
+            Masks(changed(GOOD.forward, (1, 2), (1, 0)), GOOD.backward),
             "kept a magnitude of 0.5 and dropped one of 0.699",
         ),
         (
             GOOD._replace(backward=changed(GOOD.backward, (0, 2), (1, 0))),
-            "kept a tie and dropped one of a lower index",
+            "kept a tie and dropped one of a larger hash",
         ),
     ],
 )

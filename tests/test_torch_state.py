@@ -142,7 +142,7 @@ def test_indices_and_counters_survive_in_every_precision(dtype: torch.dtype) -> 
     )
     other.load_state_dict(save(optimizer.state_dict()))
     assert_equal(everything(model, optimizer), everything(other_model, other))
-    assert other.state_dict()["topkast"]["updates"] == 257
+    assert other.state_dict()["param_groups"][0]["topkast"]["updates"] == 257
 
 
 def test_loaded_state_is_not_shared() -> None:
@@ -199,28 +199,25 @@ def test_state_dict_holds_what_weights_only_loading_allows() -> None:
 Mutation = Callable[[dict[str, Any]], None]
 
 
-def _block(state: dict[str, Any]) -> dict[str, Any]:
-    block: dict[str, Any] = state["topkast"]["blocks"][0]
-    return block
+def _sets(state: dict[str, Any]) -> dict[str, Any]:
+    sets: dict[str, Any] = state["state"][0]["topkast"]
+    return sets
 
 
-def _replace(key: str, change: Callable[[Tensor], Any]) -> Mutation:
+def _counts(state: dict[str, Any]) -> dict[str, Any]:
+    counts: dict[str, Any] = state["param_groups"][0]["topkast"]
+    return counts
+
+
+def _replace(key: str, change: Callable[[Any], Any]) -> Mutation:
     def mutate(state: dict[str, Any]) -> None:
-        _block(state)[key] = change(_block(state)[key])
+        _sets(state)[key] = change(_sets(state)[key])
 
     return mutate
 
 
 def _swap_first_two(indices: Tensor) -> Tensor:
     return indices[torch.cat([torch.tensor([1, 0]), torch.arange(2, len(indices))])]
-
-
-def _weights(change: Callable[[Tensor], Any]) -> Mutation:
-    def mutate(state: dict[str, Any]) -> None:
-        params = _block(state)["params"]
-        params["0.weight"] = change(params["0.weight"])
-
-    return mutate
 
 
 def _entry(key: str, change: Callable[[Tensor], Any]) -> Mutation:
@@ -248,7 +245,7 @@ def _group(key: str, value: Any) -> Mutation:
 
 def _number(change: Callable[[Any], Any]) -> Mutation:
     def mutate(state: dict[str, Any]) -> None:
-        state["topkast"]["updates"] = change(state["topkast"]["updates"])
+        _counts(state)["updates"] = change(_counts(state)["updates"])
 
     return mutate
 
@@ -260,20 +257,22 @@ def _not_finite(tensor: Tensor) -> Tensor:
 
 
 MUTATIONS: dict[str, Mutation] = {
-    "no topkast": _drop("topkast"),
+    "no topkast": _drop("param_groups", 0, "topkast"),
     "no state": _drop("state"),
     "no groups": _drop("param_groups"),
-    "no version": _drop("topkast", "version"),
-    "no updates": _drop("topkast", "updates"),
-    "no blocks": _drop("topkast", "blocks"),
-    "a block too few": _drop("topkast", "blocks", 1),
-    "no indices": _drop("topkast", "blocks", 0, "indices"),
-    "no flags": _drop("topkast", "blocks", 1, "active"),
-    "no weights": _drop("topkast", "blocks", 0, "params"),
+    "no version": _drop("param_groups", 0, "topkast", "version"),
+    "no updates": _drop("param_groups", 0, "topkast", "updates"),
+    "no sets": _drop("state", 0, "topkast"),
+    "a tensor too few": _drop("state", 2),
+    "no indices": _drop("state", 0, "topkast", "indices"),
+    "no flags": _drop("state", 2, "topkast", "active"),
+    "no weights": _drop("state", 0, "topkast", "params"),
+    "no ages": _drop("state", 0, "topkast", "ages"),
     "no moment": _drop("state", 0, "exp_avg"),
     "no option": _drop("param_groups", 0, "fwd"),
     "no parameters": _drop("param_groups", 0, "params"),
-    "later version": lambda state: state["topkast"].update(version=99),
+    "later version": lambda state: _counts(state).update(version=99),
+    "other attributes": lambda state: _counts(state).update(attributes={"unknown": 1}),
     "negative updates": _number(lambda updates: -updates),
     "broken updates": _number(float),
     "index too large": _replace("indices", lambda i: torch.cat([i[:-1], torch.tensor([10**6])])),
@@ -286,9 +285,13 @@ MUTATIONS: dict[str, Mutation] = {
     "wrong |A|": _replace("active", torch.zeros_like),
     "flags as numbers": _replace("active", lambda flags: flags.int()),
     "short flags": _replace("active", lambda flags: flags[:-1]),
-    "wrong shape": _weights(lambda weights: weights.T),
-    "wrong dtype": _weights(lambda weights: weights.double()),
-    "not finite": _weights(_not_finite),
+    "ages as floats": _replace("ages", lambda ages: ages.float()),
+    "short ages": _replace("ages", lambda ages: ages[1:]),
+    "negative steps": _replace("steps", lambda steps: -1),
+    "broken change": _replace("changed", float),
+    "wrong shape": _replace("params", lambda weights: weights.T),
+    "wrong dtype": _replace("params", lambda weights: weights.double()),
+    "not finite": _replace("params", _not_finite),
     "short moment": _entry("exp_avg", lambda moment: moment[..., :-1]),
     "dense moment": _entry("exp_avg_sq", lambda moment: torch.zeros(16, 12)),
     "moment is no tensor": _entry("exp_avg", lambda moment: 3.0),
@@ -353,7 +356,7 @@ def test_state_dict_hooks_fire_once_and_in_order() -> None:
     calls: list[str] = []
     optimizer.register_state_dict_pre_hook(lambda opt: calls.append("before saving"))
     optimizer.register_state_dict_post_hook(
-        lambda opt, state: calls.append("after saving" if "topkast" in state else "too early")
+        lambda opt, state: calls.append("after saving" if "state" in state else "too early")
     )
     optimizer.register_load_state_dict_pre_hook(lambda opt, state: calls.append("before loading"))
     optimizer.register_load_state_dict_post_hook(lambda opt: calls.append("after loading"))

@@ -45,7 +45,7 @@ RULES = [
 def test_reservoir_is_bit_identical_between_refreshes(
     library: Library, rule: Any, steps: int, seed: int
 ) -> None:
-    tx = topkast.wrap_optimizer(rule, fwd=0.9, bwd=0.7, penalty=0.1)
+    tx = topkast.wrap_optimizer(rule, fwd=0.9, bwd=0.7, penalty=0.1, refresh_every=100)
     params = make(library)
     state = tx.init(params)
     masks, before = topkast.masks(state, params), host(params)

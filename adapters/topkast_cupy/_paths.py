@@ -19,8 +19,8 @@ from topkast import (
     UnsupportedTensorError,
     apply_updates,
 )
-from topkast._options import Options
-from topkast._plan import Block
+from topkast._age import Betas, corrections, grow
+from topkast._plan import Plan
 from topkast._primitives import Array
 from topkast._rules import bias_correction, learning_rate
 from topkast._state import Arrays, TopKASTState
@@ -72,25 +72,34 @@ class FastPaths:
                 "work inside `with array.device:`"
             )
 
-    def largest(self, flat: Array, count: int) -> tuple[Array, Array]:
+    def largest(self, flat: Array, count: int, ranks: Callable[[], Array]) -> tuple[Array, Array]:
         """Ascending indices of the `count` largest magnitudes of a vector (n,), and its entries."""
         flat, state = self._threshold(flat, count)
-        indices = self.xp.empty(count, dtype=np.int64)
-        self._collect(flat, state, indices=indices)
+        above, equal, tiles = self._tally(flat, state)
+        if int(equal[-1]) > int(state[1]):
+            indices = self.true_indices(self._break_ties(flat, state, ranks), count)
+        else:
+            indices = self.xp.empty(count, dtype=np.int64)
+            self._launch(
+                "collect", flat, tiles, flat, flat.size, state, above, equal, indices, None
+            )
         return indices, flat.take(indices)
 
-    def largest_flags(self, flat: Array, count: int) -> Array:
-        """Flags (n,) of the `count` largest magnitudes; ties go to the lower index."""
-        flat, state = self._threshold(flat, count)
-        flags = self.xp.empty(flat.shape, dtype=np.bool_)
-        self._collect(flat, state, flags=flags)
-        return flags
+    def largest_flags(self, flat: Array, count: int, ranks: Callable[[], Array]) -> Array:
+        """Flags (n,) of the `count` largest: magnitudes of floats, or integers of 30 bits."""
+        flat, state = self._threshold(_as_floats(flat), count)
+        _, equal, _ = self._tally(flat, state)
+        if int(equal[-1]) > int(state[1]):
+            return self._break_ties(flat, state, ranks)
+        return self._flags(flat, state, flat.size)
 
     def true_indices(self, mask: Array, count: int) -> Array:
         """Ascending indices of the `count` true entries of a mask (n,)."""
+        mask = self.xp.ascontiguousarray(mask)
         indices = self.xp.empty(count, dtype=np.int64)
-        state = self.xp.zeros(3, dtype=np.int64)  # all that is above zero, and no tie
-        self._collect(self.xp.ascontiguousarray(mask), state, indices=indices)
+        state = self.xp.zeros(3, dtype=np.int64)  # all that is above zero, and none at it
+        above, equal, tiles = self._tally(mask, state)
+        self._launch("collect", mask, tiles, mask, mask.size, state, above, equal, indices, None)
         return indices
 
     def put(self, flat: Array, indices: Array, values: Array) -> None:
@@ -105,37 +114,39 @@ class FastPaths:
     def step(
         self,
         rule: Any,
-        blocks: list[Block],
+        plan: Plan,
         grads: Mapping[str, Array],
         state: TopKASTState,
         params: Mapping[str, Array],
-        options: Options,
-    ) -> tuple[Arrays, Any] | None:
-        """The next parameters and inner state: gather, penalty, update and scatter in one kernel.
+    ) -> tuple[Arrays, Any, Arrays] | None:
+        """The next parameters and states: gather, penalty, update and scatter in one kernel.
 
         None for rules of others, for which there is no kernel.
         """
         if type(rule) not in (SGD, Adam, AdamW):
             return None
-        exploring = options.explore_until is None or bool(state.updates < options.explore_until)
-        penalty = float(options.penalty)
-        inside = {name for block in blocks for name in block.shapes}
+        inside = plan.inside
         outside = {name: params[name] for name in params if name not in inside}
         fields = [field for field in state.inner._fields if field != "step"]
         old = {field: getattr(state.inner, field) for field in fields}
-        slopes = {name: grads[name] for name in outside}
-        steps, inner = rule.update(slopes, state.inner, outside)
+        gradients = {name: grads[name] for name in outside}
+        steps, inner = rule.update(gradients, state.inner, outside)
         moved = apply_updates(outside, steps)
         kernel, numbers = self._numbers(rule, state.inner.step, inner.step)
-        for block in blocks:
-            key, support = block.key, state.supports[block.key]
-            flat = block.flatten(params).copy()
+        ages = {key: grow(age) for key, age in state.ages.items()}
+        for ranked in plan.tensors:
+            key, support, options = ranked.key, state.supports[ranked.key], plan.options[ranked.key]
+            until = options.explore_until
+            exploring = until is None or bool(state.updates < until)
+            flat = ranked.flatten(params).copy()
             entries = []
             for field in fields:
                 entry = old[field].get(key)  # SGD keeps nothing without momentum
                 if entry is not None:
                     getattr(inner, field)[key] = self.xp.empty_like(entry)
                 entries += [entry, getattr(inner, field).get(key)]
+            if kernel == "adam":
+                entries += self._slowing(plan.traits[key].betas, state, key)
             self._stride(
                 kernel,
                 flat,
@@ -143,17 +154,29 @@ class FastPaths:
                 self.xp.ascontiguousarray(support.indices, dtype=np.int64),
                 support.active,
                 len(support.indices),
-                penalty,
-                penalty / float(block.density),
+                options.penalty,
+                options.penalty / float(ranked.density),
                 int(options.penalty_kind == "l1"),
                 int(exploring),
                 flat,
-                self.xp.ascontiguousarray(block.flatten(grads)),
+                self.xp.ascontiguousarray(ranked.flatten(grads), dtype=flat.dtype),
                 *entries,
                 *numbers,
             )
-            moved |= block.unflatten(flat)
-        return {name: moved[name] for name in params}, inner
+            moved |= ranked.unflatten(flat)
+        return {name: moved[name] for name in params}, inner, ages
+
+    def _slowing(self, betas: Betas | None, state: TopKASTState, key: str) -> list[Any]:
+        """Ages, their limit, and by how much each age slows an entry; see ``topkast._age``."""
+        if betas is None:
+            return [None, 0, None, None]
+        factors = self._corrections(betas)
+        count = min(int(state.updates) + 1, len(factors) - 1)
+        return [state.ages[key], len(factors) - 1, factors, factors[count : count + 1]]
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - one object for each library
+    def _corrections(self, betas: Betas) -> Array:
+        return self.xp.asarray(corrections(betas))
 
     def _numbers(self, rule: SGD | Adam, step: Array, following: Array) -> tuple[str, list[Any]]:
         """The kernel of a rule, and its arguments that all tensors share."""
@@ -197,15 +220,29 @@ class FastPaths:
             raise NonFiniteError(f"{wrong} of {flat.size} entries are NaN or infinite")
         return flat, state
 
-    def _collect(
-        self, keys: Array, state: Array, *, indices: Array | None = None, flags: Array | None = None
-    ) -> None:
-        """Indices or flags of the entries above a threshold, and of the first ones at it."""
+    def _tally(self, keys: Array, state: Array) -> tuple[Array, Array, int]:
+        """Running sums over the tiles of the entries above a threshold, and of those at it."""
         tiles = max(1, math.ceil(keys.size / TILE))
-        above, ties = (self.xp.empty(tiles, dtype=np.int64) for _ in range(2))
-        self._launch("count", keys, tiles, keys, keys.size, state, above, ties)
-        above, ties = above.cumsum(), ties.cumsum()
-        self._launch("collect", keys, tiles, keys, keys.size, state, above, ties, indices, flags)
+        above, equal = (self.xp.empty(tiles, dtype=np.int64) for _ in range(2))
+        self._launch("count", keys, tiles, keys, keys.size, state, above, equal)
+        return above.cumsum(), equal.cumsum(), tiles
+
+    def _flags(self, keys: Array, state: Array, room: int) -> Array:
+        """Flags of the entries above a threshold, and of the first `room` at it."""
+        state = state.copy()
+        state[1:2].fill(room)
+        above, equal, tiles = self._tally(keys, state)
+        flags = self.xp.empty(keys.shape, dtype=np.bool_)
+        self._launch("collect", keys, tiles, keys, keys.size, state, above, equal, None, flags)
+        return flags
+
+    def _break_ties(self, flat: Array, state: Array, ranks: Callable[[], Array]) -> Array:
+        """Flags of the entries above a threshold, and of those at it with the largest ranks."""
+        above = self._flags(flat, state, 0)
+        equal = self._flags(flat, state, flat.size) & ~above
+        chosen = self.xp.where(equal, ranks() + 1, 0)
+        chosen, of_ranks = self._threshold(_as_floats(chosen), int(state[1]))
+        return above | self._flags(chosen, of_ranks, 1)
 
     def _stride(self, name: str, like: Array, entries: int, *arguments: Any) -> None:
         """Launch a kernel whose threads stride over so many entries."""
@@ -215,3 +252,10 @@ class FastPaths:
     def _launch(self, name: str, like: Array, blocks: int, *arguments: Any) -> None:
         self._check_device("an array", like)
         self._module(8 * like.itemsize).launch(name, blocks, *arguments)
+
+
+def _as_floats(keys: Array) -> Array:
+    """Integers of at most 33 bits as floats of the same bits, which order alike."""
+    if keys.dtype not in (np.int32, np.int64):
+        return keys
+    return keys.astype(np.int64).view(np.float64)

@@ -255,12 +255,14 @@ extern "C" __global__ void sgd(
     }
 }
 
-// `scale` is the learning rate by the correction of the mean, `root` the root of the other one.
+// `scale` is the learning rate by the correction of the mean, `root` the root of the other one. The
+// displacement of entries whose age is below `limit` is scaled by factors[age + 1] over the factor of
+// the number of updates; those of others keep their bits.
 extern "C" __global__ void adam(
     const int64* indices, const unsigned char* active, int64 count, double on_active,
     double on_inactive, int64 l1, int64 exploring, Value* params, const Value* gradients,
-    const Value* mean, Value* new_mean, const Value* square, Value* new_square, const double* lr,
-    const double* scale, const double* root, double beta1, double beta2, double eps, double decay,
+    const Value* mean, Value* new_mean, const Value* square, Value* new_square, const short* ages,
+    int64 limit, const double* factors, const double* factor, const double* lr, const double* scale, const double* root, double beta1, double beta2, double eps, double decay,
     int64 decoupled
 ) {
     int64 step = (int64)gridDim.x * blockDim.x;
@@ -278,6 +280,8 @@ extern "C" __global__ void adam(
         new_square[k] = store(spread);
         Real moved = entry.value - rate * (average / (sqrt(spread) / divisor + (Real)eps));
         if (decoupled) moved -= shrink * entry.value;
+        if (ages && ages[k] < limit)
+            moved = entry.value + (moved - entry.value) * (Real)(factors[ages[k] + 1] / *factor);
         if (entry.live) params[i] = store(moved);
     }
 }

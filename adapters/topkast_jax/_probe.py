@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,80 +12,151 @@ import numpy as np
 import optax
 
 from topkast import UnsupportedOptimizerError
+from topkast._age import Betas
+from topkast._distribution import Shape
+from topkast._probe import Traits, check_joint, check_permutation
+from topkast._wrapped_rule import WrappedRule
+from topkast_jax._rule import OptaxRule
 
-SHAPE = (128, 130)  # what factors tensors does so from 128 rows and columns on
-_TOLERANCE = 1e-4  # of the largest update; a reduction over the tensor rounds in another order
+Arrays = dict[str, jax.Array]
+
 _SKIPPING: dict[Any, str] = {
     optax.MultiStepsState: "MultiSteps",
     optax.ApplyIfFiniteState: "apply_if_finite",
 }
+_UNKNOWN = (  # what depends on traced values cannot be inspected
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.UnexpectedTracerError,
+)
+_STEPS = 8  # on small tensors; they run uncompiled
+_QUICKLY: Any = {"xla_backend_optimization_level": "0"}  # what runs a few times is compiled so
+
+# Names of factors of averages in optax.
+_MEAN, _SQUARE = {"b1", "beta1"}, {"b2", "b3", "beta2", "beta3", "decay"}
 
 
 class NotProbedError(Exception):
     """The transformation does not work on the tree that it was given."""
 
 
-def probe(tx: Any, shapes: Any) -> None:
-    """Raise :class:`UnsupportedOptimizerError` unless permuting coordinates permutes the update.
+class TriedRule(WrappedRule):
+    """A transformation as the loop sees it, and what trials of it on the user's tree show."""
 
-    In the place of each tensor of the pytree `shapes` with two dimensions or more there is one
-    that is large enough to be factored. What depends on traced values cannot be looked at, and
-    passes.
-    """
-    generator = np.random.default_rng(0)
-    likes: list[Any]
-    treedef: Any
-    likes, treedef = jax.tree.flatten(shapes)
-    sizes = [
-        (1,) * (len(like.shape) - 2) + SHAPE if len(like.shape) > 1 else like.shape
-        for like in likes
-    ]
-    orders = [generator.permutation(int(np.prod(size))) for size in sizes]
-    start, *gradients = (
-        [jnp.asarray(generator.standard_normal(size), jnp.float32) for size in sizes]
-        for _ in range(3)
-    )
+    def __init__(self, rule: OptaxRule) -> None:
+        super().__init__(rule, jnp.asarray)
+        self._optax = rule
+        self._compiling = False
+        self._compiled: Any = None
 
-    def permuted(tensors: list[Any]) -> list[Any]:
-        return [
-            tensor.reshape(-1)[order].reshape(size)
-            for tensor, order, size in zip(tensors, orders, sizes, strict=True)
-        ]
+    def probe(self, shapes: Mapping[str, Shape]) -> None:
+        pass  # the adapter has its own reasons to probe, and not to
 
-    def updates(start: list[Any], gradients: list[list[Any]]) -> list[Any]:
-        params, found = treedef.unflatten(start), []
-        state = accepting.init(params)
-        for gradient in gradients:
-            grads = treedef.unflatten(gradient)
-            step, state = accepting.update(grads, state, params, value=jnp.float32(1.0), grad=grads)
-            params = optax.apply_updates(params, step)
-            found += [np.asarray(tensor) for tensor in treedef.flatten_up_to(step)]
-        return found
+    def probe_joint(self, names: Sequence[str], joint: str) -> None:
+        """See :class:`topkast._wrapped_rule.WrappedRule`."""
+        others = self._optax.tree.paths.keys() - set(names)
+        self.fixed = {name: np.ones((1, 1)) for name in others}
+        try:
+            with jax.ensure_compile_time_eval():
+                check_joint(self._start, names, joint, describe(self._optax.tx))
+        except UnsupportedOptimizerError:
+            raise
+        except Exception:  # a transformation that trials cannot run, as probe_on has said
+            return
+        finally:
+            self.fixed = {}
 
-    accepting = optax.with_extra_args_support(tx)
-    try:
-        with jax.ensure_compile_time_eval():
-            plain = updates(start, gradients)
-            mixed = updates(permuted(start), [permuted(gradient) for gradient in gradients])
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
-        return
-    except Exception as error:
-        raise NotProbedError(str(error)) from error
-    if not all(np.isfinite(update).all() for update in [*plain, *mixed]):
-        raise NotProbedError("its updates are not finite")
-    if not any(update.any() for update in plain):
-        raise NotProbedError("its first two updates are zero")
-    for update, order, other in zip(plain, orders * len(gradients), mixed, strict=True):
-        largest = np.abs(update).max(initial=0.0)
-        difference = np.abs(update.reshape(-1)[order] - other.reshape(-1)).max(initial=0.0)
-        if difference > _TOLERANCE * largest:
-            raise UnsupportedOptimizerError(
-                f"{describe(tx)} does not treat a tensor as a bag of coordinates: permuting them "
-                f"changes its update by {difference / largest:.1e} of its size. It looks at rows, "
-                "columns or the whole matrix (as Muon, Shampoo and Adafactor do), which the vector "
-                "of the weights that Top-KAST updates does not have. Wrap an elementwise "
-                "transformation (adam, sgd, ...), or pass probe=False if it adds noise"
-            )
+    def probe_on(self, shapes: Mapping[str, Shape], dense: Mapping[str, Shape]) -> None:
+        """Raise :class:`UnsupportedOptimizerError` unless permuting coordinates permutes updates.
+
+        `shapes` are those of the tensors to be sparsified and `dense` of the other weights. What
+        depends on traced values cannot be inspected, and passes. Raises :class:`NotProbedError`
+        where the transformation does not work on the tree.
+        """
+        self.fixed = {name: np.ones((1,) * len(shape)) for name, shape in dense.items()}
+        try:
+            with jax.ensure_compile_time_eval():
+                check_permutation(self._start, shapes, describe(self._optax.tx), _STEPS)
+        except _UNKNOWN:
+            return
+        except UnsupportedOptimizerError as error:
+            if "did not move" in str(error):
+                raise NotProbedError("its updates are zero or not finite") from None
+            raise
+        except Exception as error:
+            raise NotProbedError(str(error)) from error
+        finally:
+            self.fixed = {}
+
+    def observe(self, dimensions: Mapping[str, int]) -> tuple[dict[str, Traits], frozenset[int]]:
+        """See :class:`topkast._wrapped_rule.WrappedRule`."""
+        try:
+            with jax.ensure_compile_time_eval():
+                pairs = beta_pairs_of(self._optax.tx)
+                self._compiling = bool(pairs)
+                return self.observe_with(dict.fromkeys(dimensions, pairs), dimensions)
+        except Exception:  # it needs other values than trials have, or depends on traced ones
+            return {}, frozenset()
+        finally:
+            self._compiling, self._compiled = False, None
+
+    def update(self, grads: Arrays, state: Any, params: Arrays) -> tuple[Arrays, Any]:
+        """One step of a trial."""
+        if not self._compiling:
+            steps, state = self._run(grads, state, params)
+        else:
+            if self._compiled is None:
+                lowered = jax.jit(self._run).lower(grads, state, params)
+                self._compiled = lowered.compile(compiler_options=_QUICKLY)
+            steps, state = self._compiled(grads, state, params)
+        return steps, state
+
+    def _run(self, grads: Arrays, state: Any, params: Arrays) -> tuple[Arrays, Any]:
+        more = {"value": jnp.float32(1.0), "grad": self._optax.assemble(grads)}
+        return self._optax.run(grads, state, params, **more)
+
+
+def beta_pairs_of(tx: Any) -> list[Betas]:
+    """Pairs of factors of averages that a transformation may use, from closures and state."""
+    means, squares = {0.0}, set[float]()
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, (int, float)) and 0 <= value < 1:
+            (means if name in _MEAN else squares if name in _SQUARE else set()).add(float(value))
+
+    for function in _functions(tx.update):
+        for name, cell in _cells(function):
+            add(name, cell)
+    state = tx.init({"w": jnp.zeros((1, 2))})
+    for path, entry in jax.tree_util.tree_flatten_with_path(state)[0]:
+        if jax.tree_util.GetAttrKey("hyperparams") in path and jnp.ndim(entry) == 0:
+            add(str(getattr(path[-1], "key", "")), float(entry))
+    return [(mean, square) for square in sorted(squares) for mean in sorted(means, reverse=True)]
+
+
+def _functions(value: Any, depth: int = 8) -> Iterator[Any]:
+    """All functions in a value: itself, in containers, transformations, and closures."""
+    if isinstance(value, optax.GradientTransformation):
+        value = value.update
+    if inspect.isfunction(value) and depth:
+        yield value
+        for _, content in _cells(value):
+            yield from _functions(content, depth - 1)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _functions(part, depth)
+    elif isinstance(value, dict):
+        yield from _functions(list(value.values()), depth)
+
+
+def _cells(function: Any) -> Iterator[tuple[str, Any]]:
+    """Names and contents of a function's closure."""
+    names = function.__code__.co_freevars
+    for name, cell in zip(names, function.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # it has none yet
+            continue
 
 
 def refuse_skipping(state: Any) -> None:

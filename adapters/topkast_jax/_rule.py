@@ -26,6 +26,7 @@ class OptaxRule:
     def __init__(self, tx: optax.GradientTransformation, tree: Tree) -> None:
         self.tx = optax.with_extra_args_support(tx)
         self.tree = tree
+        self._expected: dict[Any, Any] = {}  # entries of a state, by the signature of parameters
 
     def init(self, params: Arrays, /) -> Any:
         # Copies: a state that keeps parameters must survive the donation of theirs.
@@ -35,10 +36,14 @@ class OptaxRule:
         self, updates: Arrays, state: Any, params: Any = None, /, **extra: Any
     ) -> tuple[Arrays, Any]:
         self.check_state(params, state)
-        found, state = self.tx.update(self.assemble(updates), state, self.assemble(params), **extra)
+        return self.run(updates, state, params, **extra)
+
+    def run(self, updates: Arrays, state: Any, params: Arrays, **extra: Any) -> tuple[Arrays, Any]:
+        """:meth:`update` without the check."""
+        steps, state = self.tx.update(self.assemble(updates), state, self.assemble(params), **extra)
         if self._is_whole(params):
-            return self.tree.weights(found, "the inner updates"), state
-        return found, state
+            return self.tree.weights(steps, "the inner updates"), state
+        return steps, state
 
     def map_entries(self, visit: Callable[[str, Any, Any], Any], state: Any, fresh: Any) -> Any:
         """`state` with ``visit(key, entry, initial)`` in the place of what mirrors a parameter."""
@@ -82,14 +87,19 @@ class OptaxRule:
 
     def check_state(self, params: Arrays, state: Any) -> None:
         """Raise :class:`topkast.MismatchError` unless `state` is one for such `params`."""
-        expected = tree_flatten_with_path(jax.eval_shape(self.init, params))[0]
-        found = {path: jnp.asarray(entry) for path, entry in tree_flatten_with_path(state)[0]}
-        for path, entry in expected:
-            other = f"{found[path].dtype}{jnp.shape(found[path])}" if path in found else "nothing"
-            if other != f"{entry.dtype}{entry.shape}":
+        signature = tuple((key, leaf.shape, str(leaf.dtype)) for key, leaf in params.items())
+        if signature not in self._expected:
+            shapes = jax.eval_shape(self.init, params)
+            self._expected[signature] = tree_flatten_with_path(shapes)[0]
+        entries = {path: jnp.asarray(entry) for path, entry in tree_flatten_with_path(state)[0]}
+        for path, entry in self._expected[signature]:
+            other = entries.get(path)
+            # Floats may have been promoted, as optax promotes them.
+            if other is None or other.shape != entry.shape or _kind(other) != _kind(entry):
+                present = "nothing" if other is None else f"{other.dtype}{other.shape}"
                 raise MismatchError(
                     "params differ from those given to init: the inner state would have "
-                    f"{entry.dtype}{entry.shape} at {keystr(path)}, and has {other}"
+                    f"{entry.dtype}{entry.shape} at {keystr(path)}, and has {present}"
                 )
 
     def _is_whole(self, arrays: Arrays) -> bool:
@@ -97,6 +107,10 @@ class OptaxRule:
 
     def assemble(self, arrays: Arrays) -> Any:
         return self.tree.rebuild(arrays) if self._is_whole(arrays) else arrays
+
+
+def _kind(entry: Any) -> str:
+    return "float" if jnp.issubdtype(entry.dtype, jnp.floating) else str(entry.dtype)
 
 
 def find_key(paths: Mapping[str, Path], path: Path) -> str | None:

@@ -12,8 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import tree_map_with_path
 
 from topkast import UnsupportedTensorError
-from topkast._plan import members
 from topkast._primitives import is_traced
+from topkast._tensors import members
 from topkast_jax._rule import find_key
 from topkast_jax._tree import Tree
 
@@ -106,6 +106,7 @@ def layout_beside(shapes: Any, tree: Tree, weights: Mapping[str, jax.Array]) -> 
 
     everywhere = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes)
     return everywhere._replace(
+        ages={key: NamedSharding(mesh, PartitionSpec(axes[key])) for key in shapes.ages},
         supports={
             key: jax.tree.map(lambda _, key=key: NamedSharding(mesh, PartitionSpec(axes[key])), one)
             for key, one in shapes.supports.items()

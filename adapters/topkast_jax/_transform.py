@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.tree_util import tree_flatten_with_path
 
-from topkast import MismatchError, Support, UnsupportedOptimizerError, WeightsMovedWarning
+from topkast import (
+    MismatchError,
+    Support,
+    UnsupportedOptimizerError,
+    UnsupportedTensorError,
+    WeightsMovedWarning,
+)
 from topkast._inspect import Inspection
-from topkast._options import Options
-from topkast._primitives import is_traced, may_hold, when
+from topkast._options import Options, kept_dense
+from topkast._plan import TensorInfo
+from topkast._primitives import is_traced, possibly_true, when
 from topkast._state import count_bytes, forward_views, inspection
 from topkast._transform import TopKASTTransform, apply_updates
-from topkast_jax._probe import SHAPE, NotProbedError, describe, probe, refuse_skipping
+from topkast_jax._probe import NotProbedError, TriedRule, describe, refuse_skipping
 from topkast_jax._rule import OptaxRule, find_key
 from topkast_jax._sharding import (
     check_layout,
@@ -28,7 +38,7 @@ from topkast_jax._sharding import (
     layout_of,
     run,
 )
-from topkast_jax._tree import Tree, take_apart
+from topkast_jax._tree import Tree, as_arrays, flatten_weights, is_key
 
 Arrays = dict[str, jax.Array]
 _Core: TypeAlias = Any  # a TopKASTTransform, for states of this module
@@ -45,29 +55,35 @@ class TopKASTState(NamedTuple):
         The sets, by the name of the tensor.
     changed
         Entries that the last refresh made active, by the name of the tensor; int32 of shape (1,).
+    ages
+        Updates since each entry of B entered it, int16, by the name of the tensor: under
+        transformations of the Adam family, whose entrants would move too fast.
     inner
         State of the wrapped transformation, whose entries for a tensor have shape (1, …, \|B\|).
-    chosen_from
-        Checksum of the weights on B that the sets were chosen from; 0-d uint32.
-    displaced
+    weights_checksum
+        Of the weights on B that the sets were chosen from, and of their shapes; 0-d uint32.
+    stale_refreshes
         How often the weights were not those at the update after a refresh; 0-d int32.
     """
 
     updates: jax.Array
     supports: dict[str, Support]
     changed: Arrays
+    ages: Arrays
     inner: Any
-    chosen_from: jax.Array
-    displaced: jax.Array
+    weights_checksum: jax.Array
+    stale_refreshes: jax.Array
 
     def __topkast_inspect__(self, params: Any) -> Inspection:
         if params is None:
             raise MismatchError("a functional state does not hold the weights: pass params too")
-        _warn_if(self.displaced)
-        tree, weights = take_apart(params)
+        self = as_arrays(self)
+        self._check_single()
+        _warn_if(self.stale_refreshes)
+        tree, weights = flatten_weights(params, strict=False)
         state = self
         if is_spread(weights) or is_explicit(weights):
-            state = self._replace(supports=jax.tree.map(_on_one_device, self.supports))
+            state = state._replace(supports=jax.tree.map(_on_one_device, state.supports))
         held = dict.fromkeys({*weights, *self.supports}, 0)
         for path, entry in tree_flatten_with_path(self.inner)[0]:
             key = find_key(tree.paths, path)
@@ -75,16 +91,27 @@ class TopKASTState(NamedTuple):
                 held[key] += count_bytes(entry)
         return inspection(state, weights, held)
 
-    def __topkast_forward__(self, params: Any) -> Any:
-        tree, weights = take_apart(params)
+    def _check_single(self) -> None:
+        if jnp.ndim(self.updates):
+            raise MismatchError(
+                f"the state is a batch of {jnp.shape(self.updates)[0]}, as from jax.vmap: pass one "
+                "of them, jax.tree.map(lambda leaf: leaf[0], state), with its params, or use "
+                "jax.vmap here too"
+            )
 
-        def view(params: Any, supports: dict[str, Support]) -> Any:
-            weights = tree.weights(params, "params")
-            return tree.rebuild(forward_views(weights, supports) | tree.rest(params))
+    def __topkast_forward__(self, params: Any) -> Any:
+        self._check_single()
+        tree, weights = flatten_weights(params, strict=False)
+        supports = as_arrays(self.supports)
+
+        def view(weights: Arrays, supports: dict[str, Support]) -> Arrays:
+            return forward_views(weights, supports)
 
         if is_spread(weights) or is_explicit(weights):
-            return run(view, layout_of(params, weights), params, self.supports)
-        return view(params, self.supports)
+            views = run(view, layout_of(weights, weights), weights, supports)
+        else:
+            views = view(weights, supports)
+        return tree.rebuild(views | tree.other_leaves(params))
 
 
 class TopKASTGradientTransformation(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
@@ -194,24 +221,35 @@ class _Transform:
         self.tx = tx
         self.options = options
         self._unprobed: NotProbedError | None = None
+        self._cores: dict[Any, tuple[_Core, OptaxRule, TriedRule]] = {}
+        self._probed: set[Any] = set()
         if options.probe:
+            tree, _ = flatten_weights(jnp.zeros((1, 1)))
             try:
-                probe(tx, jax.ShapeDtypeStruct(SHAPE, jnp.float32))
+                TriedRule(OptaxRule(tx, tree)).probe_on({"": (1, 1)}, {})
             except NotProbedError as error:
                 self._unprobed = error  # masks and labels may ask for the tree that init gets
 
     def init(self, params: Any) -> TopKASTState:
-        tree, weights = take_apart(params)
+        if type(params).__name__ == "_ParamsPlaceholder":
+            return self._placeholder(params)
+        tree, weights = flatten_weights(params)
         if self.options.probe:
             self._probe_on(tree, weights)
         if not (is_spread(weights) or is_explicit(weights)):
             return self._init(params)
         check_layout(weights)
-        core, _ = self._on(tree)
+        core, _ = self._core_of(tree)
         core.check_finite(weights)
         shapes = jax.eval_shape(self._init, jax.tree.map(_shape, params))
         layout = layout_beside(shapes, tree, weights)
         return run(self._init, layout, params)  # type: ignore[no-any-return]
+
+    def _placeholder(self, params: Any) -> TopKASTState:
+        """What ``optax.tree_utils.tree_map_params`` asks for: where the state mirrors params."""
+        none = jnp.zeros(())
+        everything: Any = dict.fromkeys(TopKASTState._fields, none)
+        return TopKASTState(**everything | {"inner": self.tx.init(params)})
 
     def update(
         self, grads: Any, state: TopKASTState, params: Any = None, **extra: Any
@@ -229,7 +267,14 @@ class _Transform:
         self, grads: Any, state: TopKASTState, params: Any, extra: dict[str, Any], *, fused: bool
     ) -> tuple[Any, TopKASTState]:
         """:meth:`_advance`, where the parameters are."""
-        _, weights = take_apart(params)
+        if not isinstance(state, TopKASTState):
+            raise MismatchError(
+                f"update needs the state that init returned, got {type(state).__name__}: restore "
+                "what comes from a file into the form of tx.init(params)"
+            )
+        if any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(state)):
+            state = jax.tree.map(jnp.asarray, state)
+        _, weights = flatten_weights(params)
         if not (is_spread(weights) or is_explicit(weights)):
             return self._advance(grads, state, params, extra, fused=fused)
         layout = layout_of((params, state), weights)
@@ -242,15 +287,17 @@ class _Transform:
         return run(with_others, layout, grads, state, params, arrays)  # type: ignore[no-any-return]
 
     def _init(self, params: Any) -> TopKASTState:
-        tree, weights = take_apart(params)
-        core, rule = self._on(tree)
+        tree, weights = flatten_weights(params)
+        core, rule = self._core_of(tree)
         state = core.init(weights)
         compact = core.compact(weights, state.supports)
         rule.check(compact, state.supports)
         refuse_skipping(state.inner)
-        chosen_from = _checksum(compact, state.supports)
+        weights_checksum = _checksum(compact, state.supports, weights)
         return TopKASTState(
-            **state._asdict(), chosen_from=chosen_from, displaced=jnp.zeros((), jnp.int32)
+            **state._asdict(),
+            weights_checksum=weights_checksum,
+            stale_refreshes=jnp.zeros((), jnp.int32),
         )
 
     def _advance(
@@ -263,30 +310,41 @@ class _Transform:
         fused: bool,
     ) -> tuple[Any, TopKASTState]:
         """Updates and the next state or, `fused`, the parameters after them and the state."""
-        tree, weights = take_apart(params)
-        core, rule = self._on(tree)
-        slopes = tree.weights(grads, "grads")
-        core.check(slopes, weights, state)
+        tree, weights = flatten_weights(params)
+        core, rule = self._core_of(tree)
+        gradients = tree.weights(grads, "grads")
+        core.check(gradients, weights, state)
         passed = {
             name: rule.assemble(core.compact(tree.weights(value, name), state.supports))
             if tree.is_like(value, weights)
             else value
             for name, value in extra.items()
         }
-        rest = tree.rest(params)
+        others = tree.other_leaves(params)
         if fused:
-            found, following = core.step(slopes, state, weights, **passed)
-            moved = found
+            output, following = core.step(gradients, state, weights, **passed)
+            moved = output
         else:
-            found, following = core.update(slopes, state, weights, **passed)
-            moved = apply_updates(weights, found)
-            rest = {name: jnp.zeros_like(leaf) for name, leaf in rest.items()}
+            output, following = core.update(gradients, state, weights, **passed)
+            moved = apply_updates(weights, output)
+            others = {name: _no_update(name, leaf) for name, leaf in others.items()}
         following = self._compare(core, state, following, weights, moved)
-        return tree.rebuild(found | rest), following
+        return tree.rebuild(output | others), following
 
-    def _on(self, tree: Tree) -> tuple[_Core, OptaxRule]:
-        rule = OptaxRule(self.tx, tree)
-        return TopKASTTransform(rule, self.options), rule
+    def _core_of(self, tree: Tree) -> tuple[_Core, OptaxRule]:
+        """The core's transform for a tree: what follows from names and shapes is found once."""
+        try:
+            key = hash((tree.treedef, tree.names))
+        except TypeError:  # something static in it that has no hash
+            key = None
+        if key is None or key not in self._cores:
+            rule = OptaxRule(self.tx, tree)
+            tried = TriedRule(rule)
+            core = TopKASTTransform(rule, self.options, tried), rule, tried
+            if key is None:
+                return core[:2]
+            self._cores[key] = core
+        return self._cores[key][:2]
 
     def _compare(
         self,
@@ -301,34 +359,69 @@ class _Transform:
         `weights` are those before an update, `moved` those after it.
         """
 
-        def compare(displaced: jax.Array, seen: Arrays, chosen_from: jax.Array) -> jax.Array:
-            differs = (_checksum(seen, state.supports) != chosen_from).astype(jnp.int32)
+        def compare(
+            stale_refreshes: jax.Array, seen: Arrays, weights_checksum: jax.Array
+        ) -> jax.Array:
+            differs = (_checksum(seen, state.supports, weights) != weights_checksum).astype(
+                jnp.int32
+            )
             _warn_if(differs)
-            return displaced + differs
+            return stale_refreshes + differs
 
         def remember(_: jax.Array, supports: Mapping[str, Support], moved: Arrays) -> jax.Array:
-            return _checksum(core.compact(moved, supports), supports)
+            return _checksum(core.compact(moved, supports), supports, weights)
 
-        displaced, chosen_from = state.displaced, state.chosen_from
-        due = state.updates % self.options.refresh_every == 0
-        if may_hold(due):
+        stale_refreshes, weights_checksum = state.stale_refreshes, state.weights_checksum
+        due = state.updates % self._interval(core, weights) == 0
+        if possibly_true(due):
             # The values on B have been taken for the update already: XLA does not do it twice.
             seen = core.compact(weights, state.supports)
-            displaced = when(due, compare, displaced, seen, chosen_from)
-        due = following.updates % self.options.refresh_every == 0
-        chosen_from = when(due, remember, chosen_from, following.supports, moved)
-        return following._replace(displaced=displaced, chosen_from=chosen_from)
+            stale_refreshes = when(due, compare, stale_refreshes, seen, weights_checksum)
+        due = following.updates % self._interval(core, weights) == 0
+        weights_checksum = when(due, remember, weights_checksum, following.supports, moved)
+        return following._replace(
+            stale_refreshes=stale_refreshes, weights_checksum=weights_checksum
+        )
+
+    @staticmethod
+    def _interval(core: _Core, weights: Arrays) -> int:
+        """The number of updates between refreshes at which the sets of all tensors are chosen."""
+        plan = core.plan(weights)
+        intervals = (options.refresh_every for options in plan.options.values())
+        return min(math.lcm(*intervals), (1 << 31) - 1)
 
     def _probe_on(self, tree: Tree, weights: Arrays) -> None:
         """Probe once more: what the transformation does may depend on where a tensor is."""
+        signature = str([(name, leaf.shape) for name, leaf in weights.items()]), tree.names
+        if signature in self._probed:
+            return
+        dense = kept_dense(
+            {name: TensorInfo(leaf.shape, leaf.dtype) for name, leaf in weights.items()},
+            self.options.dense,
+            self.options.stacked,
+        )
+        shapes = {name: leaf.shape for name, leaf in weights.items()}
         try:
-            probe(self.tx, tree.rebuild(weights))
+            TriedRule(OptaxRule(self.tx, tree)).probe_on(
+                {name: shape for name, shape in shapes.items() if name not in dense},
+                {name: shape for name, shape in shapes.items() if name in dense},
+            )
         except NotProbedError as error:
             if self._unprobed is not None:
                 raise UnsupportedOptimizerError(
                     f"{describe(self.tx)} cannot take a plain step: {error}. Pass probe=False to "
                     "wrap it all the same"
                 ) from error
+        self._probed.add(signature)
+
+
+def _no_update(name: str, leaf: Any) -> Any:
+    if is_key(leaf):
+        raise UnsupportedTensorError(
+            f"{name} is a typed key of random numbers, which nothing can be added to: keep it out "
+            "of params, or use tx.step, which leaves it as it is"
+        )
+    return jnp.zeros_like(leaf)
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -339,9 +432,13 @@ def _on_one_device(array: jax.Array) -> jax.Array:
     return jnp.asarray(jax.device_get(array))
 
 
-def _checksum(compact: Arrays, supports: Mapping[str, Support]) -> jax.Array:
-    """Sum over B of a hash of place and bits, modulo 2**32: the same in whatever order."""
-    total = jnp.zeros((), jnp.uint32)
+def _checksum(compact: Arrays, supports: Mapping[str, Support], weights: Arrays) -> jax.Array:
+    """Sum over B of a hash of position and bits, modulo 2**32: the same in whatever order.
+
+    Of names and shapes too: a state of tensors that were transposed since is noticed.
+    """
+    shapes = str([(name, tuple(leaf.shape)) for name, leaf in sorted(weights.items())])
+    total = jnp.asarray(zlib.crc32(shapes.encode()), jnp.uint32)
     for key in supports:
         values = compact[key].reshape(-1)
         parts = (values.real, values.imag) if jnp.iscomplexobj(values) else (values,)
@@ -351,20 +448,20 @@ def _checksum(compact: Arrays, supports: Mapping[str, Support]) -> jax.Array:
             bits = jax.lax.bitcast_convert_type(part, integer[part.dtype.itemsize])
             if bits.dtype.itemsize == 8:
                 bits ^= bits >> 32
-            place = jnp.arange(part.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
-            hashed = (bits.astype(jnp.uint32) ^ place) * jnp.uint32(0x85EBCA6B)
+            position = jnp.arange(part.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+            hashed = (bits.astype(jnp.uint32) ^ position) * jnp.uint32(0x85EBCA6B)
             hashed = (hashed ^ (hashed >> 15)) * jnp.uint32(0xC2B2AE35)
             total += jnp.sum(hashed ^ (hashed >> 13), dtype=jnp.uint32)
     return total
 
 
-def _warn_if(displaced: jax.Array) -> None:
+def _warn_if(stale_refreshes: jax.Array) -> None:
     """Warn if a count is not zero, where it can be looked at.
 
     Not by a call back from compiled functions: on a CPU, one can wait for ever for a thread that
     waits for it, and it keeps functions out of JAX's persistent cache of compilations.
     """
-    if not is_traced(displaced) and displaced > 0:
+    if not is_traced(stale_refreshes) and stale_refreshes > 0:
         warnings.warn(
             "the weights are not those that the last refresh chose A and B from. Were the updates "
             "of the wrapped transformation changed before they were applied, as by "

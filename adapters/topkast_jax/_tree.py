@@ -63,32 +63,37 @@ class Tree:
             jnp.shape(leaf) == weights[name].shape for name, leaf in pairs if name in weights
         )
 
-    def rest(self, tree: Any) -> dict[str, Any]:
+    def other_leaves(self, tree: Any) -> dict[str, Any]:
         """The leaves of `tree` that are no weights, by name."""
         leaves = zip(self.names, self.treedef.flatten_up_to(tree), strict=True)
         return {name: leaf for name, leaf in leaves if name not in self.paths}
 
 
-def take_apart(params: Any) -> tuple[Tree, dict[str, jax.Array]]:
-    """The pytree without its arrays, and its floating-point leaves by name."""
-    found, treedef = tree_flatten_with_path(params)
+def flatten_weights(params: Any, *, strict: bool = True) -> tuple[Tree, dict[str, jax.Array]]:
+    """The pytree without its arrays, and its floating-point leaves by name.
+
+    Leaves that are no arrays (functions of an Equinox module, say) are refused if `strict`.
+    """
+    flat, treedef = tree_flatten_with_path(params)
     variables = {
         path
         for path, node in tree_flatten_with_path(params, is_leaf=_is_variable)[0]
         if _is_variable(node)
     }
-    found = [(path[:-1] if path[:-1] in variables else path, leaf) for path, leaf in found]
-    names = tuple(keystr(path, simple=True, separator=".") for path, _ in found)
+    flat = [(path[:-1] if path[:-1] in variables else path, leaf) for path, leaf in flat]
+    names = tuple(keystr(path, simple=True, separator=".") for path, _ in flat)
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise MismatchError(f"several leaves of params go by one name: {twice}")
     paths, weights = {}, {}
-    for name, (path, leaf) in zip(names, found, strict=True):
+    for name, (path, leaf) in zip(names, flat, strict=True):
         if isinstance(leaf, (float, complex)):
             leaf = jnp.asarray(leaf)
         if isinstance(leaf, (bool, int)):
             continue
         if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+            if not strict:
+                continue
             raise UnsupportedTensorError(
                 f"{name}: a leaf of params must be an array, got {type(leaf).__name__}; pass the "
                 "arrays alone, as from equinox.filter(model, equinox.is_inexact_array)"
@@ -98,6 +103,19 @@ def take_apart(params: Any) -> tuple[Tree, dict[str, jax.Array]]:
     if not weights:
         raise MismatchError("params has no floating-point leaf")
     return Tree(treedef, paths, names), weights
+
+
+def as_arrays(tree: Any) -> Any:
+    """`tree` with arrays in the places of NumPy's, and of the variables of Flax."""
+    leaves = jax.tree.map(
+        lambda leaf: leaf.get_value() if _is_variable(leaf) else leaf, tree, is_leaf=_is_variable
+    )
+    return jax.tree.map(jnp.asarray, leaves)
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is a typed key of random numbers, which has no zero to be added to it."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _is_variable(node: Any) -> bool:

@@ -1,5 +1,7 @@
 """Top-KAST for PyTorch: an optimizer around any elementwise ``torch.optim`` optimizer."""
 
+from topkast_torch import _replicas as _replicas
+from topkast_torch._averages import WeightAverage
 from topkast_torch._export import load_forward, save_forward
 from topkast_torch._layers import SparseConv2d, SparseLinear
 from topkast_torch._optimizer import TopKASTOptimizer, wrap
@@ -11,6 +13,7 @@ __all__ = [
     "SparseConv2d",
     "SparseLinear",
     "TopKASTOptimizer",
+    "WeightAverage",
     "densify",
     "load_forward",
     "save_forward",

@@ -1,172 +1,403 @@
-"""The state dict: what is saved, and everything that is checked before a byte is changed."""
+"""The state dict: what is saved, and everything that is checked before a byte is changed.
+
+It has the form of any PyTorch optimizer's: ``state`` by number of the Parameter, ``param_groups``.
+What Top-KAST adds travels inside these two, since libraries that save optimizers by the names of
+Parameters keep nothing else.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from topkast import OptionError, StateDictError, Support
+from topkast import MismatchError, OptionError, StateDictError, Support
 from topkast._options import FIXED_OPTIONS, GROUP_OPTIONS
-from topkast_torch._compact import CompactTensor
-from topkast_torch._groups import Core, Group
+from topkast_torch._execution import Execution
+from topkast_torch._fresh import missing_counts
+from topkast_torch._groups import Group, WrapperState
+from topkast_torch._inner_state import decode, encode, entries_of, map_tree
+from topkast_torch._learn_layout import first_writes
+from topkast_torch._seat import clear_state
 
-VERSION = 1
+VERSION = 2
+OWN = "topkast"  # the key of what Top-KAST adds
 
-_OWN_KEYS = ("params", "param_names")
-_KEPT = (*_OWN_KEYS, *FIXED_OPTIONS)  # when loading
+_OF_A_GROUP = ("params", "param_names", OWN)
 
 
-def save(core: Core, outer_groups: list[dict[str, Any]]) -> dict[str, Any]:
+def save(state: WrapperState) -> dict[str, Any]:
     """The state dict of :meth:`TopKASTOptimizer.state_dict`."""
-    state_dict: dict[str, Any] = core.inner.state_dict()
-    for packed, outer in zip(state_dict["param_groups"], outer_groups, strict=True):
-        packed.update((name, value) for name, value in outer.items() if name not in _OWN_KEYS)
-    state_dict["topkast"] = {
+    numbers = _number(state)
+    saved: dict[int, dict[str, Any]] = {}
+    for group, values in zip(state.groups, state.inner.param_groups, strict=True):
+        _save_group(saved, state, group, values, numbers)
+    groups = [
+        {name: _copy(value) for name, value in values.items() if name != "params"}
+        | {"params": [numbers[id(param)] for param in values["params"]]}
+        for values in state.inner.param_groups
+    ]
+    # As with state that is not there yet: some libraries load into what they have saved alone.
+    uncounted = []
+    for number, values in enumerate(state.inner.param_groups):
+        missing = missing_counts(state.inner, values)
+        groups[number] |= _copy(missing)
+        uncounted += [f"{number}:{name}" for name in missing]
+    groups[0][OWN] = {
         "version": VERSION,
-        "updates": core.updates,
-        "blocks": [
-            {
-                "indices": compact.support.indices.clone(),
-                "active": compact.support.active.clone(),
-                "changed": compact.changed.clone(),
-                "params": compact.block.unflatten(compact.theta().clone()),
-            }
-            for compact in core.compact
-        ],
+        "updates": state.updates,
+        "overdue": state.overdue,
+        "uncounted": " ".join(uncounted),
+        "attributes": {name: _copy(getattr(state.inner, name)) for name in state.attributes},
+        "state": {
+            key: _copy(entries) for key, entries in state.inner.state.items() if not _is_tensor(key)
+        },
     }
-    return state_dict
+    return {"state": encode(dict(sorted(saved.items()))), "param_groups": groups}
 
 
-def load(core: Core, outer_groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> None:
+def _number(state: WrapperState) -> dict[int, int]:
+    """The number of each Parameter, by its id, as PyTorch counts them."""
+    numbers: dict[int, int] = {}
+    start = 0
+    for group in state.groups:
+        for number, param in enumerate(group.params, start):
+            numbers.setdefault(id(param), number)
+        start += len(group.params)
+    return numbers
+
+
+def _save_group(
+    saved: dict[int, dict[str, Any]],
+    state: WrapperState,
+    group: Group,
+    values: Mapping[str, Any],
+    numbers: Mapping[int, int],
+) -> None:
+    given = group.given()
+    kept = {id(one): entries_of(state.inner, one, state.stores) for one in given}
+    # What an optimizer has not stepped yet is saved as it would start, since some libraries load
+    # into what they have saved alone; `started` says that it is not to be loaded.
+    waiting = [
+        one
+        for one in given
+        if all(isinstance(entry, Mapping) and not entry for entry in kept[id(one)].values())
+    ]
+    starts = first_writes(state.inner, values, waiting) if waiting else []
+    written = {id(one): start for one, start in zip(waiting, starts, strict=True)}
+    params = dict(zip(group.names, group.params, strict=True))
+    for execution in group.executions:
+        key = id(execution.values)
+        shared: Any = {"state": written[key]} if key in written else _copy(kept[key])
+        own = _save_execution(execution)
+        # What tensors that are ranked together share, whose sizes are fixed only in all, stands
+        # with the first: some libraries load into tensors of the sizes that they were given.
+        first, *_ = execution.ranked.shapes
+        own[first]["started"] = key not in written
+        for name in execution.ranked.shapes:
+            part = shared if shared and name == first else {"state": {}}
+            _put(saved, numbers[id(params[name])], part, own[name])
+    for name, param in params.items():
+        if name not in group.owner:
+            key = id(param)
+            entries = {"state": written[key]} if key in written else _copy(kept[key])
+            _put(saved, numbers[key], entries, {"started": key not in written})
+
+
+def _put(
+    saved: dict[int, dict[str, Any]], number: int, kept: dict[str, Any], own: dict[str, Any]
+) -> None:
+    others = {name: entries for name, entries in kept.items() if name != "state"}
+    if others:
+        own["stores"] = others
+    saved[number] = dict(kept.get("state", {})) | {OWN: own}
+
+
+def _save_execution(execution: Execution) -> dict[str, dict[str, Any]]:
+    """θ of each member by name, and with the first one sets and ages."""
+    ranked = execution.ranked
+    theta = ranked.unflatten(execution.theta().clone())
+    saved = {
+        name: {"params": theta[name], "changed": int(execution.changed[number])}
+        for number, name in enumerate(ranked.shapes)
+    }
+    first, *others = ranked.shapes
+    shared = saved[first]
+    shared["indices"], shared["active"] = (one.clone() for one in execution.support)
+    shared["steps"] = execution.steps
+    if execution.young is not None:
+        shared["ages"] = execution.young.current().clone()
+    if others:
+        shared["members"] = list(ranked.shapes)
+    return saved
+
+
+def load(state: WrapperState, state_dict: Mapping[str, Any]) -> None:
     """Check all of a state dict, then take it over."""
     try:
-        loaded = _check(core, state_dict)
+        loaded = _check(state, state_dict)
     except StateDictError:
         raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        MismatchError,
+    ) as error:
         raise StateDictError(f"the state dict is corrupt: {error!r}") from error
-    before = core.inner.state, core.inner.param_groups
-    try:
-        core.inner.load_state_dict(loaded.inner)
-    except Exception as error:
-        core.inner.state, core.inner.param_groups = before
-        raise StateDictError(f"{type(core.inner).__name__} refused its state: {error}") from error
-    core.updates = loaded.updates
-    for outer, saved in zip(outer_groups, loaded.groups, strict=True):
-        outer.update((name, value) for name, value in saved.items() if name not in _KEPT)
-    for compact, block in zip(core.compact, loaded.blocks, strict=True):
-        compact.changed = block.changed
-        compact.restore(block.support, block.theta)
-    for own, outer in zip(core.groups, outer_groups, strict=True):
-        for compact in own.compact:
-            compact.set_exploring(outer["explore_until"], core.updates)
+    inner = state.inner
+    state.updates, state.overdue = loaded.updates, loaded.overdue
+    clear_state(inner, state.stores)
+    for name, value in loaded.attributes.items():
+        setattr(inner, name, value)
+    for key in [key for key in inner.state if not _is_tensor(key)]:
+        del inner.state[key]
+    inner.state.update(loaded.others)
+    for param, kept in loaded.entries:
+        for name, entries in kept.items():
+            if not hasattr(inner, name):  # made by an optimizer's first step
+                setattr(inner, name, {})
+            getattr(inner, name)[param] = entries
+    for group, values, saved in zip(state.groups, inner.param_groups, loaded.groups, strict=True):
+        _load_options(values, saved, inner.defaults)
+        group.checked = ()
+        for execution in group.executions:
+            loaded.sets[id(execution)].restore(execution, values)
+            execution.set_exploring(execution.option(values, "explore_until"), state.updates)
+
+
+def _load_options(
+    values: dict[str, Any], saved: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
+    kept = {*_OF_A_GROUP, *FIXED_OPTIONS}
+    for name in [name for name in values if name not in {*kept, *defaults, *GROUP_OPTIONS}]:
+        if name not in saved:
+            del values[name]  # counted by an optimizer that had not counted yet when it was saved
+    values.update((name, value) for name, value in saved.items() if name not in kept)
 
 
 @dataclass
-class _Block:
+class _Sets:
+    """What is loaded for one execution."""
+
     support: Support
     changed: Tensor
     theta: Tensor  # one vector
+    steps: int
+    ages: Tensor | None
+
+    def restore(self, execution: Execution, values: Mapping[str, Any]) -> None:
+        execution.changed, execution.steps = self.changed, self.steps
+        execution.restore(self.support, self.theta)
+        if execution.young is not None and self.ages is not None:
+            execution.young.restore(self.ages, values)
 
 
 @dataclass
 class _Loaded:
     updates: int
-    blocks: list[_Block]
-    groups: list[dict[str, Any]]
-    inner: dict[str, Any]  # state dict of the inner optimizer
+    overdue: bool
+    attributes: dict[str, Any]
+    others: dict[Any, Any]  # state that belongs to no Parameter
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    entries: list[tuple[Parameter, dict[str, Any]]] = field(default_factory=list)
+    sets: dict[int, _Sets] = field(default_factory=dict)  # by the id of the execution
 
 
-def _check(core: Core, state_dict: Mapping[str, Any]) -> _Loaded:
-    if "topkast" not in state_dict:
+def _check(state: WrapperState, state_dict: Mapping[str, Any]) -> _Loaded:
+    groups = list(state_dict["param_groups"])
+    own = groups[0].get(OWN) if groups else None
+    if own is None:
         raise StateDictError(
-            "the state dict has no entry 'topkast': it was saved from an optimizer that was not "
-            "wrapped. Load it into that optimizer, then wrap it"
+            f"the state dict has no entry {OWN!r} in its first group: it was saved from an "
+            "optimizer that was not wrapped. Load it into that optimizer, then wrap it"
         )
-    own = state_dict["topkast"]
     if own["version"] != VERSION:
         raise StateDictError(f"the state dict has version {own['version']!r}, expected {VERSION}")
     updates = own["updates"]
     if not isinstance(updates, int) or updates < 0:
         raise StateDictError(f"the number of updates must be an integer >= 0, got {updates!r}")
-    compacts = list(core.compact)
-    _expect("number of sparsified tensors", len(compacts), len(own["blocks"]))
-    blocks = [
-        _check_block(compact, saved) for compact, saved in zip(compacts, own["blocks"], strict=True)
-    ]
-    groups = [dict(group) for group in state_dict["param_groups"]]
-    _expect("number of parameter groups", len(core.groups), len(groups))
-    for group in groups:
+    # Some libraries drop dictionaries that are empty.
+    _expect("attributes of the inner optimizer", {*state.attributes}, {*own.get("attributes", {})})
+    _expect("number of parameter groups", len(state.groups), len(groups))
+    loaded = _Loaded(
+        updates, bool(own["overdue"]), _copy(own.get("attributes", {})), _copy(own.get("state", {}))
+    )
+    uncounted = str(own["uncounted"]).split()
+    for number, (group, values, saved) in enumerate(
+        zip(state.groups, state.inner.param_groups, groups, strict=True)
+    ):
+        saved = {name: saved[name] for name in saved if f"{number}:{name}" not in uncounted}
+        _expect("parameters in a group", len(group.params), len(saved["params"]))
         try:
-            core.options.override({name: group[name] for name in GROUP_OPTIONS})
+            state.options.override({name: saved[name] for name in GROUP_OPTIONS})
         except OptionError as error:
             raise StateDictError(
                 f"a parameter group has an option that is wrong: {error}"
             ) from None
-    # A copy: loading must not tie this optimizer to the one that the state was taken from.
-    state = copy.deepcopy(dict(state_dict["state"]))
-    for own_group, inner_group, saved in zip(
-        core.groups, core.inner.param_groups, groups, strict=True
-    ):
-        _expect("parameters in a group", len(inner_group["params"]), len(saved["params"]))
-        for param, number in zip(inner_group["params"], saved["params"], strict=True):
-            if number in state:
-                _check_entries(own_group, param, state[number])
-    # Options that a later version of the inner optimizer has, and the state dict lacks, stay.
-    inner_groups = [
-        {name: value for name, value in (inner | saved).items() if name not in GROUP_OPTIONS}
-        for inner, saved in zip(core.inner.param_groups, groups, strict=True)
-    ]
-    return _Loaded(updates, blocks, groups, {"state": state, "param_groups": inner_groups})
+        loaded.groups.append({name: _copy(saved[name]) for name in saved if name != "params"})
+        _check_group(loaded, group, values, saved, state_dict["state"])
+    return loaded
 
 
-def _check_block(compact: CompactTensor, saved: Mapping[str, Any]) -> _Block:
-    block, key = compact.block, compact.block.key
-    shapes = [tuple(tensor.shape) for tensor in saved["params"].values()]
-    _expect(f"shapes of {key}", list(block.shapes.values()), shapes)
-    theta = torch.cat([tensor.reshape(-1) for tensor in saved["params"].values()])
-    _expect(f"dtype of {key}", compact.reservoir.dtype, theta.dtype)
-    if not torch.isfinite(theta).all():
-        raise StateDictError(f"{key}: a saved weight is NaN or infinite")
-    indices, active, changed = saved["indices"], saved["active"], saved["changed"]
-    _expect(f"indices of B of {key}", ((block.backward,), torch.int64), _kind(indices))
-    _expect(f"flags of A of {key}", ((block.backward,), torch.bool), _kind(active))
-    _expect(f"mask change of {key}", ((len(block.shapes),), torch.int32), _kind(changed))
-    _expect(f"|A| of {key}", block.forward, int(active.sum()))
-    rising = bool((indices[1:] > indices[:-1]).all())
-    if not rising or int(indices[0]) < 0 or int(indices[-1]) >= block.size:
+def _check_group(
+    loaded: _Loaded,
+    group: Group,
+    values: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    entries: Mapping[Any, Any],
+) -> None:
+    numbers = _match(group, values, saved)
+    by_name: dict[str, dict[str, Any]] = {}
+    for name, number in numbers.items():
+        found = entries.get(number, entries.get(str(number), {}))
+        if not isinstance(found, Mapping):
+            raise StateDictError(f"{name}: its state must be a dictionary, got {found!r}")
+        by_name[name] = decode(dict(found))
+    on_device = bool(saved.get("capturable") or saved.get("fused"))
+    for name, param in zip(group.names, group.params, strict=True):
+        if name in group.owner:
+            continue
+        own = by_name[name].pop(OWN, {})
+        if own.get("started"):
+            stores = own.get("stores", {})
+            kept = _to_device(by_name[name], stores, param.device, on_device)
+            loaded.entries.append((param, kept))
+    for execution in group.executions:
+        owns = {name: by_name[name].pop(OWN, None) for name in execution.ranked.shapes}
+        for name, own in owns.items():
+            if own is None or "params" not in own:
+                raise StateDictError(f"{name}: the state dict has no sets of it")
+        first, *others = owns
+        if others:
+            _expect_order(list(owns), owns[first].get("members"))
+        loaded.sets[id(execution)] = _check_sets(execution, owns)
+        if owns[first]["started"]:
+            stores = owns[first].get("stores", {})
+            kept = _check_entries(execution, {"state": by_name[first]} | stores)
+            state_of = kept.pop("state")
+            moved = _to_device(state_of, kept, execution.values.device, on_device)
+            loaded.entries.append((execution.values, moved))
+
+
+def _expect_order(names: list[str], members: Any) -> None:
+    """Raise :class:`StateDictError` if tensors that are ranked together were in another order."""
+    if members is None or (members != names and sorted(members) == sorted(names)):
         raise StateDictError(
-            f"{key}: the indices of B must ascend, without repetition, in [0, {block.size})"
+            f"the state dict has the tensors that are ranked together in the order {members}, the "
+            f"optimizer in the order {names}: build it with its Parameters in the same order"
         )
-    device = compact.reservoir.device
-    support = Support(indices.to(device, copy=True), active.to(device, copy=True))
-    return _Block(support, changed.to(device, copy=True), theta.to(device))
 
 
-def _check_entries(group: Group, param: Tensor, entries: Mapping[str, Any]) -> None:
-    """The inner optimizer's state of one tensor: its entries, and one value per coordinate."""
-    name = next(
-        (compact.block.key for compact in group.compact if compact.values is param),
-        "a dense tensor",
+def _match(group: Group, values: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The number of each tensor's state: by name where both sides have the same names."""
+    names, others = values.get("param_names"), saved.get("param_names")
+    if names is not None and others is not None and sorted(names) == sorted(others):
+        by_name = dict(zip(others, saved["params"], strict=True))
+        return {own: by_name[name] for own, name in zip(group.names, names, strict=True)}
+    return dict(zip(group.names, saved["params"], strict=True))
+
+
+def _check_sets(execution: Execution, owns: Mapping[str, Any]) -> _Sets:
+    ranked, key = execution.ranked, execution.ranked.key
+    device = execution.reservoir.device
+    for name, own in owns.items():
+        _expect(f"shape of {name}", tuple(ranked.shapes[name]), tuple(own["params"].shape))
+        _expect(f"dtype of {name}", execution.reservoir.dtype, own["params"].dtype)
+        if not torch.isfinite(own["params"]).all():
+            raise StateDictError(f"{name}: a saved weight is NaN or infinite")
+    shared = owns[next(iter(ranked.shapes))]
+    indices, active, count = shared["indices"], shared["active"], ranked.backward
+    _expect(f"indices of B of {key}", ((count,), torch.int64), _type_of(indices))
+    _expect(f"flags of A of {key}", ((count,), torch.bool), _type_of(active))
+    _expect(f"|A| of {key}", ranked.forward, int(active.sum()))
+    rising = bool((indices[1:] > indices[:-1]).all())
+    if count and (not rising or int(indices[0]) < 0 or int(indices[-1]) >= ranked.size):
+        raise StateDictError(
+            f"{key}: the indices of B must ascend, without repetition, in [0, {ranked.size})"
+        )
+    ages = None
+    if execution.young is not None:
+        _expect(f"ages of {key}", ((count,), torch.int16), _type_of(shared["ages"]))
+        ages = shared["ages"].to(device, copy=True)
+    counts, steps = [own["changed"] for own in owns.values()], shared["steps"]
+    if not all(isinstance(count, int) and count >= 0 for count in (*counts, steps)):
+        raise StateDictError(f"{key}: mask change and steps must be integers >= 0")
+    return _Sets(
+        Support(indices.to(device, copy=True), active.to(device, copy=True)),
+        torch.tensor(counts, dtype=torch.int32, device=device),
+        torch.cat([own["params"].reshape(-1).to(device) for own in owns.values()]),
+        steps,
+        ages,
     )
-    if entries:
-        missing = group.initial.keys() - entries.keys()
-        if missing:
-            raise StateDictError(f"{name}: the state lacks {sorted(missing)}")
-    for key, entry in entries.items():
-        per_coordinate = group.initial.get(key) is not None
-        if per_coordinate and entry is not None and not isinstance(entry, Tensor):
-            raise StateDictError(f"{name}: {key} must be a tensor, got {type(entry).__name__}")
-        if isinstance(entry, Tensor) and (per_coordinate or entry.numel() != 1):
-            _expect(f"{key} of {name}", tuple(param.shape), tuple(entry.shape))
 
 
-def _kind(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+def _check_entries(execution: Execution, kept: dict[str, Any]) -> dict[str, Any]:
+    """What the inner optimizer kept for a compact vector, if it fits the one that it is for."""
+    layout, compact = execution.habits.layout, execution.ranked.compact_shape
+    key, count = execution.ranked.key, execution.ranked.backward
+    missing = {str(path[1]) for path in layout.specs if path[0] == "state"} - {
+        str(entry) for entry in kept["state"]
+    }
+    if missing and kept["state"]:
+        raise StateDictError(f"{key}: the state lacks {sorted(missing)}")
+
+    def check(path: Any, entry: Any) -> Any:
+        if path not in layout.specs or entry is None:
+            return entry
+        if not isinstance(entry, Tensor):
+            raise StateDictError(f"{key}: {path[-1]} must be a tensor, got {type(entry).__name__}")
+        spec = layout.specs[path]
+        dims = spec.leading + (1 if spec.flat else len(compact))
+        if entry.dim() < dims or entry.shape[spec.axis(compact)] != count:
+            expected = (count,) if spec.flat else (*compact[:-1], count)
+            _expect(f"{path[-1]} of {key}", expected, tuple(entry.shape))
+        return entry
+
+    return dict(map_tree(check, kept))
+
+
+def _to_device(
+    state: Any, stores: dict[str, Any], device: torch.device, on_device: bool
+) -> dict[str, Any]:
+    """A copy on a device: loading must not tie an optimizer to what it was loaded from."""
+
+    def move(path: Any, entry: Any) -> Any:
+        if not isinstance(entry, Tensor):
+            return copy.deepcopy(entry)
+        if path[-1:] == ("step",):  # where fused implementations want it
+            return entry.to(torch.float32 if on_device else entry.dtype, copy=True).to(
+                device if on_device else entry.device
+            )
+        return entry.to(device, copy=True)
+
+    kept = {"state": map_tree(move, state)}
+    return kept | {name: map_tree(move, entries) for name, entries in stores.items()}
+
+
+def _copy(tree: Any) -> Any:
+    def copied(_: Any, leaf: Any) -> Any:
+        if isinstance(leaf, np.generic):  # which torch.load refuses
+            return leaf.item()
+        return leaf.detach().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+
+    return map_tree(copied, tree)
+
+
+def _is_tensor(key: object) -> bool:
+    return isinstance(key, Tensor)
+
+
+def _type_of(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
     return tuple(tensor.shape), tensor.dtype
 
 

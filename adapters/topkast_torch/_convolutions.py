@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import fold, pad, unfold
 
-from topkast_torch._products import TorchProducts, are_compiled, name_of
+from topkast_torch._products import Entries, TorchProducts, has_kernels, narrow, numpy_name
 
 _UNFOLDED = 1 << 20  # entries of unfolded images at a time: what second caches hold
 _SIZES = 4  # of images for which distances are remembered
@@ -51,12 +51,12 @@ class Convolution(Protocol):
     """Products with a sparse weight of (rows, channels · window), with values on B as a vector.
 
     Images and the gradient of the output are handed over once, by :meth:`pack` and
-    :meth:`pack_slope`, in the form that the products want; `shape` is that of the images.
+    :meth:`pack_gradient`, in the form that the products want; `shape` is that of the images.
     """
 
     def pack(self, images: Tensor) -> Tensor: ...
 
-    def pack_slope(self, slope: Tensor, shape: torch.Size) -> Tensor: ...
+    def pack_gradient(self, slope: Tensor, shape: torch.Size) -> Tensor: ...
 
     def forward(
         self, values: Tensor, packed: Tensor, bias: Tensor | None, shape: torch.Size
@@ -71,24 +71,20 @@ class Convolution(Protocol):
     ) -> None:
         """Write the gradient of the weight on B into `out` (|B|,)."""
 
+    def on_backward_set(self) -> Convolution:
+        """The same convolution with the weight on all of B."""
+
     @property
     def nbytes(self) -> int: ...
 
 
 def make_convolution(
-    rows: Tensor,
-    columns: Tensor,
-    active: Tensor,
-    shape: Pair,
-    window: Window,
-    dtype: torch.dtype,
+    find: Callable[[], Entries], window: Window, dtype: torch.dtype
 ) -> Convolution:
-    """A convolution with entries at `rows` and `columns` of B; columns are of all groups.
-
-    `active` are the positions in B of the entries that are in A.
-    """
-    kind = _OnPlanes if are_compiled(rows.device, dtype) else _Unfolded
-    return kind(rows, columns, active, shape, window)
+    """A convolution with the entries that `find` returns; their columns are of all groups."""
+    entries = find()
+    kind = _OnPlanes if has_kernels(entries.rows.device, dtype) else _Unfolded
+    return kind(entries, find, window)
 
 
 class _Distances(NamedTuple):
@@ -102,15 +98,14 @@ class _Distances(NamedTuple):
 class _OnPlanes:
     """Without unfolding: each weight looks at a fixed distance from the place of the output."""
 
-    def __init__(
-        self, rows: Tensor, columns: Tensor, active: Tensor, shape: Pair, window: Window
-    ) -> None:
+    def __init__(self, entries: Entries, find: Callable[[], Entries], window: Window) -> None:
         from topkast.kernels import arrange
 
+        self._find, (rows, columns, active, shape) = find, entries
         self._window = window
         self._rows, self._channels = shape[0], shape[1] // math.prod(window.size)
         grid = _grid(window.span, window._replace(margins=((0, 0), (0, 0))), 1, 1)
-        row, column, place = (tensor.int().numpy() for tensor in (rows, columns, active))
+        row, column, place = (narrow(tensor).numpy() for tensor in (rows, columns, active))
         everywhere = torch.arange(len(row), dtype=torch.int32, device="cpu").numpy()
         self._planes = self._channels * grid.planes
         turned = self._planes, self._rows * math.prod(window.size)
@@ -133,7 +128,7 @@ class _OnPlanes:
         to_planes(images.contiguous().numpy(), packed.numpy(), grid.of_images)
         return packed
 
-    def pack_slope(self, slope: Tensor, shape: torch.Size) -> Tensor:
+    def pack_gradient(self, slope: Tensor, shape: torch.Size) -> Tensor:
         from topkast.kernels import to_planes
 
         grid = self._grid_of(shape, slope.dtype)
@@ -182,6 +177,9 @@ class _OnPlanes:
             lead=grid.reach,
         )
 
+    def on_backward_set(self) -> Convolution:
+        return _Unfolded(self._find().all_active(), self._find, self._window)
+
     @property
     def nbytes(self) -> int:
         layouts = self._forward, self._transposed, self._backward
@@ -191,7 +189,7 @@ class _OnPlanes:
     def _grid_of(self, shape: torch.Size, dtype: torch.dtype) -> Any:
         from topkast.kernels import lanes_of
 
-        return _grid((shape[2], shape[3]), self._window, shape[0], lanes_of(name_of(dtype)))
+        return _grid((shape[2], shape[3]), self._window, shape[0], lanes_of(numpy_name(dtype)))
 
     def _at(self, grid: Any) -> _Distances:
         """The distances in images of some size; those of the last few are remembered."""
@@ -221,25 +219,25 @@ def _grid(extent: Pair, window: Window, batch: int, lanes: int) -> Any:
 def _planes(images: Tensor, grid: Any, planes: int, length: int) -> Tensor:
     from topkast.kernels import lanes_of
 
-    lanes = lanes_of(name_of(images.dtype))
+    lanes = lanes_of(numpy_name(images.dtype))
     return images.new_empty(-(-len(images) * grid.bands // lanes), planes, length, lanes)
 
 
 class _Unfolded:
     """By products with images unfolded, a few at a time."""
 
-    def __init__(
-        self, rows: Tensor, columns: Tensor, active: Tensor, shape: Pair, window: Window
-    ) -> None:
-        self._products = TorchProducts(rows, columns, active, shape)
+    def __init__(self, entries: Entries, find: Callable[[], Entries], window: Window) -> None:
+        self._find = find
+        self._products = TorchProducts(entries, find)
         self._window = window
         self._options = {"dilation": window.dilation, "stride": window.stride}
 
     def pack(self, images: Tensor) -> Tensor:
         (top, bottom), (left, right) = self._window.margins
-        return pad(images, (left, right, top, bottom))
+        padded = pad(images, (left, right, top, bottom))
+        return padded.view_as(padded)  # autograd wants an object of its own
 
-    def pack_slope(self, slope: Tensor, shape: torch.Size) -> Tensor:
+    def pack_gradient(self, slope: Tensor, shape: torch.Size) -> Tensor:
         return slope
 
     def forward(
@@ -273,6 +271,9 @@ class _Unfolded:
         for part, rise in self._parts(shape, packed, slope):
             self._products.weight_gradient(_as_rows(rise), self._unfold(part), some)
             out += some
+
+    def on_backward_set(self) -> Convolution:
+        return _Unfolded(self._find().all_active(), self._find, self._window)
 
     @property
     def nbytes(self) -> int:

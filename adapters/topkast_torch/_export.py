@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from topkast import MismatchError
-from topkast_torch._sparse_layer import SparseLayer
+from topkast_torch._sparse_layer import STRUCTURE, SparseLayer
 
 _FORMAT = "topkast-forward-1"
+_INDICES = (torch.int32, torch.int64)
+_SPARSEST = 1 << 20  # entries of a weight for each value, at most: a file must not claim memory
 
 
 def save_forward(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -45,29 +50,39 @@ def save_forward(model: nn.Module, path: str | PathLike[str]) -> None:
     >>> dense.load_state_dict(state)
     <All keys matched successfully>
     """
-    from safetensors.torch import save_file
-
+    save_file: Any = _safetensors("torch").save_file
     layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, SparseLayer)
     }
     if not layers:
         raise MismatchError("the model has no sparse layer: call topkast.sparsify first")
-    own = {
-        _join(name, part) for name in layers for part in ("values", "indices", "active", "shape")
-    }
-    tensors = {
-        name: tensor.detach().contiguous()
-        for name, tensor in model.state_dict().items()
-        if name not in own
-    }
+    own = {_join(name, part) for name in layers for part in ("values", *STRUCTURE)}
+    tensors: dict[str, Tensor] = {}
+    same: dict[str, str] = {}  # names of what is saved under another name
+    first: dict[Any, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in own:
+            key = tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+            if tensor.numel() and key in first:
+                same[name] = first[key]
+            else:
+                first[key] = name
+                tensors[name] = tensor.detach().contiguous()
     shapes = {}
     for name, layer in layers.items():
         weight, size = _join(name, "weight"), math.prod(layer.weight_shape)
+        if id(layer) in first:
+            same[weight] = first[id(layer)]
+            continue
+        first[id(layer)] = weight
         indices = layer.indices[layer.active]
         tensors[weight + ".values"] = layer.values.detach().view(-1)[layer.active]
         tensors[weight + ".indices"] = indices.int() if size < 1 << 31 else indices
         shapes[weight] = list(layer.weight_shape)
-    save_file(tensors, path, metadata={"format": _FORMAT, "shapes": json.dumps(shapes)})
+    metadata = {"format": _FORMAT, "shapes": json.dumps(shapes), "same": json.dumps(same)}
+    save_file(tensors, path, metadata=metadata)
 
 
 def load_forward(path: str | PathLike[str]) -> dict[str, Tensor]:
@@ -92,8 +107,7 @@ def load_forward(path: str | PathLike[str]) -> dict[str, Tensor]:
     --------
     See :func:`save_forward`.
     """
-    from safetensors import safe_open
-
+    safe_open: Any = _safetensors("").safe_open
     with safe_open(path, framework="pt") as file:
         metadata: dict[str, Any] = file.metadata() or {}
         if metadata.get("format") != _FORMAT:
@@ -101,18 +115,57 @@ def load_forward(path: str | PathLike[str]) -> dict[str, Tensor]:
                 f"{path} was not written by topkast_torch.save_forward: its format is "
                 f"{metadata.get('format')!r}, expected {_FORMAT!r}"
             )
-        shapes = json.loads(metadata["shapes"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for name, shape in shapes.items():
-        values, indices = tensors.pop(name + ".values"), tensors.pop(name + ".indices").long()
-        size = math.prod(shape)
-        fit = ((indices[1:] > indices[:-1]).all(), (indices >= 0).all(), (indices < size).all())
-        if len(values) != len(indices) or not all(fit):
-            raise MismatchError(
-                f"{path}: the indices of {name} must ascend in [0, {size}), one for each value"
-            )
-        tensors[name] = values.new_zeros(size).index_copy(0, indices, values).view(shape)
+    try:
+        shapes, same = (_read_object(metadata, name) for name in ("shapes", "same"))
+        for name, shape in shapes.items():
+            tensors[name] = _to_dense(name, shape, tensors)
+        for name, other in same.items():
+            tensors[name] = tensors[other]
+    except (ValueError, KeyError) as error:
+        raise MismatchError(f"{path} is no file of topkast_torch.save_forward: {error}") from error
     return tensors
+
+
+def _read_object(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
+    content = json.loads(metadata.get(name, "{}" if name == "same" else "null"))
+    if not isinstance(content, dict):
+        raise ValueError(f"its entry {name!r} must be a JSON object, got {content!r}")
+    return content
+
+
+def _to_dense(name: str, shape: Any, tensors: dict[str, Tensor]) -> Tensor:
+    """The dense tensor of values and indices in a file, once it is known that they fit."""
+    values, indices = tensors.pop(name + ".values"), tensors.pop(name + ".indices")
+    if not isinstance(shape, list) or not all(
+        isinstance(length, int) and length >= 0 for length in shape
+    ):
+        raise ValueError(f"the shape of {name} must be a list of lengths, got {shape!r}")
+    size = math.prod(shape)
+    if values.dim() != 1 or indices.shape != values.shape or indices.dtype not in _INDICES:
+        raise ValueError(
+            f"{name} has values of shape {tuple(values.shape)} and indices of {indices.dtype} and "
+            f"shape {tuple(indices.shape)}, expected as many integers as values"
+        )
+    indices = indices.long()
+    ascend = bool((indices[1:] > indices[:-1]).all())
+    if len(indices) and not (ascend and int(indices[0]) >= 0 and int(indices[-1]) < size):
+        raise ValueError(f"the indices of {name} must ascend in [0, {size})")
+    if size > _SPARSEST * max(len(indices), 1):
+        raise ValueError(
+            f"{name} has {len(indices)} values for a weight of shape {tuple(shape)}: a file of "
+            "this size cannot claim a tensor of that"
+        )
+    return values.new_zeros(size).index_copy(0, indices, values).view(shape)
+
+
+def _safetensors(part: str) -> Any:
+    try:
+        return importlib.import_module(f"safetensors.{part}" if part else "safetensors")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "files of forward views need safetensors: pip install 'topkast[safetensors]'"
+        ) from error
 
 
 def _join(module: str, name: str) -> str:

@@ -93,7 +93,7 @@ class SparseLinear(SparseLayer):
                 f"{tuple(inputs.shape)}"
             )
         rows = inputs.reshape(math.prod(leading), features)
-        found: Tensor = multiply(rows, self.values, self.bias, self.products)
+        found: Tensor = multiply(rows, self.values, self.bias, lambda: self.products)
         return found.view(*leading, self.out_features)
 
     def extra_repr(self) -> str:
@@ -104,7 +104,7 @@ class SparseLinear(SparseLayer):
         )
 
     def _make_products(self) -> Products:
-        return make_products(*self._entries(), self.values.dtype)
+        return make_products(self._entries, self.values.dtype)
 
 
 class SparseConv2d(SparseLayer):
@@ -152,7 +152,7 @@ class SparseConv2d(SparseLayer):
             raise MismatchError(
                 f"a window of {self.kernel_size} does not fit images of {tuple(inputs.shape)}"
             )
-        found: Tensor = convolve(images, self.values, self.bias, self.products)
+        found: Tensor = convolve(images, self.values, self.bias, lambda: self.products)
         return found if inputs.dim() == 4 else found[0]
 
     def extra_repr(self) -> str:
@@ -170,7 +170,7 @@ class SparseConv2d(SparseLayer):
         return Window(self.kernel_size, self.dilation, self.stride, zeros)
 
     def _make_products(self) -> Convolution:
-        return make_convolution(*self._entries(), self._window, self.values.dtype)
+        return make_convolution(self._entries, self._window, self.values.dtype)
 
     def _matrix_shape(self) -> tuple[int, int]:
         rows, width = super()._matrix_shape()

@@ -1,134 +1,126 @@
-"""Whether an optimizer treats a tensor as a bag of coordinates, and how its state starts."""
+"""Trials of a PyTorch optimizer for the probe of the core."""
 
 from __future__ import annotations
 
-import copy
-import inspect
-import warnings
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch.nn import Parameter
 
-from topkast import UnsupportedOptimizerError
-
-_SHAPE = (128, 130)  # optimizers that factor tensors do so from 128 rows and columns on
-_TOLERANCE = 1e-4  # of the largest update; a reduction over the tensor rounds in another order
-
-
-def probe(optimizer: torch.optim.Optimizer) -> None:
-    """Raise :class:`UnsupportedOptimizerError` unless permuting coordinates permutes the update."""
-    group = optimizer.param_groups[0]
-    like = next((param for param in group["params"]), torch.zeros(()))
-    generator = torch.Generator().manual_seed(0)
-    start, *gradients = (torch.randn(_SHAPE, generator=generator).to(like.device) for _ in range(3))
-    order = torch.randperm(start.numel(), generator=generator).to(like.device)
-
-    def permuted(tensor: Tensor) -> Tensor:
-        return tensor.flatten()[order].reshape(_SHAPE)
-
-    plain = _train(optimizer, group, start, gradients)
-    mixed = _train(optimizer, group, permuted(start), [permuted(grad) for grad in gradients])
-    largest = (plain - start).abs().max()
-    difference = (permuted(plain) - mixed).abs().max()
-    if difference > _TOLERANCE * largest:
-        raise UnsupportedOptimizerError(
-            f"{_name(optimizer)} does not treat a tensor as a bag of coordinates: permuting them "
-            f"changes its update by {float(difference / largest):.1e} of its size. It looks at "
-            "rows, columns or the whole matrix (as Muon, Shampoo and Adafactor do), which the "
-            "vector of the weights that Top-KAST updates does not have. Wrap an elementwise "
-            "optimizer (Adam, SGD, ...), or pass probe=False if it adds noise"
-        )
+from topkast._probe import (
+    HostArray,
+    HostArrays,
+    Traits,
+    beta_pairs,
+    check_joint,
+    check_permutation,
+    observe,
+)
+from topkast_torch._fresh import fresh_optimizer, name_of, take_step
+from topkast_torch._inner_state import Layout, Start, entries_of, renew, walk
+from topkast_torch._learn_layout import device_of
 
 
-def initial_state(
-    optimizer: torch.optim.Optimizer, group: Mapping[str, Any]
-) -> dict[str, float | None]:
-    """Each entry of a parameter's state: its initial value if it is one per coordinate, or None.
-
-    Observed, not listed: the value that a new optimizer writes first for a parameter of zeros.
-    Nearly always 0; Rprop's step sizes start at the learning rate, Adagrad's sums at an option.
-    """
-    like = next((param for param in group["params"]), torch.zeros(()))
-    param = torch.nn.Parameter(torch.zeros((1, 3), device=like.device))
-    param.grad = torch.zeros_like(param)
-    fresh = _fresh(optimizer, group, param)
-    entries = _FirstWrites(fresh.state[param])
-    fresh.state[param] = entries
-    _step(optimizer, fresh)
-    return {
-        name: float(value.flatten()[0])
-        if isinstance(value, Tensor) and value.shape == param.shape
-        else None
-        for name, value in entries.first.items()
-    }
-
-
-class _FirstWrites(dict[str, Any]):
-    """A state that remembers what each entry was set to first."""
-
-    def __init__(self, entries: Mapping[str, Any]) -> None:
-        super().__init__(entries)
-        self.first = copy.deepcopy(dict(entries))
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self.first.setdefault(name, value.clone() if isinstance(value, Tensor) else value)
-        super().__setitem__(name, value)
-
-
-def _train(
+def probe(
     optimizer: torch.optim.Optimizer,
     group: Mapping[str, Any],
-    start: Tensor,
-    gradients: list[Tensor],
-) -> Tensor:
-    param = torch.nn.Parameter(start.clone())
-    fresh = _fresh(optimizer, group, param)
-    for gradient in gradients:
-        param.grad = gradient.clone()
-        _step(optimizer, fresh)
-    return param.detach()
+    shapes: Sequence[tuple[int, ...]],
+    *,
+    joint: bool,
+) -> None:
+    """Raise :class:`UnsupportedOptimizerError` unless permuting coordinates permutes the update.
+
+    `shapes` are those of the tensors of a group that are to be sparsified; `joint` says that they
+    are ranked together, as one vector.
+    """
+    largest: dict[int, tuple[int, ...]] = {}
+    for shape in shapes:
+        kept = largest.setdefault(len(shape), shape)
+        if sorted(shape, reverse=True)[:2] > sorted(kept, reverse=True)[:2]:
+            largest[len(shape)] = shape
+
+    def start(params: HostArrays) -> Trial:
+        return Trial(optimizer, group, params)
+
+    for shape in largest.values():
+        check_permutation(start, {"": shape}, name_of(optimizer))
+    if joint:
+        check_joint(start, ["first", "second"], "joint", name_of(optimizer))
 
 
-def _step(optimizer: torch.optim.Optimizer, fresh: torch.optim.Optimizer) -> None:
-    try:
-        with warnings.catch_warnings():  # meant for the optimizer that is being tried
-            warnings.simplefilter("ignore")
-            step_without_hooks(fresh)
-    except Exception as error:
-        raise UnsupportedOptimizerError(
-            f"{_name(optimizer)} cannot take a plain step on a vector of weights and its dense "
-            f"gradient: {error}. Wrap an elementwise optimizer (Adam, SGD, ...)"
-        ) from error
+def find_traits(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], layout: Layout, dimensions: int
+) -> Traits:
+    """How the optimizer moves weights with a number of dimensions."""
+    pairs = beta_pairs(betas_of(group))
+    start = {"": pairs}, {"": dimensions}
+    return observe(lambda params: Trial(optimizer, group, params, layout), *start)[""]
 
 
-def step_without_hooks(optimizer: torch.optim.Optimizer) -> None:
-    """``optimizer.step()`` without step hooks: a wrapped optimizer has fired them already."""
-    step = type(optimizer).step
-    if getattr(step, "hooked", False):  # torch.optim.Optimizer.profile_hook_step
-        step = step.__wrapped__  # type: ignore[attr-defined]
-    step(optimizer)
+def betas_of(group: Mapping[str, Any]) -> tuple[float, ...]:
+    """The factors of the averages that an optimizer keeps, as far as its options say."""
+    for names in (("betas",), ("beta1", "beta2"), ("b1", "b2")):
+        values = [group.get(name) for name in names]
+        if names == ("betas",) and isinstance(values[0], (tuple, list)):
+            values = list(values[0])
+        if len(values) > 1 and all(isinstance(value, (int, float)) for value in values):
+            return tuple(map(float, values))  # type: ignore[arg-type]
+    return ()
 
 
-def _fresh(
-    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], param: torch.nn.Parameter
-) -> torch.optim.Optimizer:
-    """An optimizer of the same kind and options as `optimizer`, without state, for `param`."""
-    kind: Any = type(optimizer)
-    accepted = inspect.signature(kind).parameters
-    options = {name: value for name, value in group.items() if name in accepted}
-    try:
-        fresh: torch.optim.Optimizer = kind(**options | {"params": [param]})
-    except Exception:
-        # A constructor of another form: the same attributes, another parameter.
-        fresh = object.__new__(kind)
-        fresh.__dict__.update(optimizer.__dict__)
-        fresh.state = defaultdict(dict)
-        fresh.param_groups = [{**group, "params": [param]}]
-    return fresh
+class Trial:
+    """A fresh optimizer for one tensor; see :class:`topkast._probe.Trial`."""
 
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        group: Mapping[str, Any],
+        params: HostArrays,
+        layout: Layout | None = None,
+    ) -> None:
+        self._optimizer, self._layout, self._device = optimizer, layout, device_of(group)
+        self._params = {key: Parameter(self._tensor(array)) for key, array in params.items()}
+        self._fresh = fresh_optimizer(optimizer, group, list(self._params.values()))
 
-def _name(optimizer: torch.optim.Optimizer) -> str:
-    return type(optimizer).__name__
+    def step(self, grads: HostArrays) -> list[HostArrays]:
+        before = {key: param.detach().clone() for key, param in self._params.items()}
+        copies = {key: self._copies(param) for key, param in self._params.items()}
+        for key, param in self._params.items():
+            param.grad = self._tensor(grads[key])
+        take_step(self._optimizer, self._fresh, self._device)
+        moved = {key: [param.detach() - before[key]] for key, param in self._params.items()}
+        for key, param in self._params.items():
+            after = self._copies(param)
+            earlier = copies[key] or [before[key]] * len(after)  # made in this step
+            moved[key] += [
+                new.view(param.shape) - old.view(param.shape)
+                for old, new in zip(earlier, after, strict=True)
+            ]
+        return [
+            {key: step.double().cpu().numpy() for key, step in zip(moved, steps, strict=True)}
+            for steps in zip(*moved.values(), strict=True)
+        ]
+
+    def renew(self, entrants: HostArray) -> None:
+        assert self._layout is not None
+        positions = torch.from_numpy(entrants).nonzero().view(-1).to(self._device)
+        for param in self._params.values():
+            kept = entries_of(self._fresh, param, self._layout.stores)
+            renew(kept, self._layout, param, positions)
+
+    def _copies(self, param: Parameter) -> list[torch.Tensor]:
+        """Entries that started at the weights, and have their shape."""
+        if self._layout is None:
+            return []
+        kept = entries_of(self._fresh, param, self._layout.stores)
+        return [
+            entry.detach().clone()
+            for path, entry in walk(kept)
+            if isinstance(self._layout.starts.get(path), Start) and entry.numel() == param.numel()
+        ]
+
+    def _tensor(self, array: HostArray) -> torch.Tensor:
+        # Of the precision that it comes with: double where rounding must not matter.
+        return torch.from_numpy(np.asarray(array)).to(self._device, copy=True)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import warnings
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from topkast import UnsupportedTensorError
 
 
 class Products(Protocol):
@@ -29,22 +33,38 @@ class Products(Protocol):
     def weight_gradient(self, slope: Tensor, x: Tensor, out: Tensor) -> None:
         """Write the gradient ``slopeᵀ · x`` on B into `out` (|B|,)."""
 
+    def on_backward_set(self) -> Products:
+        """The same products with W on all of B."""
+
     @property
     def nbytes(self) -> int: ...
 
 
-def make_products(
-    rows: Tensor, columns: Tensor, active: Tensor, shape: tuple[int, int], dtype: torch.dtype
-) -> Products:
-    """Products for entries at `rows` and `columns` (int64, by row, then column) of B.
+class Entries(NamedTuple):
+    """Where the entries of a matrix are: `rows` and `columns` of B, int64, by row, then column.
 
-    `active` are the positions in B of the entries that are in A.
+    `active` are the positions in B of the entries that are in A; `shape` is the matrix's.
     """
-    kind = _CompiledProducts if are_compiled(rows.device, dtype) else TorchProducts
-    return kind(rows, columns, active, shape)
+
+    rows: Tensor
+    columns: Tensor
+    active: Tensor
+    shape: tuple[int, int]
+
+    def all_active(self) -> Entries:
+        """The same with all of B in A."""
+        everywhere = torch.arange(len(self.rows), device=self.rows.device)
+        return self._replace(active=everywhere)
 
 
-def are_compiled(device: torch.device, dtype: torch.dtype) -> bool:
+def make_products(find: Callable[[], Entries], dtype: torch.dtype) -> Products:
+    """Products for the entries that `find` returns, now and whenever they are needed again."""
+    entries = find()
+    kind = _CompiledProducts if has_kernels(entries.rows.device, dtype) else TorchProducts
+    return kind(entries, find)
+
+
+def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there are kernels for these weights."""
     return device.type == "cpu" and dtype in (torch.float32, torch.float64) and has_numba()
 
@@ -52,21 +72,21 @@ def are_compiled(device: torch.device, dtype: torch.dtype) -> bool:
 @functools.cache
 def has_numba() -> bool:
     """Whether the kernels can be compiled."""
-    return importlib.util.find_spec("numba") is not None
+    disabled = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+    return not disabled and importlib.util.find_spec("numba") is not None
 
 
-def name_of(dtype: torch.dtype) -> str:
+def numpy_name(dtype: torch.dtype) -> str:
     """What NumPy calls it."""
     return str(dtype).removeprefix("torch.")
 
 
 class _CompiledProducts:
-    def __init__(
-        self, rows: Tensor, columns: Tensor, active: Tensor, shape: tuple[int, int]
-    ) -> None:
+    def __init__(self, entries: Entries, find: Callable[[], Entries]) -> None:
         from topkast.kernels import arrange
 
-        row, column, place = (tensor.int().numpy() for tensor in (rows, columns, active))
+        self._find, (rows, columns, active, shape) = find, entries
+        row, column, place = (narrow(tensor).numpy() for tensor in (rows, columns, active))
         everywhere = torch.arange(len(row), dtype=torch.int32, device="cpu").numpy()
         self._forward = arrange(row[place], column[place], place, shape=shape)
         self._transposed = arrange(column[place], row[place], place, shape=shape[::-1])
@@ -77,7 +97,7 @@ class _CompiledProducts:
         from topkast.kernels import pack, tile_width
 
         batch, features = activations.shape
-        width = tile_width(batch, name_of(activations.dtype))
+        width = tile_width(batch, numpy_name(activations.dtype))
         packed = activations.new_empty(-(-batch // width), features, width)
         pack(activations.contiguous().numpy(), packed.numpy())
         return packed
@@ -92,6 +112,9 @@ class _CompiledProducts:
         from topkast.kernels import sampled_product
 
         sampled_product(self._backward, slope.numpy(), x.numpy(), out.numpy())
+
+    def on_backward_set(self) -> Products:
+        return TorchProducts(self._find().all_active(), self._find)
 
     @property
     def nbytes(self) -> int:
@@ -112,9 +135,8 @@ class _CompiledProducts:
 class TorchProducts:
     """By PyTorch's own sparse matrices, which know less about these products."""
 
-    def __init__(
-        self, rows: Tensor, columns: Tensor, active: Tensor, shape: tuple[int, int]
-    ) -> None:
+    def __init__(self, entries: Entries, find: Callable[[], Entries]) -> None:
+        self._find, (rows, columns, active, shape) = find, entries
         self.shape = shape
         self._backward = _row_starts(rows, shape[0]), columns
         self._active = active
@@ -127,7 +149,7 @@ class TorchProducts:
         )
 
     def pack(self, activations: Tensor) -> Tensor:
-        return activations
+        return activations.view_as(activations)  # autograd wants an object of its own
 
     def forward(self, values: Tensor, x: Tensor, bias: Tensor | None, batch: int) -> Tensor:
         weight = _matrix(self._forward, values[self._active], self.shape)
@@ -145,10 +167,23 @@ class TorchProducts:
             where = _matrix(self._backward, out.new_zeros(len(out)), self.shape)
             out += torch.sparse.sampled_addmm(where, slope.t(), x, beta=0.0).values()
 
+    def on_backward_set(self) -> Products:
+        return TorchProducts(self._find().all_active(), self._find)
+
     @property
     def nbytes(self) -> int:
         parts = (*self._forward, *self._transposed, *self._backward)
         return sum(part.nbytes for part in (*parts, self._active, self._active_by_column))
+
+
+def narrow(tensor: Tensor) -> Tensor:
+    """Indices as int32, which the kernels read; refused where they would not fit."""
+    if len(tensor) >= 1 << 31:
+        raise UnsupportedTensorError(
+            f"{len(tensor)} weights of one layer in B are more than the kernels can number: keep "
+            "the layer masked (topkast.sparsify(..., only=...))"
+        )
+    return tensor.int()
 
 
 def _row_starts(rows: Tensor, height: int) -> Tensor:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from topkast import MismatchError, Support, select
-from topkast._distribution import as_written
+from topkast import MismatchError, SparseExportWarning, Support, select
+from topkast._distribution import exact_fraction
+from topkast_torch._products import Entries
+from topkast_torch._read_only import read_only
+
+STRUCTURE = ("indices", "active", "shape")  # of a state dict, beside the values
 
 # Of each Parameter with the values of a layer, that layer: all that an optimizer is given of it.
 _LAYERS: Any = WeakTensorKeyDictionary()
@@ -27,37 +32,59 @@ def layer_of(param: Tensor) -> SparseLayer | None:
     return layer
 
 
+def _saves_pretrained() -> bool:
+    """Whether Transformers asks for the state dict, for a file that dense models are read from."""
+    frame = sys._getframe() if "transformers" in sys.modules else None
+    while frame is not None:
+        if frame.f_code.co_name == "save_pretrained":
+            return "state_dict" not in frame.f_locals or frame.f_locals["state_dict"] is None
+        frame = frame.f_back
+    return False
+
+
+def forget(param: Tensor) -> None:
+    """A Parameter is no longer that of a sparse layer."""
+    _LAYERS.pop(param, None)
+
+
+def replace_data(param: Parameter, data: Tensor) -> None:
+    """Give a Parameter data of another shape. Its gradient is dropped.
+
+    Between the two it has another dtype, which makes autograd forget the shape that it knew: graphs
+    of earlier passes that are still alive would keep it.
+    """
+    param.grad = None
+    other = torch.float32 if data.dtype == torch.float64 else torch.float64
+    param.data = torch.empty(0, dtype=other, device=data.device)
+    param.data = data
+
+
 class SparseLayer(nn.Module):
     """What the sparse layers share: values on B, and where they are.
 
-    ``values`` is the only Parameter besides the bias; the buffers ``indices`` (int64) and
-    ``active`` (bool) say where B is in the flat weight and what of it is in A, and ``shape`` what
-    the weight's shape would be. All are in the state dict.
+    ``values`` is the only Parameter besides the bias. ``indices`` (int64) and ``active`` (bool) say
+    where B is in the flat weight and what of it is in A, and ``shape`` what the weight's shape
+    would be: tensors that the state dict holds, and no buffers, which would be sent and averaged.
     """
 
     values: Parameter
     bias: Parameter | None
     indices: Tensor
     active: Tensor
-    shape: Tensor
     reservoir: Tensor | None  # all weights, until an optimizer takes them over
     _products: tuple[Any, tuple[Any, ...]] | None  # and what they were made from
-    _versions: tuple[int, int]
-    _content: tuple[int, int]
+    _number: int = 0  # of the tensors that the layer was given as its sets
 
     def set_sparse(self, values: Parameter, support: Support, shape: tuple[int, ...]) -> None:
         """Take these values, this support, and a weight of this shape."""
         self.values = values
-        self.register_buffer("shape", torch.tensor(shape))
-        self.register_buffer("indices", None)
-        self.register_buffer("active", None)
-        self.register_buffer("reservoir", None, persistent=False)
+        self.weight_shape = tuple(shape)
+        self.reservoir = self._products = None
         self.set_support(support)
 
     def set_support(self, support: Support) -> None:
-        """Take new places of the values."""
+        """Take other places of the values."""
         self.indices, self.active = support
-        self._products, self._versions = None, (-1, -1)
 
     @property
     def support(self) -> Support:
@@ -65,31 +92,31 @@ class SparseLayer(nn.Module):
         return Support(self.indices, self.active)
 
     @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
-        return tuple(self.shape.tolist())
+    def shape(self) -> Tensor:
+        """Shape of the weight, as the state dict holds it; int64."""
+        return torch.tensor(self.weight_shape, device="cpu")
 
     @property
     def weight(self) -> Tensor:
-        """The forward view α as a dense tensor: a copy, whose gradient reaches the values on B."""
-        found: Tensor = Dense.apply(self.values, *self.support, self.weight_shape)  # type: ignore[no-untyped-call]
-        return found
+        """The forward view α as a dense tensor: a copy, whose gradient reaches the values on B.
+
+        Writing to it raises :class:`topkast.MismatchError`, since the layer would not notice.
+        """
+        return read_only(dense_weight(self.values, *self.support, self.weight_shape))
 
     @property
     def products(self) -> Any:
-        """The products with this layer's weight, of its kind, made once after each refresh."""
-        made_from = *self.content(), self._window
+        """The products with this layer's weight, made once after each refresh."""
+        made_from = *self.written, self._window
         if self._products is None or self._products[1] != made_from:
+            check_support("the layer", self.support, self.weight_shape, self.values.numel())
             self._products = self._make_products(), made_from
         return self._products[0]
 
-    def content(self) -> tuple[int, int]:
-        """Checksums of indices and flags, which someone may write to: an average of models, say."""
-        versions = self.indices._version, self.active._version
-        if self._versions != versions:
-            self._versions = versions
-            self._content = _checksum(self.indices), _checksum(self.active)
-        return self._content
+    @property
+    def written(self) -> tuple[int, ...]:
+        """Changes when someone gives the layer other sets, or writes into them."""
+        return self._number, self.indices._version, self.active._version
 
     @property
     def _window(self) -> Any:
@@ -99,10 +126,10 @@ class SparseLayer(nn.Module):
     def _make_products(self) -> Any:
         raise NotImplementedError
 
-    def _entries(self) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
-        """Rows and columns of B's entries, which of them are in A, and the matrix's shape."""
+    def _entries(self) -> Entries:
+        """Where the weights on B are in the matrix of the products."""
         active = torch.nonzero(self.active).view(-1)
-        return *self._places(self.indices), active, self._matrix_shape()
+        return Entries(*self._places(self.indices), active, self._matrix_shape())
 
     def _matrix_shape(self) -> tuple[int, int]:
         rows, *others = self.weight_shape
@@ -138,10 +165,12 @@ class SparseLayer(nn.Module):
                     "in both places"
                 )
             _LAYERS[value] = weakref.ref(self)
+        elif name in ("indices", "active") and value is not self.__dict__.get(name):
+            self._number += 1
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_products": None, "_versions": (-1, -1)}
+        return self.__dict__ | {"_products": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -152,34 +181,92 @@ class SparseLayer(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if layer_of(self.values) is None:
             _LAYERS[self.values] = weakref.ref(self)
-        self._products, self._versions = None, (-1, -1)
+        device = self.values.device
+        if device.type != "meta":
+            self.indices, self.active = self.indices.to(device), self.active.to(device)
+            if self.reservoir is not None:
+                self.reservoir = self.reservoir.to(self.values)
+        self._products = None
         return self
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if _saves_pretrained():
+            warnings.warn(
+                "save_pretrained saves a model with sparse layers, which from_pretrained cannot "
+                "load: pass state_dict=topkast.densify(model.state_dict())",
+                SparseExportWarning,
+                stacklevel=2,
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in STRUCTURE:
+            destination[prefix + name] = getattr(self, name)
+
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         """Take values and structure, or a dense ``weight`` that vanishes outside A."""
-        taken = {}
-        dense = state_dict.get(prefix + "weight")
-        if dense is not None and prefix + "values" not in state_dict:
-            taken = {name: getattr(self, name) for name in ("indices", "active", "shape")}
-            taken["values"] = self._restrict(prefix + "weight", dense)
-        else:
-            _check_structure(prefix, state_dict, self)
-        merged = {
-            name: value for name, value in state_dict.items() if name != prefix + "weight"
-        } | {prefix + name: value for name, value in taken.items()}
-        given = [merged[key] for key in (prefix + "indices", prefix + "active") if key in merged]
-        pairs = zip(given, self.support, strict=False)
-        if not all(torch.equal(tensor.to(own.device), own) for tensor, own in pairs):
-            # New tensors: an optimizer that shares the old ones is to notice.
-            device = self.values.device
-            self.set_support(Support(*(tensor.to(device, copy=True) for tensor in given)))
+        merged = dict(state_dict)
+        dense = merged.pop(prefix + "weight", None)
+        structure = [merged.pop(prefix + name, None) for name in STRUCTURE]
+        if prefix + "values" in state_dict or any(entry is not None for entry in structure):
+            support = self._check_structure(prefix, state_dict)
+            same = all(
+                torch.equal(one.to(own.device), own)
+                for one, own in zip(support, self.support, strict=True)
+            )
+            if not same:  # new tensors: an optimizer that shares the old ones is to notice
+                device = self.values.device
+                self.set_support(Support(*(one.to(device, copy=True) for one in support)))
+        elif dense is not None:
+            merged[prefix + "values"] = self._restrict(prefix + "weight", dense)
         self.reservoir = None  # what lay outside B was that of other weights
-        unexpected = arguments[3]
-        super()._load_from_state_dict(merged, prefix, *arguments)
-        if prefix + "weight" in unexpected:
-            unexpected.remove(prefix + "weight")
+        super()._load_from_state_dict(
+            merged, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _check_structure(self, prefix: str, state_dict: Mapping[str, Any]) -> Support:
+        """The sets in a state dict, if they fit the layer; else :class:`topkast.MismatchError`."""
+        names = [prefix + name for name in ("values", *STRUCTURE)]
+        present = [name for name in names if name in state_dict]
+        if len(present) < len(names):
+            raise MismatchError(
+                f"the state dict has {present} but not {sorted({*names} - {*present})}: values and "
+                "their places belong together"
+            )
+        values, indices, active, shape = (state_dict[name] for name in names)
+        layer = prefix.rstrip(".") or "the layer"
+        for name, entry in zip(names, (values, indices, active, shape), strict=True):
+            if not isinstance(entry, Tensor):
+                raise MismatchError(f"{name} must be a tensor, got {type(entry).__name__}")
+        if (
+            shape.is_floating_point()
+            or shape.dim() != 1
+            or tuple(shape.tolist()) != self.weight_shape
+        ):
+            raise MismatchError(
+                f"{layer}: the state dict has a weight of shape {tuple(shape.reshape(-1).tolist())}"
+                f", the layer {self.weight_shape}"
+            )
+        if values.shape != self.values.shape:
+            raise MismatchError(
+                f"{layer}: the state dict has values of shape {tuple(values.shape)}, the layer "
+                f"{tuple(self.values.shape)}"
+            )
+        support = Support(indices, active)
+        check_support(f"{layer}: the state dict", support, self.weight_shape, self.values.numel())
+        if int(active.sum()) != int(self.active.sum()):
+            raise MismatchError(
+                f"{layer}: the state dict has |A| = {int(active.sum())}, the layer "
+                f"{int(self.active.sum())}"
+            )
+        return support
 
     def _restrict(self, name: str, dense: Tensor) -> Tensor:
         """The values on B of a dense weight that is zero outside A."""
@@ -206,7 +293,7 @@ def start(layer: SparseLayer, theta: Tensor, *, fwd: float, bwd: float) -> None:
     shape = (1,) * (theta.dim() - 1) + (len(support.indices),)
     layer.set_sparse(Parameter(flat[support.indices].view(shape)), support, tuple(theta.shape))
     layer.reservoir = flat.clone()
-    layer.density = float(1 - as_written(fwd))
+    layer.density = float(1 - exact_fraction(fwd))
 
 
 def to_dense(values: Tensor, indices: Tensor, active: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -216,53 +303,44 @@ def to_dense(values: Tensor, indices: Tensor, active: Tensor, shape: tuple[int, 
     return dense.view(shape)
 
 
-class Dense(torch.autograd.Function):
+def dense_weight(values: Tensor, indices: Tensor, active: Tensor, shape: tuple[int, ...]) -> Tensor:
     """:func:`to_dense`, with a gradient on B, as that of the products."""
+    found: Tensor = _Dense.apply(values, indices, active, shape)  # type: ignore[no-untyped-call]
+    return found
 
+
+class _Dense(torch.autograd.Function):
     @staticmethod
-    def forward(
-        context: Any, values: Tensor, indices: Tensor, active: Tensor, shape: tuple[int, ...]
-    ) -> Tensor:
-        context.save_for_backward(indices)
-        context.shape = values.shape
+    def forward(values: Tensor, indices: Tensor, active: Tensor, shape: tuple[int, ...]) -> Tensor:
         return to_dense(values, indices, active, shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(context: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+    def setup_context(context: Any, inputs: Any, output: Tensor) -> None:
+        values, indices, _, _ = inputs
+        context.save_for_backward(indices)
+        context.shape = values.shape
+
+    @staticmethod
+    def backward(context: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = context.saved_tensors
-        return slope.reshape(-1)[indices].view(context.shape), None, None, None
+        return grad_output.reshape(-1)[indices].view(context.shape), None, None, None
 
 
-def _checksum(tensor: Tensor) -> int:
-    return crc32(tensor.cpu().contiguous().numpy().tobytes())
-
-
-def _check_structure(prefix: str, state_dict: Mapping[str, Any], layer: SparseLayer) -> None:
-    """Raise :class:`topkast.MismatchError` unless a saved structure fits a layer."""
-    names = [prefix + name for name in ("values", "indices", "active", "shape")]
-    there = [name for name in names if name in state_dict]
-    if not there:
-        return  # torch says that all is missing
-    if len(there) < len(names):
-        raise MismatchError(
-            f"the state dict has {there} but not {sorted({*names} - {*there})}: values and their "
-            "places belong together"
-        )
-    values, indices, active, shape = (state_dict[name] for name in names)
-    size = math.prod(layer.weight_shape)
+def check_support(what: str, support: Support, shape: tuple[int, ...], count: int) -> None:
+    """Raise :class:`topkast.MismatchError` unless sets fit a weight and its number of values."""
+    indices, active = support
+    size = math.prod(shape)
     problem = None
-    if tuple(shape.tolist()) != layer.weight_shape:
-        problem = f"a weight of shape {tuple(shape.tolist())}, the layer {layer.weight_shape}"
-    elif not values.numel() == indices.numel() == active.numel() == layer.values.numel():
-        problem = f"|B| = {values.numel()}, the layer {layer.values.numel()}"
-    elif int(active.sum()) != int(layer.active.sum()):
-        problem = f"|A| = {int(active.sum())}, the layer {int(layer.active.sum())}"
-    elif indices.dtype != torch.int64 or active.dtype != torch.bool:
-        problem = f"indices of {indices.dtype} and flags of {active.dtype}"
-    elif len(indices) and not (
+    if indices.dtype != torch.int64 or active.dtype != torch.bool:
+        problem = f"indices of {indices.dtype} and flags of {active.dtype}, not int64 and bool"
+    elif tuple(indices.shape) != (count,) or tuple(active.shape) != (count,):
+        problem = (
+            f"indices of shape {tuple(indices.shape)} and flags of shape {tuple(active.shape)}, "
+            f"not ({count},), for as many values"
+        )
+    elif count and not (
         bool((indices[1:] > indices[:-1]).all()) and indices[0] >= 0 and indices[-1] < size
     ):
         problem = f"indices that do not ascend in [0, {size})"
     if problem:
-        raise MismatchError(f"{prefix.rstrip('.')}: the state dict has {problem}")
+        raise MismatchError(f"{what} has {problem}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,17 +14,21 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from topkast import OptionError
-from topkast_torch._layers import SparseConv2d, SparseLinear
-from topkast_torch._masked import MaskedTensor
+from topkast import OptionError, SparseExportWarning, Support
+from topkast._options import check_patterns, matches
+from topkast_torch._callers import is_called_by
+from topkast_torch._conversion import SPARSE_FORMS, make_dense, make_sparse
+from topkast_torch._masked_execution import MaskedExecution
 from topkast_torch._optimizer import TopKASTOptimizer
-from topkast_torch._sparse import SparseTensor
-from topkast_torch._sparse_layer import SparseLayer, to_dense
+from topkast_torch._sparse_execution import SparseExecution
+from topkast_torch._sparse_layer import (
+    STRUCTURE,
+    SparseLayer,
+    check_support,
+    replace_data,
+    to_dense,
+)
 
-_KINDS: dict[type[nn.Module], type[SparseLayer]] = {
-    nn.Linear: SparseLinear,
-    nn.Conv2d: SparseConv2d,
-}
 _ROUNDS = 5
 
 
@@ -78,51 +82,57 @@ def sparsify(
             f"sparsify needs the optimizer that topkast.wrap_optimizer returned, got "
             f"{type(optimizer).__name__}"
         )
-    patterns = ["*"] if only is None else [only] if isinstance(only, str) else list(only)
     owners = _owners(model)
     params = {param for group in optimizer.param_groups for param in group["params"]}
     if not params & owners.keys():
         raise OptionError("the optimizer was not built for the parameters of this model")
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise OptionError("make a model sparse before DistributedDataParallel takes it over")
-    tensors = list(optimizer._core.compact)
-    names = [name for tensor in tensors for name in tensor.block.shapes]
-    for pattern in patterns:
-        if names and not any(fnmatchcase(name, pattern) for name in names):
-            raise OptionError(f"only={pattern!r} matches none of the sparse tensors {names}")
+    if is_called_by("configure_optimizers", "LightningModule"):
+        warnings.warn(
+            "the model is made sparse in configure_optimizers, before which Lightning loads "
+            "checkpoints: those of this model would not load. Wrap and make it sparse in "
+            "configure_model, and return the optimizer in configure_optimizers",
+            SparseExportWarning,
+            stacklevel=3,
+        )
+    executions = list(optimizer._wrapper_state.executions)
+    names = [name for execution in executions for name in execution.ranked.shapes]
+    if names:
+        check_patterns(names, "only", only)
     inputs = _inputs(model, example) if auto and example is not None else {}
-    found = []
-    for tensor in tensors:
-        if isinstance(tensor, SparseTensor):
-            tensor.adopt_changes()  # or say that its layer was made dense
-            found.append(LayerExecution(tensor.block.key, "sparse", "it was already"))
+    report = []
+    for execution in executions:
+        if isinstance(execution, SparseExecution):
+            execution.accept_external_writes()  # or say that its layer was made dense
+            report.append(LayerExecution(execution.ranked.key, "sparse", "it was already"))
             continue
-        assert isinstance(tensor, MaskedTensor)
-        if len(tensor.members) > 1:
-            found += [
+        assert isinstance(execution, MaskedExecution)
+        if len(execution.members) > 1:
+            report += [
                 LayerExecution(name, "masked", "ranked with others: distribution='global'")
-                for name in tensor.members
+                for name in execution.members
             ]
             continue
-        ((name, member),) = tensor.members.items()
+        ((name, member),) = execution.members.items()
         modules = owners.get(member.param, [])
-        reason = _obstacle(modules, member.param)
-        if not any(fnmatchcase(name, pattern) for pattern in patterns):
+        reason = _obstacle(modules, execution)
+        if only is not None and not matches(name, only):
             reason = reason or f"not in only={only!r}"
         if reason is not None:
-            found.append(LayerExecution(name, "masked", reason))
+            report.append(LayerExecution(name, "masked", reason))
             continue
-        tensor.adopt_changes()
+        execution.accept_external_writes()
         module = modules[0][0]
-        execution = LayerExecution(name, "sparse", "not timed")
+        layer = LayerExecution(name, "sparse", "not timed")
         if module in inputs:
-            execution = _compare(name, module, tensor, inputs[module])
+            layer = _compare(name, module, execution, inputs[module])
         elif inputs:
-            execution = LayerExecution(name, "sparse", "not timed: the example does not reach it")
-        if execution.execution == "sparse":
-            _replace(optimizer, name, module, tensor)
-        found.append(execution)
-    return ExecutionReport(tuple(found))
+            layer = LayerExecution(name, "sparse", "not timed: the example does not reach it")
+        if layer.execution == "sparse":
+            _replace(optimizer, name, module, execution)
+        report.append(layer)
+    return ExecutionReport(tuple(report))
 
 
 def densify(model: Any) -> Any:
@@ -131,34 +141,34 @@ def densify(model: Any) -> Any:
         return _densify_state(model)
     for module in model.modules():
         if isinstance(module, SparseLayer):
-            flag = module.values.requires_grad
-            weight = Parameter(module.weight.detach(), requires_grad=flag)
-            for name in ("indices", "active", "shape", "reservoir"):
-                delattr(module, name)
-            del module._parameters["values"]
-            for name in ("_products", "_versions", "_content", "density"):
-                module.__dict__.pop(name, None)
-            bias = module._parameters.pop("bias")
-            dense: Any = next(dense for dense, kind in _KINDS.items() if isinstance(module, kind))
-            module.__class__ = dense
-            module.register_parameter("weight", weight)
-            module._parameters["bias"] = bias
+            # Another Parameter: that of an optimizer stays what the optimizer knows.
+            make_dense(module, module.weight.detach().clone(), same=False)
     return model
 
 
 def _densify_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     dense: dict[str, Any] = {}
+    prefixes = {
+        name.removesuffix("values")
+        for name in state_dict
+        if name.endswith("values")
+        and all(name.removesuffix("values") + part in state_dict for part in STRUCTURE)
+    }
     for name, entry in state_dict.items():
         prefix, _, last = name.rpartition(".")
         prefix = prefix + "." if prefix else ""
-        if prefix + "indices" not in state_dict or prefix + "shape" not in state_dict:
+        if prefix not in prefixes or last not in ("values", *STRUCTURE):
             dense[name] = entry
         elif last == "values":
-            places = state_dict[prefix + "indices"], state_dict[prefix + "active"]
-            shape = tuple(state_dict[prefix + "shape"].tolist())
-            dense[prefix + "weight"] = to_dense(entry, *places, shape)
-        elif last not in ("indices", "active", "shape"):
-            dense[name] = entry
+            indices, active, shape = (state_dict[prefix + part] for part in STRUCTURE)
+            size = tuple(shape.tolist())
+            check_support(
+                f"{prefix.rstrip('.')}: the state dict",
+                Support(indices, active),
+                size,
+                entry.numel(),
+            )
+            dense[prefix + "weight"] = to_dense(entry, indices, active, size)
     return dense
 
 
@@ -172,52 +182,47 @@ def _owners(model: nn.Module) -> dict[Tensor, list[tuple[nn.Module, str]]]:
     return owners
 
 
-def _obstacle(modules: list[tuple[nn.Module, str]], param: Tensor) -> str | None:
+def _obstacle(modules: list[tuple[nn.Module, str]], execution: MaskedExecution) -> str | None:
     """Why the layer of a weight cannot be sparse, if it cannot."""
+    ((_, member),) = execution.members.items()
     if not modules:
         return "not a Parameter of this model"
     if len(modules) > 1:
         return f"shared by {len(modules)} layers"
     ((module, name),) = modules
-    if type(module) not in _KINDS or name != "weight":
+    if type(module) not in SPARSE_FORMS or name != "weight":
         return f"{name} of {type(module).__name__}, which has no sparse form"
     if "forward" in module.__dict__:
         return "its forward function was replaced"
-    if param.dtype not in (torch.float32, torch.float64):
-        return f"{param.dtype} has no sparse products"
+    if member.param.dtype not in (torch.float32, torch.float64):
+        return f"{member.param.dtype} has no sparse products"
     return None
 
 
 def _replace(
-    optimizer: TopKASTOptimizer, name: str, module: nn.Module, masked: MaskedTensor
+    optimizer: TopKASTOptimizer, name: str, module: nn.Module, masked: MaskedExecution
 ) -> None:
-    """Make a layer sparse, and have the optimizer go on with its values."""
-    param: Any = masked.members[name].param
-    masked.release()
-    values = masked.values
-    values.requires_grad_(param.requires_grad)
-    values.grad = None
-    if param.grad is not None:
-        values.grad = torch.take(param.grad, masked.support.indices).view(values.shape)
-    sparse = SparseTensor.of_masked(masked, _convert(module, values, masked))
-    for group, outer in zip(optimizer._core.groups, optimizer.param_groups, strict=True):
+    """Make a layer sparse, and have the optimizer go on with its values.
+
+    The Parameter stays the same object, with other data: lists of Parameters that were made before
+    hold what is trained.
+    """
+    param, state = masked.members[name].param, optimizer._wrapper_state
+    grad = param.grad
+    masked.forget()
+    replace_data(param, masked.values.detach())
+    if grad is not None:
+        param.grad = masked.members[name].backward.gather(grad).view(param.shape)
+    for store in state.stores:
+        entries = getattr(state.inner, store, {})
+        if masked.values in entries:
+            entries[param] = entries.pop(masked.values)
+    shape = masked.ranked.shapes[name]
+    sparse = SparseExecution.of_masked(masked, make_sparse(module, param, masked.support, shape))
+    for group in state.groups:
         if group.owner.get(name) is masked:
             group.owner[name] = sparse
-            group.compact[group.compact.index(masked)] = sparse
-            outer["params"] = [values if given is param else given for given in outer["params"]]
-
-
-def _convert(module: nn.Module, values: Parameter, masked: MaskedTensor) -> SparseLayer:
-    """Make a module sparse in place: whoever holds it, and its hooks, stay as they are."""
-    kind = _KINDS[type(module)]
-    shape = next(iter(masked.block.shapes.values()))
-    del module._parameters["weight"]
-    module.__class__ = kind
-    assert isinstance(module, SparseLayer)
-    bias = module._parameters.pop("bias")
-    module.set_sparse(values, masked.support, tuple(shape))
-    module._parameters["bias"] = bias
-    return module
+            group.executions[group.executions.index(masked)] = sparse
 
 
 def _inputs(model: nn.Module, example: Any) -> dict[nn.Module, Tensor]:
@@ -230,7 +235,7 @@ def _inputs(model: nn.Module, example: Any) -> dict[nn.Module, Tensor]:
     hooks = [
         module.register_forward_pre_hook(remember, with_kwargs=True)
         for module in model.modules()
-        if type(module) in _KINDS
+        if type(module) in SPARSE_FORMS
     ]
     training = {module: module.training for module in model.modules()}
     try:
@@ -247,9 +252,16 @@ def _inputs(model: nn.Module, example: Any) -> dict[nn.Module, Tensor]:
     return seen
 
 
-def _compare(name: str, module: nn.Module, masked: MaskedTensor, given: Tensor) -> LayerExecution:
+def _compare(
+    name: str, module: nn.Module, masked: MaskedExecution, given: Tensor
+) -> LayerExecution:
     """Time a layer both ways, and choose the faster."""
-    sparse = _convert(_shadow(module), Parameter(masked.values.detach()), masked)
+    sparse = make_sparse(
+        _shadow(module),
+        Parameter(masked.values.detach()),
+        masked.support,
+        masked.ranked.shapes[name],
+    )
     ways = {"masked": _passes(_shadow(module), given), "sparse": _passes(sparse, given)}
     times: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(_ROUNDS + 1):

@@ -4,15 +4,17 @@ from topkast._compact import forward_view, gather, migrate, scatter
 from topkast._distribution import densities
 from topkast._errors import (
     AdapterNotFoundError,
+    DenseAverageWarning,
     MismatchError,
     NonFiniteError,
     OptionError,
+    SparseExportWarning,
     StateDictError,
     UnsupportedOptimizerError,
     UnsupportedTensorError,
     WeightsMovedWarning,
 )
-from topkast._execution import densify, sparsify
+from topkast._execution import densify, sparsify, unwrap
 from topkast._exploration import exploration_gradient, exploration_penalty
 from topkast._inspect import Masks, Summary, TensorSummary, dense_params, masks, summary
 from topkast._rules import SGD, Adam, AdamW
@@ -28,10 +30,12 @@ __all__ = [
     "Adam",
     "AdamW",
     "AdapterNotFoundError",
+    "DenseAverageWarning",
     "Masks",
     "MismatchError",
     "NonFiniteError",
     "OptionError",
+    "SparseExportWarning",
     "StateDictError",
     "Summary",
     "Support",
@@ -56,5 +60,6 @@ __all__ = [
     "select",
     "sparsify",
     "summary",
+    "unwrap",
     "wrap_optimizer",
 ]

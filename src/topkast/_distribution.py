@@ -69,7 +69,7 @@ def exact_densities(
 ) -> dict[str, Fraction]:
     """As :func:`densities`, in rational arithmetic: counts derived from it never round."""
     check_sparsities(sparsity, sparsity)
-    density = 1 - as_written(sparsity)
+    density = 1 - exact_fraction(sparsity)
     if distribution == "uniform":
         return dict.fromkeys(shapes, density)
     if distribution == "erk":
@@ -80,9 +80,9 @@ def exact_densities(
 def kept_count(size: int, density: Fraction) -> int:
     """Number of entries kept out of `size`: ``max(1, size - floor(sparsity * size))``.
 
-    >>> kept_count(100_000_007, 1 - as_written(0.9))
+    >>> kept_count(100_000_007, 1 - exact_fraction(0.9))
     10000001
-    >>> kept_count(3, 1 - as_written(0.99)), kept_count(0, Fraction(1))
+    >>> kept_count(3, 1 - exact_fraction(0.99)), kept_count(0, Fraction(1))
     (1, 0)
     """
     if size == 0:
@@ -90,7 +90,7 @@ def kept_count(size: int, density: Fraction) -> int:
     return max(1, size - math.floor((1 - density) * size))
 
 
-def as_written(sparsity: float) -> Fraction:
+def exact_fraction(sparsity: float) -> Fraction:
     """The decimal that the user wrote, so that 0.9 is nine tenths and not its nearest double."""
     return Fraction(str(sparsity))
 

@@ -29,5 +29,13 @@ class AdapterNotFoundError(TypeError):
     """No adapter serves the framework of an optimizer."""
 
 
+class DenseAverageWarning(UserWarning):
+    """An average of forward views is made, which has more nonzeros than A."""
+
+
+class SparseExportWarning(UserWarning):
+    """A model with sparse layers is saved in a form that other libraries cannot load."""
+
+
 class WeightsMovedWarning(UserWarning):
     """Weights are not those that A and B were chosen from: something else changed them."""

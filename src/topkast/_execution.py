@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from topkast._errors import AdapterNotFoundError
+from topkast._errors import AdapterNotFoundError, OptionError
+
+if TYPE_CHECKING:
+    from topkast_torch import ExecutionReport
+    from torch.optim import Optimizer
 
 
 def sparsify(
@@ -16,13 +20,14 @@ def sparsify(
     only: str | Sequence[str] | None = None,
     auto: bool = True,
     example: Any = None,
-) -> Any:
+) -> ExecutionReport:
     r"""Compute with sparse weights for real: replace a model's layers by always-sparse ones.
 
     Layers whose weight `optimizer` keeps sparse change in place: the values on B become their
     Parameter, of shape (1, …, \|B\|); the forward pass multiplies by A alone, the input gradient
     by A's transpose, and the gradient is formed on B alone. No dense weight and no dense gradient
-    exist any more. Training goes on with the same optimizer, its state and its sets.
+    exist any more. Training goes on with the same optimizer, its state and its sets. A refresh
+    costs as much as several steps: sparse layers gain time where `refresh_every` is large.
 
     ``torch.nn.Linear`` and ``torch.nn.Conv2d`` have a sparse form, in float32 and float64. What
     has none (``torch.nn.MultiheadAttention``, subclasses, tied weights, tensors that are ranked
@@ -79,6 +84,10 @@ def sparsify(
     return sparsify_torch(model, optimizer, only=only, auto=auto, example=example)
 
 
+@overload
+def densify(model: Mapping[str, Any], /) -> dict[str, Any]: ...
+@overload
+def densify(model: Any, /) -> Any: ...
 def densify(model: Any, /) -> Any:
     """The inverse of :func:`sparsify`, for export: dense layers that hold the forward view α.
 
@@ -115,6 +124,53 @@ def densify(model: Any, /) -> Any:
     from topkast_torch import densify as densify_torch
 
     return densify_torch(model)
+
+
+def unwrap(optimizer: Any, /, *, weights: Literal["forward", "dense"] = "forward") -> Optimizer:
+    """End a wrapped optimizer: the one inside goes on alone, with the whole tensors.
+
+    Hooks are gone, gradients are dense, and what the inner optimizer kept on B it keeps for every
+    weight, as a fresh one would start outside B.
+
+    Parameters
+    ----------
+    optimizer
+        What :func:`topkast.wrap_optimizer` returned for a PyTorch optimizer. It refuses to step
+        from now on.
+    weights
+        What the model is left with: ``"forward"``, the forward view α, or ``"dense"``, the weights
+        θ. Layers that :func:`sparsify` made sparse stay sparse under the first, and become dense
+        under the second.
+
+    Returns
+    -------
+    torch.optim.Optimizer
+        The optimizer that was wrapped.
+
+    Raises
+    ------
+    OptionError
+        If `optimizer` is not wrapped, or is a functional one, which holds nothing that could end:
+        go on with the inner transformation.
+
+    Examples
+    --------
+    >>> import torch, topkast
+    >>> model = torch.nn.Linear(20, 30)
+    >>> opt = torch.optim.SGD(model.named_parameters(), 0.1)
+    >>> opt = topkast.wrap_optimizer(opt, fwd=0.9, bwd=0.8)
+    >>> opt = topkast.unwrap(opt)
+    >>> type(opt), int((model.weight != 0).sum())
+    (<class 'torch.optim.sgd.SGD'>, 60)
+    """
+    method = getattr(optimizer, "__topkast_unwrap__", None)
+    if method is None:
+        raise OptionError(
+            f"unwrap takes what topkast.wrap_optimizer returned for a PyTorch optimizer, got "
+            f"{type(optimizer).__qualname__}"
+        )
+    inner: Optimizer = method(weights)
+    return inner
 
 
 def _check(model: Any) -> None:

@@ -9,7 +9,7 @@ Sampling decides speed, never the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,42 +17,51 @@ import numpy as np
 from topkast._errors import NonFiniteError
 
 Vector: TypeAlias = np.ndarray[Any, Any]
+Ranks: TypeAlias = Callable[[Vector], Vector]  # of entries with equal magnitudes, by position
 
 _CHUNK = 1 << 16  # entries: a chunk's magnitudes and flags stay in a core's second-level cache
 _SAMPLE = 1 << 15  # entries
 _SPREAD = 4.0  # half-width of the bracket, in standard deviations of a sampled quantile
 
 
-def largest_on_host(vector: Vector, count: int) -> tuple[Vector, Vector]:
+def largest_on_host(vector: Vector, count: int, ranks: Ranks) -> tuple[Vector, Vector]:
     """Ascending indices of the `count` largest magnitudes of `vector` (n,), and those magnitudes.
 
-    Ties go to the lower index. Raises :class:`NonFiniteError` where an entry is NaN or infinite.
+    Equal ones rank by ``ranks(indices)``, which all differ, the largest first. Raises
+    :class:`NonFiniteError` where an entry is NaN or infinite.
     """
     threshold, surplus = _threshold(vector, count)
     indices = np.empty(count + surplus, dtype=np.intp)
     magnitudes = np.empty(count + surplus, dtype=vector.dtype)
     filled = 0
     for start, chunk in _magnitudes(vector):
-        found = np.flatnonzero(chunk >= threshold)
-        stop = filled + found.size
-        magnitudes[filled:stop] = chunk.take(found)
-        np.add(found, start, out=indices[filled:stop])
+        reached = np.flatnonzero(chunk >= threshold)
+        stop = filled + reached.size
+        magnitudes[filled:stop] = chunk.take(reached)
+        np.add(reached, start, out=indices[filled:stop])
         filled = stop
     if surplus:
         keep = np.ones(magnitudes.size, dtype=np.bool_)
-        _drop_last_ties(keep, magnitudes, threshold, surplus)
+        equal = np.flatnonzero(magnitudes == threshold)
+        keep[equal[_smallest(ranks(indices[equal]), surplus)]] = False
         indices, magnitudes = indices.compress(keep), magnitudes.compress(keep)
     return indices, magnitudes
 
 
-def largest_flags(vector: Vector, count: int) -> Vector:
-    """Flags (n,) of the `count` largest magnitudes of `vector` (n,); ties go to the lower index."""
+def largest_flags(vector: Vector, count: int, ranks: Ranks) -> Vector:
+    """Flags (n,) of the `count` largest magnitudes of `vector` (n,), ranked as above."""
     threshold, surplus = _threshold(vector, count)
     magnitudes = np.abs(vector)
     flags = np.asarray(magnitudes >= threshold)
     if surplus:
-        _drop_last_ties(flags, magnitudes, threshold, surplus)
+        equal = np.flatnonzero(magnitudes == threshold)
+        flags[equal[_smallest(ranks(equal), surplus)]] = False
     return flags
+
+
+def _smallest(ranks: Vector, count: int) -> Vector:
+    """Positions of the `count` smallest ranks."""
+    return np.argpartition(ranks, count - 1)[:count]
 
 
 def common_positions(old: Vector, new: Vector) -> tuple[Vector, Vector]:
@@ -70,11 +79,6 @@ def common_positions(old: Vector, new: Vector) -> tuple[Vector, Vector]:
     source = np.zeros(new.size, dtype=np.intp)
     source[survives] = np.flatnonzero(table.take(old))
     return source, survives
-
-
-def _drop_last_ties(flags: Vector, magnitudes: Vector, threshold: Any, surplus: int) -> None:
-    ties = np.flatnonzero(magnitudes == threshold)
-    flags[ties[ties.size - surplus :]] = False
 
 
 def _threshold(vector: Vector, count: int) -> tuple[Any, int]:

@@ -5,29 +5,42 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
 from topkast._compact import scatter
 from topkast._errors import MismatchError
-from topkast._plan import Block
 from topkast._primitives import Array, device
 from topkast._selection import Support
+from topkast._tensors import RankedTensors
 
 
-def find_state(x: Any) -> Any:
-    """The state of a wrapped optimizer: `x`, or the one in the containers that `x` consists of.
+def find_states(x: Any, method: str = "__topkast_inspect__") -> list[Any]:
+    """The states of wrapped optimizers: `x`, or those in what `x` consists of.
 
-    Raises :class:`MismatchError` if there is none, or several.
+    Searched are tuples, lists, dictionaries, and the ``opt_state`` of a training state. Raises
+    :class:`MismatchError` if there is none with the method of this name.
     """
-    found = list(_states_in(x))
-    if len(found) != 1:
+    states = list(_states_in(x))
+    if states and all(hasattr(state, method) for state in states):
+        return states
+    name = type(x).__name__
+    if states:
         raise MismatchError(
-            f"expected a wrapped optimizer, or a state with that of one in it, and found "
-            f"{len(found)} in {type(x).__name__}"
+            f"{name} belongs to a PyTorch optimizer, whose model holds the forward view already: "
+            "forward_params takes params and the state of a functional one"
         )
-    return found[0]
+    if callable(getattr(x, "init", None)):
+        hint = f"it is the transformation: pass the state that {name}.init(params) returned"
+    elif _is_restored(x):
+        hint = "it is a state without its form, as restored from a file: restore into init(params)"
+    else:
+        hint = "there is none in it"
+    raise MismatchError(
+        f"expected what topkast.wrap_optimizer returned (PyTorch) or a state that its init "
+        f"returned, got {name}: {hint}"
+    )
 
 
 def _states_in(x: Any) -> Iterator[Any]:
@@ -39,6 +52,18 @@ def _states_in(x: Any) -> Iterator[Any]:
     elif isinstance(x, Mapping):
         for part in x.values():
             yield from _states_in(part)
+    elif hasattr(x, "opt_state"):
+        yield from _states_in(x.opt_state)
+
+
+def _is_restored(x: Any) -> bool:
+    if isinstance(x, Mapping):
+        return {"updates", "supports"} <= x.keys() or any(map(_is_restored, x.values()))
+    return isinstance(x, (tuple, list)) and any(map(_is_restored, x))
+
+
+def _inspect(x: Any, params: Any) -> list[Inspection]:
+    return [state.__topkast_inspect__(params) for state in find_states(x)]
 
 
 class Masks(NamedTuple):
@@ -54,16 +79,11 @@ class Inspection:
 
     updates: int
     params: Mapping[str, Array]  # θ, dense tensors included, by name
-    blocks: Mapping[str, Block]
-    supports: Mapping[str, Support]  # by the key of the block, like the next
+    ranked: Mapping[str, RankedTensors]
+    supports: Mapping[str, Support]  # by the key of the tensors, like the next
     changed: Mapping[str, Array]
-    held: Mapping[str, int]  # bytes, by the key of the block or the name of a dense tensor
-
-
-class Inspectable(Protocol):
-    """A wrapped optimizer, or the state of one."""
-
-    def __topkast_inspect__(self, params: Any) -> Inspection: ...
+    held: Mapping[str, int]  # bytes, by the key of the tensors or the name of a dense one
+    model_bytes: int  # of weights and gradients, as far as `held` does not count them
 
 
 @dataclass(frozen=True)
@@ -77,6 +97,7 @@ class TensorSummary:
     forward_sparsity: float
     backward_sparsity: float
     mask_change: float  # share of A that the last refresh brought in
+    empty_rows: int  # indices of the first axis without a weight in A
     held_bytes: int  # what the optimizer holds for this tensor; see summary()
 
 
@@ -86,13 +107,52 @@ class Summary:
 
     updates: int
     tensors: tuple[TensorSummary, ...]
+    model_bytes: int  # of the model's weights and gradients, beside what the optimizer holds
+
+    @property
+    def held_bytes(self) -> int:
+        """What the optimizer holds for all tensors."""
+        return sum(row.held_bytes for row in self.tensors)
+
+    @property
+    def total_bytes(self) -> int:
+        """What training these tensors takes: that, and the model's weights and gradients."""
+        return self.held_bytes + self.model_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """The same as built-in types, for JSON."""
-        return {"updates": self.updates, "tensors": [asdict(row) for row in self.tensors]}
+        rows = [asdict(row) for row in self.tensors]
+        sizes = {"held_bytes": self.held_bytes, "total_bytes": self.total_bytes}
+        return {"updates": self.updates, "tensors": rows} | sizes
+
+    def scalars(self) -> dict[str, float]:
+        """What changes while training, flat, for TensorBoard and the like.
+
+        >>> import numpy as np, topkast
+        >>> tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.9, bwd=0.8)
+        >>> params = {"w": np.ones((10, 10))}
+        >>> topkast.summary(tx.init(params), params).scalars()
+        {'updates': 0, 'mask_change/w': 0.0, 'empty_rows/w': 3}
+        """
+        flat: dict[str, float] = {"updates": self.updates}
+        for row in self.tensors:
+            if row.backward_sparsity or row.forward_sparsity:
+                flat[f"mask_change/{row.name}"] = row.mask_change
+                flat[f"empty_rows/{row.name}"] = row.empty_rows
+        return flat
 
     def __str__(self) -> str:
-        head = ("tensor", "shape", "|A|", "|B|", "fwd", "bwd", "mask change", "bytes held")
+        head = (
+            "tensor",
+            "shape",
+            "|A|",
+            "|B|",
+            "fwd",
+            "bwd",
+            "mask change",
+            "empty rows",
+            "bytes held",
+        )
         rows = [head, *map(_cells, self.tensors)]
         widths = [max(len(row[place]) for row in rows) for place in range(len(head))]
         lines = [
@@ -102,12 +162,12 @@ class Summary:
             ).rstrip()
             for row in rows
         ]
-        total = sum(row.held_bytes for row in self.tensors)
         size = sum(math.prod(row.shape) for row in self.tensors)
         active = sum(row.forward for row in self.tensors)
         lines.append(
             f"{size:,} weights, {active:,} active ({1 - active / max(size, 1):.1%} zeros), "
-            f"{total:,} bytes held, {self.updates:,} updates"
+            f"{self.held_bytes:,} bytes held, {self.total_bytes:,} in all, "
+            f"{self.updates:,} updates"
         )
         return "\n".join(lines)
 
@@ -121,11 +181,12 @@ def _cells(row: TensorSummary) -> tuple[str, ...]:
         f"{row.forward_sparsity:.4f}",
         f"{row.backward_sparsity:.4f}",
         f"{row.mask_change:.2%}",
+        f"{row.empty_rows:,}",
         f"{row.held_bytes:,}",
     )
 
 
-def masks(x: Inspectable, params: Any = None, /) -> dict[str, Masks]:
+def masks(x: Any, params: Any = None, /) -> dict[str, Masks]:
     """Masks of A and B of every sparsified tensor.
 
     Parameters
@@ -150,21 +211,21 @@ def masks(x: Inspectable, params: Any = None, /) -> dict[str, Masks]:
     array([[False,  True],
            [False, False]])
     """
-    inspection = find_state(x).__topkast_inspect__(params)
-    found: dict[str, Masks] = {}
-    for key, block in inspection.blocks.items():
-        support = inspection.supports[key]
-        xp = array_namespace(support.active)
-        everywhere = xp.ones(block.backward, dtype=xp.bool, device=device(support.active))
-        forward, backward = (
-            block.unflatten(scatter(flags, support, shape=(block.size,), fill=False))
-            for flags in (support.active, everywhere)
-        )
-        found |= {name: Masks(forward[name], backward[name]) for name in block.shapes}
-    return found
+    masks: dict[str, Masks] = {}
+    for inspection in _inspect(x, params):
+        for key, ranked in inspection.ranked.items():
+            support = inspection.supports[key]
+            xp = array_namespace(support.active)
+            everywhere = xp.ones(ranked.backward, dtype=xp.bool, device=device(support.active))
+            forward, backward = (
+                ranked.unflatten(scatter(flags, support, shape=(ranked.size,), fill=False))
+                for flags in (support.active, everywhere)
+            )
+            masks |= {name: Masks(forward[name], backward[name]) for name in ranked.shapes}
+    return masks
 
 
-def dense_params(x: Inspectable, params: Any = None, /) -> dict[str, Array]:
+def dense_params(x: Any, params: Any = None, /) -> dict[str, Array]:
     """The weights θ by name, those outside A included, and dense tensors too.
 
     Parameters
@@ -189,15 +250,20 @@ def dense_params(x: Inspectable, params: Any = None, /) -> dict[str, Array]:
     >>> int((layer.weight != 0).sum()), int((topkast.dense_params(opt)["weight"] != 0).sum())
     (4, 16)
     """
-    return dict(find_state(x).__topkast_inspect__(params).params)
+    theta: dict[str, Array] = {}
+    for inspection in _inspect(x, params):
+        theta |= inspection.params
+    return theta
 
 
-def summary(x: Inspectable, params: Any = None, /) -> Summary:
+def summary(x: Any, params: Any = None, /) -> Summary:
     """Shapes, counts, sparsities, mask change and bytes of every tensor.
 
     The mask change is the share of A that the last refresh brought in. The bytes held are those
     of a wrapped PyTorch optimizer: compact values, their gradient, the inner optimizer's state,
-    indices, and θ itself; or those of a functional state: indices and the inner rule's state.
+    indices, and θ itself; or those of a functional state: indices and the inner rule's state. The
+    total counts the model's weights and gradients too: of masked tensors they are dense. Empty rows
+    are indices of the first axis without a weight in A: units, or rare tokens of an embedding.
 
     Parameters
     ----------
@@ -209,7 +275,7 @@ def summary(x: Inspectable, params: Any = None, /) -> Summary:
     Returns
     -------
     Summary
-        Prints as a table; ``to_dict()`` for JSON.
+        Prints as a table; ``to_dict()`` for JSON, ``scalars()`` for a logger.
 
     Examples
     --------
@@ -217,43 +283,64 @@ def summary(x: Inspectable, params: Any = None, /) -> Summary:
     >>> tx = topkast.wrap_optimizer(topkast.Adam(1e-3), fwd=0.9, bwd=0.8)
     >>> params = {"w": np.ones((10, 10)), "b": np.ones(10)}
     >>> print(topkast.summary(tx.init(params), params))
-    tensor  shape  |A|  |B|     fwd     bwd  mask change  bytes held
-    w       10×10   10   20  0.9000  0.8000        0.00%         500
-    b       10      10   10  0.0000  0.0000        0.00%         160
-    110 weights, 20 active (81.8% zeros), 660 bytes held, 0 updates
+    tensor  shape  |A|  |B|     fwd     bwd  mask change  empty rows  bytes held
+    w       10×10   10   20  0.9000  0.8000        0.00%           3         540
+    b       10      10   10  0.0000  0.0000        0.00%           0         160
+    110 weights, 20 active (81.8% zeros), 700 bytes held, 3,260 in all, 0 updates
     """
-    inspection = find_state(x).__topkast_inspect__(params)
-    rows = {
-        name: TensorSummary(
-            name,
-            tuple(array.shape),
-            math.prod(array.shape),
-            math.prod(array.shape),
-            0.0,
-            0.0,
-            0.0,
-            inspection.held.get(name, 0),
-        )
-        for name, array in inspection.params.items()
-    }
-    for key, block in inspection.blocks.items():
-        support = inspection.supports[key]
-        for place, (name, (start, stop)) in enumerate(block.bounds.items()):
-            inside = (support.indices >= start) & (support.indices < stop)
-            backward = count_true(inside)
-            forward = count_true(inside & support.active)
-            size = stop - start
-            rows[name] = TensorSummary(
+    inspections = _inspect(x, params)
+    rows: dict[str, TensorSummary] = {}
+    for inspection in inspections:
+        for name, array in inspection.params.items():
+            size = math.prod(array.shape)
+            rows.setdefault(
                 name,
-                tuple(block.shapes[name]),
-                forward,
-                backward,
-                1 - forward / size,
-                1 - backward / size,
-                int(inspection.changed[key][place]) / max(forward, 1),
-                round(inspection.held[key] * backward / block.backward),
+                TensorSummary(
+                    name,
+                    tuple(array.shape),
+                    size,
+                    size,
+                    0.0,
+                    0.0,
+                    0.0,
+                    0,
+                    inspection.held.get(name, 0),
+                ),
             )
-    return Summary(inspection.updates, tuple(rows.values()))
+    for inspection in inspections:
+        for key, ranked in inspection.ranked.items():
+            rows |= _summarise(inspection, key, ranked)
+    return Summary(
+        max(one.updates for one in inspections),
+        tuple(rows.values()),
+        sum(one.model_bytes for one in inspections),
+    )
+
+
+def _summarise(inspection: Inspection, key: str, ranked: RankedTensors) -> dict[str, TensorSummary]:
+    """The rows of tensors that are ranked together."""
+    support = inspection.supports[key]
+    rows = {}
+    for number, (name, (start, stop)) in enumerate(ranked.bounds.items()):
+        inside = (support.indices >= start) & (support.indices < stop)
+        backward = count_true(inside)
+        chosen = inside & support.active
+        forward, size = count_true(chosen), stop - start
+        shape = tuple(ranked.shapes[name])
+        xp = array_namespace(support.indices)
+        occupied = xp.unique_values((support.indices[chosen] - start) // (size // shape[0]))
+        rows[name] = TensorSummary(
+            name,
+            shape,
+            forward,
+            backward,
+            1 - forward / size,
+            1 - backward / size,
+            int(inspection.changed[key][number]) / max(forward, 1),
+            shape[0] - occupied.shape[0],
+            round(inspection.held[key] * backward / ranked.backward),
+        )
+    return rows
 
 
 def count_true(flags: Array) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -14,7 +16,9 @@ from topkast._errors import OptionError
 PenaltyKind: TypeAlias = Literal["l2", "l1"]
 Explore: TypeAlias = Literal["magnitude", "random"]
 Distribution: TypeAlias = Literal["uniform", "erk", "global"]
-Dense: TypeAlias = bool | str | Sequence[str] | Callable[[str, Any], bool] | None
+Patterns: TypeAlias = str | Sequence[str] | None
+Dense: TypeAlias = bool | Callable[[str, Any], bool] | Patterns
+Overrides: TypeAlias = Mapping[str, Mapping[str, Any]] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,30 +27,37 @@ class Options:
 
     fwd: float
     bwd: float
-    refresh_every: int = 100
+    refresh_every: int = 1
     penalty: float = 1e-4
     penalty_kind: PenaltyKind = "l2"
     explore: Explore = "magnitude"
     explore_until: int | None = None
     distribution: Distribution = "uniform"
     dense: Dense = None
+    stacked: Patterns = None
+    overrides: Overrides = None
     seed: int = 0
     probe: bool = True
 
     def __post_init__(self) -> None:
-        check_sparsities(self.fwd, self.bwd)
-        _check_integer("refresh_every", self.refresh_every, least=1)
-        _check_integer("seed", self.seed, least=0)
-        if self.explore_until is not None:
-            _check_integer("explore_until", self.explore_until, least=0)
-        if not (_is_real(self.penalty) and 0 <= self.penalty < math.inf):
-            raise OptionError(
-                f"penalty must be a finite number of at least 0, got {self.penalty!r}"
-            )
+        fwd, bwd = check_sparsities(self.fwd, self.bwd)
+        until = self.explore_until
+        plain = {
+            "fwd": fwd,
+            "bwd": bwd,
+            "refresh_every": _integer("refresh_every", self.refresh_every, min=1),
+            "penalty": _check_penalty(self.penalty),
+            "explore_until": None if until is None else _integer("explore_until", until, min=0),
+            "seed": _integer("seed", self.seed, min=0),
+        }
+        for name, value in plain.items():  # in the place of NumPy's scalars
+            object.__setattr__(self, name, value)
         _check_choice("penalty_kind", self.penalty_kind, get_args(PenaltyKind))
         _check_choice("explore", self.explore, get_args(Explore))
         _check_choice("distribution", self.distribution, get_args(Distribution))
         _check_dense(self.dense)
+        _check_names("stacked", self.stacked)
+        self._check_overrides()
 
     def override(self, options: Mapping[str, Any]) -> Options:
         """These options with those of `options` that are in :data:`GROUP_OPTIONS` or `dense`."""
@@ -57,6 +68,77 @@ class Options:
         """The options that may differ between the parameter groups of one optimizer."""
         return {name: getattr(self, name) for name in GROUP_OPTIONS}
 
+    def for_tensor(self, name: str) -> Options:
+        """These options with what `overrides` says of the tensor; of several globs the last."""
+        changes = self.overrides_of(name)
+        try:
+            return replace(self, overrides=None, **changes) if changes else self
+        except OptionError as error:
+            raise OptionError(f"overrides of {name!r}: {error}") from None
+
+    def overrides_of(self, name: str) -> dict[str, Any]:
+        """What `overrides` says of the tensor called `name`."""
+        changes: dict[str, Any] = {}
+        for pattern, values in (self.overrides or {}).items():
+            if fnmatchcase(name, pattern):
+                changes |= values
+        return changes
+
+    def without_functions(self) -> Options:
+        """These options for a copy of an optimizer, which may not be able to hold a predicate."""
+        name = getattr(self.dense, "__qualname__", "")
+        return replace(self, dense=_forgotten) if "<" in name else self
+
+    def is_stacked(self, name: str) -> bool:
+        """Whether the first axis of the tensor numbers layers that are ranked each alone."""
+        return matches(name, self.stacked)
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raise :class:`OptionError` for a name or glob, in any option, that matches no tensor."""
+        names = list(names)
+        if not callable(self.dense) and not isinstance(self.dense, bool):
+            check_patterns(names, "dense", self.dense)
+        check_patterns(names, "stacked", self.stacked)
+        check_patterns(names, "overrides", list(self.overrides or {}))
+
+    def _check_overrides(self) -> None:
+        overrides: Any = {} if self.overrides is None else self.overrides
+        if not isinstance(overrides, Mapping) or not all(
+            isinstance(pattern, str) and isinstance(values, Mapping)
+            for pattern, values in overrides.items()
+        ):
+            raise OptionError(
+                'overrides must map names or globs to options, as {"head.*": {"fwd": 0.5}}, got '
+                f"{overrides!r}"
+            )
+        for pattern, values in overrides.items():
+            unknown = sorted(map(str, set(values) - set(TENSOR_OPTIONS)))
+            if unknown:
+                raise OptionError(
+                    f"overrides[{pattern!r}] sets {', '.join(unknown)}, which a single tensor "
+                    f"cannot have: expected {', '.join(TENSOR_OPTIONS)}"
+                )
+            if self.distribution == "global" and {"fwd", "bwd"} & set(values):
+                raise OptionError(
+                    f"overrides[{pattern!r}] sets a sparsity, and distribution='global' ranks all "
+                    "tensors as one, of one sparsity"
+                )
+            # What another glob may set for the same tensor is compared by for_tensor.
+            set_elsewhere = {name for other in overrides.values() for name in other}
+            harmless = {"fwd": values.get("bwd", self.fwd), "bwd": 0.0}
+            others = {name: harmless[name] for name in harmless if name in set_elsewhere}
+            try:
+                replace(self, overrides=None, **others | dict(values))
+            except OptionError as error:
+                raise OptionError(f"overrides[{pattern!r}]: {error}") from None
+
+
+def _forgotten(name: str, tensor: Any) -> bool:
+    raise OptionError(
+        "a copy of the optimizer does not keep the predicate that was given as `dense`: name the "
+        "option in the group that is added, as {'params': ..., 'dense': ...}"
+    )
+
 
 # What the sizes of compact vectors follow from: it cannot change while training.
 FIXED_OPTIONS = ("fwd", "bwd", "distribution")
@@ -64,86 +146,137 @@ FIXED_OPTIONS = ("fwd", "bwd", "distribution")
 # `dense` is a group option too, but is spent when the group is added: it may be a function,
 # and what stays in a group is saved in checkpoints.
 GROUP_OPTIONS = tuple(
-    field.name for field in fields(Options) if field.name not in ("dense", "seed", "probe")
+    field.name
+    for field in fields(Options)
+    if field.name not in ("dense", "stacked", "overrides", "seed", "probe")
 )
 
+# What `overrides` may set for a tensor.
+TENSOR_OPTIONS = tuple(name for name in GROUP_OPTIONS if name != "distribution")
 
-def check_sparsities(fwd: float, bwd: float) -> None:
-    """Raise :class:`OptionError` unless ``0 <= bwd <= fwd < 1``."""
+
+def check_sparsities(fwd: float, bwd: float) -> tuple[float, float]:
+    """Both as Python floats; :class:`OptionError` unless ``0 <= bwd <= fwd < 1``."""
+    sparsities = []
     for name, value in (("fwd", fwd), ("bwd", bwd)):
-        if not (_is_real(value) and 0 <= value < 1):
+        sparsity = _real(value)
+        if sparsity is None or not 0 <= sparsity < 1:
             raise OptionError(
                 f"{name} is a sparsity, the share of zeros: it must lie in [0, 1), got {value!r}"
             )
-    if bwd > fwd:
+        sparsities.append(sparsity)
+    forward, backward = sparsities
+    if backward > forward:
         raise OptionError(
             f"bwd must not exceed fwd, got bwd={bwd!r} and fwd={fwd!r}: every weight that the "
             "forward pass uses (set A) gets a gradient (set B)"
         )
+    return forward, backward
 
 
-def kept_dense(tensors: Mapping[str, Any], dense: Dense) -> set[str]:
-    """Names in `tensors` (name -> array) that stay dense under the option `dense`.
+def kept_dense(tensors: Mapping[str, Any], dense: Dense, stacked: Patterns = None) -> set[str]:
+    """Names in `tensors` (name -> array) that stay dense under the options `dense` and `stacked`.
 
-    Tensors with fewer than two dimensions and empty ones stay dense; `dense` adds to them.
-    ``dense=False`` sparsifies the one-dimensional ones too.
+    Those are empty tensors, scalars, and tensors with fewer than two dimensions above one, the
+    leading axis of stacked ones not counted. ``dense=False`` sparsifies all but empty ones and
+    scalars.
     """
-    least = 1 if dense is False else 2
     small = {
         name
         for name, tensor in tensors.items()
-        if len(tensor.shape) < least or 0 in tuple(tensor.shape)
+        if 0 in tuple(tensor.shape)
+        or not tuple(tensor.shape)
+        or (dense is not False and _dimensions(tensor.shape, matches(name, stacked)) < 2)
     }
     if dense is None or isinstance(dense, bool):
         return set(tensors) if dense else small
     if callable(dense):
         large = (name for name in tensors if name not in small)
         return small | {name for name in large if dense(name, tensors[name])}
-    patterns = _patterns(dense)
-    return small | {
-        name for name in tensors if any(fnmatchcase(name, pattern) for pattern in patterns)
-    }
+    return small | {name for name in tensors if matches(name, dense)}
 
 
-def check_patterns(names: Iterable[str], dense: Dense) -> None:
+def _dimensions(shape: Sequence[int], stacked: bool) -> int:
+    return sum(length > 1 for length in tuple(shape)[1 if stacked else 0 :])
+
+
+def matches(name: str, patterns: Patterns) -> bool:
+    """Whether one of some names or globs is `name`."""
+    return any(fnmatchcase(name, pattern) for pattern in as_patterns(patterns))
+
+
+def as_patterns(patterns: Patterns) -> Sequence[str]:
+    """One name or glob, several or none, as a sequence."""
+    if patterns is None:
+        return ()
+    return (patterns,) if isinstance(patterns, str) else patterns
+
+
+def check_patterns(names: Iterable[str], option: str, patterns: Patterns) -> None:
     """Raise :class:`OptionError` for a pattern that matches no name.
 
-    A misspelt one would sparsify a layer in silence.
+    A misspelt one would change what is sparsified in silence.
     """
     names = list(names)
-    for pattern in _patterns(dense):
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise OptionError(
-                f"dense={pattern!r} matches none of the tensors {sorted(names)}; name them by "
-                "building a PyTorch optimizer from model.named_parameters()"
-            )
+    for pattern in as_patterns(patterns):
+        if any(fnmatchcase(name, pattern) for name in names):
+            continue
+        if any(name.startswith(f"{pattern}.") for name in names):
+            hint = f"did you mean {pattern + '.*'!r}?"
+        elif close := get_close_matches(pattern, names, n=1):
+            hint = f"did you mean {close[0]!r}?"
+        elif all(name.replace(".", "").isdigit() for name in names):
+            hint = "build the PyTorch optimizer from model.named_parameters() to have names"
+        else:
+            hint = "use one of these names, or a glob"
+        raise OptionError(f"{option}={pattern!r} matches none of {_listed(names)}: {hint}")
 
 
-def _patterns(dense: Dense) -> Sequence[str]:
-    if dense is None or isinstance(dense, bool) or callable(dense):
-        return []
-    return [dense] if isinstance(dense, str) else dense
+def _listed(names: Sequence[str], max: int = 6) -> str:  # noqa: A002 - the word for it
+    shown = ", ".join(map(repr, names[:max]))
+    return f"the {len(names)} tensors {shown}" + (", ..." if len(names) > max else "")
 
 
-def _is_real(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def _real(value: Any) -> float | None:
+    """A number as the Python float with its decimal digits, so that np.float32(0.9) is 0.9."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    return float(value) if isinstance(value, (int, Fraction)) else float(str(value))
 
 
-def _check_integer(name: str, value: object, *, least: int) -> None:
-    if isinstance(value, bool) or not (isinstance(value, Integral) and int(value) >= least):
-        raise OptionError(f"{name} must be an integer of at least {least}, got {value!r}")
+def _check_penalty(value: object) -> float:
+    penalty = _real(value)
+    if penalty is None or not 0 <= penalty < math.inf:
+        raise OptionError(f"penalty must be a finite number of at least 0, got {value!r}")
+    return penalty
+
+
+def _integer(name: str, value: object, *, min: int) -> int:  # noqa: A002 - the word for it
+    if isinstance(value, bool) or not (isinstance(value, Integral) and int(value) >= min):
+        raise OptionError(f"{name} must be an integer of at least {min}, got {value!r}")
+    return int(value)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise OptionError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def _check_dense(dense: object) -> None:
-    if dense is None or isinstance(dense, (bool, str)) or callable(dense):
+    if isinstance(dense, bool):
         return
-    if not isinstance(dense, Sequence) or not all(isinstance(item, str) for item in dense):
+    if hasattr(dense, "parameters"):
         raise OptionError(
-            "dense must be a name or glob, a sequence of them, a predicate (name, tensor) -> bool, "
-            f"or a bool, got {dense!r}"
+            f"dense was given a {type(dense).__name__}: name its tensors instead, as dense='head.*'"
+        )
+    if not callable(dense):
+        _check_names("dense", dense, " a predicate (name, tensor) -> bool, or a bool,")
+
+
+def _check_names(option: str, names: object, others: str = "") -> None:
+    if names is None or isinstance(names, str):
+        return
+    if not isinstance(names, Sequence) or not all(isinstance(item, str) for item in names):
+        raise OptionError(
+            f"{option} must be a name or glob, a sequence of them,{others} or None, got {names!r}"
         )

@@ -1,172 +1,91 @@
-"""The fixed part of a sparsified tensor (or of several ranked as one): names, shapes, counts."""
+"""What of a dictionary of tensors is sparsified, and how: a function of shapes and options."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
-from zlib import crc32
+from typing import Any
 
-from array_api_compat import array_namespace
-
-from topkast._compact import Migration, migration, move
-from topkast._distribution import Shape, as_written, exact_densities, kept_count
-from topkast._errors import NonFiniteError, OptionError
-from topkast._options import Options
-from topkast._primitives import Array, device
-from topkast._selection import Support, check_finite, select_counts
-
-_JOIN = " + "
+from topkast._distribution import Shape
+from topkast._errors import OptionError
+from topkast._options import Options, kept_dense
+from topkast._probe import Traits
+from topkast._tensors import RankedTensors, rank_tensors
+from topkast._wrapped_rule import WrappedRule
 
 
 @dataclass(frozen=True)
-class Block:
-    """What shares one compact vector: a tensor, or all tensors of a group if ranked globally.
+class TensorInfo:
+    """What a predicate for `dense` is given of a tensor."""
 
-    Attributes
-    ----------
-    shapes
-        Shape of each member, by name, in the order in which their entries are numbered.
-    forward, backward
-        |A| and |B|.
-    density
-        The forward density D of the exploration penalty.
-    """
-
-    shapes: Mapping[str, Shape]
-    forward: int
-    backward: int
-    density: float
+    shape: Shape
+    dtype: Any
 
     @property
-    def key(self) -> str:
-        """The tensor's name; for several, their names joined."""
-        return _JOIN.join(self.shapes)
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from names, shapes and options alone."""
+
+    tensors: list[RankedTensors]
+    options: dict[str, Options]  # by the key of the tensors, like the next
+    traits: dict[str, Traits]
+    copies: frozenset[int]  # entries of the inner state that started as copies of their tensor
 
     @property
-    def size(self) -> int:
-        return sum(map(math.prod, self.shapes.values()))
+    def inside(self) -> set[str]:
+        """Names of all sparsified tensors."""
+        return {name for ranked in self.tensors for name in ranked.shapes}
 
-    @property
-    def compact_shape(self) -> Shape:
-        """(1, …, 1, |B|): as many dimensions as the tensor, which some optimizers look at."""
-        return (1,) * (max(map(len, self.shapes.values())) - 1) + (self.backward,)
+    def keys(self, params: Mapping[str, Any]) -> set[str]:
+        """Keys of what the inner rule is given."""
+        inside = self.inside
+        return {ranked.key for ranked in self.tensors} | {n for n in params if n not in inside}
 
-    @property
-    def bounds(self) -> dict[str, tuple[int, int]]:
-        """First flat index of each member, and the one behind its last."""
-        bounds, start = {}, 0
-        for name, shape in self.shapes.items():
-            bounds[name] = (start, start + math.prod(shape))
-            start += math.prod(shape)
-        return bounds
 
-    def flatten(self, tensors: Mapping[str, Array]) -> Array:
-        """The members of this block as one vector (size,)."""
-        members = [tensors[name] for name in self.shapes]
-        xp = array_namespace(*members)
-        flat = [xp.reshape(member, (-1,)) for member in members]
-        return flat[0] if len(flat) == 1 else xp.concat(flat)
+def make_plan(tensors: Mapping[str, TensorInfo], options: Options, rule: WrappedRule) -> Plan:
+    """The plan for tensors by name; raises what :func:`topkast.wrap_optimizer` documents."""
+    options.check_names(tensors)
+    dense = kept_dense(tensors, options.dense, options.stacked)
+    shapes = {name: tensor.shape for name, tensor in tensors.items() if name not in dense}
+    check_any(shapes, tensors, options)
+    ranked = rank_tensors(shapes, options)
+    _check_global(ranked, tensors)
+    rows = {one.key: len(one.compact_shape) for one in ranked}
+    rows |= {name: len(tensor.shape) for name, tensor in tensors.items() if name in dense}
+    if options.probe:
+        rule.probe({one.key: next(iter(one.shapes.values())) for one in ranked})
+        for one in ranked:
+            if len(one.shapes) > 1:
+                rule.probe_joint(list(one.shapes), one.key)
+    traits, copies = rule.observe(rows)
+    return Plan(
+        ranked,
+        {one.key: options.for_tensor(one.key) for one in ranked},
+        {one.key: traits.get(one.key, Traits()) for one in ranked},
+        copies,
+    )
 
-    def unflatten(self, flat: Array) -> dict[str, Array]:
-        """The inverse of :meth:`flatten`."""
-        xp = array_namespace(flat)
-        return {
-            name: xp.reshape(flat[start:stop], self.shapes[name])
-            for name, (start, stop) in self.bounds.items()
-        }
 
-    def select(self, flat: Array, options: Options, round_: Array | int = 0) -> Support:
-        """Sets of the block from its weights as one vector; `round_` numbers random draws."""
-        with _named(self.key):
-            return select_counts(
-                flat,
-                self.forward,
-                self.backward,
-                explore=options.explore,
-                # Tensors of one size must not draw one set.
-                seed=options.seed | crc32(self.key.encode()) << 64,
-                round_=round_,
+def check_any(sparse: Mapping[str, Any], tensors: Mapping[str, Any], options: Options) -> None:
+    """Raise :class:`topkast.OptionError` if nothing is sparsified, unless that was asked for."""
+    if not sparse and options.dense is not True:
+        raise OptionError(
+            f"nothing is left to sparsify of {len(tensors)} tensors: each has fewer than two "
+            "dimensions above one, or is kept dense by the option `dense`. dense=False "
+            "sparsifies all, dense=True says that this is meant"
+        )
+
+
+def _check_global(tensors: list[RankedTensors], infos: Mapping[str, TensorInfo]) -> None:
+    for ranked in tensors:
+        dtypes = sorted({str(infos[name].dtype) for name in ranked.shapes})
+        if len(dtypes) > 1:
+            raise OptionError(
+                "distribution='global' ranks tensors together, which must have one dtype, got "
+                f"{', '.join(dtypes)}: convert them, or wrap those of each dtype by themselves"
             )
-
-    def check_finite(self, tensors: Mapping[str, Array]) -> None:
-        """Raise :class:`topkast.NonFiniteError` for NaN or infinity in a member."""
-        for name in self.shapes:
-            with _named(name):
-                check_finite(tensors[name])
-
-    def refresh(self, flat: Array, old: Support, options: Options, round_: Array | int) -> Refresh:
-        """Select anew from the current weights (size,)."""
-        new = self.select(flat, options, round_)
-        moved = migration(old.indices, new.indices, self.size)
-        entered = new.active & ~move(old.active, moved)
-        return Refresh(new, moved, self._count_members(new.indices, entered))
-
-    def no_change(self, like: Array) -> Array:
-        """The `changed` of a :class:`Refresh` that changed nothing."""
-        xp = array_namespace(like)
-        return xp.zeros(len(self.shapes), dtype=xp.int32, device=device(like))
-
-    def _count_members(self, indices: Array, flags: Array) -> Array:
-        xp = array_namespace(indices)
-        return xp.stack(
-            [
-                xp.sum(
-                    xp.astype(flags & (indices >= start) & (indices < stop), xp.int32),
-                    dtype=xp.int32,
-                )
-                for start, stop in self.bounds.values()
-            ]
-        )
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Say in the error which tensor has the entries that have no rank."""
-    try:
-        yield
-    except NonFiniteError as error:
-        raise NonFiniteError(f"{name}: {error}; it has no rank by magnitude") from None
-
-
-class Refresh(NamedTuple):
-    """Outcome of a refresh: new sets, how B moved, entries new to A by member (int32)."""
-
-    support: Support
-    migration: Migration
-    changed: Array
-
-
-def plan(shapes: Mapping[str, Shape], options: Options) -> list[Block]:
-    """The blocks of the tensors that are to be sparsified, given their shapes by name."""
-    if not shapes:
-        return []
-    if options.distribution == "global":
-        return [_plan_global(shapes, options)]
-    fwd = exact_densities(shapes, options.fwd, distribution=options.distribution)
-    bwd = exact_densities(shapes, options.bwd, distribution=options.distribution)
-    return [
-        Block(
-            {name: shape},
-            kept_count(math.prod(shape), fwd[name]),
-            kept_count(math.prod(shape), bwd[name]),
-            float(fwd[name]),
-        )
-        for name, shape in shapes.items()
-    ]
-
-
-def members(key: str, names: Mapping[str, object]) -> list[str]:
-    """Names of the members of the block with this key."""
-    return [key] if key in names else key.split(_JOIN)
-
-
-def _plan_global(shapes: Mapping[str, Shape], options: Options) -> Block:
-    for name in shapes:
-        if _JOIN in name:
-            raise OptionError(f"distribution='global' needs names without {_JOIN!r}, got {name!r}")
-    size = sum(map(math.prod, shapes.values()))
-    fwd, bwd = (1 - as_written(sparsity) for sparsity in (options.fwd, options.bwd))
-    return Block(dict(shapes), kept_count(size, fwd), kept_count(size, bwd), float(fwd))

@@ -43,14 +43,15 @@ class FastPaths(Protocol):
     def check(self, name: str, array: Array) -> None:
         """Raise an error that names `array`, if these paths cannot work on it."""
 
-    def largest(self, flat: Array, count: int) -> tuple[Array, Array]:
+    def largest(self, flat: Array, count: int, ranks: Callable[[], Array]) -> tuple[Array, Array]:
         """Ascending indices of the `count` largest magnitudes of a vector, and its entries there.
 
-        Ties go to the lower index. Raises :class:`topkast.NonFiniteError`.
+        Equal magnitudes rank by `ranks` (n,), int64 of 32 bits that all differ, computed where they
+        are needed. Raises :class:`topkast.NonFiniteError`.
         """
 
-    def largest_flags(self, flat: Array, count: int) -> Array:
-        """The same as flags (n,)."""
+    def largest_flags(self, flat: Array, count: int, ranks: Callable[[], Array]) -> Array:
+        """The same as flags (n,), for floats or integers of at most 30 bits."""
 
     def true_indices(self, mask: Array, count: int) -> Array:
         """As the function of this module."""
@@ -59,27 +60,26 @@ class FastPaths(Protocol):
         """Write `values` at `indices` into the vector `flat`, in place."""
 
     def step(
-        self, rule: Any, blocks: Any, grads: Any, state: Any, params: Any, options: Any
-    ) -> tuple[dict[str, Array], Any] | None:
-        """The next parameters and the rule's next state, or None for a rule of others."""
+        self, rule: Any, plan: Any, grads: Any, state: Any, params: Any
+    ) -> tuple[dict[str, Array], Any, dict[str, Array]] | None:
+        """The next parameters, the rule's next state, and ages; None for a rule of others."""
 
 
 def fast_paths(array: Array) -> FastPaths | None:
-    """Those of the library of an array, if an adapter brings some."""
-    for is_of_library, name in _WITH_PATHS:
-        if is_of_library(array):
-            return _load_paths(name)
-    return None
+    """Those that an installed package brings for the library of an array, if one does.
 
-
-_WITH_PATHS: list[tuple[Callable[[Any], bool], str]] = [(is_cupy_array, "cupy")]
+    Its entry point in the group ``topkast.primitives`` is called as the library's package is.
+    """
+    kind: Any = type(array)
+    return _load_paths(kind)
 
 
 @functools.cache
-def _load_paths(name: str) -> FastPaths | None:
-    for entry in entry_points(group=PATHS, name=name):
-        paths: FastPaths = entry.load()()
-        return paths
+def _load_paths(kind: Any) -> FastPaths | None:
+    for base in kind.__mro__:
+        for entry in entry_points(group=PATHS, name=base.__module__.partition(".")[0]):
+            paths: FastPaths = entry.load()()
+            return paths
     return None
 
 
@@ -115,7 +115,7 @@ def is_traced(array: Array) -> bool:
     return isinstance(array, jax.core.Tracer)
 
 
-def may_hold(flag: Array) -> bool:
+def possibly_true(flag: Array) -> bool:
     """Whether a 0-d flag is true, or not known yet."""
     return is_traced(flag) or bool(flag)
 
@@ -131,7 +131,7 @@ def device(array: Array) -> Any:
     return _xla.beside(array)
 
 
-def counter(beside: Array) -> Array:
+def zero_count(beside: Array) -> Array:
     """A 0-d int32 zero that can be read without waiting for a device, for arrays like `beside`."""
     if is_cupy_array(beside):
         return np.zeros((), dtype=np.int32)

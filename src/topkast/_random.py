@@ -1,51 +1,79 @@
-"""Random numbers that are a function of (seed, round, index): the same in every array library."""
+"""Random words that are a function of (seed, name, purpose, index): the same in every library."""
 
 from __future__ import annotations
+
+import hashlib
+import struct
+from typing import TypeAlias
 
 from array_api_compat import array_namespace
 
 from topkast._primitives import Array, device
 
-_MASKS = {shift: (1 << (32 - shift)) - 1 for shift in (8, 15, 16)}
+Key: TypeAlias = tuple[int, int, int, int]  # of 32 bits each
+
+BITS = 30  # of a draw
+
+_MASKS = {shift: (1 << (32 - shift)) - 1 for shift in (2, 15, 16)}
 
 
-def uniform(size: int, seed: int, round_: Array | int, *, like: Array) -> Array:
-    """`size` float32 numbers in [0, 1) with 24 random bits, in the library and place of `like`.
+def make_key(seed: int, name: str, purpose: str) -> Key:
+    """The key of one stream of words. Streams whose seeds or names differ are independent.
 
-    `seed` is a Python integer, `round_` an integer or a 0-d integer array, known or traced.
+    Both are hashed before an index enters: to combine a seed with indices directly would make the
+    words of one seed a rearrangement of another's.
     """
-    xp = array_namespace(like)
-    place = device(like)
-    words = xp.arange(size, dtype=xp.int64 if size > 2**31 else xp.int32, device=place)
-    words = xp.astype(words, xp.int32)
-    for word in (seed, seed >> 32, seed >> 64):
-        words = _mix(words ^ xp.asarray(_signed(word & 0xFFFFFFFF), dtype=xp.int32, device=place))
-    words = _mix(words ^ xp.asarray(round_, dtype=xp.int32, device=place))
-    return xp.astype(_shift(words, 8), xp.float32) * 2.0**-24
+    digest = hashlib.blake2s(f"{seed} {purpose} {name}".encode(), digest_size=16).digest()
+    return struct.unpack("<4I", digest)
+
+
+def random_words(indices: Array, key: Key, round_: Array | int = 0) -> Array:
+    """Words of 32 random bits, as int32, for flat indices (k,) of a tensor.
+
+    Those of indices below 2³² all differ: each step below is a bijection. `round_` numbers
+    repeated draws: an integer or a 0-d integer array, known or traced.
+    """
+    xp = array_namespace(indices)
+    place = device(indices)
+    words = _mix(xp.astype(indices, xp.int32) ^ _constant(key[0], indices))
+    if xp.iinfo(indices.dtype).bits > 32:
+        high = xp.bitwise_right_shift(indices, xp.asarray(32, dtype=indices.dtype, device=place))
+        words = words ^ xp.astype(high, xp.int32)
+    for word in key[1:]:
+        words = _mix(words ^ _constant(word, indices))
+    return _mix(words ^ xp.asarray(round_, dtype=xp.int32, device=place))
+
+
+def draws(indices: Array, key: Key, round_: Array | int = 0) -> Array:
+    """Integers of 30 random bits, int32."""
+    return _shift(random_words(indices, key, round_), 32 - BITS)
+
+
+def ranks(indices: Array, key: Key) -> Array:
+    """The words as unsigned integers, int64: by them equal magnitudes rank, the largest first."""
+    xp = array_namespace(indices)
+    words = xp.astype(random_words(indices, key), xp.int64)
+    return words & xp.asarray(0xFFFFFFFF, dtype=xp.int64, device=device(indices))
 
 
 def _mix(words: Array) -> Array:
     """A bijection of 32-bit words without visible structure (constants of Wellons, "lowbias32")."""
     words = words ^ _shift(words, 16)
-    words = _multiply(words, 0x7FEB352D)
+    words = words * _constant(0x7FEB352D, words)
     words = words ^ _shift(words, 15)
-    words = _multiply(words, 0x846CA68B)
+    words = words * _constant(0x846CA68B, words)
     return words ^ _shift(words, 16)
 
 
-def _multiply(words: Array, factor: int) -> Array:
-    xp = array_namespace(words)
-    return words * xp.asarray(_signed(factor), dtype=xp.int32, device=device(words))
-
-
-def _shift(words: Array, places: int) -> Array:
+def _shift(words: Array, count: int) -> Array:
     """Shift right and fill with zeros: the standard's shift of signed integers copies the sign."""
     xp = array_namespace(words)
-    shifted = xp.bitwise_right_shift(
-        words, xp.asarray(places, dtype=xp.int32, device=device(words))
-    )
-    return shifted & xp.asarray(_MASKS[places], dtype=xp.int32, device=device(words))
+    shifted = xp.bitwise_right_shift(words, _constant(count, words))
+    return shifted & _constant(_MASKS[count], words)
 
 
-def _signed(word: int) -> int:
-    return word - (1 << 32) if word >= 1 << 31 else word
+def _constant(word: int, beside: Array) -> Array:
+    """A 32-bit word as a 0-d int32, for arrays like `beside`."""
+    xp = array_namespace(beside)
+    signed = word - (1 << 32) if word >= 1 << 31 else word
+    return xp.asarray(signed, dtype=xp.int32, device=device(beside))

@@ -73,7 +73,10 @@ class SGD:
     nesterov: bool = False
     weight_decay: float = 0.0
 
+    elementwise = True
+
     def __post_init__(self) -> None:
+        _set_numbers(self, "lr", "momentum", "weight_decay")
         _check_not_negative(self, "lr", "weight_decay")
         _check_factor("momentum", self.momentum)
         if self.nesterov and not self.momentum:
@@ -145,9 +148,12 @@ class Adam:
     eps: float = 1e-8
     weight_decay: float = 0.0
 
+    elementwise = True
     decoupled = False
 
     def __post_init__(self) -> None:
+        _set_numbers(self, "lr", "eps", "weight_decay")
+        object.__setattr__(self, "betas", tuple(map(float, self.betas)))
         _check_not_negative(self, "lr", "eps", "weight_decay")
         for beta in self.betas:
             _check_factor("betas", beta)
@@ -167,11 +173,19 @@ class Adam:
         mean, square, steps = {}, {}, {}
         for name, slope in slopes.items():
             xp = array_namespace(slope)
+            real = _real_dtype(slope)
             mean[name] = state.mean[name] * beta1 + slope * (1 - beta1)
-            square[name] = state.square[name] * beta2 + slope * slope * (1 - beta2)
-            scale = lr / bias_correction(beta1, step, slope.dtype)
-            root = xp.sqrt(bias_correction(beta2, step, slope.dtype))
-            steps[name] = -scale * (mean[name] / (xp.sqrt(square[name]) / root + self.eps))
+            squared = _by_part(lambda part: part * part, slope)
+            square[name] = state.square[name] * beta2 + squared * (1 - beta2)
+            scale = lr / bias_correction(beta1, step, real)
+            root = array_namespace(step).sqrt(bias_correction(beta2, step, real))
+            steps[name] = -scale * _by_part(
+                lambda average, spread, root=root, xp=xp: (
+                    average / (xp.sqrt(spread) / root + self.eps)
+                ),
+                mean[name],
+                square[name],
+            )
             if self.decoupled and self.weight_decay:
                 steps[name] = steps[name] - lr * self.weight_decay * params[name]
         return steps, AdamState(step, mean, square)
@@ -205,6 +219,22 @@ class AdamW(Adam):
     decoupled = True
 
 
+def _real_dtype(array: Array) -> Any:
+    xp = array_namespace(array)
+    is_complex = xp.isdtype(array.dtype, "complex floating")
+    return xp.real(array).dtype if is_complex else array.dtype
+
+
+def _by_part(function: Callable[..., Array], *arrays: Array) -> Array:
+    """A real function, of the real and of the imaginary parts of complex arrays as in PyTorch."""
+    xp = array_namespace(*arrays)
+    dtype = arrays[0].dtype
+    if not xp.isdtype(dtype, "complex floating"):
+        return function(*arrays)
+    real, imag = (xp.astype(function(*map(part, arrays)), dtype) for part in (xp.real, xp.imag))
+    return real + imag * 1j
+
+
 def _no_steps(params: Mapping[str, Array]) -> Array:
     some = next(iter(params.values()))
     xp = array_namespace(some)
@@ -232,6 +262,14 @@ def bias_correction(beta: float, step: Array, dtype: Any) -> Array:
     if beta == 0:
         return xp.ones((), dtype=dtype, device=device(step))
     return -xp.expm1(xp.astype(step, dtype) * math.log(beta))
+
+
+def _set_numbers(rule: object, *names: str) -> None:
+    """Plain numbers in the place of NumPy's, which would promote the arrays they multiply."""
+    for name in names:
+        value = getattr(rule, name)
+        if not callable(value):
+            object.__setattr__(rule, name, float(value))
 
 
 def _check_not_negative(rule: object, *names: str) -> None:

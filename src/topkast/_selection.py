@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from array_api_compat import array_namespace, is_jax_array, is_numpy_array, is_torch_array
 
-from topkast._distribution import as_written, kept_count
+from topkast._distribution import exact_fraction, kept_count
 from topkast._errors import NonFiniteError, UnsupportedTensorError
 from topkast._host import largest_flags, largest_on_host
 from topkast._options import Explore, check_sparsities
@@ -19,9 +19,10 @@ from topkast._primitives import (
     index_dtype,
     is_traced,
     like,
+    possibly_true,
     true_indices,
 )
-from topkast._random import uniform
+from topkast._random import BITS, Key, draws, make_key, ranks
 
 
 class Support(NamedTuple):
@@ -47,14 +48,17 @@ def select(
     bwd: float,
     explore: Explore = "magnitude",
     seed: int = 0,
+    name: str = "",
 ) -> Support:
     r"""Choose A and B: the largest magnitudes of a tensor, in exact numbers.
 
     .. math:: A = \mathrm{TopK}(|\theta|, D), \quad B = \mathrm{TopK}(|\theta|, D + M),
        \quad D = 1 - \mathtt{fwd}, \quad D + M = 1 - \mathtt{bwd}
 
-    :math:`|A| = \max(1, n - \lfloor \mathtt{fwd} \cdot n \rfloor)` and likewise for B. Ties go
-    to the lower flat index, so that both sets are unique, nested and the same in every library.
+    :math:`|A| = \max(1, n - \lfloor \mathtt{fwd} \cdot n \rfloor)` and likewise for B. Equal
+    magnitudes rank by a hash of (`seed`, `name`, flat index), which differs for each: both sets
+    are unique, nested and the same in every library, and those of a constant tensor are a random
+    subset, spread over all its rows.
 
     Parameters
     ----------
@@ -65,7 +69,9 @@ def select(
     explore
         ``"magnitude"``, or ``"random"``: B∖A is then drawn uniformly from what is not in A.
     seed
-        Of the random draw. The same seed draws the same set in every library.
+        Of the hash and of the random draw.
+    name
+        Of the tensor: tensors of one size and of different names break ties differently.
 
     Returns
     -------
@@ -77,13 +83,13 @@ def select(
     OptionError
         If the sparsities are not as above.
     NonFiniteError
-        If an entry is NaN or infinite. Inside ``jax.jit``, where values cannot be looked at, NaN
+        If an entry is NaN or infinite. Inside ``jax.jit``, where values cannot be inspected, NaN
         ranks last instead, and the counts stay exact.
 
     Examples
     --------
     >>> import numpy as np, topkast
-    >>> theta = np.asarray([[0.1, -0.9, 0.5, 0.0], [0.3, 0.0, -0.7, 0.3]])
+    >>> theta = np.asarray([[0.1, -0.9, 0.5, 0.0], [0.3, 0.2, -0.7, 0.25]])
     >>> support = topkast.select(theta, fwd=0.75, bwd=0.5)
     >>> support.indices
     array([1, 2, 4, 6])
@@ -98,10 +104,11 @@ def select(
     size = math.prod(params.shape)
     return select_counts(
         params,
-        kept_count(size, 1 - as_written(fwd)),
-        kept_count(size, 1 - as_written(bwd)),
+        kept_count(size, 1 - exact_fraction(fwd)),
+        kept_count(size, 1 - exact_fraction(bwd)),
         explore=explore,
         seed=seed,
+        name=name,
     )
 
 
@@ -112,84 +119,133 @@ def select_counts(
     *,
     explore: Explore = "magnitude",
     seed: int = 0,
+    name: str = "",
     round_: Array | int = 0,
+    first: Array | int = 0,
 ) -> Support:
-    """As :func:`select`, for given numbers of entries; `round_` numbers the random draws."""
+    """As :func:`select`, for given numbers of entries.
+
+    `round_` numbers the random draws; `first` is the flat index that the first entry has in the
+    tensor of which `params` is a part.
+    """
     xp = array_namespace(params)
     flat = xp.reshape(params, (-1,))
     if xp.isdtype(flat.dtype, "complex floating"):
-        flat = xp.abs(flat)
+        flat = _modulus(flat)
     host = host_view(flat)
     work = flat if host is None else host
     dtype = index_dtype(xp, device(params))
-    if flat.shape[0] > xp.iinfo(dtype).max:
+    if flat.shape[0] > min(int(xp.iinfo(dtype).max), 1 << 32):
         raise UnsupportedTensorError(
-            f"{flat.shape[0]} entries are too many for indices of {dtype}: in JAX, enable 64 bits"
+            f"{flat.shape[0]} entries are too many for one tensor with indices of {dtype} (in JAX, "
+            "enable 64 bits; at most 2**32)"
         )
     if backward == 0:
         nothing = xp.zeros(0, dtype=dtype, device=device(params))
         return Support(nothing, xp.zeros(0, dtype=xp.bool, device=device(params)))
-    paths = fast_paths(work)
+    ties, paths = make_key(seed, name, "ties"), fast_paths(work)
     if explore == "random":
-        support = _random_support(work, forward, backward, seed, round_)
+        drawn = make_key(seed, name, "draws")
+        support = _random_support(work, forward, backward, ties, drawn, round_, first)
     elif paths is not None:
-        indices, magnitudes = paths.largest(work, backward)
-        support = Support(indices, paths.largest_flags(magnitudes, forward))
+        indices, magnitudes = paths.largest(
+            work, backward, lambda: ranks(_positions(work) + first, ties)
+        )
+        support = Support(indices, _flags(magnitudes, forward, indices, ties, first))
     elif is_numpy_array(work):
-        indices, magnitudes = largest_on_host(work, backward)
-        support = Support(indices, largest_flags(magnitudes, forward))
+        indices, magnitudes = largest_on_host(
+            work, backward, lambda positions: ranks(positions + first, ties)
+        )
+        support = Support(indices, _flags(magnitudes, forward, indices, ties, first))
     else:
-        keys = _rank_keys(work)
-        indices = true_indices(_largest(keys, backward), backward)
-        support = Support(indices, _largest(xp.take(keys, indices), forward))
+        positions = _positions(work)
+        indices = true_indices(_flags(work, backward, positions, ties, first), backward)
+        magnitudes = array_namespace(work).take(work, indices)
+        support = Support(indices, _flags(magnitudes, forward, indices, ties, first))
     if host is None:
         return support
     return Support(like(support.indices, params, dtype), like(support.active, params))
 
 
-def _random_support(
-    flat: Array, forward: int, backward: int, seed: int, round_: Array | int
-) -> Support:
-    """A by magnitude, then B∖A by the largest of random numbers that all lie below A's."""
+def _positions(flat: Array) -> Array:
     xp = array_namespace(flat)
-    in_forward = _flags(flat, forward)
-    draws = uniform(flat.shape[0], seed, round_, like=flat)
-    in_backward = _flags(xp.where(in_forward, xp.asarray(2.0, dtype=draws.dtype), draws), backward)
-    indices = true_indices(in_backward, backward)
+    dtype = index_dtype(xp, device(flat))
+    return xp.arange(flat.shape[0], dtype=dtype, device=device(flat))
+
+
+def _modulus(flat: Array) -> Array:
+    """Moduli of complex numbers; of a quarter of them where one would overflow."""
+    xp = array_namespace(flat)
+    moduli = xp.abs(flat)
+    overflow = xp.any(xp.isinf(moduli) & xp.isfinite(xp.real(flat)) & xp.isfinite(xp.imag(flat)))
+    if not possibly_true(overflow):
+        return moduli
+    return xp.where(overflow, xp.abs(flat * 0.25), moduli)
+
+
+def _random_support(
+    flat: Array,
+    forward: int,
+    backward: int,
+    ties: Key,
+    drawn: Key,
+    round_: Array | int,
+    first: Array | int,
+) -> Support:
+    """A by magnitude, then B∖A by the largest of random words that all lie below A's."""
+    xp = array_namespace(flat)
+    positions = _positions(flat)
+    in_forward = _flags(flat, forward, positions, ties, first)
+    words = draws(positions + first, drawn, round_)
+    above_all = xp.asarray(1 << BITS, dtype=words.dtype, device=device(words))
+    words = xp.where(in_forward, above_all, words)
+    indices = true_indices(_flags(words, backward, positions, ties, first), backward)
     return Support(indices, xp.take(in_forward, indices))
 
 
-def _flags(flat: Array, count: int) -> Array:
+def _flags(flat: Array, count: int, indices: Array, ties: Key, first: Array | int) -> Array:
+    """Flags (n,) of the `count` largest magnitudes (n,), at `indices` of the tensor."""
     paths = fast_paths(flat)
     if paths is not None:
-        return paths.largest_flags(flat, count)
+        return paths.largest_flags(flat, count, lambda: ranks(indices + first, ties))
     if is_numpy_array(flat):
-        return largest_flags(flat, count)
-    return _largest(_rank_keys(flat), count)
+        return largest_flags(flat, count, lambda positions: ranks(indices[positions] + first, ties))
+    return _largest(_rank_keys(flat), count, indices + first, ties)
 
 
-def _largest(keys: Array, count: int) -> Array:
-    """Flags (n,) of the `count` largest keys (n,), ties going to the lower index."""
+def _largest(keys: Array, count: int, indices: Array, ties: Key) -> Array:
+    """Flags (n,) of the `count` largest keys (n,), equal ones ranked by hash."""
     if is_jax_array(keys):
         from topkast import _xla
 
-        return _xla.largest_flags(keys, count)
+        return _xla.largest_flags(keys, count, indices, ties)
     xp = array_namespace(keys)
+    threshold = _kth_largest(keys, count)
+    above, equal = keys > threshold, keys == threshold
+    wanted = count - _count(above)
+    if _count(equal) > wanted:
+        order = ranks(indices, ties)
+        order = xp.where(equal, order, xp.full((), -1, dtype=order.dtype, device=device(order)))
+        equal = order >= _kth_largest(order, wanted)
+    return above | equal
+
+
+def _kth_largest(keys: Array, count: int) -> Array:
     if is_torch_array(keys):  # on an accelerator, by radix selection; on the host NumPy does it
-        threshold = keys.topk(count, sorted=False).values.amin()
-    else:
-        threshold = xp.sort(keys)[keys.shape[0] - count]
-    above = keys > threshold
-    ties = keys == threshold
-    dtype = index_dtype(xp, device(keys))
-    room = count - xp.sum(xp.astype(above, dtype), dtype=dtype)
-    rank = xp.cumulative_sum(xp.astype(ties, dtype), dtype=dtype)
-    return above | (ties & (rank <= room))
+        return keys.topk(count, sorted=False).values.amin()
+    return array_namespace(keys).sort(keys)[keys.shape[0] - count]
+
+
+def _count(flags: Array) -> int:
+    xp = array_namespace(flags)
+    return int(xp.sum(xp.astype(flags, index_dtype(xp, device(flags)))))
 
 
 def _rank_keys(flat: Array) -> Array:
     """Keys (n,) that order as the magnitudes do, with NaN below all of them."""
     xp = array_namespace(flat)
+    if not xp.isdtype(flat.dtype, "real floating"):
+        return flat
     magnitudes = xp.abs(flat)
     nan = xp.isnan(flat)
     check_finite(flat)
@@ -204,7 +260,7 @@ def _rank_keys(flat: Array) -> Array:
 
 
 def check_finite(array: Array) -> None:
-    """Raise :class:`NonFiniteError` for NaN or infinity, where values can be looked at."""
+    """Raise :class:`NonFiniteError` for NaN or infinity, where values can be inspected."""
     if not is_traced(array):
         xp = array_namespace(array)
         bad = int(xp.sum(xp.astype(~xp.isfinite(array), xp.int32)))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from array_api_compat import array_namespace, is_jax_array
 
 from topkast._compact import forward_view, gather, scatter
 from topkast._errors import MismatchError
-from topkast._inspect import Inspection, count_true, find_state
-from topkast._plan import Block, members
+from topkast._inspect import Inspection, count_true, find_states
 from topkast._primitives import Array, where
 from topkast._selection import Support
+from topkast._tensors import RankedTensors, members
 
 Arrays = dict[str, Array]
+Params = TypeVar("Params")
 Visit = Callable[[str, Array, Array], Any]  # key, an entry of the state, what it was at first
 
 
@@ -29,6 +30,9 @@ class TopKASTState(NamedTuple):
         The sets, by the name of the tensor.
     changed
         Entries that the last refresh made active, by the name of the tensor; int32 of shape (1,).
+    ages
+        Updates since each entry of B entered it, int16, by the name of the tensor: for rules of the
+        Adam family, whose entrants would move too fast.
     inner
         State of the inner rule, whose arrays cover B alone.
     """
@@ -36,6 +40,7 @@ class TopKASTState(NamedTuple):
     updates: Array
     supports: dict[str, Support]
     changed: Arrays
+    ages: Arrays
     inner: Any
 
     def __topkast_inspect__(self, params: Arrays | None) -> Inspection:
@@ -59,28 +64,37 @@ class TopKASTState(NamedTuple):
 
 def inspection(state: Any, params: Arrays, held: Mapping[str, int]) -> Inspection:
     """What a functional state shows; `held` are the bytes of its inner state, by key."""
-    blocks, total = {}, dict(held)
+    ranked, total = {}, dict(held)
     for key, support in state.supports.items():
         shapes = {name: tuple(params[name].shape) for name in members(key, params)}
         forward = count_true(support.active)
-        blocks[key] = Block(shapes, forward, support.indices.shape[0], 1.0)
+        ranked[key] = RankedTensors(shapes, forward, support.indices.shape[0], 1.0)
         total[key] += count_bytes(support.indices) + count_bytes(support.active)
-    return Inspection(int(state.updates), params, blocks, state.supports, state.changed, total)
+        if key in state.ages:
+            total[key] += count_bytes(state.ages[key])
+    # Gradients of all, and forward views of what is sparse, beside the parameters.
+    members_of = {name for one in ranked.values() for name in one.shapes}
+    model = sum(
+        (3 if name in members_of else 2) * count_bytes(array) for name, array in params.items()
+    )
+    return Inspection(
+        int(state.updates), params, ranked, state.supports, state.changed, total, model
+    )
 
 
-def forward_params(params: Mapping[str, Array], state: TopKASTState, /) -> Arrays:
+def forward_params(params: Params, state: Any, /) -> Params:
     """The forward view α of every tensor: what the model is to be evaluated at.
 
     Parameters
     ----------
     params
-        θ, by name.
+        θ, by name; in JAX any pytree.
     state
         State of the wrapped rule, or of what is around it.
 
     Returns
     -------
-    dict of str to array
+    dict of str to array, or a pytree
         Sparsified tensors with zeros outside A; dense ones as they are.
 
     Examples
@@ -92,8 +106,10 @@ def forward_params(params: Mapping[str, Array], state: TopKASTState, /) -> Array
     array([[ 0. , -0.9],
            [ 0. ,  0. ]])
     """
-    views: Arrays = find_state(state).__topkast_forward__(params)
-    return views
+    views: Any = params
+    for one in find_states(state, "__topkast_forward__"):
+        views = one.__topkast_forward__(views)
+    return views  # type: ignore[no-any-return]
 
 
 def forward_views(params: Mapping[str, Array], supports: Mapping[str, Support]) -> Arrays:
@@ -101,16 +117,16 @@ def forward_views(params: Mapping[str, Array], supports: Mapping[str, Support]) 
     views = dict(params)
     for key, support in supports.items():
         shapes = {name: tuple(params[name].shape) for name in members(key, params)}
-        block = Block(shapes, 0, support.indices.shape[0], 1.0)
+        ranked = RankedTensors(shapes, 0, support.indices.shape[0], 1.0)
         if is_jax_array(support.active):
             # Where parameters are spread over devices, XLA puts what is chosen from them there.
-            active = block.unflatten(
-                scatter(support.active, support, shape=(block.size,), fill=False)
+            active = ranked.unflatten(
+                scatter(support.active, support, shape=(ranked.size,), fill=False)
             )
             views |= {name: where(active[name], params[name], 0.0) for name in shapes}
         else:
-            values = gather(block.flatten(params), support)
-            views |= block.unflatten(forward_view(values, support, shape=(block.size,)))
+            values = gather(ranked.flatten(params), support)
+            views |= ranked.unflatten(forward_view(values, support, shape=(ranked.size,)))
     return views
 
 

@@ -12,42 +12,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from array_api_compat import array_namespace, is_jax_array
 
+from topkast._age import grow, scale_young, settled_ages
 from topkast._compact import gather, move, scatter
 from topkast._errors import MismatchError, UnsupportedTensorError
 from topkast._exploration import exploration_gradient
-from topkast._options import Options, check_patterns, kept_dense
-from topkast._plan import Block, plan
+from topkast._options import Options
+from topkast._plan import Plan, TensorInfo, make_plan
 from topkast._primitives import (
     Array,
-    counter,
     device,
     fast_paths,
+    index_dtype,
     is_traced,
-    may_hold,
+    possibly_true,
     put,
     when,
     where,
+    zero_count,
 )
 from topkast._selection import Support
-from topkast._state import Arrays, TopKASTState, Visit, map_dictionaries
+from topkast._state import Arrays, TopKASTState
+from topkast._tensors import RankedTensors
+from topkast._wrapped_rule import UpdateRule, WrappedRule
 
-
-class UpdateRule(Protocol):
-    """What can be wrapped: optax's two functions, on a dictionary of arrays.
-
-    A rule whose state keeps entries per parameter elsewhere than in dictionaries with the keys of
-    the parameters has a third function, ``map_entries(visit, state, fresh)``, which returns the
-    state with ``visit(key, entry, initial)`` in the place of each such entry; `fresh` is a state
-    as ``init`` returns it.
-    """
-
-    def init(self, params: Any, /) -> Any: ...
-
-    def update(self, updates: Any, state: Any, params: Any = None, /) -> tuple[Any, Any]: ...
+_MAX_COUNT = (1 << 31) - 1  # of updates: counts are int32
 
 
 class TopKASTTransform:
@@ -61,9 +54,13 @@ class TopKASTTransform:
     outermost transform: change its updates afterwards, and A and B are those of other weights.
     """
 
-    def __init__(self, inner: UpdateRule, options: Options) -> None:
+    def __init__(
+        self, inner: UpdateRule, options: Options, rule: WrappedRule | None = None
+    ) -> None:
         self.inner = inner
         self.options = options
+        self._rule = WrappedRule(inner) if rule is None else rule
+        self._plans: dict[Any, Plan] = {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inner!r}, {self.options!r})"
@@ -72,18 +69,24 @@ class TopKASTTransform:
         """Choose the first sets, and initialise the inner rule on B.
 
         Raises :class:`topkast.UnsupportedTensorError` for weights that are not floating-point,
-        and :class:`topkast.NonFiniteError` for NaN or infinity in one.
+        :class:`topkast.NonFiniteError` for NaN or infinity in one, and
+        :class:`topkast.OptionError` if nothing is left to sparsify.
         """
-        blocks = self._plan(params)
+        plan = self.plan(params)
         supports = {
-            block.key: block.select(block.flatten(params), self.options) for block in blocks
+            ranked.key: ranked.select(ranked.flatten(params), plan.options[ranked.key])
+            for ranked in plan.tensors
         }
-        some = next(iter(params.values()))
         return TopKASTState(
-            counter(some),
+            zero_count(next(iter(params.values()))),
             supports,
-            {block.key: block.no_change(supports[block.key].indices) for block in blocks},
-            self.inner.init(_compact(blocks, params, supports)),
+            {ranked.key: ranked.no_change(supports[ranked.key].indices) for ranked in plan.tensors},
+            {
+                ranked.key: settled_ages(supports[ranked.key].indices)
+                for ranked in plan.tensors
+                if plan.traits[ranked.key].betas is not None
+            },
+            self.inner.init(_compact(plan, params, supports)),
         )
 
     def update(
@@ -113,16 +116,20 @@ class TopKASTTransform:
         """
         if params is None:
             raise MismatchError("update needs params: update(grads, state, params)")
-        blocks, _, steps, inner = self._advance(grads, state, params, extra)
+        advance = self._advance(grads, state, params, extra)
+        steps = advance.steps
         updates = {name: steps[name] for name in params if name in steps}
-        for block in blocks:
+        for ranked in advance.plan.tensors:
             flat = scatter(
-                steps[block.key], state.supports[block.key], shape=(block.size,), fill=-0.0
+                steps[ranked.key], state.supports[ranked.key], shape=(ranked.size,), fill=-0.0
             )
-            updates |= block.unflatten(flat)
+            updates |= ranked.unflatten(flat)
         updates = {name: updates[name] for name in params}
-        state = state._replace(updates=_increment(state.updates), inner=inner)
-        return updates, self._refresh_if_due(blocks, state, lambda: apply_updates(params, updates))
+        following = advance.following
+        moved = self._refresh_if_due(
+            advance.plan, following, lambda: apply_updates(params, updates)
+        )
+        return updates, moved
 
     def step(
         self,
@@ -149,23 +156,25 @@ class TopKASTTransform:
         """
         paths = fast_paths(next(iter(params.values()))) if params and not extra else None
         if paths is not None:
-            blocks = self.check(grads, params, state)
-            outcome = paths.step(self.inner, blocks, grads, state, params, self.options)
+            plan = self.check(grads, params, state)
+            outcome = paths.step(self.inner, plan, grads, state, params)
             if outcome is not None:
-                found, inner = outcome
-                state = state._replace(updates=_increment(state.updates), inner=inner)
-                return found, self._refresh_if_due(blocks, state, lambda: found)
-        blocks, values, steps, inner = self._advance(grads, state, params, extra)
-        stepped = apply_updates(values, steps)
-        moved = {name: stepped[name] for name in params if name in stepped}
-        for block in blocks:
-            indices = state.supports[block.key].indices
-            flat = block.flatten(params)
-            flat = put(flat, indices, array_namespace(flat).reshape(stepped[block.key], (-1,)))
-            moved |= block.unflatten(flat)
-        moved = {name: moved[name] for name in params}
-        state = state._replace(updates=_increment(state.updates), inner=inner)
-        return moved, self._refresh_if_due(blocks, state, lambda: moved)
+                weights, inner, ages = outcome
+                following = state._replace(
+                    updates=_increment(state.updates), inner=inner, ages=ages
+                )
+                return weights, self._refresh_if_due(plan, following, lambda: weights)
+        advance = self._advance(grads, state, params, extra)
+        stepped = apply_updates(advance.values, advance.steps)
+        weights = {name: stepped[name] for name in params if name in stepped}
+        for ranked in advance.plan.tensors:
+            indices = state.supports[ranked.key].indices
+            flat = ranked.flatten(params)
+            flat = put(flat, indices, array_namespace(flat).reshape(stepped[ranked.key], (-1,)))
+            weights |= ranked.unflatten(flat)
+        weights = {name: weights[name] for name in params}
+        following = self._refresh_if_due(advance.plan, advance.following, lambda: weights)
+        return weights, following
 
     def _advance(
         self,
@@ -173,55 +182,82 @@ class TopKASTTransform:
         state: TopKASTState,
         params: Mapping[str, Array],
         extra: Mapping[str, Any],
-    ) -> tuple[list[Block], Arrays, Arrays, Any]:
-        """Blocks, θ on B, what the inner rule would add to it, and the rule's next state."""
-        blocks = self.check(grads, params, state)
-        values = _compact(blocks, params, state.supports)
-        slopes = _compact(blocks, grads, state.supports)
+    ) -> _Advance:
+        """One update of what the inner rule sees."""
+        plan = self.check(grads, params, state)
+        values = _compact(plan, params, state.supports)
+        gradients = _compact(plan, grads, state.supports)
         live = {}
-        for block in blocks:
-            key, support = block.key, state.supports[block.key]
-            slopes[key] = slopes[key] + exploration_gradient(
-                values[key],
-                support,
-                penalty=self.options.penalty,
-                density=block.density,
-                kind=self.options.penalty_kind,
-            )
-            if self.options.explore_until is not None:
-                exploring = state.updates < self.options.explore_until
+        for ranked in plan.tensors:
+            key, support, options = ranked.key, state.supports[ranked.key], plan.options[ranked.key]
+            if options.penalty:  # where there is none, a gradient keeps its dtype and its bits
+                gradients[key] = gradients[key] + exploration_gradient(
+                    values[key],
+                    support,
+                    # A rule that ascends would be driven away from zero by what is added.
+                    penalty=-options.penalty if plan.traits[key].ascends else options.penalty,
+                    density=ranked.density,
+                    kind=options.penalty_kind,
+                )
+            if options.explore_until is not None:
+                exploring = state.updates < min(options.explore_until, _MAX_COUNT)
                 if not is_traced(exploring):
                     exploring = bool(exploring)
                 live[key] = array_namespace(values[key]).reshape(
-                    support.active | exploring, block.compact_shape
+                    support.active | exploring, ranked.compact_shape
                 )
-                slopes[key] = where(live[key], slopes[key], 0.0)
-        steps, inner = self.inner.update(slopes, state.inner, values, **extra)
-        steps = {
-            key: where(live[key], step, -0.0) if key in live else step
-            for key, step in steps.items()
-        }
-        return blocks, values, steps, inner
+                gradients[key] = where(live[key], gradients[key], 0.0)
+        steps, inner = self.inner.update(gradients, state.inner, values, **extra)
+        steps = dict(steps)
+        updates = _increment(state.updates)
+        steps, inner = self._scale_young(plan, state, updates, steps, inner)
+        for key, flags in live.items():
+            steps[key] = where(flags, steps[key], -0.0)
+        ages = {key: grow(age) for key, age in state.ages.items()}
+        following = state._replace(updates=updates, inner=inner, ages=ages)
+        return _Advance(plan, values, steps, following)
+
+    def _scale_young(
+        self, plan: Plan, state: TopKASTState, updates: Array, steps: Arrays, inner: Any
+    ) -> tuple[Arrays, Any]:
+        """Steps, and those of copies of the tensors in the inner state: young entries slowed."""
+        for key, ages in state.ages.items():
+            betas = plan.traits[key].betas
+            if betas is not None:
+                steps[key] = scale_young(steps[key], ages, updates, betas)
+        if not plan.copies or not state.ages:
+            return steps, inner
+        numbers = iter(range(_MAX_COUNT))
+
+        def scale(key: str, entry: Array, before: Array) -> Array:
+            if next(numbers) not in plan.copies or key not in state.ages:
+                return entry
+            betas = plan.traits[key].betas
+            assert betas is not None
+            return before + scale_young(entry - before, state.ages[key], updates, betas)
+
+        return steps, self._rule.map_entries(scale, inner, state.inner, steps.keys())
 
     def compact(self, arrays: Mapping[str, Array], supports: Mapping[str, Support]) -> Arrays:
         """What the inner rule sees of arrays like the parameters: those on B, and dense ones."""
-        return _compact(self._plan(arrays), arrays, supports)
+        return _compact(self.plan(arrays), arrays, supports)
 
     def check_finite(self, params: Mapping[str, Array]) -> None:
         """Raise :class:`topkast.NonFiniteError` for NaN or infinity in what is sparsified."""
-        for block in self._plan(params):
-            block.check_finite(params)
+        for ranked in self.plan(params).tensors:
+            ranked.check_finite(params)
 
     def check(
         self, grads: Mapping[str, Array], params: Mapping[str, Array], state: TopKASTState
-    ) -> list[Block]:
+    ) -> Plan:
         """Raise :class:`topkast.MismatchError` unless these belong together."""
         _check_same(grads, params)
-        blocks = self._plan(params)
-        _check_plan(blocks, state)
-        return blocks
+        plan = self.plan(params)
+        _check_plan(plan, state)
+        return plan
 
-    def _plan(self, params: Mapping[str, Array]) -> list[Block]:
+    def plan(self, params: Mapping[str, Array]) -> Plan:
+        """What is sparsified, in what numbers; made once for parameters of the same shapes."""
         if not params:
             raise MismatchError("params is empty")
         for name, array in params.items():
@@ -233,43 +269,84 @@ class TopKASTTransform:
             if paths is not None:
                 paths.check(name, array)
         _check_together(params)
-        check_patterns(params, self.options.dense)
-        dense = kept_dense(params, self.options.dense)
-        shapes = {name: tuple(params[name].shape) for name in params if name not in dense}
-        return plan(shapes, self.options)
+        signature = tuple(
+            (name, tuple(array.shape), str(array.dtype)) for name, array in params.items()
+        )
+        if signature not in self._plans:
+            tensors = {
+                name: TensorInfo(tuple(array.shape), array.dtype) for name, array in params.items()
+            }
+            self._plans[signature] = make_plan(tensors, self.options, self._rule)
+        return self._plans[signature]
 
     def _refresh_if_due(
-        self, blocks: list[Block], state: TopKASTState, moved: Callable[[], Arrays]
+        self, plan: Plan, state: TopKASTState, moved: Callable[[], Arrays]
     ) -> TopKASTState:
         """`state`, or the one with sets chosen from the weights that `moved` returns."""
+        intervals = {
+            min(plan.options[ranked.key].refresh_every, _MAX_COUNT) for ranked in plan.tensors
+        }
+        for interval in sorted(intervals):
+            due = state.updates % interval == 0
+            if possibly_true(due):
+                chosen = [
+                    ranked
+                    for ranked in plan.tensors
+                    if min(plan.options[ranked.key].refresh_every, _MAX_COUNT) == interval
+                ]
 
-        def refresh(state: TopKASTState, params: Arrays) -> TopKASTState:
-            outcome = {
-                block.key: block.refresh(
-                    block.flatten(params), state.supports[block.key], self.options, state.updates
-                )
-                for block in blocks
-            }
-            supports = {key: new.support for key, new in outcome.items()}
-            # What the rule would have initialised: zeros nearly always, and right otherwise.
-            fresh = self.inner.init(_compact(blocks, params, supports))
+                def refresh(
+                    state: TopKASTState, params: Arrays, chosen: list[RankedTensors] = chosen
+                ) -> TopKASTState:
+                    return self._refresh(plan, chosen, state, params)
 
-            def carry(key: str, entry: Array, initial: Array) -> Array:
-                block = next((block for block in blocks if block.key == key), None)
-                if block is None or tuple(entry.shape) != block.compact_shape:
-                    return entry
-                return move(entry, outcome[key].migration, initial)
+                state = when(due, refresh, state, moved())
+        return state
 
-            return state._replace(
-                supports=supports,
-                changed={key: new.changed for key, new in outcome.items()},
-                inner=_map_entries(self.inner, carry, state.inner, fresh, _keys(blocks, params)),
+    def _refresh(
+        self, plan: Plan, chosen: list[RankedTensors], state: TopKASTState, params: Arrays
+    ) -> TopKASTState:
+        """New sets for some tensors, and what the inner rule keeps carried over to them."""
+        outcome = {
+            ranked.key: ranked.refresh(
+                ranked.flatten(params),
+                state.supports[ranked.key],
+                plan.options[ranked.key],
+                state.updates,
             )
+            for ranked in chosen
+        }
+        supports = state.supports | {key: new.support for key, new in outcome.items()}
+        # What the rule would have initialised: zeros nearly always, and right otherwise.
+        fresh = self.inner.init(_compact(plan, params, supports))
+        shapes = {ranked.key: ranked.compact_shape for ranked in chosen}
 
-        due = state.updates % self.options.refresh_every == 0
-        if not blocks or not may_hold(due):
-            return state
-        return when(due, refresh, state, moved())
+        def carry(key: str, entry: Array, initial: Array) -> Array:
+            if key not in shapes or tuple(entry.shape) != shapes[key]:
+                return entry
+            return move(entry, outcome[key].migration, initial)
+
+        return state._replace(
+            supports=supports,
+            changed=state.changed | {key: new.changed for key, new in outcome.items()},
+            ages=state.ages
+            | {
+                key: move(state.ages[key], new.migration)
+                for key, new in outcome.items()
+                if key in state.ages
+            },
+            inner=self._rule.map_entries(carry, state.inner, fresh, plan.keys(params)),
+        )
+
+
+@dataclass
+class _Advance:
+    """One update: what the inner rule saw, what it would add to it, and the next state."""
+
+    plan: Plan
+    values: Arrays
+    steps: Arrays
+    following: TopKASTState
 
 
 def apply_updates(params: Mapping[str, Array], updates: Mapping[str, Array], /) -> Arrays:
@@ -296,33 +373,14 @@ def apply_updates(params: Mapping[str, Array], updates: Mapping[str, Array], /) 
     }
 
 
-def _compact(
-    blocks: list[Block], arrays: Mapping[str, Array], supports: Mapping[str, Support]
-) -> Arrays:
+def _compact(plan: Plan, arrays: Mapping[str, Array], supports: Mapping[str, Support]) -> Arrays:
     """What the inner rule sees: dense tensors as they are, the others on B."""
-    inside = _members(blocks)
+    inside = plan.inside
     compact = {name: array for name, array in arrays.items() if name not in inside}
-    for block in blocks:
-        values = gather(block.flatten(arrays), supports[block.key])
-        compact[block.key] = array_namespace(values).reshape(values, block.compact_shape)
+    for ranked in plan.tensors:
+        values = gather(ranked.flatten(arrays), supports[ranked.key])
+        compact[ranked.key] = array_namespace(values).reshape(values, ranked.compact_shape)
     return compact
-
-
-def _members(blocks: list[Block]) -> set[str]:
-    return {name for block in blocks for name in block.shapes}
-
-
-def _keys(blocks: list[Block], params: Mapping[str, Array]) -> set[str]:
-    """Keys of what :func:`_compact` returns."""
-    inside = _members(blocks)
-    return {block.key for block in blocks} | {name for name in params if name not in inside}
-
-
-def _map_entries(rule: UpdateRule, visit: Visit, state: Any, fresh: Any, keys: set[str]) -> Any:
-    """Apply `visit` to what a rule keeps per parameter: its own way, or where it is kept by key."""
-    if hasattr(rule, "map_entries"):
-        return rule.map_entries(visit, state, fresh)
-    return map_dictionaries(visit, state, fresh, keys)
 
 
 def _increment(count: Array) -> Array:
@@ -338,7 +396,9 @@ def _check_same(grads: Mapping[str, Array], params: Mapping[str, Array]) -> None
     for name, grad in grads.items():
         param = params[name]
         _check_together({name: param, f"the gradient of {name}": grad})
-        if tuple(grad.shape) != tuple(param.shape) or grad.dtype != param.dtype:
+        xp = array_namespace(param)
+        real = [xp.isdtype(array.dtype, "real floating") for array in (grad, param)]
+        if tuple(grad.shape) != tuple(param.shape) or real[0] != real[1]:
             raise MismatchError(
                 f"{name}: the gradient is {grad.dtype}{tuple(grad.shape)}, the parameter "
                 f"{param.dtype}{tuple(param.shape)}"
@@ -358,11 +418,19 @@ def _check_together(arrays: Mapping[str, Array]) -> None:
             raise MismatchError(f"{first} is on {device(one)} and {name} on {device(other)}")
 
 
-def _check_plan(blocks: list[Block], state: TopKASTState) -> None:
-    expected = {block.key: block.backward for block in blocks}
-    found = {key: support.indices.shape[0] for key, support in state.supports.items()}
-    if expected != found:
+def _check_plan(plan: Plan, state: TopKASTState) -> None:
+    for key, support in state.supports.items():
+        xp = array_namespace(support.indices)
+        dtype = index_dtype(xp, device(support.indices))
+        if support.indices.dtype != dtype:
+            raise MismatchError(
+                f"{key}: the state has indices of {support.indices.dtype}, and {dtype} are used "
+                "here: it was made where 64-bit numbers were enabled in JAX, or were not"
+            )
+    expected = {ranked.key: ranked.backward for ranked in plan.tensors}
+    given = {key: support.indices.shape[0] for key, support in state.supports.items()}
+    if expected != given:
         raise MismatchError(
             f"params differ from those given to init: |B| by tensor would be {expected}, "
-            f"the state has {found}"
+            f"the state has {given}"
         )

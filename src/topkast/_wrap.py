@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, Unpack, overload
 
-from topkast._errors import AdapterNotFoundError
-from topkast._options import Dense, Distribution, Explore, Options, PenaltyKind
+from topkast._errors import AdapterNotFoundError, UnsupportedOptimizerError
+from topkast._options import (
+    Dense,
+    Distribution,
+    Explore,
+    Options,
+    Overrides,
+    Patterns,
+    PenaltyKind,
+)
+from topkast._rules import SGD, Adam
 from topkast._transform import TopKASTTransform
+
+if TYPE_CHECKING:
+    from topkast_jax import TopKASTGradientTransformation
+    from topkast_torch import TopKASTOptimizer
 
 ENTRY_POINTS = "topkast.adapters"
 
@@ -18,26 +32,76 @@ _EXTRAS = {
 }  # the extra that installs what an optimizer of this package needs
 
 
+class _OptionsGiven(TypedDict, total=False):
+    refresh_every: int
+    penalty: float
+    penalty_kind: PenaltyKind
+    explore: Explore
+    explore_until: int | None
+    distribution: Distribution
+    dense: Dense
+    stacked: Patterns
+    overrides: Overrides
+    seed: int
+    probe: bool
+
+
+class _TorchOptimizer(Protocol):
+    """What a ``torch.optim.Optimizer`` has, so that type checkers know one without PyTorch."""
+
+    param_groups: list[dict[str, Any]]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None: ...
+
+
+class _GradientTransformation(Protocol):
+    """What an ``optax.GradientTransformation`` has: a NamedTuple of two functions."""
+
+    @property
+    def init(self) -> Callable[..., Any]: ...
+    @property
+    def update(self) -> Callable[..., Any]: ...
+    def _asdict(self) -> dict[str, Any]: ...
+
+
+@overload
+def wrap_optimizer(
+    optimizer: _TorchOptimizer, *, fwd: float, bwd: float, **options: Unpack[_OptionsGiven]
+) -> TopKASTOptimizer: ...
+@overload
+def wrap_optimizer(
+    optimizer: SGD | Adam, *, fwd: float, bwd: float, **options: Unpack[_OptionsGiven]
+) -> TopKASTTransform: ...
+@overload
+def wrap_optimizer(
+    optimizer: _GradientTransformation, *, fwd: float, bwd: float, **options: Unpack[_OptionsGiven]
+) -> TopKASTGradientTransformation: ...
+@overload
+def wrap_optimizer(
+    optimizer: Any, *, fwd: float, bwd: float, **options: Unpack[_OptionsGiven]
+) -> Any: ...
 def wrap_optimizer(
     optimizer: Any,
     *,
     fwd: float,
     bwd: float,
-    refresh_every: int = 100,
+    refresh_every: int = 1,
     penalty: float = 1e-4,
     penalty_kind: PenaltyKind = "l2",
     explore: Explore = "magnitude",
     explore_until: int | None = None,
     distribution: Distribution = "uniform",
     dense: Dense = None,
+    stacked: Patterns = None,
+    overrides: Overrides = None,
     seed: int = 0,
     probe: bool = True,
 ) -> Any:
     r"""Make an optimizer train sparse weights, always: Top-KAST around it.
 
-    Of every tensor of at least two dimensions the forward pass sees the ``1 - fwd`` largest
-    magnitudes (set A); gradient, update and optimizer state exist for the ``1 - bwd`` largest
-    (set B). The optimizer is handed the values on B as one vector per tensor.
+    Of every tensor with at least two dimensions above one the forward pass sees the ``1 - fwd``
+    largest magnitudes (set A); gradient, update and optimizer state exist for the ``1 - bwd``
+    largest (set B). The optimizer is handed the values on B as one vector per tensor.
 
     Parameters
     ----------
@@ -49,8 +113,8 @@ def wrap_optimizer(
     bwd
         Backward sparsity: share of weights without a gradient, ``0 <= bwd <= fwd``.
     refresh_every
-        Number of updates between two selections of A and B. 1 is the paper's main setting, 100
-        that of its appendix C.
+        Number of updates between two selections of A and B. 1 is the paper's main setting; 100,
+        that of its appendix C, takes less time and suits long runs.
     penalty
         Coefficient λ of the exploration penalty.
     penalty_kind
@@ -63,14 +127,22 @@ def wrap_optimizer(
         ``"uniform"``: the same density for every tensor; ``"erk"``: denser where layers are
         thin, see :func:`topkast.densities`; ``"global"``: all tensors ranked as if they were one.
     dense
-        What is kept dense besides tensors of fewer than two dimensions: a name or glob
-        (``"head.*"``), a sequence of them, or a predicate ``(name, tensor) -> bool``. True keeps
-        all dense; False sparsifies one-dimensional tensors too.
+        What is kept dense besides tensors with fewer than two dimensions above one: a name or
+        glob (``"head.*"``), a sequence of them, or a predicate ``(name, tensor) -> bool``. True
+        keeps all dense; False sparsifies one-dimensional tensors too.
+    stacked
+        Names or globs of tensors whose first axis numbers layers, as for ``jax.lax.scan`` or of
+        experts: each layer is ranked alone, and dimensions are counted without that axis.
+    overrides
+        Options of single tensors, by name or glob: ``{"head.*": {"fwd": 0.5, "bwd": 0.2}}``; of
+        several globs that match, the last. May set ``fwd``, ``bwd``, ``refresh_every``,
+        ``penalty``, ``penalty_kind``, ``explore`` and ``explore_until``.
     seed
-        Of the random choice.
+        Of the hash that ranks equal magnitudes, and of the random choice.
     probe
-        Check that the optimizer treats a tensor as a bag of coordinates, by two steps on a small
-        tensor and on a permutation of it. Switch it off for rules that add noise.
+        Check that the optimizer treats a tensor as a bag of coordinates, by two steps on tensors
+        like those given and on the same entries in another order. Switch it off for rules that
+        add noise.
 
     Returns
     -------
@@ -121,6 +193,8 @@ def wrap_optimizer(
         explore_until=explore_until,
         distribution=distribution,
         dense=dense,
+        stacked=stacked,
+        overrides=overrides,
         seed=seed,
         probe=probe,
     )
@@ -133,9 +207,14 @@ def _find_adapter(optimizer: Any) -> Callable[[Any, Options], Any]:
             f"wrap_optimizer takes an optimizer, got the class {optimizer.__name__}: "
             f"construct it first, {optimizer.__name__}(...)"
         )
+    if inspect.isroutine(optimizer):
+        raise AdapterNotFoundError(
+            f"wrap_optimizer takes an optimizer, got the function {optimizer.__name__}: call it "
+            f"first, {optimizer.__name__}(...)"
+        )
+    if isinstance(optimizer, TopKASTTransform):
+        raise UnsupportedOptimizerError("the rule is wrapped already: use what was returned")
     roots = [base.__module__.partition(".")[0] for base in type(optimizer).__mro__]
-    if "topkast" in roots:
-        return TopKASTTransform
     adapters = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
     for root in roots:
         if root in adapters:
@@ -152,9 +231,11 @@ def _find_adapter(optimizer: Any) -> Callable[[Any, Options], Any]:
             raise AdapterNotFoundError(
                 f"the adapter for {root} is not installed: pip install 'topkast[{_EXTRAS[root]}]'"
             )
+    if all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
+        return TopKASTTransform  # a rule for plain arrays
     raise AdapterNotFoundError(
         f"no adapter for {type(optimizer).__module__}.{type(optimizer).__qualname__}: expected an "
         f"optimizer of {', '.join(sorted({*adapters, *_EXTRAS}))} (pip install 'topkast[EXTRA]', "
-        f"one of the extras {', '.join(sorted(_EXTRAS.values()))}), or topkast.SGD, topkast.Adam "
-        "or topkast.AdamW"
+        f"one of the extras {', '.join(sorted(_EXTRAS.values()))}), topkast.SGD, topkast.Adam or "
+        "topkast.AdamW, or a rule of your own with init(params) and update(grads, state, params)"
     )

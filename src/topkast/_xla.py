@@ -17,21 +17,33 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from topkast._primitives import Array
+from topkast._random import Key, random_words
 
 T = TypeVar("T")
 
 _WORD = 32
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def largest_flags(keys: Array, count: int) -> Array:
-    """Flags (n,) of the `count` largest of integers of at least -1, ties to the lower index."""
-    size, keys = keys.shape[0], _pad(keys, -2)
-    threshold = _kth_largest(keys, count)
-    above, ties = keys > threshold, keys == threshold
-    room = count - jnp.sum(_count(_pack(above)))
-    last = _index_of_bit(_pack(ties), room - 1)
-    return (above | (ties & (jnp.arange(keys.shape[0]) <= last)))[:size]
+@functools.partial(jax.jit, static_argnums=(1, 3))
+def largest_flags(keys: Array, count: int, indices: Array, ties: Key) -> Array:
+    """Flags (n,) of the `count` largest of integers (n,) of at least -1.
+
+    Equal ones rank by the words of their `indices` (n,), which all differ, the largest first.
+    """
+    threshold = _kth_largest(_pad(keys, -2), count)
+    above, equal = keys > threshold, keys == threshold
+    wanted = count - jnp.sum(above)
+
+    def choose(equal: Array) -> Array:
+        words = lax.bitcast_convert_type(random_words(indices, ties), jnp.uint32)
+
+        def set_bit(bit: Array, threshold: Array) -> Array:
+            raised = threshold | (jnp.uint32(1 << 31) >> bit.astype(jnp.uint32))
+            return jnp.where(jnp.sum(equal & (words >= raised)) >= wanted, raised, threshold)
+
+        return equal & (words >= lax.fori_loop(0, 32, set_bit, jnp.uint32(0)))
+
+    return above | when(jnp.sum(equal) > wanted, choose, equal)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -46,6 +58,15 @@ def true_indices(mask: Array, count: int) -> Array:
     place = jnp.arange(count, dtype=jnp.int32) - (ends[word] - _count(bits))
     dtype = jnp.asarray(0).dtype
     return word.astype(dtype) * _WORD + _place_of_bit(bits, place).astype(dtype)
+
+
+def for_each_layer(choose: Callable[[Array, Array], Any], flat: Array, layers: int) -> Any:
+    """The sets of each of some layers of equal size in a vector (n,), one behind the other."""
+    parts = flat.reshape(layers, -1)
+    firsts = jnp.arange(layers) * parts.shape[1]
+    support = jax.vmap(choose)(parts, firsts)
+    indices = support.indices + firsts[:, None].astype(support.indices.dtype)
+    return type(support)(indices.reshape(-1), support.active.reshape(-1))
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -74,6 +95,8 @@ def when(due: Array, change: Callable[..., T], state: T, *operands: Any) -> T:
     in memory, and under ``vmap`` it is skipped where none of a batch is due. Differentiated, which
     loops cannot be in reverse mode, it is a ``lax.cond``.
     """
+    # What `change` closes over may be traced too, a learning rate for one: then it must be passed.
+    change, closed_over = jax.closure_convert(change, state, *operands)
 
     @jax.custom_jvp
     def looped(due: Array, state: T, *operands: Any) -> T:
@@ -89,10 +112,10 @@ def when(due: Array, change: Callable[..., T], state: T, *operands: Any) -> T:
 
         return jax.jvp(branched, primals, tangents)
 
-    return looped(due, state, *operands)
+    return looped(due, state, *operands, *closed_over)
 
 
-def _kth_largest(keys: Array, count: int) -> Array:
+def _kth_largest(keys: Array, count: int | Array) -> Array:
     """The k-th largest of integers, bit by bit: the largest t of at least -1 that k keys reach."""
     bits = 8 * keys.dtype.itemsize - 1
 
@@ -122,14 +145,6 @@ def _pack(mask: Array) -> Array:
 def _count(words: Array) -> Array:
     """How many bits of each word are set; int32."""
     return lax.population_count(words).astype(jnp.int32)
-
-
-def _index_of_bit(words: Array, rank: Array) -> Array:
-    """Index of the set bit number `rank` (a scalar, from 0) of all that are set."""
-    ends = jnp.cumsum(_count(words))
-    word = jnp.sum(ends <= rank)
-    bits = words[word]
-    return word * _WORD + _place_of_bit(bits, rank - (ends[word] - _count(bits)))
 
 
 def _place_of_bit(words: Array, rank: Array) -> Array:

@@ -17,7 +17,9 @@ array([3.9, 2.9, 2. , 1. ])
 
 from __future__ import annotations
 
+import hashlib
 import math
+import struct
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Protocol
@@ -27,11 +29,25 @@ import numpy as np
 Vector = np.ndarray[Any, Any]
 
 
-def top_k(theta: Vector, sparsity: float) -> Vector:
-    """Mask of the largest magnitudes, the lower flat index first among equals."""
+def tie_words(size: int, seed: int, name: str) -> Vector:
+    """A hash of (seed, tensor name, index), by which equal magnitudes rank; uint32."""
+    digest = hashlib.blake2s(f"{seed} ties {name}".encode(), digest_size=16).digest()
+    words = np.arange(size, dtype=np.uint32)
+    for key in (*struct.unpack("<4I", digest), 0):
+        words ^= np.uint32(key)
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            words ^= words >> np.uint32(shift)
+            words *= np.uint32(factor)
+        words ^= words >> np.uint32(16)
+    return words
+
+
+def top_k(theta: Vector, sparsity: float, *, seed: int = 0, name: str = "") -> Vector:
+    """Mask of the largest magnitudes; equal ones rank by hash."""
     n = theta.size
     k = max(1, n - math.floor(Decimal(str(sparsity)) * n)) if n else 0
-    order = np.lexsort((np.arange(n), -np.abs(theta).ravel()))
+    words = tie_words(n, seed, name).astype(np.int64)
+    order = np.lexsort((-words, -np.abs(theta).ravel()))
     mask = np.zeros(n, dtype=bool)
     mask[order[:k]] = True
     return mask.reshape(theta.shape)
@@ -44,6 +60,10 @@ class Rule(Protocol):
 
     def change(self, theta: Vector, gradient: Vector) -> Vector:
         """What to add to theta, given the gradient on B and zeros elsewhere."""
+        ...
+
+    def maturity(self, steps: Any) -> Any:
+        """What a change of Adam is divided by after some steps, 1 for rules that count none."""
         ...
 
 
@@ -60,13 +80,25 @@ class TopKAST:
         refresh_every: int = 1,
         penalty: float = 1e-4,
         penalty_kind: str = "l2",
+        seed: int = 0,
+        name: str = "",
     ) -> None:
         self.theta, self.rule, self.updates = theta.copy(), rule, 0
+        self.age = np.zeros(theta.shape, dtype=int)  # updates since an entry entered B
         self.fwd, self.bwd, self.refresh_every = fwd, bwd, refresh_every
         self.penalty, self.penalty_kind = penalty, penalty_kind
         self.rule.moments = {name: np.zeros_like(theta) for name in rule.moments}
         # fwd_params = TopK(dense_params, X%); bwd_params = TopK(dense_params, Y%)
-        self.forward, self.backward = top_k(theta, fwd), top_k(theta, bwd)
+        self.seed, self.name = seed, name
+        self.forward, self.backward = self.select()
+
+    def select(self) -> tuple[Vector, Vector]:
+        """Masks of A and B for the current weights."""
+        forward, backward = (
+            top_k(self.theta, sparsity, seed=self.seed, name=self.name)
+            for sparsity in (self.fwd, self.bwd)
+        )
+        return forward, backward
 
     @property
     def alpha(self) -> Vector:
@@ -82,12 +114,16 @@ class TopKAST:
         gradient = gradient + (self.penalty * weight).astype(self.theta.dtype) * slope
         # bwd_params = bwd_params - grad(loss, bwd_params)
         change = self.rule.change(self.theta, np.where(self.backward, gradient, 0))
+        self.updates, self.age = self.updates + 1, self.age + 1
+        # An entry that entered late moves as Adam moves a new parameter, by its own step count.
+        change = change * self.rule.maturity(self.age) / self.rule.maturity(self.updates)
+        change = change.astype(self.theta.dtype)
         self.theta = np.where(self.backward, self.theta + change, self.theta)
-        self.updates += 1
         if self.updates % self.refresh_every == 0:
             before = self.backward
-            self.forward, self.backward = top_k(self.theta, self.fwd), top_k(self.theta, self.bwd)
+            self.forward, self.backward = self.select()
             stayed = before & self.backward
+            self.age = np.where(stayed, self.age, 0)
             self.rule.moments = {
                 name: np.where(stayed, moment, 0) for name, moment in self.rule.moments.items()
             }
@@ -108,6 +144,10 @@ class SGD:
         velocity = self.momentum * self.moments["velocity"] + gradient
         self.moments = {"velocity": velocity}
         return np.asarray(-self.lr * velocity)
+
+    def maturity(self, steps: Any) -> Any:
+        """See :class:`Rule`."""
+        return 1
 
 
 @dataclass
@@ -132,3 +172,8 @@ class AdamW:
         self.moments = {"mean": mean, "square": square}
         step = mean / (1 - beta1**t) / (np.sqrt(square / (1 - beta2**t)) + self.eps)
         return np.asarray(-self.lr * (step + self.weight_decay * theta))
+
+    def maturity(self, steps: Any) -> Any:
+        """See :class:`Rule`."""
+        beta1, beta2 = self.betas
+        return np.sqrt(1 - beta2**steps) / (1 - beta1**steps)

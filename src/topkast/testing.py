@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from array_api_compat import is_cupy_array
 
-from topkast._distribution import as_written, kept_count
+from topkast._distribution import exact_fraction, kept_count
 from topkast._inspect import Masks
 from topkast._primitives import Array
+from topkast._random import make_key, ranks
 from topkast._selection import Support
 
 if TYPE_CHECKING:
@@ -49,8 +50,19 @@ __all__ = [
 ]
 
 
+def _need_hypothesis() -> None:
+    try:
+        import hypothesis  # noqa: F401
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "the strategies of topkast.testing need hypothesis: pip install 'topkast[testing]'",
+            name="hypothesis",
+        ) from None
+
+
 def sparsities() -> SearchStrategy[tuple[float, float]]:
     """Pairs (fwd, bwd) with ``0 <= bwd <= fwd < 1``, the limits among them."""
+    _need_hypothesis()
     from hypothesis import strategies as st
 
     typical = st.sampled_from([0.0, 0.1, 0.5, 0.8, 0.9, 0.95, 0.98, 0.999])
@@ -70,6 +82,7 @@ def weights(
     dtype
         ``float32`` or ``float64``.
     """
+    _need_hypothesis()
     from hypothesis import strategies as st
     from hypothesis.extra import numpy as stnp
 
@@ -83,7 +96,9 @@ def weights(
     return kept.flatmap(lambda dims: stnp.arrays(dtype, dims, elements=entry))
 
 
-def assert_masks(theta: Array, masks: Masks, *, fwd: float, bwd: float) -> None:
+def assert_masks(
+    theta: Array, masks: Masks, *, fwd: float, bwd: float, seed: int = 0, name: str = ""
+) -> None:
     """All that holds for A and B chosen by magnitude: counts, nesting, order, ties.
 
     Parameters
@@ -94,6 +109,8 @@ def assert_masks(theta: Array, masks: Masks, *, fwd: float, bwd: float) -> None:
         Boolean arrays of the shape of `theta`.
     fwd, bwd
         Forward and backward sparsity.
+    seed, name
+        As for :func:`assert_tie_order`.
 
     Raises
     ------
@@ -104,14 +121,14 @@ def assert_masks(theta: Array, masks: Masks, *, fwd: float, bwd: float) -> None:
     assert_nested(masks)
     for mask in masks:
         assert_magnitude_order(theta, mask)
-        assert_tie_order(theta, mask)
+        assert_tie_order(theta, mask, seed=seed, name=name)
 
 
 def assert_counts(masks: Masks, *, fwd: float, bwd: float) -> None:
     """``|A| = max(1, n - floor(fwd * n))``, and likewise ``|B|``, exactly."""
     for name, mask, sparsity in zip("AB", masks, (fwd, bwd), strict=True):
         found, size = int(to_numpy(mask).sum()), to_numpy(mask).size
-        expected = kept_count(size, 1 - as_written(sparsity))
+        expected = kept_count(size, 1 - exact_fraction(sparsity))
         assert found == expected, (
             f"|{name}| is {found}, expected {expected} of {size} entries at sparsity {sparsity}"
         )
@@ -131,12 +148,20 @@ def assert_magnitude_order(theta: Array, mask: Array) -> None:
         assert least >= largest, f"kept a magnitude of {least} and dropped one of {largest}"
 
 
-def assert_tie_order(theta: Array, mask: Array) -> None:
-    """Among equal magnitudes the lower flat (C-order) index is kept."""
+def assert_tie_order(theta: Array, mask: Array, *, seed: int = 0, name: str = "") -> None:
+    """Among equal magnitudes those with the largest hash of (seed, name, flat index) are kept.
+
+    `seed` is that of :func:`topkast.wrap_optimizer` and `name` that of the tensor, or what
+    :func:`topkast.select` was given.
+    """
     magnitudes, kept = np.abs(to_numpy(theta)).ravel(), to_numpy(mask).ravel()
     if kept.any():
-        ties = kept[magnitudes == magnitudes[kept].min()]
-        assert not np.any(ties[1:] & ~ties[:-1]), "kept a tie and dropped one of a lower index"
+        ties = np.flatnonzero(magnitudes == magnitudes[kept].min())
+        ranked = kept[ties[np.argsort(-ranks(ties, make_key(seed, name, "ties")))]]
+        assert not np.any(ranked[1:] & ~ranked[:-1]), (
+            "kept a tie and dropped one of a larger hash; are `seed` and `name` those that the "
+            "mask was chosen with?"
+        )
 
 
 def assert_forward_view(theta: Array, alpha: Array, forward: Array) -> None:
@@ -158,16 +183,20 @@ def assert_reservoir_unchanged(before: Array, after: Array, backward: Array) -> 
 
 
 def assert_survivors_unchanged(
-    before: Array, after: Array, old: Support, new: Support, *, fresh: float = 0.0
+    before: Array, after: Array, old: Support, new: Support, *, fresh: Array | float = 0.0
 ) -> None:
-    """Entries of indices that stay in B keep their bits; those that enter are `fresh`."""
+    """Entries of indices that stay in B keep their bits; those that enter are `fresh`.
+
+    `fresh` is a number, or an array like `after`.
+    """
     first, second = to_numpy(before).ravel(), to_numpy(after).ravel()
     indices_old, indices_new = to_numpy(old.indices), to_numpy(new.indices)
     _, stay_old, stay_new = np.intersect1d(indices_old, indices_new, return_indices=True)
     assert _bits(second[stay_new]) == _bits(first[stay_old]), "an entry changed while it was in B"
     entered = np.ones(second.size, dtype=bool)
     entered[stay_new] = False
-    expected = np.full_like(second[entered], fresh)
+    start = fresh if isinstance(fresh, (int, float)) else to_numpy(fresh).ravel()
+    expected = np.broadcast_to(start, second.shape).astype(second.dtype)[entered]
     assert _bits(second[entered]) == _bits(expected), f"an entry did not enter B as {fresh}"
 
 
@@ -183,6 +212,8 @@ def to_numpy(array: Array) -> HostArray:
         return np.asarray(array.get())
     if hasattr(array, "detach"):  # PyTorch
         array = array.detach().cpu().resolve_conj()
+        if str(array.dtype) == "torch.bfloat16":  # which NumPy lacks, and float32 holds exactly
+            array = array.float()
     try:
         return np.asarray(array)
     except TypeError:  # a library that allows the exchange protocol of the standard alone

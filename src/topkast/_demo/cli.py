@@ -104,10 +104,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--refresh-every",
         type=int,
-        default=1,
+        default=Settings.refresh_every,
         metavar="UPDATES",
-        help="choose both sets of weights anew every so many updates. 1 is the paper's main "
-        "setting and the default, as so short a run has no time to wait; 100 costs next to nothing",
+        help="choose both sets of weights anew every so many updates (default: %(default)s, which "
+        "costs next to nothing). 1 is the paper's main setting, slower and often better in a run "
+        "as short as this",
     )
     add(
         "--penalty",

@@ -109,7 +109,10 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     except OSError as error:
         raise DemoError(f"{path} cannot be read: {error.strerror}") from None
     if len(content) < 4 or content[:3] != b"\0\0\x08":
-        raise DemoError(f"{path} is not an IDX file of bytes: it begins with {content[:4]!r}")
+        raise DemoError(
+            f"{path} is not an IDX file of bytes: it begins with {content[:4]!r}. For a text add "
+            "--task text"
+        )
     dimensions = content[3]
     header = 4 * (1 + dimensions)
     shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, header, 4)]

@@ -32,7 +32,7 @@ class MaskDynamics:
     Attributes
     ----------
     change
-        Share of the units of a tensor that entered or left A at a refresh (figure 3a).
+        Share of A that a refresh brought in, by tensor (figure 3a).
     awakened
         Share of the initial reservoir, the units in neither A nor B, that was ever in A (3b).
     """
@@ -49,8 +49,8 @@ class MaskDynamics:
     def record(self, step: int, masks: dict[str, topkast.Masks]) -> None:
         """Compare the sets with those of the last call."""
         forward = {name: mask.forward for name, mask in masks.items()}
-        changes = [int((forward[name] != old).sum()) for name, old in self._forward.items()]
-        self.change.add(step, changes, [mask.size for mask in forward.values()])
+        changes = [int((forward[name] & ~old).sum()) for name, old in self._forward.items()]
+        self.change.add(step, changes, [int(mask.sum()) for mask in forward.values()])
         self._forward = forward
         for name, units in self._asleep.items():
             self._asleep[name] = units & ~forward[name]

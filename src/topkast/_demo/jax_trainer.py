@@ -102,6 +102,12 @@ class JaxTrainer(Trainer):
         inner = self._state.inner if self._is_wrapped else self._state
         return sum(leaf.nbytes for leaf in jax.tree.leaves(inner))
 
+    def total_bytes(self) -> int:
+        if self._is_wrapped:
+            return topkast.summary(self._state, self._params).total_bytes
+        weights: int = sum(leaf.nbytes for leaf in jax.tree.leaves(self._params))
+        return 2 * weights + self.state_bytes()
+
 
 def _move(tx: optax.GradientTransformation, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
     """What ``step`` of a wrapped transformation does, for any."""

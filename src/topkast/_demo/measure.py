@@ -25,6 +25,7 @@ class Memory:
 
     gradient: int  # that the optimizer is given
     state: int  # that it keeps
+    total: int  # with weights, whole gradients, and what it holds besides
 
 
 def measure_sizes(trainer: Trainer, dense: tuple[str, ...]) -> dict[str, Size]:
@@ -48,7 +49,7 @@ def measure_memory(trainer: Trainer) -> Memory:
     for name, param in trainer.params().items():
         weights = int(masks[name].backward.sum()) if name in masks else math.prod(param.shape)
         gradient += weights * int(param.dtype.itemsize)
-    return Memory(gradient, trainer.state_bytes())
+    return Memory(gradient, trainer.state_bytes(), trainer.total_bytes())
 
 
 def density(sizes: dict[str, Size], which: Literal["forward", "backward"]) -> float:

@@ -28,6 +28,7 @@ def format_table(task: Task, settings: Settings, runs: list[Run]) -> str:
         "backward\ndensity",
         "gradient,\nbytes",
         "optimizer state,\nbytes",
+        "in all,\nbytes",
         "time per step,\nmedian",
     )
     rows = [_cells(task, run) for run in runs]
@@ -54,6 +55,7 @@ def _cells(task: Task, run: Run) -> tuple[str, ...]:
         f"{density(run.sizes, 'backward'):.1%}",
         f"{run.memory.gradient:,}",
         f"{run.memory.state:,}",
+        f"{run.memory.total:,}",
         f"{1e3 * run.step_seconds:.2f} ms",
     )
 
@@ -61,12 +63,13 @@ def _cells(task: Task, run: Run) -> tuple[str, ...]:
 def _notes(task: Task, settings: Settings, runs: list[Run]) -> list[str]:
     notes = [
         f"Dense in all runs: {', '.join(task.dense)} and tensors of one dimension. Densities are "
-        "those of the rest, bytes of all.",
+        "those of the rest, bytes of all tensors; in all are weights, gradients and whatever the "
+        "optimizer holds.",
         "Sparse layers multiply by A alone and form the gradient on B alone. It pays for layers "
         "larger than these; the refresh costs the more."
         if settings.execution == "sparse"
-        else "This demo runs masked dense kernels and computes the whole gradient: time per step "
-        "is not the gain here.",
+        else "This demo runs masked dense kernels and computes the whole gradient: neither time "
+        "per step nor bytes in all are the gain here; see --execution sparse.",
     ]
     for run in runs:
         if run.refresh_seconds is not None and settings.refresh_every > 1:
@@ -151,6 +154,7 @@ def _to_dict(task: Task, settings: Settings, runs: list[Run]) -> dict[str, Any]:
                 "backward_density": density(run.sizes, "backward"),
                 "gradient_bytes": run.memory.gradient,
                 "optimizer_state_bytes": run.memory.state,
+                "total_bytes": run.memory.total,
                 "step_seconds": run.step_seconds,
                 "refresh_seconds": run.refresh_seconds,
             }

@@ -36,7 +36,7 @@ class Settings:
     data: Path | None = None
     fwd: float = 0.9
     bwd: float = 0.8
-    refresh_every: int = 1
+    refresh_every: int = Options.refresh_every
     penalty: float = 1e-4
     steps: int
     optimizer: str = "adamw"

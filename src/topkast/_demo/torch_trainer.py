@@ -103,6 +103,11 @@ class TorchTrainer(Trainer):
         )
         return sum(entry.nbytes for entry in entries if isinstance(entry, Tensor))
 
+    def total_bytes(self) -> int:
+        if self._is_wrapped:
+            return topkast.summary(self._optimizer).total_bytes
+        return 2 * sum(param.nbytes for param in self._model.parameters()) + self.state_bytes()
+
     def _loss(self, batch: Batch) -> Tensor:
         inputs, classes = map(torch.from_numpy, batch)
         return cross_entropy(self._model(inputs).flatten(0, -2), classes.flatten())

@@ -65,6 +65,10 @@ class Trainer(ABC):
     def state_bytes(self) -> int:
         """Bytes of the optimizer's state, without the sets of Top-KAST."""
 
+    @abstractmethod
+    def total_bytes(self) -> int:
+        """Bytes of weights, gradients and all that the optimizer holds."""
+
 
 def find_trainer(framework: str) -> type[Trainer]:
     """The trainer of that framework: the one place that imports it."""

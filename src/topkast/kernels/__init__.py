@@ -11,6 +11,13 @@ distance (:class:`Grid`, :func:`shift`): the same products are :func:`convolve`,
 the matrix and of its transpose, and :func:`sampled_correlation`.
 """
 
+try:
+    import numba as _numba  # noqa: F401 - to say which extra brings it
+except ModuleNotFoundError:
+    raise ModuleNotFoundError(
+        "the kernels need numba: pip install 'topkast[cpu]'", name="numba"
+    ) from None
+
 from topkast.kernels._convolutions import Shifted, convolve, sampled_correlation, shift
 from topkast.kernels._grid import Bands, Grid, Placement
 from topkast.kernels._layout import Layout, arrange

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 
+from topkast.kernels._compile import kernel
 from topkast.kernels._layout import Layout, Vector
 from topkast.kernels._pool import default_threads
 from topkast.kernels._products import check, integers, sample, start
@@ -289,11 +290,11 @@ def _convolve(address: Any, kind: Any) -> None:
 _KERNEL = types.void(types.intp)
 
 
-@cfunc(_KERNEL, cache=True)  # type: ignore[untyped-decorator]
+@kernel(_KERNEL)
 def _convolve_single(address: Any) -> None:
     _convolve(address, np.float32)
 
 
-@cfunc(_KERNEL, cache=True)  # type: ignore[untyped-decorator]
+@kernel(_KERNEL)
 def _convolve_double(address: Any) -> None:
     _convolve(address, np.float64)

@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from topkast.kernels._compile import compiled
 from topkast.kernels._pool import default_threads
 from topkast.kernels._vector import AHEAD
 
@@ -132,8 +132,8 @@ def arrange(
     Raises
     ------
     ValueError
-        If the arrays differ in length, a place lies outside of `shape`, or `most_rows` is not
-        positive.
+        If the arrays differ in length, a place lies outside of `shape`, `most_rows` is not
+        positive, or `source` has no such runs.
 
     Examples
     --------
@@ -163,6 +163,11 @@ def arrange(
     found: tuple[Vector, ...] = _arrange(rows, columns, source, starts, blocks, block)
     kept, places, segment_rows, segment_columns, segment_starts, chunk_segments = found
     if runs:
+        if not _are_runs(kept, segment_starts):
+            raise ValueError(
+                "runs=True needs entries by row, then by column: the positions of those that one "
+                "row has in a block of columns must follow each other in `source`"
+            )
         kept = kept[segment_starts[:-1]]
     extent = int(source.max(initial=-1)) + 1
     return Layout(
@@ -179,7 +184,16 @@ def arrange(
     )
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@compiled
+def _are_runs(source: Vector, segment_starts: Vector) -> bool:
+    for segment in range(len(segment_starts) - 1):
+        for entry in range(segment_starts[segment] + 1, segment_starts[segment + 1]):
+            if source[entry] != source[entry - 1] + 1:
+                return False
+    return True
+
+
+@compiled
 def _arrange(
     rows: Vector, columns: Vector, source: Vector, chunk_rows: Vector, blocks: int, block: int
 ) -> Any:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 
+from topkast.kernels._compile import kernel
 from topkast.kernels._layout import Vector
 from topkast.kernels._pool import transform
 from topkast.kernels._vector import VECTOR_BYTES, as_pointer, take_ticket, transpose_block
@@ -91,11 +92,11 @@ def _pack(address: Any, kind: Any) -> None:
 _KERNEL = types.void(types.intp)
 
 
-@cfunc(_KERNEL, cache=True)  # type: ignore[untyped-decorator]
+@kernel(_KERNEL)
 def _pack_single(address: Any) -> None:
     _pack(address, np.float32)
 
 
-@cfunc(_KERNEL, cache=True)  # type: ignore[untyped-decorator]
+@kernel(_KERNEL)
 def _pack_double(address: Any) -> None:
     _pack(address, np.float64)

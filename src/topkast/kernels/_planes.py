@@ -11,8 +11,9 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 
+from topkast.kernels._compile import kernel
 from topkast.kernels._grid import Placement
 from topkast.kernels._layout import Vector
 from topkast.kernels._packing import transpose
@@ -263,21 +264,21 @@ def _exchange_bands(
 _KERNEL = types.void(types.intp)
 
 
-@cfunc(_KERNEL, cache=True)  # type: ignore[untyped-decorator]
+@kernel(_KERNEL)
 def _spread_single(address: Any) -> None:
     _exchange(address, np.float32, True)
 
 
-@cfunc(_KERNEL, cache=True)  # type: ignore[untyped-decorator]
+@kernel(_KERNEL)
 def _spread_double(address: Any) -> None:
     _exchange(address, np.float64, True)
 
 
-@cfunc(_KERNEL, cache=True)  # type: ignore[untyped-decorator]
+@kernel(_KERNEL)
 def _gather_single(address: Any) -> None:
     _exchange(address, np.float32, False)
 
 
-@cfunc(_KERNEL, cache=True)  # type: ignore[untyped-decorator]
+@kernel(_KERNEL)
 def _gather_double(address: Any) -> None:
     _exchange(address, np.float64, False)

@@ -15,7 +15,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,26 @@ def run(kernel: Any, arguments: np.ndarray[Any, Any], threads: int | None = None
         region(kernel.address, arguments.ctypes.data, count, 0)
         return
     call = kernel.ctypes  # releases the interpreter's lock
-    others = [
-        _python_threads().submit(call, arguments.ctypes.data) for _ in range(min(count, _CORES) - 1)
-    ]
-    call(arguments.ctypes.data)
+    others: list[Future[None]] = []
+    try:
+        for _ in range(min(count, _CORES) - 1):
+            others.append(_python_threads().submit(call, arguments.ctypes.data))
+        call(arguments.ctypes.data)
+    finally:
+        _wait_for(others)
+
+
+def _wait_for(others: list[Future[None]]) -> None:
+    """Until all have ended, interrupted or not: they write to memory that the caller would free."""
+    interrupt: BaseException | None = None
+    for other in others:
+        while not other.done():
+            try:
+                other.exception()
+            except KeyboardInterrupt as error:
+                interrupt = error
+    if interrupt is not None:
+        raise interrupt
     for other in others:
         other.result()
 
@@ -58,7 +74,7 @@ def transform(
     if not (source.flags.c_contiguous and target.flags.c_contiguous):
         raise ValueError("both arrays must be contiguous")
     if not target.flags.writeable:
-        raise ValueError("what is to be written is read-only")
+        raise ValueError("the target is read-only: pass a writable array")
     addresses = source.ctypes.data, target.ctypes.data
     kernel = single if source.dtype == np.float32 else double
     run(kernel, np.asarray([0, *addresses, *numbers], dtype=np.int64), threads)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 
+from topkast.kernels._compile import kernel
 from topkast.kernels._layout import Layout, Vector
 from topkast.kernels._packing import transpose
 from topkast.kernels._pool import default_threads, run
@@ -352,21 +353,21 @@ def _sample(address: Any, kind: Any) -> None:
 _KERNEL = types.void(types.intp)
 
 
-@cfunc(_KERNEL, cache=True)  # type: ignore[untyped-decorator]
+@kernel(_KERNEL)
 def _multiply_single(address: Any) -> None:
     _multiply(address, np.float32)
 
 
-@cfunc(_KERNEL, cache=True)  # type: ignore[untyped-decorator]
+@kernel(_KERNEL)
 def _multiply_double(address: Any) -> None:
     _multiply(address, np.float64)
 
 
-@cfunc(_KERNEL, cache=True)  # type: ignore[untyped-decorator]
+@kernel(_KERNEL)
 def _sample_single(address: Any) -> None:
     _sample(address, np.float32)
 
 
-@cfunc(_KERNEL, cache=True)  # type: ignore[untyped-decorator]
+@kernel(_KERNEL)
 def _sample_double(address: Any) -> None:
     _sample(address, np.float64)

@@ -1,0 +1,120 @@
+"""Averages of weights over time that stay sparse: of θ, from which A is selected once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import topkast
+from topkast import MismatchError, OptionError
+from topkast._tensors import RankedTensors
+from topkast_torch._optimizer import TopKASTOptimizer
+
+
+class WeightAverage:
+    r"""A running average of the weights θ that a wrapped optimizer trains.
+
+    An average of forward views (``torch.optim.swa_utils.AveragedModel``, EMA callbacks) has all
+    entries that were ever in A, two to four times as many as A. This averages θ, and selects the
+    \|A\| largest of the average when it is asked for.
+
+    Parameters
+    ----------
+    optimizer
+        What :func:`topkast.wrap_optimizer` returned.
+    decay
+        Factor of the average at each update, in [0, 1): :math:`\bar\theta \leftarrow
+        d \bar\theta + (1 - d) \theta`. None: all updates count alike, as for SWA.
+
+    Raises
+    ------
+    OptionError
+        If `optimizer` is not wrapped, or `decay` is outside [0, 1).
+
+    Examples
+    --------
+    >>> import torch, topkast, topkast_torch
+    >>> model = torch.nn.Linear(20, 30)
+    >>> opt = topkast.wrap_optimizer(
+    ...     torch.optim.SGD(model.named_parameters(), 0.1), fwd=0.9, bwd=0.8, refresh_every=1)
+    >>> average = topkast_torch.WeightAverage(opt, decay=0.9)
+    >>> for _ in range(5):
+    ...     model(torch.ones(4, 20)).square().mean().backward()
+    ...     opt.step()
+    ...     average.update()
+    >>> state = average.forward_params()
+    >>> int((state["weight"] != 0).sum())
+    60
+    >>> torch.nn.Linear(20, 30).load_state_dict(state)
+    <All keys matched successfully>
+    """
+
+    def __init__(self, optimizer: TopKASTOptimizer, *, decay: float | None = 0.999) -> None:
+        if not isinstance(optimizer, TopKASTOptimizer):
+            raise OptionError(
+                "WeightAverage takes what topkast.wrap_optimizer returned, got "
+                f"{type(optimizer).__name__}"
+            )
+        if decay is not None and not 0 <= decay < 1:
+            raise OptionError(f"decay must lie in [0, 1), or be None, got {decay!r}")
+        self._optimizer, self._decay = optimizer, decay
+        self._count = 0
+        self._average: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Count the present weights in."""
+        theta: dict[str, Tensor] = topkast.dense_params(self._optimizer)
+        self._count += 1
+        if not self._average:
+            self._average = theta
+            return
+        weight = 1 / self._count if self._decay is None else 1 - self._decay
+        for name, value in theta.items():  # what joined later starts as it is
+            self._average.setdefault(name, value).lerp_(value, weight)
+
+    def dense_params(self) -> dict[str, Tensor]:
+        """The average of θ by name, copies.
+
+        Raises :class:`topkast.MismatchError` before the first update.
+        """
+        if not self._average:
+            raise MismatchError("the average is of nothing yet: call update() after a step")
+        return {name: tensor.clone() for name, tensor in self._average.items()}
+
+    def forward_params(self) -> dict[str, Tensor]:
+        r"""The average with the \|A\| largest of each tensor alone, by name, for a dense model.
+
+        Raises :class:`topkast.MismatchError` before the first update.
+        """
+        average = self.dense_params()
+        state = self._optimizer._wrapper_state
+        for execution, values in self._optimizer._with_options():
+            ranked: RankedTensors = execution.ranked
+            options = state.options.override(values | execution.overrides)
+            flat = ranked.flatten(average)
+            support = ranked.select(flat, options)
+            view = topkast.forward_view(topkast.gather(flat, support), support, shape=(len(flat),))
+            average |= ranked.unflatten(view)
+        return average
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average and the number of updates, for a checkpoint."""
+        return {"count": self._count, "average": self.dense_params() if self._average else {}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on with a saved average.
+
+        Raises :class:`topkast.StateDictError` if it is of other tensors.
+        """
+        theta = topkast.dense_params(self._optimizer)
+        average = state_dict["average"]
+        shapes = {name: tuple(tensor.shape) for name, tensor in theta.items()}
+        saved = {name: tuple(tensor.shape) for name, tensor in average.items()}
+        if average and saved != shapes:
+            raise topkast.StateDictError(f"the average has tensors {saved}, expected {shapes}")
+        self._count = int(state_dict["count"])
+        self._average = {name: tensor.clone().to(theta[name]) for name, tensor in average.items()}

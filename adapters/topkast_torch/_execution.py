@@ -1,0 +1,230 @@
+"""How the weights of one tensor (or of several ranked as one) are held and stepped."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from topkast import Support
+from topkast._age import settled_ages
+from topkast._compact import Migration
+from topkast._exploration import exploration_weights
+from topkast._options import Options
+from topkast._probe import Traits
+from topkast._tensors import RankedTensors, Refresh
+from topkast_torch._inner_state import Layout, entries_of, migrate
+from topkast_torch._young import Young
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What trials showed of the inner optimizer, for tensors with one number of dimensions."""
+
+    layout: Layout
+    traits: Traits
+
+    @property
+    def needs_ages(self) -> bool:
+        """Whether it matters how long an entry has been in B."""
+        return self.traits.betas is not None or not self.layout.starts_suffice
+
+
+class Execution(ABC):
+    """Weights on B, `values`, which the inner optimizer updates, and θ elsewhere.
+
+    How the model sees them is for subclasses to say.
+    """
+
+    # Fixed at wrapping
+    ranked: RankedTensors
+    values: Parameter  # (1, …, |B|)
+    reservoir: Tensor  # θ as one vector; stale on B until a refresh
+    habits: Habits
+    overrides: dict[str, Any]  # options of these tensors alone
+    # Changed by a refresh
+    support: Support
+    changed: Tensor  # entries new to A, by member
+    weights: Tensor  # of the exploration penalty
+    young: Young | None
+    # Changed by a step
+    exploring: bool  # whether B∖A is still updated
+    steps: int  # of the inner optimizer on these weights
+
+    def start(self, habits: Habits, options: Options, updates: int, steps: int) -> None:
+        """What all executions begin with, once they have weights and sets."""
+        self.habits, self.steps = habits, steps
+        self.overrides = options.overrides_of(self.ranked.key)
+        self.changed = self.ranked.no_change(self.support.indices)
+        self.set_exploring(self.option(options.for_group(), "explore_until"), updates)
+        self.young = None
+        if habits.needs_ages:
+            self.young = Young(settled_ages(self.support.indices), habits)
+        self.update_penalty()
+
+    def option(self, group: Mapping[str, Any], name: str) -> Any:
+        """The value of a group's option for these tensors."""
+        return self.overrides.get(name, group[name])
+
+    @abstractmethod
+    def install(self) -> None:
+        """Make the model see α from now on."""
+
+    @abstractmethod
+    def uninstall(self, *, dense: bool) -> None:
+        """Leave the model with α, or with θ if `dense`, and have no effect on it any more."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Have no effect on the model any more."""
+
+    @abstractmethod
+    def replaced(self, param: Tensor) -> None:
+        """A Parameter was replaced in the model by another one."""
+
+    @abstractmethod
+    def accept_external_writes(self) -> None:
+        """Take over what someone else wrote into the model's Parameters, or refuse it."""
+
+    @abstractmethod
+    def gather_gradient(self) -> Tensor | None:
+        """The gradient of the loss on B (|B|,), None where there is none."""
+
+    @abstractmethod
+    def gradient_buffer(self) -> Tensor:
+        """Where the gradient with the penalty's may be written, (|B|,)."""
+
+    @abstractmethod
+    def restore_gradient(self) -> None:
+        """Give the model back the gradient that the inner optimizer was handed."""
+
+    def migrate_gradient(self, migration: Migration) -> None:  # noqa: B027
+        """Carry over to the next B what the model holds of the present one."""
+
+    @abstractmethod
+    def write_forward_view(self, *, everywhere: bool = False) -> None:
+        """Make the model see the values; `everywhere`: A has changed."""
+
+    @abstractmethod
+    def update_positions(self) -> None:
+        """What follows from the support, computed once a refresh and not once a step."""
+
+    @abstractmethod
+    def restrict_state(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """State that an optimizer has already, by member, for `values`; empty without any."""
+
+    @abstractmethod
+    def held_tensors(self) -> list[Tensor]:
+        """What is held besides values, θ, the support and the penalty's weights."""
+
+    def set_exploring(self, until: int | None, updates: int) -> None:
+        """Whether the next update, after some number of them, still moves B∖A."""
+        self.exploring = until is None or updates < until
+
+    def load_gradient(self, inner: torch.optim.Optimizer, group: Mapping[str, Any]) -> None:
+        """Hand the inner optimizer the gradient on B, with that of the exploration penalty."""
+        gradient = self.gather_gradient()
+        if gradient is None:
+            self.values.grad = None
+            return
+        penalty, kind = self.option(group, "penalty"), self.option(group, "penalty_kind")
+        if penalty or not self.exploring:
+            buffer = self.gradient_buffer()
+            self._add_penalty(gradient, buffer, -penalty if self._ascends(group) else penalty, kind)
+            gradient = buffer
+        self.values.grad = gradient.view(self.ranked.compact_shape)
+        if not self.exploring:
+            self._frozen = self.values.detach().clone()
+        if self.young is not None:
+            self.young.before_step(inner, group, self.values)
+
+    def _ascends(self, group: Mapping[str, Any]) -> bool:
+        """Whether the inner optimizer follows the gradient uphill, so that the penalty must too."""
+        return bool(group["maximize"]) if "maximize" in group else self.habits.traits.ascends
+
+    def _add_penalty(self, gradient: Tensor, out: Tensor, penalty: float, kind: str) -> None:
+        values = self.values.detach().view(-1)
+        if penalty:
+            direction = values if kind == "l2" else torch.sgn(values)
+            torch.addcmul(gradient, self.weights, direction, value=penalty, out=out)
+        elif out is not gradient:
+            out.copy_(gradient)
+        if not self.exploring:
+            out.masked_fill_(~self.support.active, 0)
+
+    def finish_step(
+        self, inner: torch.optim.Optimizer, group: Mapping[str, Any], *, stepped: bool
+    ) -> None:
+        """After the inner optimizer has stepped, or has failed to: the model sees what is there."""
+        if self.values.grad is not None:
+            if self.young is not None and stepped:
+                self.young.after_step(inner, group, self.values, self.steps)
+            if not self.exploring:
+                values = self.values.detach()
+                active = self.support.active.view(values.shape)
+                values.copy_(torch.where(active, values, self._frozen))
+            self.write_forward_view()
+        self.restore_gradient()
+
+    def count_step(self) -> None:
+        """Another step of the inner optimizer was made."""
+        if self.values.grad is not None:
+            self.steps += 1
+            if self.young is not None:
+                self.young.count_step()
+
+    def member_ranges(self) -> list[tuple[int, int]]:
+        """The range of each member's entries in the compact vector."""
+        indices = self.support.indices
+        starts = [start for start, _ in self.ranked.bounds.values()]
+        edges = torch.searchsorted(indices, torch.tensor(starts, device=indices.device)).tolist()
+        return list(zip(edges, [*edges[1:], len(indices)], strict=True))
+
+    def theta(self) -> Tensor:
+        """All weights as one vector: the reservoir, brought up to date."""
+        self.reservoir.index_copy_(0, self.support.indices, self.values.detach().view(-1))
+        return self.reservoir
+
+    def choose(self, options: Options, updates: int) -> Refresh:
+        """The next sets, from the present weights; changes nothing."""
+        return self.ranked.refresh(self.theta(), self.support, options, updates)
+
+    def adopt(
+        self, chosen: Refresh, inner: torch.optim.Optimizer, group: Mapping[str, Any]
+    ) -> None:
+        """Take other sets; carry values and what the inner optimizer keeps over to the next B."""
+        self.changed = chosen.changed
+        self.migrate_gradient(chosen.migration)
+        self.restore(chosen.support, self.reservoir)
+        kept = entries_of(inner, self.values, self.habits.layout.stores)
+        migrate(kept, self.habits.layout, self.values, chosen.migration)
+        if self.young is not None:
+            self.young.migrate(chosen.migration, group)
+
+    def restore(self, support: Support, theta: Tensor) -> None:
+        """Take these sets, and these weights (size,)."""
+        self.support = support
+        if theta is not self.reservoir:
+            self.reservoir.copy_(theta)
+        self.values.detach().view(-1).copy_(self.reservoir.index_select(0, support.indices))
+        self.update_penalty()
+        self.update_positions()
+        self.write_forward_view(everywhere=True)
+
+    def update_penalty(self) -> None:
+        """Weights of the exploration penalty for the present support."""
+        self.weights = exploration_weights(
+            self.support, density=self.ranked.density, dtype=self.values.dtype
+        )
+
+    def held_bytes(self, entries: list[Tensor]) -> int:
+        """Bytes of values, gradient, the inner optimizer's entries, indices, ages and θ."""
+        own = [self.values, self.reservoir, *self.support, self.weights]
+        if self.young is not None:
+            own.append(self.young.ages)
+        return sum(tensor.nbytes for tensor in (*own, *self.held_tensors(), *entries))

@@ -1,0 +1,259 @@
+"""Masked execution: the model's Parameters stay dense, and hold the forward view α."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
+
+from topkast import MismatchError, UnsupportedTensorError
+from topkast._options import Options
+from topkast._tensors import RankedTensors
+from topkast_torch._execution import Execution, Habits
+from topkast_torch._flat import Flat
+from topkast_torch._inner_state import join, restrict
+from topkast_torch._ownership import claim, release
+
+Stamp = tuple[int, int, int]
+
+
+@dataclass
+class Member:
+    """One tensor: where its entries of B and A are, in it and in the compact vector."""
+
+    param: Parameter
+    first: int  # its entries of B are first:last of the compact vector
+    last: int
+    backward: Flat  # of B in the tensor
+    forward: Flat  # of A
+    written: Stamp = (-1, -1, -1)  # of the parameter after our last write to it
+    restricted: Stamp = (-1, -1, -1)  # of its gradient after we restricted it
+
+
+class MaskedExecution(Execution):
+    """The members are dense Parameters: α between steps, their gradients zero outside B.
+
+    Their gradient is gathered on B at each step, and the new values on A are written back.
+    """
+
+    # Fixed at wrapping
+    gradient: Tensor  # (|B|,)
+    # Changed by a refresh
+    members: dict[str, Member]
+    active_positions: Tensor  # of A in the compact vector
+
+    def __init__(
+        self,
+        ranked: RankedTensors,
+        params: Mapping[str, Parameter],
+        options: Options,
+        habits: Habits,
+        updates: int,
+        steps: int,
+    ) -> None:
+        self.ranked = ranked
+        self._params = {name: params[name] for name in ranked.shapes}
+        self.reservoir = ranked.flatten(
+            {name: param.detach() for name, param in self._params.items()}
+        ).clone()
+        self.support = ranked.select(self.reservoir, options.for_tensor(ranked.key))
+        self.values = Parameter(
+            self.reservoir[self.support.indices].reshape(ranked.compact_shape), requires_grad=True
+        )
+        self.gradient = torch.empty_like(self.values).detach().view(-1)
+        self._hooks: dict[str, RemovableHandle] = {}
+        self._replaced: list[str] = []
+        self.start(habits, options, updates, steps)
+        self.update_positions()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_hooks": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._take_over()
+        for member in self.members.values():
+            member.written = _stamp(member.param)
+
+    def install(self) -> None:
+        self.write_forward_view(everywhere=True)
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """Restrict gradients as they are accumulated, whether they are wanted now or later."""
+        for name, member in self.members.items():
+            claim(member.param, self)
+            wanted = member.param.requires_grad
+            member.param.requires_grad_(True)  # hooks of frozen tensors are refused, and stay
+            restrict_ = _Restrict(weakref.ref(self), name)
+            self._hooks[name] = member.param.register_post_accumulate_grad_hook(restrict_)
+            member.param.requires_grad_(wanted)
+            weakref.finalize(self, self._hooks[name].remove)
+
+    def uninstall(self, *, dense: bool) -> None:
+        if dense:
+            for name, theta in self.ranked.unflatten(self.theta()).items():
+                self.members[name].param.detach().copy_(theta)
+        self.forget()
+
+    def forget(self) -> None:
+        for name, member in self.members.items():
+            self._hooks.pop(name).remove()
+            release(member.param)
+
+    def replaced(self, param: Tensor) -> None:
+        self._replaced += [name for name, one in self._params.items() if one is param]
+
+    def accept_external_writes(self) -> None:
+        if self._replaced:
+            raise MismatchError(
+                f"{', '.join(self._replaced)} is another Parameter in the model now, as after "
+                "load_state_dict(assign=True): what this optimizer trains is not what the model "
+                "computes with. Load without assign, or build and wrap an optimizer afterwards"
+            )
+        start = 0
+        for name, member in self.members.items():
+            stop = start + len(member.forward)
+            if _stamp(member.param) != member.written:
+                self._check_write(name, member)
+            # What is written through `param.data` or NumPy leaves no stamp: so always.
+            self._take_write(member, self.active_positions[start:stop])
+            start = stop
+
+    def _take_write(self, member: Member, positions: Tensor) -> None:
+        current = member.forward.gather(member.param.detach())
+        self.values.detach().view(-1).index_copy_(0, positions, current)
+
+    def _check_write(self, name: str, member: Member) -> None:
+        if (member.param.device, member.param.dtype) != (self.values.device, self.values.dtype):
+            raise MismatchError(
+                f"{name} is {member.param.dtype} on {member.param.device} now, and was "
+                f"{self.values.dtype} on {self.values.device} when the optimizer was wrapped: "
+                "convert and move the model before building its optimizer"
+            )
+        current = member.forward.gather(member.param.detach())
+        if torch.count_nonzero(member.param) > torch.count_nonzero(current):
+            raise MismatchError(
+                f"{name} was given nonzero weights outside its forward set, as by "
+                "model.load_state_dict with dense weights. Load them first and wrap the "
+                "optimizer then, or load the optimizer's state dict too, which holds them all"
+            )
+        member.written = _stamp(member.param)
+
+    def gather_gradient(self) -> Tensor | None:
+        if all(member.param.grad is None for member in self.members.values()):
+            return None
+        for name, member in self.members.items():
+            grad, out = member.param.grad, self.gradient[member.first : member.last]
+            if grad is None:
+                out.zero_()
+                continue
+            if grad.layout != torch.strided:
+                raise UnsupportedTensorError(
+                    f"{name} has a gradient of layout {grad.layout}: Top-KAST gathers the "
+                    "gradient on B from a strided one (for nn.Embedding, sparse=False)"
+                )
+            self.restrict_gradient(member)
+            member.backward.gather(grad, out=out)
+        return self.gradient
+
+    def restrict_gradient(self, member: Member) -> None:
+        """Zero a gradient outside B, unless nobody has written to it since that was done."""
+        grad = member.param.grad
+        if grad is None or grad.layout != torch.strided or _stamp(grad) == member.restricted:
+            return
+        kept = member.backward if self.exploring else member.forward
+        if len(kept) < grad.numel():
+            values = kept.gather(grad)
+            grad.zero_()
+            kept.put(grad, values)
+        member.restricted = _stamp(grad)
+
+    def gradient_buffer(self) -> Tensor:
+        return self.gradient
+
+    def restore_gradient(self) -> None:
+        pass  # the model's gradients are its own
+
+    def write_forward_view(self, *, everywhere: bool = False) -> None:
+        # The gradient has been used: its memory is free to hold the values on A.
+        active = self.gradient[: self.ranked.forward]
+        torch.index_select(self.values.detach().view(-1), 0, self.active_positions, out=active)
+        start = 0
+        for member in self.members.values():
+            param = member.param.detach()
+            stop = start + len(member.forward)
+            if everywhere:
+                param.zero_()
+            member.forward.put(param, active[start:stop])
+            start = stop
+            member.written = _stamp(member.param)
+
+    def restrict_state(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        if not states:
+            return {}
+        if len(states) < len(self.members):
+            raise MismatchError(
+                f"{self.ranked.key}: only {sorted(states)} have optimizer state, and a global "
+                "ranking shares one; wrap the optimizer before its first step"
+            )
+        layout, compact = self.habits.layout, self.ranked.compact_shape
+        parts = [
+            restrict(states[name], layout, tuple(member.param.shape), member.backward.c_order)
+            for name, member in self.members.items()
+        ]
+        try:
+            return dict(join(parts, layout, compact))
+        except MismatchError as error:
+            raise MismatchError(
+                f"{self.ranked.key}: the members of a global ranking share one optimizer state, "
+                f"and {error}; wrap the optimizer before its first step"
+            ) from None
+
+    def held_tensors(self) -> list[Tensor]:
+        members = self.members.values()
+        return [
+            self.gradient,
+            self.active_positions,
+            *(tensor for member in members for tensor in member.forward.held()),
+            *(tensor for member in members for tensor in member.backward.held(len(members) == 1)),
+        ]
+
+    def update_positions(self) -> None:
+        indices, active = self.support
+        self.active_positions = torch.nonzero(active).view(-1)
+        forward = indices.index_select(0, self.active_positions)
+        self.members = {}
+        for name, (start, stop) in self.ranked.bounds.items():
+            edges = torch.tensor([start, stop], device=indices.device)
+            first, last = torch.searchsorted(indices, edges).tolist()
+            head, tail = torch.searchsorted(forward, edges).tolist()
+            backward_, forward_ = indices[first:last], forward[head:tail]
+            if start:
+                backward_, forward_ = backward_ - start, forward_ - start
+            param = self._params[name]
+            self.members[name] = Member(param, first, last, Flat(backward_), Flat(forward_))
+
+
+@dataclass(frozen=True)
+class _Restrict:
+    """Hook that zeroes a gradient outside B whenever backward has added to it."""
+
+    owner: weakref.ref[MaskedExecution]
+    name: str
+
+    def __call__(self, param: Tensor) -> None:
+        owner = self.owner()
+        if owner is not None:
+            owner.restrict_gradient(owner.members[self.name])
+
+
+def _stamp(tensor: Tensor) -> Stamp:
+    """Changes when someone writes to a tensor, or gives it other memory (``param.data = …``)."""
+    return id(tensor), tensor._version, tensor.data_ptr()

@@ -1,0 +1,64 @@
+"""Tensors that refuse to be written to, where what is written would be lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from topkast import MismatchError
+
+_WRITING = {"__set__", "__setitem__"}
+_NOT_WRITING = {"requires_grad_", "retain_grad"}
+
+
+class ReadOnlyTensor(Tensor):
+    """A copy of what it shows: whoever writes to it, to its ``data`` or to a view, is told."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        written = [kwargs.get("out")]
+        if args and _writes(getattr(function, "__name__", "")):
+            written += args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+        if any(isinstance(one, ReadOnlyTensor) for one in written):
+            raise MismatchError(
+                "the weight of a sparse layer is a copy, and what is written to it would be lost. "
+                "Write to layer.values, or call topkast.densify(model) first, as before merging an "
+                "adapter"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **kwargs)
+        memory = {_memory(arg) for arg in args if isinstance(arg, ReadOnlyTensor)}
+        return tree_map(lambda one: _as_memory(one, memory), result)
+
+
+def read_only(tensor: Tensor) -> Tensor:
+    """The same tensor, which refuses to be written to; what is computed from it does not."""
+    view: Tensor = tensor.as_subclass(ReadOnlyTensor)
+    return view
+
+
+def _writes(name: str) -> bool:
+    """Whether a function of this name writes into its first argument."""
+    if name in _WRITING:
+        return True
+    return name.endswith("_") and not name.endswith("__") and name not in _NOT_WRITING
+
+
+def _memory(tensor: Tensor) -> int:
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.untyped_storage().data_ptr()
+
+
+def _as_memory(value: Any, memory: set[int]) -> Any:
+    """Views stay read-only; what has memory of its own is a plain tensor."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return value
+    with torch._C.DisableTorchFunctionSubclass():
+        shared = value.untyped_storage().data_ptr() in memory
+        return value.as_subclass(ReadOnlyTensor if shared else Tensor)

@@ -1,0 +1,75 @@
+r"""Age: how long an entry has been in B, and what follows for its displacement under Adam.
+
+Adam divides by bias corrections that belong to the number of steps. An entry that enters B late has
+fresh moments under an old count, and would move up to 6.6 learning rates a step. Scaled by
+
+.. math:: \frac{\kappa(\text{age})}{\kappa(t)}, \quad
+   \kappa(k) = \frac{\sqrt{1 - \beta_2^k}}{1 - \beta_1^k},
+
+it moves as Adam moves a new parameter.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from topkast._primitives import Array, device
+
+Betas: TypeAlias = tuple[float, float]
+
+SETTLED = (1 << 15) - 1  # the age, int16, of entries whose displacement is not scaled
+
+
+def settled_ages(like: Array) -> Array:
+    """Ages of entries (k,) that are in B from the start; int16."""
+    xp = array_namespace(like)
+    return xp.full((like.shape[0],), SETTLED, dtype=xp.int16, device=device(like))
+
+
+def grow(ages: Array) -> Array:
+    """Ages after one more update; int16."""
+    xp = array_namespace(ages)
+    limit = xp.asarray(SETTLED, dtype=xp.int16, device=device(ages))
+    one = xp.asarray(1, dtype=xp.int16, device=device(ages))
+    return xp.where(ages < limit, ages + one, ages)
+
+
+def young_limit(betas: Betas) -> int:
+    """The age from which on κ is 1 to within 5e-5, and nothing is scaled."""
+    slowest = max(betas)
+    return min(SETTLED, math.ceil(10 / (1 - slowest)))
+
+
+def corrections(betas: Betas) -> np.ndarray[Any, Any]:
+    """κ(k) for k from 0, whose value is never used, to :func:`young_limit`; float64."""
+    return np.asarray(kappa(np.arange(young_limit(betas) + 1, dtype=np.float64), betas))
+
+
+def kappa(counts: Array, betas: Betas) -> Array:
+    """κ of some numbers of steps, of at least 1 each; floats of any shape."""
+    xp = array_namespace(counts)
+    counts = xp.where(counts < 1, xp.ones_like(counts), counts)
+    mean, square = (
+        -xp.expm1(counts * math.log(beta)) if beta else xp.ones_like(counts) for beta in betas
+    )
+    return xp.sqrt(square) / mean
+
+
+def scale_young(steps: Array, ages: Array, updates: Array, betas: Betas) -> Array:
+    """Displacements on B, those of young entries scaled; settled ones keep their bits.
+
+    `ages` (|B|,) are those before this update, `updates` (0-d) is their number with this one.
+    """
+    xp = array_namespace(steps)
+    real = xp.float32 if xp.finfo(steps.dtype).bits <= 32 else xp.float64
+    limit = xp.asarray(young_limit(betas), dtype=xp.int16, device=device(ages))
+    young = ages < limit
+    own = kappa(xp.astype(ages, real) + 1, betas)
+    factors = own / kappa(xp.astype(updates, real), betas)
+    shape = steps.shape
+    factors = xp.astype(xp.reshape(factors, shape), steps.dtype)
+    return xp.where(xp.reshape(young, shape), steps * factors, steps)

@@ -1,0 +1,217 @@
+"""The fixed part of a sparsified tensor (or of several ranked as one): names, shapes, counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+from array_api_compat import array_namespace
+
+from topkast._compact import Migration, migration, move
+from topkast._distribution import Shape, exact_densities, exact_fraction, kept_count
+from topkast._errors import NonFiniteError, OptionError
+from topkast._options import Options
+from topkast._primitives import Array, device, is_traced
+from topkast._selection import Support, check_finite, select_counts
+
+_JOIN = " + "
+
+
+@dataclass(frozen=True)
+class RankedTensors:
+    """What shares one compact vector: a tensor, or all tensors of a group if ranked globally.
+
+    Attributes
+    ----------
+    shapes
+        Shape of each member, by name, in the order in which their entries are numbered.
+    forward, backward
+        |A| and |B|.
+    density
+        The forward density D of the exploration penalty.
+    layers
+        Length of the first axis where it numbers layers that are ranked each alone, else 1.
+    """
+
+    shapes: Mapping[str, Shape]
+    forward: int
+    backward: int
+    density: float
+    layers: int = 1
+
+    @property
+    def key(self) -> str:
+        """The tensor's name; for several, their names joined."""
+        return _JOIN.join(self.shapes)
+
+    @property
+    def size(self) -> int:
+        return sum(map(math.prod, self.shapes.values()))
+
+    @property
+    def compact_shape(self) -> Shape:
+        """(1, …, 1, |B|): as many dimensions as the tensor, which some optimizers look at."""
+        return (1,) * (max(map(len, self.shapes.values())) - 1) + (self.backward,)
+
+    @property
+    def bounds(self) -> dict[str, tuple[int, int]]:
+        """First flat index of each member, and the one behind its last."""
+        bounds, start = {}, 0
+        for name, shape in self.shapes.items():
+            bounds[name] = (start, start + math.prod(shape))
+            start += math.prod(shape)
+        return bounds
+
+    def flatten(self, tensors: Mapping[str, Array]) -> Array:
+        """The members of this block as one vector (size,)."""
+        members = [tensors[name] for name in self.shapes]
+        xp = array_namespace(*members)
+        flat = [xp.reshape(member, (-1,)) for member in members]
+        return flat[0] if len(flat) == 1 else xp.concat(flat)
+
+    def unflatten(self, flat: Array) -> dict[str, Array]:
+        """The inverse of :meth:`flatten`."""
+        xp = array_namespace(flat)
+        return {
+            name: xp.reshape(flat[start:stop], self.shapes[name])
+            for name, (start, stop) in self.bounds.items()
+        }
+
+    def select(self, flat: Array, options: Options, round_: Array | int = 0) -> Support:
+        """Sets of the tensors from their weights as one vector; `round_` numbers random draws."""
+
+        def choose(part: Array, first: Array | int) -> Support:
+            return select_counts(
+                part,
+                self.forward // self.layers,
+                self.backward // self.layers,
+                explore=options.explore,
+                seed=options.seed,
+                name=self.key,
+                round_=round_,
+                first=first,
+            )
+
+        with _named(self.key):
+            if self.layers == 1:
+                return choose(flat, 0)
+            if is_traced(flat):
+                from topkast import _xla
+
+                stacked: Support = _xla.for_each_layer(choose, flat, self.layers)
+                return stacked
+            size = self.size // self.layers
+            starts = range(0, self.size, size)
+            sets = [choose(flat[start : start + size], start) for start in starts]
+        xp = array_namespace(flat)
+        return Support(
+            xp.concat([one.indices + start for one, start in zip(sets, starts, strict=True)]),
+            xp.concat([one.active for one in sets]),
+        )
+
+    def check_finite(self, tensors: Mapping[str, Array]) -> None:
+        """Raise :class:`topkast.NonFiniteError` for NaN or infinity in a member."""
+        for name in self.shapes:
+            with _named(name):
+                check_finite(tensors[name])
+
+    def refresh(self, flat: Array, old: Support, options: Options, round_: Array | int) -> Refresh:
+        """Select anew from the current weights (size,)."""
+        new = self.select(flat, options, round_)
+        moved = migration(old.indices, new.indices, self.size)
+        entered = new.active & ~move(old.active, moved)
+        return Refresh(new, moved, self._count_members(new.indices, entered))
+
+    def no_change(self, like: Array) -> Array:
+        """The `changed` of a :class:`Refresh` that changed nothing."""
+        xp = array_namespace(like)
+        return xp.zeros(len(self.shapes), dtype=xp.int32, device=device(like))
+
+    def _count_members(self, indices: Array, flags: Array) -> Array:
+        xp = array_namespace(indices)
+        return xp.stack(
+            [
+                xp.sum(
+                    xp.astype(flags & (indices >= start) & (indices < stop), xp.int32),
+                    dtype=xp.int32,
+                )
+                for start, stop in self.bounds.values()
+            ]
+        )
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say in the error which tensor has the entries that have no rank."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{name}: {error}; it has no rank by magnitude") from None
+
+
+class Refresh(NamedTuple):
+    """Outcome of a refresh: new sets, how B moved, entries new to A by member (int32)."""
+
+    support: Support
+    migration: Migration
+    changed: Array
+
+
+def rank_tensors(shapes: Mapping[str, Shape], options: Options) -> list[RankedTensors]:
+    """What is ranked together of the tensors that are to be sparsified, given their shapes."""
+    if not shapes:
+        return []
+    stacked = {name for name in shapes if options.is_stacked(name)}
+    if options.distribution == "global":
+        return [_plan_global(shapes, options, stacked)]
+    own = {name: options.for_tensor(name) for name in shapes if options.overrides_of(name)}
+    others = {
+        name: shape[1:] if name in stacked else shape
+        for name, shape in shapes.items()
+        if not {"fwd", "bwd"} & options.overrides_of(name).keys()
+    }
+    pair = [
+        exact_densities(others, sparsity, distribution=options.distribution)
+        | {
+            name: 1 - exact_fraction(getattr(own[name], which))
+            for name in shapes
+            if name not in others
+        }
+        for which, sparsity in (("fwd", options.fwd), ("bwd", options.bwd))
+    ]
+    return [
+        _rank_alone(name, shape, (pair[0][name], pair[1][name]), name in stacked)
+        for name, shape in shapes.items()
+    ]
+
+
+def _rank_alone(
+    name: str, shape: Shape, densities: tuple[Fraction, Fraction], stacked: bool
+) -> RankedTensors:
+    layers = shape[0] if stacked else 1
+    size = math.prod(shape) // layers
+    forward, backward = (layers * kept_count(size, density) for density in densities)
+    return RankedTensors({name: shape}, forward, backward, float(densities[0]), layers)
+
+
+def members(key: str, names: Mapping[str, object]) -> list[str]:
+    """Names of the members of the block with this key."""
+    return [key] if key in names else key.split(_JOIN)
+
+
+def _plan_global(shapes: Mapping[str, Shape], options: Options, stacked: set[str]) -> RankedTensors:
+    if stacked:
+        raise OptionError(
+            f"stacked tensors ({', '.join(sorted(stacked))}) are ranked layer by layer, and "
+            "distribution='global' ranks all tensors as one: choose one of the two"
+        )
+    for name in shapes:
+        if _JOIN in name:
+            raise OptionError(f"distribution='global' needs names without {_JOIN!r}, got {name!r}")
+    size = sum(map(math.prod, shapes.values()))
+    fwd, bwd = (1 - exact_fraction(sparsity) for sparsity in (options.fwd, options.bwd))
+    return RankedTensors(dict(shapes), kept_count(size, fwd), kept_count(size, bwd), float(fwd))

@@ -1,0 +1,79 @@
+"""How the kernels are compiled: kept in a cache where one can be written, which notices all edits.
+
+numba keeps what it compiled beside the file of a function, and compiles anew when that file
+changes. The kernels are made of functions of several files, so that all of them count here. Where
+no cache can be written (a read-only image, a container without a home), each process compiles for
+itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core import caching
+
+_FOLDER = Path(__file__).parent
+
+
+@functools.cache
+def _sources() -> str:
+    """A hash of all files of this folder."""
+    digest = hashlib.sha256()
+    for path in sorted(_FOLDER.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class FolderLocator(caching._CacheLocator):  # type: ignore[misc]
+    """Where numba would keep a function of this folder, with a stamp of the whole folder."""
+
+    def __init__(self, locator: Any) -> None:
+        self._locator = locator
+
+    def get_cache_path(self) -> Any:
+        return self._locator.get_cache_path()
+
+    def get_source_stamp(self) -> str:
+        return _sources()
+
+    def get_disambiguator(self) -> Any:
+        return self._locator.get_disambiguator()
+
+    @classmethod
+    def from_function(cls, py_func: Any, py_file: str) -> Any:
+        if Path(py_file).parent != _FOLDER:
+            return None
+        for standard in caching.CacheImpl._locator_classes:
+            if standard is not cls:
+                locator = standard.from_function(py_func, py_file)
+                if locator is not None:
+                    return cls(locator)
+        return None
+
+
+caching.CacheImpl._locator_classes.insert(0, FolderLocator)
+
+
+@functools.cache
+def can_cache() -> bool:
+    """Whether there is a folder for compiled kernels that can be written to."""
+    try:
+        return FolderLocator.from_function(_sources.__wrapped__, __file__) is not None
+    except OSError:
+        return False
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """``numba.njit``, cached where that is possible."""
+    return numba.njit(cache=can_cache())(function)
+
+
+def kernel(signature: Any) -> Callable[[Callable[..., Any]], Any]:
+    """``numba.cfunc``, cached where that is possible."""
+    decorator: Callable[[Callable[..., Any]], Any] = numba.cfunc(signature, cache=can_cache())
+    return decorator

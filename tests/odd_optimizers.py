@@ -1,0 +1,246 @@
+"""Elementwise optimizers that keep their state in every way that optimizers of others do."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Odd(torch.optim.Optimizer):
+    """Momentum, kept by `update` in a way of its own."""
+
+    def __init__(self, params: Any, lr: float = 0.05, **options: Any) -> None:
+        super().__init__(params, {"lr": lr, **options})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            self.begin(group)
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.add_(self.direction(group, param, param.grad), alpha=-group["lr"])
+
+    def begin(self, group: dict[str, Any]) -> None:
+        """What is done once for a group and a step."""
+
+    def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
+        raise NotImplementedError
+
+
+class Flattened(Odd):
+    """One vector per tensor, whatever its shape."""
+
+    def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
+        mean = self.state[param].setdefault("mean", torch.zeros(param.numel()).to(param))
+        mean.mul_(0.9).add_(grad.reshape(-1))
+        return mean.view_as(param)
+
+
+class Stacked(Odd):
+    """Histories (k, *shape), and (*shape, k)."""
+
+    def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
+        state = self.state[param]
+        if not state:
+            state["first"] = grad.new_zeros((3, *param.shape))
+            state["last"] = grad.new_zeros((*param.shape, 2))
+        state["first"].copy_(state["first"].roll(1, 0))
+        state["first"][0] = grad
+        state["last"].mul_(0.5).add_(grad.unsqueeze(-1))
+        return state["first"].mean(0) + state["last"].sum(-1)
+
+
+class Queue(Odd):
+    """A deque of past gradients, and a list in a dictionary."""
+
+    def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
+        state = self.state[param]
+        if not state:
+            state["queue"] = deque([torch.zeros_like(grad)] * 2, maxlen=2)
+            state["nested"] = {"means": [torch.zeros_like(grad), torch.zeros_like(grad)]}
+        state["queue"].append(grad.clone())
+        for mean, beta in zip(state["nested"]["means"], (0.5, 0.9), strict=True):
+            mean.mul_(beta).add_(grad)
+        return sum(state["queue"]) + sum(state["nested"]["means"])
+
+
+class OnItself(Odd):
+    """Moments in a dictionary of its own by Parameter, counters in attributes, a string key."""
+
+    def __init__(self, params: Any, lr: float = 0.05) -> None:
+        super().__init__(params, lr)
+        self.means: dict[Tensor, Tensor] = {}
+        self.counter = 0
+
+    def begin(self, group: dict[str, Any]) -> None:
+        self.counter += 1
+        group["seen"] = group.get("seen", 0) + 1
+        state: Any = self.state
+        everything = state["everything"]
+        everything["norm"] = everything.get("norm", 0.0) + 1.0
+
+    def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
+        mean = self.means.setdefault(param, torch.zeros_like(param))
+        mean.mul_(0.9).add_(grad)
+        state: Any = self.state
+        rate = 1 + 1 / self.counter + 1 / group["seen"] + 1 / state["everything"]["norm"]
+        return mean * rate
+
+
+class Copies(Odd):
+    """Starts at the weight (`z`), at a number (`step_size`), and averages the weight (`mean`)."""
+
+    def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
+        state = self.state[param]
+        if not state:
+            state["z"] = param.clone()
+            state["step_size"] = torch.full_like(param, 0.25)
+            state["count"] = 0
+        state["count"] += 1
+        state["z"].add_(grad, alpha=-group["lr"])
+        state["step_size"].mul_(1.1).clamp_(max=1.0)
+        return grad * state["step_size"] + 0.01 * (param - state["z"])
+
+
+class FirstGradient(Odd):
+    """Begins with the gradient itself, which zeros would not reproduce."""
+
+    def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
+        state = self.state[param]
+        if not state:
+            state["square"] = grad * grad
+            state["previous"] = grad.clone()
+        direction = grad / state["square"].sqrt().clamp(min=1e-6) + grad - state["previous"]
+        state["square"].mul_(0.9).addcmul_(grad, grad, value=0.1)
+        state["previous"].copy_(grad)
+        return direction
+
+
+class Switching(Odd):
+    """Has modes, like schedule-free optimizers, and methods that users call."""
+
+    def __init__(self, params: Any, lr: float = 0.05) -> None:
+        super().__init__(params, lr)
+        self.training = True
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        self._swap()
+        self.training = False
+
+    @torch.no_grad()
+    def train(self) -> None:
+        if not self.training:
+            self._swap()
+        self.training = True
+
+    def _swap(self) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                average = self.state[param].get("average")
+                if average is not None:
+                    kept = param.clone()
+                    param.copy_(average)
+                    average.copy_(kept)
+
+    def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
+        assert self.training
+        average = self.state[param].setdefault("average", param.clone())
+        average.lerp_(param, 0.5)
+        return grad
+
+
+# What cannot follow B.
+
+
+class Quantised(Odd):
+    """A scale for each block of 16 weights."""
+
+    def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
+        blocks = -(-param.numel() // 16)
+        self.state[param].setdefault("scales", torch.zeros(blocks))
+        return grad
+
+
+class OnItselfByNumber(Odd):
+    """Moments in a list of its own, which belongs to no Parameter."""
+
+    def __init__(self, params: Any, lr: float = 0.05) -> None:
+        super().__init__(params, lr)
+        self.past: list[Tensor] = []
+
+    def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
+        self.past = [*self.past[-3:], grad.clone()]
+        return grad
+
+
+class InAnObject(Odd):
+    """An object in the state, which may hold anything."""
+
+    def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
+        self.state[param].setdefault("object", object())
+        return grad
+
+
+class ByShape(Odd):
+    """Scales by the length of a row, which a compact vector does not have."""
+
+    def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
+        return grad / param.shape[-1]
+
+
+class Late(Odd):
+    """Uses rows after 30 steps alone."""
+
+    def begin(self, group: dict[str, Any]) -> None:
+        group["seen"] = group.get("seen", 0) + 1
+
+    def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
+        return grad - grad.mean(0) if group["seen"] > 30 and param.dim() > 1 else grad
+
+
+class OnLongAxes(Odd):
+    """Uses rows of tensors with more than 200 of them."""
+
+    def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
+        return grad - grad.mean(0) if param.dim() > 1 and param.shape[0] > 200 else grad
+
+
+class OnThreeDimensions(Odd):
+    """Uses the first axis of tensors with three dimensions."""
+
+    def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
+        return grad - grad.mean(0) if param.dim() == 3 else grad
+
+
+class StandsStill(Odd):
+    """Moves nothing, so that nothing can be seen."""
+
+    def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
+        return torch.zeros_like(grad)
+
+
+KEPT: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "flattened": Flattened,
+    "stacked": Stacked,
+    "queue": Queue,
+    "on itself": OnItself,
+    "copies": Copies,
+    "first gradient": FirstGradient,
+    "switching": Switching,
+}
+REFUSED: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], str]] = {
+    "quantised": (Quantised, "Quantised keeps scales"),
+    "on itself by number": (
+        OnItselfByNumber,
+        "OnItselfByNumber keeps values per weight in its attr",
+    ),
+    "in an object": (InAnObject, "InAnObject keeps object for each tensor"),
+    "by shape": (ByShape, "ByShape does not treat a tensor as a bag"),
+    "late": (Late, "Late does not treat a tensor as a bag"),
+    "stands still": (StandsStill, "StandsStill did not move a tensor"),
+}

@@ -1,0 +1,356 @@
+"""optax, Flax, Equinox and files as people bring them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import topkast
+
+OPTIONS: dict[str, Any] = {"fwd": 0.9, "bwd": 0.7, "refresh_every": 2}
+
+
+def make_params() -> dict[str, Any]:
+    first, second = jax.random.split(jax.random.key(0))
+    return {
+        "body": {"w": jax.random.normal(first, (8, 12)), "b": jnp.zeros(12)},
+        "head": {"w": jax.random.normal(second, (12, 10)), "b": jnp.zeros(10)},
+    }
+
+
+def wrap(inner: Any = None, **options: Any) -> Any:
+    inner = optax.adam(0.01) if inner is None else inner
+    return topkast.wrap_optimizer(inner, **OPTIONS | options)
+
+
+class TestOneStateOfSeveral:
+    """``optax.partition`` with two wrapped transformations."""
+
+    def make(self) -> tuple[Any, Any, Any]:
+        params = make_params()
+        tx = optax.partition(
+            {"sparse": wrap(fwd=0.9), "denser": wrap(fwd=0.5, bwd=0.25), "plain": optax.sgd(0.1)},
+            {
+                "body": {"w": "sparse", "b": "plain"},
+                "head": {"w": "denser", "b": "plain"},
+            },
+        )
+        return tx, tx.init(params), params
+
+    def test_inspectors_look_at_all(self) -> None:
+        _, state, params = self.make()
+        masks = topkast.masks(state, params)
+        assert {name: int(mask.forward.sum()) for name, mask in masks.items()} == {
+            "body.w": 10,
+            "head.w": 60,
+        }
+        alpha = topkast.forward_params(params, state)
+        assert int((alpha["body"]["w"] != 0).sum()) == 10
+        assert int((alpha["head"]["w"] != 0).sum()) == 60
+        summary = topkast.summary(state, params)
+        assert {row.name for row in summary.tensors} == {"body.w", "body.b", "head.w", "head.b"}
+        assert topkast.dense_params(state, params).keys() == {row.name for row in summary.tensors}
+
+    def test_it_trains(self) -> None:
+        tx, state, params = self.make()
+
+        @jax.jit
+        def train(params: Any, state: Any) -> Any:
+            grads = jax.grad(
+                lambda alpha: sum(jnp.sum((leaf - 1) ** 2) for leaf in jax.tree.leaves(alpha))
+            )(topkast.forward_params(params, state))
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        for _ in range(5):
+            params, state = train(params, state)
+        assert int((topkast.forward_params(params, state)["head"]["w"] != 0).sum()) == 60
+
+
+class TestWhatInspectorsAreGiven:
+    def test_a_training_state_of_flax(self) -> None:
+        params = make_params()
+        create: Any = TrainState.create
+        state = create(apply_fn=lambda: None, params=params, tx=wrap())
+        state = state.apply_gradients(grads=jax.tree.map(jnp.ones_like, params))
+        assert topkast.summary(state, state.params).updates == 1
+        assert int((topkast.forward_params(state.params, state)["body"]["w"] != 0).sum()) == 10
+
+    def test_an_optimizer_of_nnx(self) -> None:
+        model = nnx.Linear(8, 12, rngs=nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, wrap(), wrt=nnx.Param)
+        params = nnx.state(model, nnx.Param)
+        assert int(topkast.masks(optimizer, params)["kernel"].forward.sum()) == 10
+        assert topkast.summary(optimizer, params).tensors[1].forward == 10
+        alpha: Any = topkast.forward_params(params, optimizer)
+        assert int((alpha["kernel"].get_value() != 0).sum()) == 10
+
+    def test_what_is_none_is_told_what_to_do(self) -> None:
+        params, tx = make_params(), wrap()
+        state = tx.init(params)
+        restored = {"updates": 0, "supports": {}}
+        batch = jax.vmap(lambda _: tx.init(params))(jnp.arange(3))
+        for odd, message in (
+            (tx, r"it is the transformation: pass the state"),
+            (restored, "restore into init"),
+            (({"opt": restored},), "restore into init"),
+            (batch, r"batch of 3.*leaf\[0\]"),
+            ({"a": 1}, "there is none in it"),
+        ):
+            for look in (topkast.masks, topkast.summary, topkast.dense_params):
+                with pytest.raises(topkast.MismatchError, match=message):
+                    look(odd, params)
+        with pytest.raises(topkast.MismatchError, match="needs the state that init returned"):
+            tx.update(params, restored, params)
+        one = jax.tree.map(lambda leaf: leaf[0], batch)
+        assert topkast.summary(one, params).updates == int(state.updates)
+
+    def test_an_optimizer_of_torch(self) -> None:
+        import torch
+
+        opt = topkast.wrap_optimizer(
+            torch.optim.SGD(torch.nn.Linear(9, 9).parameters(), 0.1), fwd=0.5, bwd=0.5
+        )
+        with pytest.raises(topkast.MismatchError, match="holds the forward view already"):
+            topkast.forward_params({}, opt)
+
+
+class TestEquinox:
+    def test_functions_in_a_model_pass_through(self) -> None:
+        model: Any = eqx.nn.MLP(8, 3, 12, 2, activation=jax.nn.silu, key=jax.random.key(0))
+        tx = wrap()
+        state = tx.init(eqx.filter(model, eqx.is_inexact_array))
+        alpha = topkast.forward_params(model, state)
+        assert int((alpha.layers[0].weight != 0).sum()) == 10
+        assert alpha(jnp.ones(8)).shape == (3,)
+        assert int(topkast.masks(state, model)["layers.0.weight"].backward.sum()) == 29
+        assert topkast.summary(state, model).updates == 0
+
+    def test_biases_of_convolutions_stay_dense(self) -> None:
+        layer: Any = eqx.nn.Conv2d(3, 8, 3, key=jax.random.key(0))
+        alpha = topkast.forward_params(layer, wrap().init(layer))
+        assert int((alpha.bias != 0).sum()) == 8
+
+
+class TestDtypes:
+    def test_gradients_are_promoted_as_optax_does(self) -> None:
+        params = make_params()
+        for inner in (optax.sgd(0.1, momentum=0.9), optax.adam(0.01)):
+            tx, state = wrap(inner, fwd=0.0, bwd=0.0, penalty=0.0), None
+            state, plain = tx.init(params), inner.init(params)
+            grads = jax.tree.map(lambda leaf: jnp.ones_like(leaf, jnp.bfloat16) * 0.1, params)
+            for _ in range(3):
+                updates, state = tx.update(grads, state, params)
+                expected, plain = inner.update(grads, plain, params)
+                moved, other = (optax.apply_updates(params, one) for one in (updates, expected))
+                assert [leaf.dtype for leaf in jax.tree.leaves(moved)] == [
+                    leaf.dtype for leaf in jax.tree.leaves(other)
+                ]
+                jax.tree.map(
+                    lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-6), moved, other
+                )
+                params = moved
+
+    def test_wider_gradients_too(self) -> None:
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), make_params())
+        tx = wrap()
+        state = tx.init(params)
+        for _ in range(3):
+            grads = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, jnp.float32), params)
+            params, state = tx.step(grads, state, params)
+        assert params["body"]["w"].dtype == jnp.bfloat16
+
+    def test_a_global_ranking_is_of_one_dtype(self) -> None:
+        params = make_params()
+        for other in (jnp.bfloat16, jnp.complex64):
+            params["head"]["w"] = params["head"]["w"].astype(other)
+            with pytest.raises(topkast.OptionError, match="must have one dtype"):
+                wrap(distribution="global").init(params)
+
+    def test_states_of_other_widths_are_refused(self) -> None:
+        params, tx = make_params(), wrap()
+        state = tx.init(params)
+        with jax.enable_x64(True), pytest.raises(topkast.MismatchError, match="64-bit numbers"):
+            tx.update(params, state, params)
+
+
+class TestTraced:
+    def test_derivatives_through_training_with_hyperparameters(self) -> None:
+        """Of a loss after training, by the learning rate, inside jit."""
+        params = {"w": jax.random.normal(jax.random.key(1), (4, 5))}
+
+        def final(lr: jax.Array) -> jax.Array:
+            tx = topkast.wrap_optimizer(
+                optax.inject_hyperparams(optax.sgd)(learning_rate=lr), fwd=0.5, bwd=0.25
+            )
+            theta, state = params, tx.init(params)
+            for _ in range(3):
+                grads = jax.grad(lambda alpha: jnp.sum((alpha["w"] - 1) ** 2))(
+                    topkast.forward_params(theta, state)
+                )
+                updates, state = tx.update(grads, state, theta)
+                theta = optax.apply_updates(theta, updates)
+            return jnp.sum(topkast.forward_params(theta, state)["w"] ** 2)
+
+        eager = jax.grad(final)(0.1)
+        assert np.isfinite(eager)
+        assert jax.jit(jax.grad(final))(0.1) == pytest.approx(float(eager), rel=1e-5)
+
+    def test_predicates_are_asked_about_shapes(self) -> None:
+        asked: list[Any] = []
+
+        def dense(name: str, tensor: Any) -> bool:
+            asked.append((tensor.shape, tensor.ndim, str(tensor.dtype)))
+            return bool(tensor.shape == (12, 10))
+
+        tx = wrap(dense=dense)
+        params = make_params()
+        state = jax.jit(tx.init)(params)
+        jax.jit(tx.update)(params, state, params)
+        assert list(state.supports) == ["body.w"]
+        assert set(asked) == {((8, 12), 2, "float32"), ((12, 10), 2, "float32")}
+
+    def test_huge_intervals(self) -> None:
+        params = make_params()
+        tx = wrap(refresh_every=2**40, explore_until=2**40)
+        _, state = jax.jit(tx.update)(params, tx.init(params), params)
+        assert int(state.updates) == 1
+
+
+class TestLeaves:
+    def test_keys_of_random_numbers(self) -> None:
+        params = {"w": jnp.ones((4, 5)), "key": jax.random.key(0)}
+        tx = wrap()
+        state = tx.init(params)
+        grads = {"w": jnp.ones((4, 5)), "key": np.zeros((), jax.dtypes.float0)}
+        moved, _ = tx.step(grads, state, params)
+        assert moved["key"] is params["key"]
+        with pytest.raises(topkast.UnsupportedTensorError, match=r"key is a typed key.*tx\.step"):
+            tx.update(grads, state, params)
+
+    @pytest.mark.parametrize("jit", [False, True])
+    def test_a_state_of_numpy_arrays(self, jit: bool) -> None:
+        params, tx = make_params(), wrap()
+        state = tx.init(params)
+        run = jax.jit if jit else lambda function: function
+        expected = run(tx.update)(params, state, params)
+        hosted = jax.tree.map(np.asarray, state)
+        found = run(tx.update)(params, hosted, params)
+        jax.tree.map(np.testing.assert_array_equal, expected, found)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            topkast.forward_params(params, state),
+            topkast.forward_params(params, hosted),
+        )
+
+    def test_a_state_of_transposed_tensors_is_told(self) -> None:
+        params, tx = {"w": jax.random.normal(jax.random.key(0), (8, 9))}, wrap()
+        state = tx.init(params)
+        turned = {"w": params["w"].T}
+        with pytest.warns(topkast.WeightsMovedWarning):
+            tx.update(turned, state, turned)
+
+
+class TestMapParams:
+    def test_the_idiom_of_shardings(self) -> None:
+        params = make_params()
+        tx = wrap()
+        state = tx.init(params)
+        seen: list[Any] = []
+
+        def look(leaf: Any) -> Any:
+            seen.append(leaf.shape)
+            return leaf
+
+        mapped = optax.tree_utils.tree_map_params(tx, look, state)
+        jax.tree.map(np.testing.assert_array_equal, mapped, state)
+        assert seen.count((1, 29)) == 2
+        assert len(seen) == 8
+
+
+class TestNormsOfTensors:
+    """Rules that normalise by tensor would see one joint vector."""
+
+    @pytest.mark.parametrize(
+        "inner",
+        [
+            optax.lamb(0.01),
+            optax.lars(0.01),
+            optax.chain(optax.clip_by_block_rms(0.1), optax.sgd(0.1)),
+        ],
+        ids=["lamb", "lars", "clip_by_block_rms"],
+    )
+    def test_are_refused_under_a_global_ranking(self, inner: Any) -> None:
+        wrap(inner).init(make_params())
+        with pytest.raises(topkast.UnsupportedOptimizerError, match="distribution='global'"):
+            wrap(inner, distribution="global").init(make_params())
+
+    @pytest.mark.parametrize("inner", [optax.adam(0.01), optax.sgd(0.1, momentum=0.9)])
+    def test_others_are_not(self, inner: Any) -> None:
+        wrap(inner, distribution="global").init(make_params())
+
+
+class TestProbe:
+    @pytest.mark.parametrize(
+        ("condition", "shape"),
+        [
+            (lambda path, leaf: leaf.ndim == 3 and leaf.shape[0] > 1, (4, 5, 6)),
+            (lambda path, leaf: leaf.ndim == 2 and leaf.shape[0] > 200, (300, 8)),
+            (lambda path, leaf: "odd" in jax.tree_util.keystr(path), (6, 7)),
+        ],
+        ids=["three dimensions", "long axes", "name"],
+    )
+    def test_it_asks_about_tensors_like_the_users(self, condition: Any, shape: Any) -> None:
+        def update(updates: Any, state: Any, params: Any = None) -> Any:
+            def change(path: Any, leaf: Any) -> Any:
+                return -(leaf - leaf.mean(0)) if condition(path, leaf) else -leaf
+
+            return jax.tree.map_with_path(change, updates), state
+
+        tx = wrap(optax.GradientTransformation(lambda params: optax.EmptyState(), update))
+        harmless = {"w": jnp.ones((6, 7))}
+        tx.init(harmless)
+        with pytest.raises(topkast.UnsupportedOptimizerError, match="bag of coordinates"):
+            tx.init(harmless | {"odd": jnp.ones(shape)})
+
+    def test_adafactor_with_a_threshold_of_its_own(self) -> None:
+        inner = optax.adafactor(0.1, min_dim_size_to_factor=256)
+        tx = wrap(inner)
+        with pytest.raises(topkast.UnsupportedOptimizerError, match="bag of coordinates"):
+            tx.init({"w": jnp.ones((300, 400))})
+
+    def test_the_second_init_asks_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: list[Any] = []
+        inner = optax.adam(0.01)
+
+        def update(*arguments: Any, **named: Any) -> Any:
+            calls.append(arguments)
+            return inner.update(*arguments, **named)
+
+        tx = wrap(optax.GradientTransformation(inner.init, update))
+        tx.init(make_params())
+        asked = len(calls)
+        assert asked > 0
+        tx.init(make_params())
+        assert len(calls) == asked
+
+
+def test_the_penalty_shrinks_weights_of_who_ascends() -> None:
+    params = make_params()
+    for sign in (1.0, -1.0):
+        tx = wrap(optax.chain(optax.sgd(0.1), optax.scale(sign)), penalty=1.0)
+        state = tx.init(params)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, _ = tx.update(zeros, state, params)
+        moved = optax.apply_updates(params, updates)
+        backward = topkast.masks(state, params)["body.w"].backward
+        before, after = (jnp.abs(one["body"]["w"])[backward] for one in (params, moved))
+        assert (after < before).all()

@@ -1,0 +1,145 @@
+"""Kernels where things are not as usual: no cache, an edited file, an interrupt, no numba."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import topkast
+from topkast import _primitives
+from topkast.kernels import _convolutions, _layout, _packing, _planes, _pool, _products
+from topkast.kernels._compile import FolderLocator
+
+PACKAGE = Path(topkast.__file__).parent
+
+
+def run(code: str, folder: Path) -> str:
+    """What a new process prints that finds the package in `folder` and has no home."""
+    found = subprocess.run(
+        [sys.executable, "-B", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={"PYTHONPATH": str(folder), "HOME": "/dev/null", "PATH": ""},
+    )
+    assert not found.returncode, found.stderr
+    return found.stdout
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """The folder of the kernels without anything compiled, in a package without other modules."""
+    ignored = shutil.ignore_patterns("__pycache__", "__init__.py")
+    shutil.copytree(PACKAGE / "kernels", tmp_path / "kernels", ignore=ignored)
+    return tmp_path
+
+
+def test_without_a_folder_for_the_cache_each_process_compiles(copied: Path) -> None:
+    (copied / "kernels/__pycache__").write_text("in the way, even of an administrator")
+    (copied / "kernels/odd.py").write_text("""
+from kernels._compile import can_cache, compiled, kernel
+
+assert not can_cache()
+
+@compiled
+def double(x):
+    return 2 * x
+
+@kernel("int64(int64)")
+def twice(x):
+    return double(x)
+""")
+    code = "from kernels.odd import double, twice; print(double(21), twice.ctypes(21))"
+    assert run(code, copied) == "42 42\n"
+
+
+def test_the_cache_notices_edits_of_every_file(copied: Path) -> None:
+    """Kernels are made of functions of several files."""
+    code = """
+from pathlib import Path
+from kernels import _compile
+find = _compile._sources.__wrapped__
+stamps = [find()]
+for path in Path(_compile.__file__).parent.glob("*.py"):
+    path.write_text(path.read_text() + "# edited\\n")
+    stamps.append(find())
+print(len(stamps), len(set(stamps)))
+"""
+    count = 1 + len(list((copied / "kernels").glob("*.py")))
+    assert run(code, copied) == f"{count} {count}\n"
+
+
+def test_entry_points_are_cached_by_that_stamp() -> None:
+    """The functions that they are made of are compiled into them."""
+    modules = _convolutions, _layout, _packing, _planes, _products
+    entries = [value for module in modules for value in vars(module).values()]
+    cached = [one for one in entries if hasattr(getattr(one, "_cache", None), "_impl")]
+    assert {"_single", "_double"} <= {one.__name__[-7:] for one in cached}
+    assert all(isinstance(one._cache._impl.locator, FolderLocator) for one in cached)
+
+
+def test_an_interrupt_waits_for_the_threads() -> None:
+    """They write to memory that the caller would free."""
+
+    class Interrupted(Future[None]):
+        def exception(self, timeout: float | None = None) -> BaseException | None:
+            if not self.done():
+                self.set_result(None)
+                raise KeyboardInterrupt
+            return None
+
+    others = [Interrupted(), Interrupted()]
+    with pytest.raises(KeyboardInterrupt):
+        _pool._wait_for(list(others))
+    assert all(other.done() for other in others)
+
+
+def test_what_a_thread_raises_is_raised() -> None:
+    failed: Future[None] = Future()
+    failed.set_exception(ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        _pool._wait_for([failed])
+
+
+@pytest.mark.parametrize(
+    ("missing", "code", "extra"),
+    [
+        ("numba", "import topkast.kernels", "cpu"),
+        ("hypothesis", "import topkast.testing; topkast.testing.weights()", "testing"),
+    ],
+)
+def test_what_is_missing_is_named_with_its_extra(missing: str, code: str, extra: str) -> None:
+    program = f"""
+import sys
+sys.modules[{missing!r}] = None
+try:
+    {code}
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    assert f"pip install 'topkast[{extra}]'" in run(program, PACKAGE.parent)
+
+
+def test_primitives_of_a_package_that_we_do_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by the name of the library, as those for CuPy are."""
+    described = tmp_path / "fast_paths_of_somebody-1.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: fast_paths\nVersion: 1\n")
+    (described / "entry_points.txt").write_text("[topkast.primitives]\nsomearrays = somepaths:load")
+    (tmp_path / "somepaths.py").write_text("PATHS = object()\ndef load(): return PATHS\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    kind: Any = type("SomeArray", (), {"__module__": "somearrays.core"})
+    derived: Any = type("Derived", (kind,), {"__module__": "mine"})
+    import somepaths  # type: ignore[import-not-found]
+
+    for array in (kind(), derived()):
+        assert _primitives.fast_paths(array) is somepaths.PATHS
+    assert _primitives.fast_paths(1.0) is None

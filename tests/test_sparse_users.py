@@ -1,0 +1,379 @@
+"""Sparse layers as people bring them: derivatives, exports, lists of Parameters, odd structures."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import topkast_torch
+import torch
+from topkast_torch import SparseLinear
+from torch import Tensor, nn
+
+import topkast
+
+OPTIONS: dict[str, Any] = {"fwd": 0.8, "bwd": 0.5, "refresh_every": 3, "penalty": 0.1}
+
+
+def make_layer(kind: str) -> tuple[Any, Tensor]:
+    torch.manual_seed(0)
+    if kind == "linear":
+        return SparseLinear(6, 5, fwd=0.6, bwd=0.4).double(), torch.randn(3, 6).double()
+    dense = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1)).double()
+    opt = topkast.wrap_optimizer(torch.optim.SGD(dense.named_parameters(), 0.1), fwd=0.6, bwd=0.4)
+    topkast.sparsify(dense, opt)
+    return dense[0], torch.randn(2, 3, 5, 6).double()
+
+
+@pytest.fixture(params=["linear", "convolution"])
+def kind(request: pytest.FixtureRequest) -> str:
+    chosen: str = request.param
+    return chosen
+
+
+def masked_twin(layer: Any) -> Any:
+    """A dense layer with the same forward view."""
+    return topkast.densify(copy.deepcopy(layer))
+
+
+class TestDerivatives:
+    def test_of_derivatives(self, kind: str, backend: str) -> None:
+        """A gradient penalty: equal to that of the dense layer, on B."""
+        layer, x = make_layer(kind)
+        twin = masked_twin(layer)
+        results = []
+        for model, weight in ((layer, layer.values), (twin, twin.weight)):
+            inputs = x.clone().requires_grad_()
+            output = model(inputs).tanh()
+            by_input, by_weight = torch.autograd.grad(
+                output.square().sum(), [inputs, weight], create_graph=True
+            )
+            if model is twin:
+                outside = torch.ones(by_weight.numel(), dtype=torch.bool)
+                outside[layer.indices] = False
+                by_weight = torch.where(outside.view(by_weight.shape), 0, by_weight)
+            loss = by_input.square().sum() + by_weight.square().sum()
+            results.append(torch.autograd.grad(loss, [inputs, weight, model.bias]))
+        (x_one, w_one, b_one), (x_two, w_two, b_two) = results
+        torch.testing.assert_close(x_one, x_two)
+        torch.testing.assert_close(b_one, b_two)
+        on_b = w_two.reshape(-1)[layer.indices].view(w_one.shape)
+        # B∖A is no argument of the dense layer's output, nor of its gradient.
+        active = layer.active.view(w_one.shape)
+        torch.testing.assert_close(w_one[active], on_b[active])
+
+    def test_by_functions(self, kind: str, backend: str) -> None:
+        layer, x = make_layer(kind)
+        params = dict(layer.named_parameters())
+
+        def loss(params: Any, x: Tensor) -> Tensor:
+            output: Tensor = torch.func.functional_call(layer, params, x)
+            return output.square().sum()
+
+        grads = torch.func.grad(loss)(params, x)
+        expected = torch.autograd.grad(loss(params, x), list(params.values()))
+        for one, other in zip(grads.values(), expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+    def test_for_each_sample(self, kind: str, backend: str) -> None:
+        layer, x = make_layer(kind)
+        params = dict(layer.named_parameters())
+
+        def loss(params: Any, x: Tensor) -> Tensor:
+            output: Tensor = torch.func.functional_call(layer, params, x[None])
+            return output.square().sum()
+
+        found = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, x)
+        for number in range(len(x)):
+            one = torch.func.grad(loss)(params, x[number])
+            for name, grad in one.items():
+                torch.testing.assert_close(found[name][number], grad)
+
+    def test_over_a_batch_of_inputs(self, kind: str, backend: str) -> None:
+        layer, x = make_layer(kind)
+        many = torch.stack([x, 2 * x, -x])
+        torch.testing.assert_close(torch.func.vmap(layer)(many), torch.stack([*map(layer, many)]))
+
+
+class TestCompileAndExport:
+    def test_fullgraph_is_refused_by_name(self) -> None:
+        layer, x = make_layer("linear")
+        function: Any = torch.compile(layer, fullgraph=True, backend="eager")
+        with pytest.raises(Exception, match="topkast's sparse products are not traced"):
+            function(x)
+        torch.compiler.reset()
+
+    def test_export_says_densify_and_that_works(self) -> None:
+        layer, x = make_layer("linear")
+        model = nn.Sequential(layer, nn.ReLU())
+        with pytest.raises(Exception, match=r"topkast\.densify"):
+            torch.export.export(model, (x,))
+        dense = topkast.densify(copy.deepcopy(model))
+        exported = torch.export.export(dense, (x,)).module()
+        torch.testing.assert_close(exported(x), model(x))
+
+    def test_compiling_around_a_step_with_a_refresh(self) -> None:
+        layer = nn.Linear(20, 30)
+        opt = topkast.wrap_optimizer(
+            torch.optim.AdamW(layer.named_parameters()), fwd=0.9, bwd=0.8, refresh_every=2
+        )
+        step = torch.compile(lambda: opt.step(), backend="eager")
+        for _ in range(4):
+            opt.zero_grad()
+            layer(torch.randn(8, 20)).square().mean().backward()
+            step()
+        assert topkast.summary(opt).updates == 4
+        torch.compiler.reset()
+
+
+def make_model() -> tuple[nn.Sequential, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+    opt = topkast.wrap_optimizer(torch.optim.AdamW(model.named_parameters(), 0.02), **OPTIONS)
+    return model, opt
+
+
+def backward(model: nn.Module, step: int) -> Tensor:
+    inputs = torch.randn(8, 12, generator=torch.Generator().manual_seed(step))
+    loss: Tensor = (model(inputs) - inputs[:, :4]).square().mean()
+    loss.backward()
+    return loss
+
+
+class TestParameters:
+    def test_those_from_before_are_those_that_are_trained(self) -> None:
+        model, opt = make_model()
+        params = list(model.parameters())
+        loss = backward(model, 0)  # whose graph, still alive, knows the dense shapes
+        opt.step()
+        topkast.sparsify(model, opt)
+        assert [id(param) for param in params] == [id(param) for param in model.parameters()]
+        model.zero_grad()
+        backward(model, 1)
+        norm = torch.nn.utils.clip_grad_norm_(params, 1e-3)
+        assert norm > 1e-3
+        assert all(param.grad is not None and param.grad.norm() < 2e-3 for param in params)
+        before = topkast.dense_params(opt)
+        opt.step()
+        assert not torch.equal(before["0.weight"], topkast.dense_params(opt)["0.weight"])
+        del loss
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_a_gradient_that_waits_is_carried_over(self, dtype: torch.dtype) -> None:
+        runs = []
+        for sparse in (False, True):
+            model, opt = make_model()
+            backward(model, 0)
+            if sparse:
+                topkast.sparsify(model, opt)
+            backward(model, 1)
+            opt.step()
+            runs.append(topkast.dense_params(opt))
+        for name, theta in runs[0].items():
+            torch.testing.assert_close(theta, runs[1][name])
+
+    def test_optimizers_in_the_backward_pass(self) -> None:
+        """One for each Parameter, stepped by a hook as soon as its gradient is there."""
+        runs = []
+        for sparse in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+            optimizers: dict[Any, Any] = {}
+            for name, param in model.named_parameters():
+                options = OPTIONS if param.dim() > 1 else OPTIONS | {"dense": True}
+                optimizers[param] = topkast.wrap_optimizer(
+                    torch.optim.SGD([(name, param)], 0.1), **options
+                )
+            if sparse:
+                for param, opt in optimizers.items():
+                    if param.dim() > 1:
+                        topkast.sparsify(model, opt)
+
+            def step(param: Tensor, optimizers: dict[Any, Any] = optimizers) -> None:
+                optimizers[param].step()
+                optimizers[param].zero_grad()
+
+            for param in optimizers:
+                param.register_post_accumulate_grad_hook(step)
+            for number in range(7):
+                backward(model, number)
+            runs.append(
+                {n: t for opt in optimizers.values() for n, t in topkast.dense_params(opt).items()}
+            )
+        for name, theta in runs[0].items():
+            torch.testing.assert_close(theta, runs[1][name])
+
+    def test_one_frozen_when_it_became_sparse_and_trained_later(self) -> None:
+        runs = []
+        for sparse in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+            model[0].weight.requires_grad_(False)
+            opt = topkast.wrap_optimizer(
+                torch.optim.SGD(model.named_parameters(), 0.1, momentum=0.9),
+                **OPTIONS,
+                explore_until=4,
+            )
+            if sparse:
+                topkast.sparsify(model, opt)
+            for number in range(9):
+                if number == 5:
+                    next(iter(model.parameters())).requires_grad_(True)
+                opt.zero_grad()
+                backward(model, number)
+                opt.step()
+            runs.append(topkast.dense_params(opt))
+        for name, theta in runs[0].items():
+            torch.testing.assert_close(theta, runs[1][name], rtol=1e-6, atol=1e-7)
+
+
+class TestWeight:
+    """What ``layer.weight`` returns is a copy."""
+
+    @pytest.mark.parametrize(
+        "write",
+        [
+            lambda weight: weight.data.add_(1.0),
+            lambda weight: weight.detach().mul_(2.0),
+            lambda weight: weight.data.copy_(torch.zeros(5, 6)),
+            lambda weight: setattr(weight, "data", torch.zeros(5, 6)),
+            lambda weight: weight.data.view(-1).__setitem__(0, 1.0),
+            lambda weight: nn.init.zeros_(weight),
+            lambda weight: torch.add(weight.detach(), 1.0, out=weight.detach()),
+            lambda weight: torch._foreach_add_([weight.detach()], 1.0),
+            lambda weight: weight.data[0].zero_(),
+        ],
+    )
+    def test_writing_to_it_is_refused(self, write: Any) -> None:
+        """As merging an adapter does, which would be lost."""
+        layer, x = make_layer("linear")
+        expected = layer(x)
+        with pytest.raises(topkast.MismatchError, match=r"a copy.*densify"):
+            write(layer.weight)
+        assert torch.equal(layer(x), expected)
+
+    def test_reading_it_is_as_ever(self) -> None:
+        layer, x = make_layer("linear")
+        torch.testing.assert_close(nn.functional.linear(x, layer.weight, layer.bias), layer(x))
+        assert type(layer.weight + 1) is type(layer.weight.clone()) is Tensor
+        layer.weight.square().sum().backward()
+        assert layer.values.grad.shape == layer.values.shape
+
+
+class TestStructures:
+    """What may be written is checked when it changes."""
+
+    def test_entries_permuted_alike_are_refused(self) -> None:
+        layer, x = make_layer("linear")
+        order = torch.randperm(len(layer.indices))
+        layer.indices, layer.active = layer.indices[order], layer.active[order]
+        with torch.no_grad():
+            layer.values.copy_(layer.values[:, order])
+        with pytest.raises(topkast.MismatchError, match="do not ascend"):
+            layer(x)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda layer: layer.indices.add_(1000),
+            lambda layer: layer.indices.zero_(),
+            lambda layer: setattr(layer, "indices", layer.indices.int()),
+            lambda layer: setattr(layer, "indices", layer.indices[:-1]),
+            lambda layer: setattr(layer, "active", layer.active[:, None]),
+            lambda layer: setattr(layer, "active", layer.active.float()),
+        ],
+    )
+    def test_broken_ones_are_refused_before_a_product(self, change: Any) -> None:
+        layer, x = make_layer("linear")
+        layer(x)
+        change(layer)
+        with pytest.raises(topkast.MismatchError, match="the layer has indices"):
+            layer(x)
+
+    @pytest.mark.parametrize("name", ["indices", "active", "shape", "values"])
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda tensor: tensor[:, None] if tensor.dim() == 1 else tensor[0],
+            lambda tensor: tensor[None],
+            lambda tensor: None,
+            lambda tensor: tensor.tolist(),
+            lambda tensor: tensor.sum(),
+            lambda tensor: tensor.double() if tensor.dtype != torch.float64 else tensor[..., :-1],
+        ],
+        ids=["column", "row", "none", "list", "scalar", "dtype"],
+    )
+    def test_a_malformed_file_is_refused_by_name(self, name: str, change: Any) -> None:
+        layer, x = make_layer("linear")
+        expected = layer(x)
+        state = layer.state_dict()
+        state[name] = change(state[name])
+        if name == "values" and torch.is_tensor(state[name]) and state[name].dtype != torch.float64:
+            return
+        with pytest.raises(topkast.MismatchError):
+            layer.load_state_dict(state)
+        assert torch.equal(layer(x), expected)
+
+    def test_structure_is_no_buffer(self) -> None:
+        model, opt = make_model()
+        topkast.sparsify(model, opt)
+        assert not list(model.buffers())
+        assert {"0.indices", "0.active", "0.shape"} <= model.state_dict().keys()
+
+    def test_a_users_buffers_of_these_names_are_let_be(self) -> None:
+        state = {"indices": torch.arange(3), "shape": torch.tensor([2]), "values": torch.ones(3)}
+        assert topkast.densify(state) == state
+
+    def test_moving_keeps_structure(self) -> None:
+        layer, x = make_layer("linear")
+        expected = layer(x)
+        assert torch.equal(layer.to("meta").indices, layer.indices)
+        layer, x = make_layer("linear")
+        torch.testing.assert_close(
+            layer.float()(x.float()).double(), expected, rtol=1e-5, atol=1e-5
+        )
+
+
+class TestFiles:
+    def test_tied_layers(self, tmp_path: Any) -> None:
+        layer = nn.Linear(20, 20)
+        model = nn.Sequential(layer, nn.ReLU(), layer)
+        opt = topkast.wrap_optimizer(torch.optim.AdamW(model.named_parameters()), fwd=0.9, bwd=0.8)
+        topkast.sparsify(model, opt)
+        topkast_torch.save_forward(model, tmp_path / "tied.safetensors")
+        state = topkast_torch.load_forward(tmp_path / "tied.safetensors")
+        other = nn.Linear(20, 20)
+        twin = nn.Sequential(other, nn.ReLU(), other)
+        twin.load_state_dict(state)
+        x = torch.randn(3, 20)
+        torch.testing.assert_close(twin(x), model(x))
+
+    @pytest.mark.parametrize(
+        ("change", "metadata"),
+        [
+            ({}, {"format": "topkast-forward-1"}),
+            ({}, {"format": "topkast-forward-1", "shapes": "no json"}),
+            ({}, {"format": "topkast-forward-1", "shapes": "[1, 2]"}),
+            ({}, {"format": "topkast-forward-1", "shapes": '{"weight": [-3, 5]}'}),
+            ({}, {"format": "topkast-forward-1", "shapes": '{"weight": 7}'}),
+            ({}, {"format": "topkast-forward-1", "shapes": '{"weight": [1000000, 1000000, 8]}'}),
+            ({}, {"format": "topkast-forward-1", "shapes": '{"other": [5, 6]}'}),
+            ({"weight.indices": torch.tensor([0.0, 1.0])}, {}),
+            ({"weight.indices": torch.tensor([1, 0])}, {}),
+            ({"weight.indices": torch.tensor([[0, 1]])}, {}),
+            ({"weight.values": torch.tensor(1.0)}, {}),
+            ({"weight.values": None}, {}),
+        ],
+    )
+    def test_load_forward_raises_what_it_documents(
+        self, tmp_path: Any, change: dict[str, Any], metadata: dict[str, str]
+    ) -> None:
+        from safetensors.torch import save_file
+
+        tensors = {"weight.values": torch.ones(2), "weight.indices": torch.tensor([0, 1])} | change
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        metadata = metadata or {"format": "topkast-forward-1", "shapes": '{"weight": [5, 6]}'}
+        save_file(tensors, tmp_path / "file", metadata=metadata)
+        with pytest.raises(topkast.MismatchError, match="file"):
+            topkast_torch.load_forward(tmp_path / "file")

@@ -1,0 +1,373 @@
+"""What stands around an optimizer in PyTorch itself: averages, distributed checkpoints, norms."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import topkast_torch
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import topkast
+
+OPTIONS: dict[str, Any] = {"fwd": 0.9, "bwd": 0.7, "refresh_every": 2, "penalty": 0.1}
+
+
+def make(
+    build: Any = lambda params: torch.optim.AdamW(params, 0.02), **options: Any
+) -> tuple[nn.Sequential, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4))
+    return model, topkast.wrap_optimizer(build(model.named_parameters()), **OPTIONS | options)
+
+
+def train(model: nn.Module, opt: Any, steps: range) -> None:
+    for step in steps:
+        inputs = torch.randn(8, 12, generator=torch.Generator().manual_seed(step))
+        opt.zero_grad()
+        (model(inputs) - inputs[:, :4]).square().mean().backward()
+        opt.step()
+
+
+def assert_equal(first: Any, second: Any, where: str = "") -> None:
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), where
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first:
+            assert_equal(first[key], second[key], f"{where}/{key}")
+    elif isinstance(first, (list, tuple)):
+        for number, (one, other) in enumerate(zip(first, second, strict=True)):
+            assert_equal(one, other, f"{where}/{number}")
+    else:
+        assert first == second, where
+
+
+class TestDistributedCheckpoint:
+    @pytest.fixture(autouse=True)
+    def group(self) -> Any:
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
+
+    def test_asking_moves_nothing(self) -> None:
+        model, opt = make()
+        before = copy.deepcopy(model.state_dict())
+        get_state_dict(model, opt)
+        assert_equal(before, model.state_dict())
+        assert topkast.summary(opt).updates == 0
+        assert not dict(opt.state)
+        train(model, opt, range(3))
+        other_model, other = make()
+        train(other_model, other, range(3))
+        assert_equal(opt.state_dict(), other.state_dict())
+
+    @pytest.mark.parametrize("distribution", ["uniform", "global"])
+    @pytest.mark.parametrize(
+        "build",
+        [
+            lambda params: torch.optim.AdamW(params, 0.02),
+            lambda params: torch.optim.SGD(params, 0.1),
+            lambda params: torch.optim.SGD(params, 0.1, momentum=0.9),
+            lambda params: torch.optim.Rprop(params, 0.01),
+            lambda params: CountsInGroups(params, 0.01),
+        ],
+        ids=["AdamW", "SGD", "momentum", "Rprop", "counts in groups"],
+    )
+    @pytest.mark.parametrize("stepped", [False, True], ids=["into a fresh one", "into a used one"])
+    def test_a_run_is_resumed_bit_for_bit(
+        self, tmp_path: Path, build: Any, stepped: bool, distribution: Any
+    ) -> None:
+        model, opt = make(build, distribution=distribution)
+        train(model, opt, range(5))
+        saved_model, saved = get_state_dict(model, opt)
+        save({"model": saved_model, "optimizer": saved}, checkpoint_id=tmp_path)
+        train(model, opt, range(5, 10))
+        other_model, other = make(build, distribution=distribution)
+        if stepped:
+            train(other_model, other, range(20, 23))
+        target_model, target = get_state_dict(other_model, other)
+        state: Any = {"model": target_model, "optimizer": target}
+        load(state, checkpoint_id=tmp_path)
+        set_state_dict(
+            other_model, other, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+        train(other_model, other, range(5, 10))
+        assert_equal(model.state_dict(), other_model.state_dict())
+        assert_equal(opt.state_dict(), other.state_dict())
+
+    def test_of_a_full_state_dict(self) -> None:
+        """As is asked for to save on one process; it comes without empty dictionaries."""
+        model, opt = make()
+        train(model, opt, range(5))
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        saved_model, saved = get_state_dict(model, opt, options=options)
+        other_model, other = make()
+        set_state_dict(
+            other_model,
+            other,
+            model_state_dict=saved_model,
+            optim_state_dict=saved,
+            options=options,
+        )
+        for one, two in ((model, opt), (other_model, other)):
+            train(one, two, range(5, 10))
+        assert_equal(model.state_dict(), other_model.state_dict())
+
+
+class CountsInGroups(torch.optim.SGD):
+    """Its rate depends on a count that its first step adds to its groups."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.add_(param.grad, alpha=-group["lr"] / group["count"])
+
+
+class TestAverages:
+    def test_an_average_of_weights_has_as_many_as_a(self) -> None:
+        model, opt = make()
+        average = topkast_torch.WeightAverage(opt, decay=0.5)
+        expected: dict[str, torch.Tensor] = {}
+        for step in range(9):
+            train(model, opt, range(step, step + 1))
+            average.update()
+            for name, theta in topkast.dense_params(opt).items():
+                expected[name] = theta if step == 0 else expected[name].lerp(theta, 0.5)
+        state = average.forward_params()
+        for name, mask in topkast.masks(opt).items():
+            assert torch.equal(average.dense_params()[name], expected[name])
+            assert int((state[name] != 0).sum()) == int(mask.forward.sum())
+            kept = state[name] != 0
+            assert torch.equal(state[name][kept], expected[name][kept])
+        nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4)).load_state_dict(state)
+
+    def test_all_updates_alike(self) -> None:
+        model, opt = make()
+        average = topkast_torch.WeightAverage(opt, decay=None)
+        seen = []
+        for step in range(5):
+            train(model, opt, range(step, step + 1))
+            average.update()
+            seen.append(topkast.dense_params(opt)["0.weight"])
+        mean = torch.stack(seen).mean(0)
+        torch.testing.assert_close(average.dense_params()["0.weight"], mean)
+
+    def test_it_is_resumed(self) -> None:
+        model, opt = make()
+        average = topkast_torch.WeightAverage(opt)
+        with pytest.raises(topkast.MismatchError, match="of nothing yet"):
+            average.forward_params()
+        train(model, opt, range(2))
+        average.update()
+        other = topkast_torch.WeightAverage(opt)
+        other.load_state_dict(copy.deepcopy(average.state_dict()))
+        train(model, opt, range(2, 4))
+        for one in (average, other):
+            one.update()
+        assert_equal(average.state_dict(), other.state_dict())
+        with pytest.raises(topkast.StateDictError, match="tensors"):
+            other.load_state_dict({"count": 1, "average": {"w": torch.ones(2)}})
+        for bad in (1.0, -0.1):
+            with pytest.raises(topkast.OptionError, match="decay"):
+                topkast_torch.WeightAverage(opt, decay=bad)
+        with pytest.raises(topkast.OptionError, match="takes what"):
+            topkast_torch.WeightAverage(torch.optim.SGD(model.parameters(), 0.1))  # type: ignore[arg-type]
+
+    def test_of_sparse_layers(self) -> None:
+        runs = []
+        for sparse in (False, True):
+            model, opt = make()
+            if sparse:
+                topkast.sparsify(model, opt)
+            average = topkast_torch.WeightAverage(opt, decay=0.5)
+            for step in range(6):
+                train(model, opt, range(step, step + 1))
+                average.update()
+            runs.append(average.forward_params())
+        for name, alpha in runs[0].items():
+            torch.testing.assert_close(alpha, runs[1][name])
+
+    @pytest.mark.parametrize("sparse", [False, True])
+    def test_a_dense_average_is_warned_of(self, sparse: bool) -> None:
+        model, opt = make()
+        if sparse:
+            topkast.sparsify(model, opt)
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        with pytest.warns(topkast.DenseAverageWarning, match=r"WeightAverage\(optimizer\)"):
+            train(model, opt, range(3))
+        del average
+
+    def test_also_where_it_is_made_later(self) -> None:
+        model, opt = make()
+        train(model, opt, range(4))
+        average = AveragedModel(model)
+        with pytest.warns(topkast.DenseAverageWarning):
+            train(model, opt, range(4, 12))
+        del average
+
+    def test_a_saved_average_stays_as_it_is(self) -> None:
+        model, opt = make()
+        average = topkast_torch.WeightAverage(opt, decay=0.5)
+        average.update()
+        saved = average.state_dict()["average"]
+        before = copy.deepcopy(saved)
+        train(model, opt, range(2))
+        average.update()
+        assert_equal(saved, before)
+
+    def test_tensors_that_join_later(self) -> None:
+        model, opt = make()
+        average = topkast_torch.WeightAverage(opt, decay=0.5)
+        average.update()
+        extra = nn.Linear(9, 9)
+        opt.add_param_group({"params": list(extra.named_parameters("extra"))})
+        train(model, opt, range(2))
+        average.update()
+        assert int((average.forward_params()["extra.weight"] != 0).sum()) == 9
+
+    def test_and_nobody_else(self) -> None:
+        other = AveragedModel(nn.Linear(3, 3))
+        model, opt = make()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train(model, opt, range(3))
+        del other
+
+
+class TestNorms:
+    @pytest.mark.parametrize("named", [True, False])
+    @pytest.mark.parametrize("way", ["parametrization", "hook"])
+    def test_directions_of_weight_norm_are_refused(self, named: bool, way: str) -> None:
+        """A row that loses all its entries would be divided by zero."""
+        layer = nn.Linear(20, 30)
+        if way == "parametrization":
+            nn.utils.parametrizations.weight_norm(layer)
+            name = "parametrizations.weight.original1"
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                nn.utils.weight_norm(layer)
+            name = "weight_v"
+        before = copy.deepcopy(dict(layer.named_parameters()))
+        params: Any = layer.named_parameters() if named else layer.parameters()
+        with pytest.raises(topkast.UnsupportedTensorError, match="direction of a weight_norm"):
+            topkast.wrap_optimizer(torch.optim.SGD(params, 0.1), fwd=0.9, bwd=0.8)
+        assert_equal(dict(layer.named_parameters()), before)
+        model = nn.ModuleList([layer, nn.Linear(9, 9)])
+        opt = topkast.wrap_optimizer(
+            torch.optim.SGD(model.named_parameters(), 0.1), fwd=0.9, bwd=0.8, dense=f"0.{name}"
+        )
+        assert list(topkast.masks(opt)) == ["1.weight"]
+        assert torch.isfinite(layer(torch.ones(1, 20))).all()
+
+    @pytest.mark.parametrize(
+        "arrange",
+        [
+            lambda named: named[::-1],
+            lambda named: [pair for pair in named if not pair[0].endswith("0")],
+            lambda named: [{"params": [pair]} for pair in named],
+        ],
+        ids=["reversed", "without lengths", "groups"],
+    )
+    def test_however_they_are_handed_over(self, arrange: Any) -> None:
+        layer = nn.utils.parametrizations.weight_norm(nn.Linear(20, 30))
+        params = arrange(list(layer.named_parameters()))
+        with pytest.raises(topkast.UnsupportedTensorError, match="direction of a weight_norm"):
+            topkast.wrap_optimizer(torch.optim.SGD(params, 0.1), fwd=0.9, bwd=0.8)
+
+    def test_a_scale_beside_a_weight_is_no_norm(self) -> None:
+        params = [nn.Parameter(torch.ones(30, 1)), nn.Parameter(torch.randn(30, 20))]
+        topkast.wrap_optimizer(torch.optim.SGD(params, 0.1), fwd=0.9, bwd=0.8)
+
+
+class TestGlobal:
+    def test_rules_that_normalise_by_tensor_are_refused(self) -> None:
+        class ByNorm(torch.optim.SGD):
+            @torch.no_grad()
+            def step(self, closure: Any = None) -> Any:
+                for group in self.param_groups:
+                    for param in group["params"]:
+                        if param.grad is not None:
+                            param -= group["lr"] * param.grad / (1e-6 + param.grad.norm())
+
+        model = nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 4))
+        inner = ByNorm(model.parameters(), 0.1)
+        topkast.wrap_optimizer(copy.deepcopy(inner), fwd=0.9, bwd=0.8)
+        with pytest.raises(topkast.UnsupportedOptimizerError, match=r"ByNorm.*'global'"):
+            topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.8, distribution="global")
+
+
+class TestWrappersOfOptimizers:
+    def test_one_that_holds_another_is_refused_by_name(self) -> None:
+        class Lookahead(torch.optim.Optimizer):
+            def __init__(self, base: torch.optim.Optimizer) -> None:
+                self.base = base
+                super().__init__(base.param_groups, base.defaults)
+
+        base = torch.optim.SGD(nn.Linear(9, 9).parameters(), 0.1)
+        with pytest.raises(
+            topkast.UnsupportedOptimizerError, match="Lookahead holds another optimizer, SGD"
+        ):
+            topkast.wrap_optimizer(Lookahead(base), fwd=0.9, bwd=0.8)
+
+    def test_options_of_the_same_name_are_refused(self) -> None:
+        class Penalised(torch.optim.SGD):
+            def __init__(self, params: Any) -> None:
+                super().__init__(params, 0.1)
+                self.defaults["penalty"] = 0.1
+                self.param_groups[0]["penalty"] = 0.1
+
+        with pytest.raises(topkast.UnsupportedOptimizerError, match="options of the names penalty"):
+            topkast.wrap_optimizer(Penalised(nn.Linear(9, 9).parameters()), fwd=0.9, bwd=0.8)
+
+
+def test_deterministic_algorithms_with_channels_last() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = []
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            torch.manual_seed(0)
+            model: Any = nn.Sequential(nn.Conv2d(4, 8, 3))
+            model.to(memory_format=memory_format)
+            opt = topkast.wrap_optimizer(
+                torch.optim.SGD(model.named_parameters(), 0.1), fwd=0.9, bwd=0.8, refresh_every=2
+            )
+            for step in range(5):
+                inputs = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(step))
+                opt.zero_grad()
+                model(inputs.to(memory_format=memory_format)).square().mean().backward()
+                opt.step()
+            assert int((model[0].weight != 0).sum()) == 29
+            runs.append(topkast.dense_params(opt)["0.weight"])
+        torch.testing.assert_close(*runs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("names", [True, False])
+def test_groups_without_names_join_one_with_names(names: bool) -> None:
+    """As callbacks that unfreeze a backbone add them."""
+    _, opt = make(dense="2.*")
+    extra = nn.Linear(9, 9)
+    params: Any = list(extra.named_parameters() if names else extra.parameters())
+    opt.add_param_group({"params": params, "lr": 0.5})
+    assert [*topkast.masks(opt)] == ["0.weight", "weight" if names else "1.0"]
+    assert opt.param_groups[1]["params"][0] is extra.weight
