@@ -130,7 +130,7 @@ def compile_times(numbers: list[int]) -> list[dict[str, Any]]:
     adamw = optax.adamw(1e-3)
     sides = {
         "optax.adamw": adamw,
-        "wrapped": topkast.wrap_optimizer(adamw, fwd=FWD, bwd=BWD),
+        "wrapped": topkast.wrap_optimizer(adamw, fwd=FWD, bwd=BWD, refresh_every=REFRESH_EVERY),
     }
     seconds_to_compile(2, adamw)  # the first compilation of a process starts more than itself
     records = [
