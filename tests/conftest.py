@@ -65,16 +65,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 
 
-MEMORY = 1.2e9  # bytes from which on a worker lets go of what it can make anew
+GROWTH = 0.5e9  # bytes by which a worker grows until it lets go of what it can make anew
+resident_after_release = 0
 
 
 def pytest_runtest_teardown() -> None:
     """JAX keeps all that it ever compiled."""
-    if _resident() > MEMORY:
+    global resident_after_release
+    if not resident_after_release:
+        resident_after_release = _resident()
+    if _resident() > resident_after_release + GROWTH:
         jax.clear_caches()
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):  # not on every system
             ctypes.CDLL("libc.so.6").malloc_trim(0)
+        resident_after_release = _resident()
 
 
 def _resident() -> int:

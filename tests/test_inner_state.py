@@ -253,6 +253,37 @@ class TestMethods:
         assert not hasattr(optimizer, "_step_supports_amp_scaling")  # a scaler would rely on it
 
 
+class KeepsMoreLater(torch.optim.SGD):
+    """As Lookahead does, which keeps slow weights from its sixth step on."""
+
+    at: Any = "slow"
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state[param]
+                state["count"] = state.get("count", 0) + 1
+                if state["count"] > 5:
+                    state[self.at or str(state["count"])] = param.clone()
+                if param.grad is not None:
+                    param.add_(param.grad, alpha=-group["lr"])
+
+
+@pytest.mark.parametrize("at", ["slow", ""], ids=["by one name", "by numbers of steps"])
+def test_what_is_kept_only_later_is_refused_before_sets_change(at: str) -> None:
+    model = make_model()
+    inner = KeepsMoreLater(model.parameters(), 0.1)
+    inner.at = at
+    optimizer = topkast.wrap_optimizer(inner, **OPTIONS | {"refresh_every": 8})
+    train(model, optimizer, range(7))
+    masks = topkast.masks(optimizer)["0.0"]
+    for step in (7, 8):  # and whatever is done next
+        with pytest.raises(topkast.UnsupportedOptimizerError, match="KeepsMoreLater keeps '"):
+            train(model, optimizer, range(step, step + 1))
+    assert torch.equal(topkast.masks(optimizer)["0.0"].backward, masks.backward)
+
+
 class TestStateDict:
     def test_it_is_a_snapshot(self) -> None:
         model = make_model()
@@ -278,6 +309,16 @@ class TestStateDict:
         assert float(first.param_groups[0]["lr"]) == pytest.approx(0.1)
 
     @pytest.mark.parametrize("options", [OPTIONS, OPTIONS | {"distribution": "global"}], ids=str)
+    def test_what_it_keeps_elsewhere_must_be_kept_there_here_too(self) -> None:
+        model = make_model()
+        optimizer = topkast.wrap_optimizer(torch.optim.Adam(model.parameters()), **OPTIONS)
+        train(model, optimizer, range(1))
+        state, before = optimizer.state_dict(), optimizer.state_dict()
+        state["state"][0]["topkast"]["stores"] = {"step": torch.ones(3)}
+        with pytest.raises(topkast.StateDictError, match="keeps nothing there"):
+            optimizer.load_state_dict(state)
+        assert_alike(optimizer.state_dict(), before)
+
     def test_before_the_first_step_there_is_no_state_to_load(
         self, kept: Any, options: dict[str, Any]
     ) -> None:

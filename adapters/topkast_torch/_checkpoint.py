@@ -245,7 +245,7 @@ def _check(state: WrapperState, state_dict: Mapping[str, Any]) -> _Loaded:
                 f"a parameter group has an option that is wrong: {error}"
             ) from None
         loaded.groups.append({name: _copy(saved[name]) for name in saved if name != "params"})
-        _check_group(loaded, group, values, saved, state_dict["state"])
+        _check_group(loaded, group, values, saved, state_dict["state"], state.stores)
     return loaded
 
 
@@ -255,6 +255,7 @@ def _check_group(
     values: Mapping[str, Any],
     saved: Mapping[str, Any],
     entries: Mapping[Any, Any],
+    known: tuple[str, ...],
 ) -> None:
     numbers = _match(group, values, saved)
     by_name: dict[str, dict[str, Any]] = {}
@@ -269,7 +270,7 @@ def _check_group(
             continue
         own = by_name[name].pop(OWN, {})
         if own.get("started"):
-            stores = own.get("stores", {})
+            stores = _stores_in(own, known)
             kept = _to_device(by_name[name], stores, param.device, on_device)
             loaded.entries.append((param, kept))
     for execution in group.executions:
@@ -282,11 +283,23 @@ def _check_group(
             _expect_order(list(owns), owns[first].get("members"))
         loaded.sets[id(execution)] = _check_sets(execution, owns)
         if owns[first]["started"]:
-            stores = owns[first].get("stores", {})
+            stores = _stores_in(owns[first], known)
             kept = _check_entries(execution, {"state": by_name[first]} | stores)
             state_of = kept.pop("state")
             moved = _to_device(state_of, kept, execution.values.device, on_device)
             loaded.entries.append((execution.values, moved))
+
+
+def _stores_in(own: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
+    """What is kept for a tensor in dictionaries that an optimizer has beside its state."""
+    stores = dict(own.get("stores", {}))
+    unknown = sorted(stores.keys() - set(known))
+    if unknown:
+        raise StateDictError(
+            f"the state dict has what an optimizer keeps in {', '.join(unknown)}, and this one "
+            "keeps nothing there"
+        )
+    return stores
 
 
 def _expect_order(names: list[str], members: Any) -> None:

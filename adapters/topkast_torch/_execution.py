@@ -18,7 +18,8 @@ from topkast._exploration import exploration_weights
 from topkast._options import Options
 from topkast._probe import Traits
 from topkast._tensors import RankedTensors, Refresh
-from topkast_torch._inner_state import Layout, entries_of, migrate
+from topkast_torch._fresh import name_of
+from topkast_torch._inner_state import Layout, check_known, entries_of, migrate
 from topkast_torch._young import Young
 
 
@@ -193,6 +194,12 @@ class Execution(ABC):
     def choose(self, options: Options, updates: int) -> Refresh:
         """The next sets, from the present weights; changes nothing."""
         return self.ranked.refresh(self.theta(), self.support, options, updates)
+
+    def check_known(self, inner: torch.optim.Optimizer) -> None:
+        """Raise :class:`UnsupportedOptimizerError` for state that could not follow B."""
+        layout = self.habits.layout
+        kept = entries_of(inner, self.values, layout.stores)
+        check_known(kept, layout, self.values.numel(), name_of(inner))
 
     def adopt(
         self, chosen: Refresh, inner: torch.optim.Optimizer, group: Mapping[str, Any]

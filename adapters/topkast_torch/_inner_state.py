@@ -62,6 +62,8 @@ class Layout:
     specs
         Where entries have one value per weight, by their path in what is kept for a Parameter.
         A path begins with the name of the attribute that holds the entry (``"state"``).
+    fixed
+        Paths of the other entries that trials showed.
     starts
         Where such entries start: at a number, or at the weight.
     starts_suffice
@@ -72,6 +74,7 @@ class Layout:
     """
 
     specs: Mapping[Path, Spec]
+    fixed: frozenset[Path]
     starts: Mapping[Path, float | Start]
     starts_suffice: bool
     attributes: tuple[str, ...]
@@ -174,11 +177,6 @@ def migrate(kept: Mapping[str, Any], layout: Layout, values: Tensor, migration: 
     for path, entry in walk(kept):
         spec = layout.specs.get(path)
         if spec is None:
-            if 1 < values.numel() == entry.numel():
-                raise UnsupportedOptimizerError(
-                    f"the optimizer keeps {path[-1]!r}, a value for each weight, and did not when "
-                    "it was tried for a few steps: it cannot be carried over when B changes"
-                )
             continue
         axis = spec.axis(tuple(values.shape))
         moved = entry.index_select(axis, migration.source)
@@ -191,6 +189,19 @@ def migrate(kept: Mapping[str, Any], layout: Layout, values: Tensor, migration: 
             entry.copy_(torch.where(survives, moved, fresh))
         else:
             entry.copy_(moved.masked_fill_(~survives, start))
+
+
+def check_known(kept: Mapping[str, Any], layout: Layout, count: int, name: str) -> None:
+    """Raise :class:`topkast.UnsupportedOptimizerError` for values per weight that no trial showed.
+
+    `kept` is what the optimizer called `name` keeps for a vector of `count` weights.
+    """
+    for path, entry in walk(kept):
+        if path not in layout.specs and path not in layout.fixed and entry.numel() == count > 1:
+            raise UnsupportedOptimizerError(
+                f"{name} keeps {path[-1]!r}, a value for each weight, and did not in the steps for "
+                "which it was tried on wrapping: it cannot be carried over when B changes"
+            )
 
 
 def _in_place(source: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,16 +58,15 @@ def learn_layout(
         for name, value in after.items()
         if name not in stores and _differs(before, name, value)
     ]
-    layout = Layout(specs, starts, True, tuple(counted))
+    fixed = frozenset(small.entries(_stores_of(small.fresh))) - specs.keys()
+    layout = Layout(specs, fixed, starts, True, tuple(counted))
     for name in counted:
         if not is_plain(after[name]):
             raise UnsupportedOptimizerError(
                 f"{name_of(optimizer)} changes its attribute {name} at each step, a "
                 f"{type(after[name]).__name__} that a state dict cannot hold"
             )
-    return Layout(
-        specs, starts, _starts_alike(optimizer, group, dimensions, layout), tuple(counted)
-    )
+    return replace(layout, starts_suffice=_starts_alike(optimizer, group, dimensions, layout))
 
 
 class _Run:

@@ -204,6 +204,8 @@ class TopKASTOptimizer(torch.optim.Optimizer):
             if state.overdue or state.updates % execution.option(values, "refresh_every") == 0
         ]
         state.overdue = bool(due)  # until it is done
+        for execution, _ in due:
+            execution.check_known(state.inner)
         try:
             chosen = [
                 execution.choose(

@@ -15,7 +15,7 @@ _NOT_WRITING = {"requires_grad_", "retain_grad"}
 
 
 class ReadOnlyTensor(Tensor):
-    """A copy of what it shows: whoever writes to it, to its ``data`` or to a view, is told."""
+    """A copy of what it shows: writing to it, to its ``data`` or to a view raises an error."""
 
     @classmethod
     def __torch_function__(

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -112,7 +113,7 @@ class Young:
     def _factors(betas: Betas, steps: int, device: torch.device) -> Tensor:
         """κ(age) / κ(steps) by age; exactly 1 at the end, where entries are settled."""
         table = _table(betas, device)
-        factors = table / float(kappa(_float64(steps), betas))
+        factors = table / float(kappa(np.asarray(float(steps)), betas))
         factors[-1] = 1.0
         return factors
 
@@ -164,12 +165,6 @@ def _interpolate(old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
     if new.is_complex():
         return torch.where(weight == 1, new, old + (new - old) * weight)
     return torch.lerp(old, new, weight)
-
-
-def _float64(count: int) -> Any:
-    import numpy as np
-
-    return np.asarray(float(count))
 
 
 @functools.lru_cache(maxsize=16)
