@@ -308,7 +308,6 @@ class TestStateDict:
         second.param_groups[0]["lr"].fill_(0.5)
         assert float(first.param_groups[0]["lr"]) == pytest.approx(0.1)
 
-    @pytest.mark.parametrize("options", [OPTIONS, OPTIONS | {"distribution": "global"}], ids=str)
     def test_what_it_keeps_elsewhere_must_be_kept_there_here_too(self) -> None:
         model = make_model()
         optimizer = topkast.wrap_optimizer(torch.optim.Adam(model.parameters()), **OPTIONS)
@@ -319,6 +318,7 @@ class TestStateDict:
             optimizer.load_state_dict(state)
         assert_alike(optimizer.state_dict(), before)
 
+    @pytest.mark.parametrize("options", [OPTIONS, OPTIONS | {"distribution": "global"}], ids=str)
     def test_before_the_first_step_there_is_no_state_to_load(
         self, kept: Any, options: dict[str, Any]
     ) -> None:
