@@ -41,11 +41,15 @@ def tests(session: nox.Session) -> None:
     """All tests, with few examples for each property."""
     install(session, "-e", ".[cpu,demo,jax,safetensors,testing]", *TEST)
     paths = session.posargs or ["src", "adapters", "tests"]
-    # A third of the JAX tests' time goes into optimising what runs once; the property session
-    # does it all the same.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    env = {**SINGLE_THREADED, "XLA_FLAGS": flags}
-    session.run("pytest", "--doctest-modules", "-n", "2", *paths, env=env)
+    # Most of the JAX tests' time goes into compiling what runs once. The property session does it
+    # as users do.
+    flags = (
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+    )
+    env = {**SINGLE_THREADED, "XLA_FLAGS": " ".join(flags)}
+    session.run("pytest", "--doctest-modules", "-n", "2", "--dist", "worksteal", *paths, env=env)
 
 
 @nox.session

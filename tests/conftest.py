@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # So many devices are made of one processor; what does not ask for the others uses the first.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# What JAX compiled is kept on disk, so that a worker can let go of it in memory. Each worker has
+# a folder to itself: JAX does not write these files in one piece.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(
+        Path(__file__).parents[1]
+        / ".pytest_cache"
+        / "jax"
+        / os.environ.get("PYTEST_XDIST_WORKER", "alone")
+    ),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-import contextlib
-import ctypes
-import gc
 import resource
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
+import memory
 import numpy as np
 import pytest
 import torch
@@ -65,30 +76,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 
 
-GROWTH = 0.5e9  # bytes by which a worker grows until it lets go of what it can make anew
-resident_after_release = 0
-
-
 def pytest_runtest_teardown() -> None:
-    """JAX keeps all that it ever compiled."""
-    global resident_after_release
-    if not resident_after_release:
-        resident_after_release = _resident()
-    if _resident() > resident_after_release + GROWTH:
-        jax.clear_caches()
-        gc.collect()
-        with contextlib.suppress(OSError, AttributeError):  # not on every system
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        resident_after_release = _resident()
-
-
-def _resident() -> int:
-    """Bytes of memory in use; 0 where the system does not tell in this way."""
-    try:
-        pages = Path("/proc/self/statm").read_text().split()[1]
-    except OSError:
-        return 0
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+    memory.release()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -101,6 +90,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 PEAKS: list[int] = []
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_testnodedown(node: Any) -> None:
     PEAKS.append(getattr(node, "workeroutput", {}).get("peak", 0))  # 0: it crashed
 

@@ -27,6 +27,7 @@ static ucontext_t scheduler, fibers[kThreads];
 static bool finished[kThreads], waiting[kThreads];
 static bool votes[2][kThreads];
 static int parity[kThreads];
+static std::vector<char> stacks(kThreads * kStack);  // one launch at a time uses them
 
 static void let_others_run() { swapcontext(&fibers[threadIdx.x], &scheduler); }
 
@@ -91,7 +92,6 @@ static void run(void (*kernel)(Parameters...), int blocks, void** arguments) {
     payload = &call;
     static bool backwards = true;
     backwards = !backwards;
-    static std::vector<char> stacks(kThreads * kStack);
     blockDim.x = kThreads;
     gridDim.x = blocks;
     for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {

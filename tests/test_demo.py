@@ -384,6 +384,7 @@ def test_optimizers_have_counterparts() -> None:
     assert list(torch_trainer.OPTIMIZERS) == list(jax_trainer.OPTIMIZERS) == list(OPTIMIZERS)
 
 
+@pytest.mark.slow
 @needs_jax
 def test_text_with_jax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "text.txt"

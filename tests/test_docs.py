@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import memory
 import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
@@ -18,6 +19,7 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     document = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()]).parse(page)
     for example in document.examples():
         example.evaluate()
+        memory.release()
 
 
 def test_there_are_examples_to_run() -> None:

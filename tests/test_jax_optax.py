@@ -41,7 +41,8 @@ INSIDE = {
     "polyak_sgd": optax.polyak_sgd(),
     "reduce_on_plateau": optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau()),
 }
-SLOW = {"reduce_on_plateau"}
+# The property session runs these, too: they are of the kinds of the others.
+SLOW = {"clip_by_global_norm", "lars", "lion", "reduce_on_plateau", "schedule"}
 CONTEXT = {"polyak_sgd", "reduce_on_plateau"}  # need the loss
 
 

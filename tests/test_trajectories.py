@@ -24,6 +24,18 @@ NUMPY, EAGER, JITTED = (
     next(one for one in LIBRARIES if one.name == name) for name in ("numpy", "jax", "jax-jit")
 )
 UPDATES, REFRESH_EVERY = 64, 7
+DTYPES = {"float64": np.float64, "float32": np.float32}
+# What JAX compiles takes long: the property session trains in all ways.
+TRAINED = [
+    pytest.param(
+        one,
+        dtype,
+        id=f"{one.name}-{name}",
+        marks=[pytest.mark.slow] if one.name == "jax" or (one.traces and name == "float32") else [],
+    )
+    for one in LIBRARIES
+    for name, dtype in DTYPES.items()
+]
 
 OPTIONS: list[dict[str, Any]] = [
     {"fwd": 0.9, "bwd": 0.8, "penalty": 1e-2},
@@ -150,15 +162,16 @@ def changes(trajectory: Trajectory) -> int:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["0.9-0.8", "0.75-0-l1", "0.6-0.6"])
 @pytest.mark.parametrize("rule", ["sgd-momentum", "adamw-decay"])
-@pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["float64", "float32"])
 class TestTrajectories:
+    @pytest.mark.parametrize(("library", "dtype"), TRAINED)
     def test_library_follows_the_reference(
-        self, any_library: Library, x64: None, rule: str, options: dict[str, Any], dtype: Any
+        self, library: Library, x64: None, rule: str, options: dict[str, Any], dtype: Any
     ) -> None:
         expected = by_reference(rule, options, dtype)
         assert changes(expected) > 0 or options["fwd"] == options["bwd"]
-        assert_same(expected, by_transform(any_library, RULES[rule].arrays(), options, dtype))
+        assert_same(expected, by_transform(library, RULES[rule].arrays(), options, dtype))
 
+    @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
     def test_torch_wrapper_follows_the_reference(
         self, rule: str, options: dict[str, Any], dtype: Any
     ) -> None:
@@ -170,10 +183,10 @@ class TestTrajectories:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["float64", "float32"])
 class TestFrameworks:
     """One optimizer in four frameworks: supports identical at every update, θ within 1e-5."""
 
+    @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
     def test_arrays(self, rule: str, dtype: Any) -> None:
         expected = by_reference(rule, OPTIONS[0], dtype)
         assert changes(expected) > 0
@@ -181,10 +194,14 @@ class TestFrameworks:
             expected, by_transform(NUMPY, RULES[rule].arrays(), OPTIONS[0], dtype), single=1e-5
         )
 
+    @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
     def test_torch(self, rule: str, dtype: Any) -> None:
         expected = by_reference(rule, OPTIONS[0], dtype)
         assert_same(expected, by_torch(rule, OPTIONS[0], dtype), single=1e-5)
 
+    @pytest.mark.parametrize(
+        "dtype", [np.float64, pytest.param(np.float32, marks=pytest.mark.slow)], ids=DTYPES
+    )
     @pytest.mark.parametrize("fused", [False, True], ids=["update", "step"])
     def test_optax(self, x64: None, rule: str, dtype: Any, fused: bool) -> None:
         expected = by_reference(rule, OPTIONS[0], dtype)
@@ -205,8 +222,18 @@ def test_optax_inside_jit_has_the_supports_that_it_has_outside(rule: str) -> Non
 @pytest.mark.parametrize("distribution", ["erk", "global"])
 @pytest.mark.parametrize("explore", ["magnitude", "random"])
 @pytest.mark.parametrize("rule", ["sgd-momentum", "adamw-decay"])
+@pytest.mark.parametrize(
+    "library",
+    [
+        *(
+            pytest.param(one, id=one.name, marks=[pytest.mark.slow] * one.name.startswith("jax"))
+            for one in LIBRARIES
+        ),
+        pytest.param(None, id="optax"),
+    ],
+)
 def test_other_options_agree_between_libraries(
-    any_library: Library, x64: None, rule: str, distribution: str, explore: str
+    library: Library | None, x64: None, rule: str, distribution: str, explore: str
 ) -> None:
     options = {
         "fwd": 0.8,
@@ -216,6 +243,7 @@ def test_other_options_agree_between_libraries(
         "explore_until": 40,
     }
     expected = by_torch(rule, options, np.float64)
-    assert_same(expected, by_transform(any_library, RULES[rule].arrays(), options, np.float64))
-    if any_library.traces:
-        assert_same(expected, by_transform(JITTED, RULES[rule].optax(), options, np.float64))
+    trained, inner = JITTED, RULES[rule].optax()
+    if library is not None:
+        trained, inner = library, RULES[rule].arrays()
+    assert_same(expected, by_transform(trained, inner, options, np.float64))
