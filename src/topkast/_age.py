@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from array_api_compat import array_namespace
 
-from topkast._primitives import Array, device
+from topkast._primitives import Array, device, lookup
 
 Betas: TypeAlias = tuple[float, float]
 
@@ -66,10 +66,14 @@ def scale_young(steps: Array, ages: Array, updates: Array, betas: Betas) -> Arra
     """
     xp = array_namespace(steps)
     real = xp.float32 if xp.finfo(steps.dtype).bits <= 32 else xp.float64
-    limit = xp.asarray(young_limit(betas), dtype=xp.int16, device=device(ages))
-    young = ages < limit
-    own = kappa(xp.astype(ages, real) + 1, betas)
-    factors = own / kappa(xp.astype(updates, real), betas)
+    limit = young_limit(betas)
+    young = ages < xp.asarray(limit, dtype=xp.int16, device=device(ages))
+    # Looked up: two exponentials for each entry would take longer than the whole update.
+    table = xp.asarray(corrections(betas), dtype=real, device=device(ages))
+    counts = xp.where(
+        young, xp.astype(ages, xp.int32) + 1, xp.full_like(ages, limit, dtype=xp.int32)
+    )
+    factors = lookup(table, counts) / kappa(xp.astype(updates, real), betas)
     shape = steps.shape
     factors = xp.astype(xp.reshape(factors, shape), steps.dtype)
     return xp.where(xp.reshape(young, shape), steps * factors, steps)

@@ -156,6 +156,13 @@ def take(flat: Array, indices: Array) -> Array:
     return array_namespace(flat).take(flat, indices)
 
 
+def lookup(table: Array, indices: Array) -> Array:
+    """Entries (k,) of a short vector `table` at `indices` (k,), in any order and below its size."""
+    if is_jax_array(table):
+        return table.at[indices].get(mode="promise_in_bounds")
+    return array_namespace(table).take(table, indices)
+
+
 def scatter(values: Array, indices: Array, size: int, fill: float) -> Array:
     """A vector of `size` entries, `values` at `indices` (ascending, unique), `fill` elsewhere.
 
