@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from _harness import arguments, environment, table, write
 
-from topkast._demo.data import Images, load_images
-from topkast._demo.settings import Settings
-from topkast._demo.tasks import DigitsTask
-from topkast._demo.train import train
+from topkast_demo.data import Images, load_images
+from topkast_demo.settings import Settings
+from topkast_demo.tasks import DigitsTask
+from topkast_demo.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared/data/t10k-images-idx3-ubyte.gz"

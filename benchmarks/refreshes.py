@@ -24,10 +24,10 @@ from unittest import mock
 import torch
 from _harness import arguments, environment, table, write
 
-from topkast._demo.data import load_images, load_text
-from topkast._demo.settings import OPTIMIZERS, Settings
-from topkast._demo.tasks import DigitsTask, Task, TextTask
-from topkast._demo.train import train
+from topkast_demo.data import load_images, load_text
+from topkast_demo.settings import OPTIMIZERS, Settings
+from topkast_demo.tasks import DigitsTask, Task, TextTask
+from topkast_demo.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared/data/t10k-images-idx3-ubyte.gz"

@@ -1,4 +1,4 @@
-"""The demo, run in this process for a few steps: ``topkast._demo``."""
+"""The demo, run in this process for a few steps: ``topkast_demo``."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ pytest.importorskip("tqdm", reason="the demo shows its progress with tqdm")
 import torch
 
 import topkast
-from topkast._demo import DemoError, cli, torch_trainer
-from topkast._demo.data import load_images, load_text, read_idx
-from topkast._demo.networks import MLP, Network, Transformer
-from topkast._demo.settings import FRAMEWORKS, OPTIMIZERS, Settings
-from topkast._demo.tasks import DigitsTask, TextTask
-from topkast._demo.torch_models import build
-from topkast._demo.train import train
-from topkast._demo.trainer import Trainer, find_trainer
+from topkast_demo import DemoError, cli, torch_trainer
+from topkast_demo.data import load_images, load_text, read_idx
+from topkast_demo.networks import MLP, Network, Transformer
+from topkast_demo.settings import FRAMEWORKS, OPTIMIZERS, Settings
+from topkast_demo.tasks import DigitsTask, TextTask
+from topkast_demo.torch_models import build
+from topkast_demo.train import train
+from topkast_demo.trainer import Trainer, find_trainer
 
 PLOTS = ("learning_curves.png", "mask_change.png", "reservoir.png")
 SMALL = MLP((20, 30, 5))
@@ -311,7 +311,7 @@ def test_transformer_is_causal() -> None:
 def test_networks_of_jax_are_those_of_torch(network: Network) -> None:
     import jax.numpy as jnp
 
-    from topkast._demo.jax_models import apply
+    from topkast_demo.jax_models import apply
 
     torch.manual_seed(0)
     model = build(network)
@@ -356,8 +356,8 @@ def test_jax_trains_as_torch_does(method: str, name: str, monkeypatch: pytest.Mo
     torch.manual_seed(0)
     model = build(SMALL)
     params = pytree(model)
-    monkeypatch.setattr("topkast._demo.torch_trainer.build", lambda _: model)
-    monkeypatch.setattr("topkast._demo.jax_trainer.initialise", lambda *_: params)
+    monkeypatch.setattr("topkast_demo.torch_trainer.build", lambda _: model)
+    monkeypatch.setattr("topkast_demo.jax_trainer.initialise", lambda *_: params)
     settings = Settings(task="digits", steps=6, lr=0.02, optimizer=name, refresh_every=2)
     trainers = [start(framework, method, settings) for framework in ("torch", "jax")]
     # The momentum of torch.optim.NAdam rises from 0.45, that of optax.nadam is 0.9 at once.
@@ -379,7 +379,7 @@ def test_jax_trains_as_torch_does(method: str, name: str, monkeypatch: pytest.Mo
 
 @needs_jax
 def test_optimizers_have_counterparts() -> None:
-    from topkast._demo import jax_trainer
+    from topkast_demo import jax_trainer
 
     assert list(torch_trainer.OPTIMIZERS) == list(jax_trainer.OPTIMIZERS) == list(OPTIMIZERS)
 
@@ -551,7 +551,7 @@ def test_report_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
 def test_missing_package(missing: str) -> None:
     code = (
         f"import sys; sys.modules[{missing!r}] = None\n"
-        "from topkast._demo.cli import main; main(['demo'])"
+        "from topkast_demo.cli import main; main(['demo'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
@@ -565,7 +565,7 @@ def test_missing_package_of_jax(
     missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, "topkast._demo.jax_trainer", raising=False)
+    monkeypatch.delitem(sys.modules, "topkast_demo.jax_trainer", raising=False)
     message = fail("--framework", "jax", capsys=capsys)
     assert f"needs {missing}" in message
     assert "pip install 'topkast[demo,jax]'" in message
@@ -577,7 +577,7 @@ def test_interrupt(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("topkast._demo.train._timed_step", interrupt)
+    monkeypatch.setattr("topkast_demo.train._timed_step", interrupt)
     threads = torch.get_num_threads()
     assert cli.main(["demo", "--report", str(tmp_path)]) == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted")
@@ -604,9 +604,9 @@ def test_module_and_what_it_imports() -> None:
     )
     assert done.stdout == f"topkast {topkast.__version__}\n"
     code = (
-        "import sys, topkast; assert 'topkast._demo' not in sys.modules\n"
-        "import topkast._demo.cli; assert 'torch' not in sys.modules\n"
-        "import topkast._demo.compare, topkast._demo.torch_trainer\n"
+        "import sys, topkast; assert 'topkast_demo' not in sys.modules\n"
+        "import topkast_demo.cli; assert 'torch' not in sys.modules\n"
+        "import topkast_demo.compare, topkast_demo.torch_trainer\n"
         "assert 'jax' not in sys.modules and 'optax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

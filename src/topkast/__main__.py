@@ -2,7 +2,7 @@
 
 import sys
 
-from topkast._demo.cli import main
+from topkast_demo.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import topkast
-from topkast._demo.networks import Network
-from topkast._demo.settings import Settings
+from topkast_demo.networks import Network
+from topkast_demo.settings import Settings
 
 Batch: TypeAlias = tuple[NDArray[Any], NDArray[np.int64]]  # inputs, and the numbers of classes
 
@@ -73,9 +73,9 @@ class Trainer(ABC):
 def find_trainer(framework: str) -> type[Trainer]:
     """The trainer of that framework: the one place that imports it."""
     if framework == "jax":
-        from topkast._demo.jax_trainer import JaxTrainer
+        from topkast_demo.jax_trainer import JaxTrainer
 
         return JaxTrainer
-    from topkast._demo.torch_trainer import TorchTrainer
+    from topkast_demo.torch_trainer import TorchTrainer
 
     return TorchTrainer

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from topkast._demo.networks import EMBEDDING_SPREAD, MLP, Network, Transformer
+from topkast_demo.networks import EMBEDDING_SPREAD, MLP, Network, Transformer
 
 
 def build(network: Network) -> nn.Module:

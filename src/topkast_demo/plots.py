@@ -11,9 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from topkast._demo.dynamics import Spread
-from topkast._demo.tasks import Task
-from topkast._demo.train import Run
+from topkast_demo.dynamics import Spread
+from topkast_demo.tasks import Task
+from topkast_demo.train import Run
 
 # Okabe and Ito's palette, which the colour-blind can tell apart; dashes for print.
 _COLOURS = {"dense": "#595959", "static": "#E69F00", "topkast": "#0072B2"}

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from topkast._demo.data import Images, Text, load_images, load_text
-from topkast._demo.networks import MLP, Network, Transformer
-from topkast._demo.settings import Settings
-from topkast._demo.trainer import Batch, Trainer
+from topkast_demo.data import Images, Text, load_images, load_text
+from topkast_demo.networks import MLP, Network, Transformer
+from topkast_demo.settings import Settings
+from topkast_demo.trainer import Batch, Trainer
 
 
 class Task(ABC):

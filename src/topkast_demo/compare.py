@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from topkast._demo import DemoError
-from topkast._demo.methods import LABELS
-from topkast._demo.report import format_table, write_report
-from topkast._demo.settings import FRAMEWORKS, Settings
-from topkast._demo.tasks import load_task
-from topkast._demo.train import train
-from topkast._demo.trainer import find_trainer
+from topkast_demo import DemoError
+from topkast_demo.methods import LABELS
+from topkast_demo.report import format_table, write_report
+from topkast_demo.settings import FRAMEWORKS, Settings
+from topkast_demo.tasks import load_task
+from topkast_demo.train import train
+from topkast_demo.trainer import find_trainer
 
 
 def compare(settings: Settings, folder: Path) -> None:

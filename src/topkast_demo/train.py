@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 import topkast
-from topkast._demo import DemoError
-from topkast._demo.dynamics import MaskDynamics
-from topkast._demo.measure import Memory, Size, measure_memory, measure_sizes
-from topkast._demo.methods import LABELS
-from topkast._demo.settings import Settings
-from topkast._demo.tasks import Task
-from topkast._demo.trainer import Batch, Trainer, find_trainer
+from topkast_demo import DemoError
+from topkast_demo.dynamics import MaskDynamics
+from topkast_demo.measure import Memory, Size, measure_memory, measure_sizes
+from topkast_demo.methods import LABELS
+from topkast_demo.settings import Settings
+from topkast_demo.tasks import Task
+from topkast_demo.trainer import Batch, Trainer, find_trainer
 
 EVALUATIONS = 10
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from topkast._demo import DemoError
+from topkast_demo import DemoError
 
 
 @dataclass(frozen=True)

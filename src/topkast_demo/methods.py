@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 import topkast
-from topkast._demo.settings import Settings
 from topkast._options import kept_dense
+from topkast_demo.settings import Settings
 
 LABELS = {"dense": "dense", "static": "static random", "topkast": "Top-KAST"}
 

@@ -15,11 +15,11 @@ from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 from numpy.typing import NDArray
 
 import topkast
-from topkast._demo.jax_models import apply, initialise
-from topkast._demo.methods import draw_static_masks, wrapper_options
-from topkast._demo.networks import Network
-from topkast._demo.settings import Settings
-from topkast._demo.trainer import Batch, Trainer
+from topkast_demo.jax_models import apply, initialise
+from topkast_demo.methods import draw_static_masks, wrapper_options
+from topkast_demo.networks import Network
+from topkast_demo.settings import Settings
+from topkast_demo.trainer import Batch, Trainer
 
 # With the constants of torch.optim, whose Adagrad has its eps outside the root.
 OPTIMIZERS: dict[str, Any] = {

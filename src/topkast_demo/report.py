@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 import topkast
-from topkast._demo.dynamics import Spread
-from topkast._demo.measure import density
-from topkast._demo.plots import plot_curves, plot_spread
-from topkast._demo.settings import FRAMEWORKS, Settings
-from topkast._demo.tasks import Task
-from topkast._demo.train import Run
+from topkast_demo.dynamics import Spread
+from topkast_demo.measure import density
+from topkast_demo.plots import plot_curves, plot_spread
+from topkast_demo.settings import FRAMEWORKS, Settings
+from topkast_demo.tasks import Task
+from topkast_demo.train import Run
 
 
 def format_table(task: Task, settings: Settings, runs: list[Run]) -> str:

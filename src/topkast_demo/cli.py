@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import topkast
-from topkast._demo import DemoError
-from topkast._demo.settings import EXECUTIONS, FRAMEWORKS, OPTIMIZERS, STEPS, Settings, find_rates
+from topkast_demo import DemoError
+from topkast_demo.settings import EXECUTIONS, FRAMEWORKS, OPTIMIZERS, STEPS, Settings, find_rates
 
 _DESCRIPTION = """\
 Train one network three ways, for the same steps on the same batches: dense; sparse on a fixed
@@ -169,7 +169,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     try:  # imported here, so that --help and mistakes need no framework, and take no time
-        from topkast._demo.compare import compare
+        from topkast_demo.compare import compare
 
         compare(settings, arguments.report)
     except ModuleNotFoundError as error:

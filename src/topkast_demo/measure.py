@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from topkast._demo.trainer import Trainer
 from topkast._options import kept_dense
+from topkast_demo.trainer import Trainer
 
 
 @dataclass(frozen=True)

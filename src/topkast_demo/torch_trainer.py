@@ -15,11 +15,11 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
 import topkast
-from topkast._demo.methods import draw_static_masks, wrapper_options
-from topkast._demo.networks import Network
-from topkast._demo.settings import Settings
-from topkast._demo.torch_models import build
-from topkast._demo.trainer import Batch, Trainer
+from topkast_demo.methods import draw_static_masks, wrapper_options
+from topkast_demo.networks import Network
+from topkast_demo.settings import Settings
+from topkast_demo.torch_models import build
+from topkast_demo.trainer import Batch, Trainer
 
 OPTIMIZERS: dict[str, Any] = {
     "adamw": torch.optim.AdamW,

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from topkast._demo.networks import EMBEDDING_SPREAD, MLP, Network, Transformer
+from topkast_demo.networks import EMBEDDING_SPREAD, MLP, Network, Transformer
 
 Params: TypeAlias = dict[str, Any]
 

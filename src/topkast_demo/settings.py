@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from topkast._demo import DemoError
 from topkast._options import Options
+from topkast_demo import DemoError
 
 FRAMEWORKS = {"torch": "PyTorch", "jax": "JAX"}
 EXECUTIONS = ("masked", "sparse")
