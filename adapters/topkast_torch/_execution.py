@@ -18,6 +18,7 @@ from topkast._exploration import exploration_weights
 from topkast._options import Options
 from topkast._probe import Traits
 from topkast._tensors import RankedTensors, Refresh
+from topkast.methods._chosen import method_of
 from topkast_torch._fresh import name_of
 from topkast_torch._inner_state import Layout, check_known, entries_of, migrate
 from topkast_torch._young import Young
@@ -48,6 +49,7 @@ class Execution(ABC):
     reservoir: Tensor  # θ as one vector; stale on B until a refresh
     habits: Habits
     overrides: dict[str, Any]  # options of these tensors alone
+    refreshes: bool  # whether their method ever chooses sets anew
     # Changed by a refresh
     support: Support
     changed: Tensor  # entries new to A, by member
@@ -60,7 +62,8 @@ class Execution(ABC):
     def start(self, habits: Habits, options: Options, updates: int, steps: int) -> None:
         """What all executions begin with, once they have weights and sets."""
         self.habits, self.steps = habits, steps
-        self.overrides = options.overrides_of(self.ranked.key)
+        self.overrides = {"method": options.method} | options.overrides_of(self.ranked.key)
+        self.refreshes = method_of(options.for_tensor(self.ranked.key)).refreshes
         self.changed = self.ranked.no_change(self.support.indices)
         self.set_exploring(self.option(options.for_group(), "explore_until"), updates)
         self.young = None

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from topkast import UnsupportedOptimizerError
+from topkast._method import Method
 from topkast._options import GROUP_OPTIONS
 
 HOOKS = (
@@ -58,7 +59,11 @@ def fresh_optimizer(
     What the optimizer counts in `group` starts anew. It is in training mode, where there is one.
     """
     chosen = _options(optimizer, group)
-    others = {name: value for name, value in group.items() if name not in {*_NO_OPTIONS, *chosen}}
+    others = {
+        name: value
+        for name, value in group.items()
+        if name not in {*_NO_OPTIONS, *chosen} and not isinstance(value, Method)
+    }
     if others:
         counted = _counted_in_groups(optimizer, chosen)
         chosen |= {name: value for name, value in others.items() if name not in counted}

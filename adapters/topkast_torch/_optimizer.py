@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 from topkast import MismatchError, NonFiniteError, UnsupportedOptimizerError
 from topkast._inspect import Inspection
+from topkast._method import Method
 from topkast._options import GROUP_OPTIONS, Options
 from topkast._plan import check_any
 from topkast_torch import _checkpoint
@@ -84,6 +85,8 @@ class TopKASTOptimizer(torch.optim.Optimizer):
     @staticmethod
     def _install(group: Group, values: dict[str, Any], options: Mapping[str, Any]) -> None:
         values.pop("dense", None)
+        if isinstance(values.get("method"), Method):
+            del values["method"]  # the executions have it: what stays in a group is saved
         values.update(options)
         group.checked = tuple(values[name] for name in GROUP_OPTIONS)
         with torch.no_grad():
@@ -201,7 +204,8 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         due = [
             (execution, values)
             for execution, values in pairs
-            if state.overdue or state.updates % execution.option(values, "refresh_every") == 0
+            if execution.refreshes
+            and (state.overdue or state.updates % execution.option(values, "refresh_every") == 0)
         ]
         state.overdue = bool(due)  # until it is done
         for execution, _ in due:

@@ -1,5 +1,6 @@
 """Top-KAST: networks that are sparse from the first training step to the last, in any framework."""
 
+from topkast import methods
 from topkast._compact import forward_view, gather, migrate, scatter
 from topkast._distribution import densities
 from topkast._errors import (
@@ -55,6 +56,7 @@ __all__ = [
     "forward_view",
     "gather",
     "masks",
+    "methods",
     "migrate",
     "scatter",
     "select",

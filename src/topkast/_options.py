@@ -12,6 +12,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias, get_args
 
 from topkast._errors import OptionError
+from topkast._method import PROVIDED, Method
 
 PenaltyKind: TypeAlias = Literal["l2", "l1"]
 Explore: TypeAlias = Literal["magnitude", "random"]
@@ -35,6 +36,7 @@ class Options:
     distribution: Distribution = "uniform"
     dense: Dense = None
     stacked: Patterns = None
+    method: Method | None = None
     overrides: Overrides = None
     seed: int = 0
     probe: bool = True
@@ -57,12 +59,15 @@ class Options:
         _check_choice("distribution", self.distribution, get_args(Distribution))
         _check_dense(self.dense)
         _check_names("stacked", self.stacked)
+        _check_method(self.method, self.explore)
         self._check_overrides()
 
     def override(self, options: Mapping[str, Any]) -> Options:
-        """These options with those of `options` that are in :data:`GROUP_OPTIONS` or `dense`."""
-        names = (*GROUP_OPTIONS, "dense")
-        return replace(self, **{name: options[name] for name in names if name in options})
+        """These options with those of `options` that a group or a tensor may have of its own."""
+        changes = {name: options[name] for name in (*GROUP_OPTIONS, "dense") if name in options}
+        if isinstance(options.get("method"), Method):  # and no option of an inner optimizer
+            changes["method"] = options["method"]
+        return replace(self, **changes)
 
     def for_group(self) -> dict[str, Any]:
         """The options that may differ between the parameter groups of one optimizer."""
@@ -148,11 +153,11 @@ FIXED_OPTIONS = ("fwd", "bwd", "distribution")
 GROUP_OPTIONS = tuple(
     field.name
     for field in fields(Options)
-    if field.name not in ("dense", "stacked", "overrides", "seed", "probe")
+    if field.name not in ("dense", "stacked", "method", "overrides", "seed", "probe")
 )
 
 # What `overrides` may set for a tensor.
-TENSOR_OPTIONS = tuple(name for name in GROUP_OPTIONS if name != "distribution")
+TENSOR_OPTIONS = (*(name for name in GROUP_OPTIONS if name != "distribution"), "method")
 
 
 def check_sparsities(fwd: float, bwd: float) -> tuple[float, float]:
@@ -260,6 +265,25 @@ def _integer(name: str, value: object, *, min: int) -> int:  # noqa: A002 - the 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise OptionError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_method(method: object, explore: str) -> None:
+    if method is None:
+        return
+    if not isinstance(method, Method):
+        hint = f": construct it first, {method.__name__}()" if isinstance(method, type) else ""
+        raise OptionError(f"method must be a topkast.methods.Method or None, got {method!r}{hint}")
+    if explore != "magnitude":
+        raise OptionError(
+            f"explore={explore!r} is a shorthand for a method, and method={method!r} was given "
+            "too: choose one of the two"
+        )
+    unknown = sorted(method.needs - PROVIDED)
+    if unknown:
+        raise OptionError(
+            f"{type(method).__name__} needs {', '.join(unknown)}, and methods are given "
+            f"{', '.join(sorted(PROVIDED))}"
+        )
 
 
 def _check_dense(dense: object) -> None:

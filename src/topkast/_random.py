@@ -27,10 +27,10 @@ def make_key(seed: int, name: str, purpose: str) -> Key:
     return struct.unpack("<4I", digest)
 
 
-def random_words(indices: Array, key: Key, round_: Array | int = 0) -> Array:
+def random_words(indices: Array, key: Key, draw: Array | int = 0) -> Array:
     """Words of 32 random bits, as int32, for flat indices (k,) of a tensor.
 
-    Those of indices below 2³² all differ: each step below is a bijection. `round_` numbers
+    Those of indices below 2³² all differ: each step below is a bijection. `draw` numbers
     repeated draws: an integer or a 0-d integer array, known or traced.
     """
     xp = array_namespace(indices)
@@ -41,12 +41,12 @@ def random_words(indices: Array, key: Key, round_: Array | int = 0) -> Array:
         words = words ^ xp.astype(high, xp.int32)
     for word in key[1:]:
         words = _mix(words ^ _constant(word, indices))
-    return _mix(words ^ xp.asarray(round_, dtype=xp.int32, device=place))
+    return _mix(words ^ xp.asarray(draw, dtype=xp.int32, device=place))
 
 
-def draws(indices: Array, key: Key, round_: Array | int = 0) -> Array:
+def draws(indices: Array, key: Key, draw: Array | int = 0) -> Array:
     """Integers of 30 random bits, int32."""
-    return _shift(random_words(indices, key, round_), 32 - BITS)
+    return _shift(random_words(indices, key, draw), 32 - BITS)
 
 
 def ranks(indices: Array, key: Key) -> Array:

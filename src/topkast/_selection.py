@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace, is_jax_array, is_numpy_array, is_torch_array
 
 from topkast._distribution import exact_fraction, kept_count
 from topkast._errors import NonFiniteError, UnsupportedTensorError
 from topkast._host import largest_flags, largest_on_host
+from topkast._method import View
 from topkast._options import Explore, check_sparsities
 from topkast._primitives import (
     Array,
@@ -102,69 +103,78 @@ def select(
     """
     check_sparsities(fwd, bwd)
     size = math.prod(params.shape)
-    return select_counts(
-        params,
-        kept_count(size, 1 - exact_fraction(fwd)),
-        kept_count(size, 1 - exact_fraction(bwd)),
-        explore=explore,
-        seed=seed,
-        name=name,
-    )
+    flat = array_namespace(params).reshape(params, (-1,))
+    forward, backward = (kept_count(size, 1 - exact_fraction(one)) for one in (fwd, bwd))
+    view = View(flat, forward, backward, seed, name)
+    return choose_by_magnitude(view, backward if explore == "magnitude" else forward)
 
 
-def select_counts(
-    params: Array,
-    forward: int,
-    backward: int,
-    *,
-    explore: Explore = "magnitude",
-    seed: int = 0,
-    name: str = "",
-    round_: Array | int = 0,
-    first: Array | int = 0,
-) -> Support:
-    """As :func:`select`, for given numbers of entries.
-
-    `round_` numbers the random draws; `first` is the flat index that the first entry has in the
-    tensor of which `params` is a part.
-    """
-    xp = array_namespace(params)
-    flat = xp.reshape(params, (-1,))
+def choose_by_magnitude(view: View, count: int) -> Support:
+    """A, and so many of B that there are `count`, by magnitude; the rest of B drawn uniformly."""
+    flat = view.weights
+    xp = array_namespace(flat)
     if xp.isdtype(flat.dtype, "complex floating"):
         flat = _modulus(flat)
     host = host_view(flat)
     work = flat if host is None else host
-    dtype = index_dtype(xp, device(params))
+    dtype = _check_size(flat)
+    if view.backward == 0:
+        return _nothing(flat, dtype)
+    support = _by_magnitude(work, view) if count == view.backward else _draw(work, view, count)
+    if host is None:
+        return support
+    return Support(like(support.indices, flat, dtype), like(support.active, flat))
+
+
+def choose_at_random(view: View) -> Support:
+    """Both sets drawn uniformly."""
+    dtype = _check_size(view.weights)
+    if view.backward == 0:
+        return _nothing(view.weights, dtype)
+    positions = _positions(view.weights)
+    words = draws(positions + view.first, make_key(view.seed, view.name, "draws"), view.draw)
+    ties = make_key(view.seed, view.name, "ties")
+    in_forward = _flags(words, view.forward, positions, ties, view.first)
+    indices = true_indices(_flags(words, view.backward, positions, ties, view.first), view.backward)
+    return Support(indices, array_namespace(words).take(in_forward, indices))
+
+
+def _check_size(flat: Array) -> Any:
+    """The dtype of indices into a vector; raises :class:`UnsupportedTensorError` if it is long."""
+    xp = array_namespace(flat)
+    dtype = index_dtype(xp, device(flat))
     if flat.shape[0] > min(int(xp.iinfo(dtype).max), 1 << 32):
         raise UnsupportedTensorError(
             f"{flat.shape[0]} entries are too many for one tensor with indices of {dtype} (in JAX, "
             "enable 64 bits; at most 2**32)"
         )
-    if backward == 0:
-        nothing = xp.zeros(0, dtype=dtype, device=device(params))
-        return Support(nothing, xp.zeros(0, dtype=xp.bool, device=device(params)))
-    ties, paths = make_key(seed, name, "ties"), fast_paths(work)
-    if explore == "random":
-        drawn = make_key(seed, name, "draws")
-        support = _random_support(work, forward, backward, ties, drawn, round_, first)
-    elif paths is not None:
+    return dtype
+
+
+def _nothing(flat: Array, dtype: Any) -> Support:
+    """The sets of an empty tensor."""
+    xp = array_namespace(flat)
+    nothing = xp.zeros(0, dtype=dtype, device=device(flat))
+    return Support(nothing, xp.astype(nothing, xp.bool))
+
+
+def _by_magnitude(work: Array, view: View) -> Support:
+    """The largest magnitudes, in whatever way is the fastest for the library."""
+    first, ties = view.first, make_key(view.seed, view.name, "ties")
+    paths = fast_paths(work)
+    if paths is not None:
         indices, magnitudes = paths.largest(
-            work, backward, lambda: ranks(_positions(work) + first, ties)
+            work, view.backward, lambda: ranks(_positions(work) + first, ties)
         )
-        support = Support(indices, _flags(magnitudes, forward, indices, ties, first))
     elif is_numpy_array(work):
         indices, magnitudes = largest_on_host(
-            work, backward, lambda positions: ranks(positions + first, ties)
+            work, view.backward, lambda positions: ranks(positions + first, ties)
         )
-        support = Support(indices, _flags(magnitudes, forward, indices, ties, first))
     else:
-        positions = _positions(work)
-        indices = true_indices(_flags(work, backward, positions, ties, first), backward)
+        flags = _flags(work, view.backward, _positions(work), ties, first)
+        indices = true_indices(flags, view.backward)
         magnitudes = array_namespace(work).take(work, indices)
-        support = Support(indices, _flags(magnitudes, forward, indices, ties, first))
-    if host is None:
-        return support
-    return Support(like(support.indices, params, dtype), like(support.active, params))
+    return Support(indices, _flags(magnitudes, view.forward, indices, ties, first))
 
 
 def _positions(flat: Array) -> Array:
@@ -183,23 +193,19 @@ def _modulus(flat: Array) -> Array:
     return xp.where(overflow, xp.abs(flat * 0.25), moduli)
 
 
-def _random_support(
-    flat: Array,
-    forward: int,
-    backward: int,
-    ties: Key,
-    drawn: Key,
-    round_: Array | int,
-    first: Array | int,
-) -> Support:
-    """A by magnitude, then B∖A by the largest of random words that all lie below A's."""
+def _draw(flat: Array, view: View, count: int) -> Support:
+    """`count` entries by magnitude, then the largest of random words that all lie below theirs."""
     xp = array_namespace(flat)
+    ties, drawn = (make_key(view.seed, view.name, purpose) for purpose in ("ties", "draws"))
     positions = _positions(flat)
-    in_forward = _flags(flat, forward, positions, ties, first)
-    words = draws(positions + first, drawn, round_)
+    in_forward = _flags(flat, view.forward, positions, ties, view.first)
+    kept = in_forward
+    if count > view.forward:
+        kept = _flags(flat, count, positions, ties, view.first)
+    words = draws(positions + view.first, drawn, view.draw)
     above_all = xp.asarray(1 << BITS, dtype=words.dtype, device=device(words))
-    words = xp.where(in_forward, above_all, words)
-    indices = true_indices(_flags(words, backward, positions, ties, first), backward)
+    words = xp.where(kept, above_all, words)
+    indices = true_indices(_flags(words, view.backward, positions, ties, view.first), view.backward)
     return Support(indices, xp.take(in_forward, indices))
 
 

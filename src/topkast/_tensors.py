@@ -14,9 +14,11 @@ from array_api_compat import array_namespace
 from topkast._compact import Migration, migration, move
 from topkast._distribution import Shape, exact_densities, exact_fraction, kept_count
 from topkast._errors import NonFiniteError, OptionError
+from topkast._method import View
 from topkast._options import Options
 from topkast._primitives import Array, device, is_traced
-from topkast._selection import Support, check_finite, select_counts
+from topkast._selection import Support, check_finite
+from topkast.methods._chosen import check_chosen, method_of
 
 _JOIN = " + "
 
@@ -81,20 +83,14 @@ class RankedTensors:
             for name, (start, stop) in self.bounds.items()
         }
 
-    def select(self, flat: Array, options: Options, round_: Array | int = 0) -> Support:
-        """Sets of the tensors from their weights as one vector; `round_` numbers random draws."""
+    def select(self, flat: Array, options: Options, draw: Array | int = 0) -> Support:
+        """Sets of the tensors from their weights as one vector; `draw` numbers random draws."""
+        method = method_of(options)
+        forward, backward = self.forward // self.layers, self.backward // self.layers
 
         def choose(part: Array, first: Array | int) -> Support:
-            return select_counts(
-                part,
-                self.forward // self.layers,
-                self.backward // self.layers,
-                explore=options.explore,
-                seed=options.seed,
-                name=self.key,
-                round_=round_,
-                first=first,
-            )
+            view = View(part, forward, backward, options.seed, self.key, draw, first)
+            return check_chosen(method.choose(view), view, method)
 
         with _named(self.key):
             if self.layers == 1:
@@ -119,9 +115,9 @@ class RankedTensors:
             with _named(name):
                 check_finite(tensors[name])
 
-    def refresh(self, flat: Array, old: Support, options: Options, round_: Array | int) -> Refresh:
+    def refresh(self, flat: Array, old: Support, options: Options, draw: Array | int) -> Refresh:
         """Select anew from the current weights (size,)."""
-        new = self.select(flat, options, round_)
+        new = self.select(flat, options, draw)
         moved = migration(old.indices, new.indices, self.size)
         entered = new.active & ~move(old.active, moved)
         return Refresh(new, moved, self._count_members(new.indices, entered))

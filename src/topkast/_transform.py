@@ -39,6 +39,7 @@ from topkast._selection import Support
 from topkast._state import Arrays, TopKASTState
 from topkast._tensors import RankedTensors
 from topkast._wrapped_rule import UpdateRule, WrappedRule
+from topkast.methods._chosen import method_of
 
 _MAX_COUNT = (1 << 31) - 1  # of updates: counts are int32
 
@@ -283,15 +284,14 @@ class TopKASTTransform:
         self, plan: Plan, state: TopKASTState, moved: Callable[[], Arrays]
     ) -> TopKASTState:
         """`state`, or the one with sets chosen from the weights that `moved` returns."""
-        intervals = {
-            min(plan.options[ranked.key].refresh_every, _MAX_COUNT) for ranked in plan.tensors
-        }
+        changing = [one for one in plan.tensors if method_of(plan.options[one.key]).refreshes]
+        intervals = {min(plan.options[one.key].refresh_every, _MAX_COUNT) for one in changing}
         for interval in sorted(intervals):
             due = state.updates % interval == 0
             if possibly_true(due):
                 chosen = [
                     ranked
-                    for ranked in plan.tensors
+                    for ranked in changing
                     if min(plan.options[ranked.key].refresh_every, _MAX_COUNT) == interval
                 ]
 

@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, Unpack, overload
 
 from topkast._errors import AdapterNotFoundError, UnsupportedOptimizerError
+from topkast._method import Method
 from topkast._options import (
     Dense,
     Distribution,
@@ -41,6 +42,7 @@ class _OptionsGiven(TypedDict, total=False):
     distribution: Distribution
     dense: Dense
     stacked: Patterns
+    method: Method | None
     overrides: Overrides
     seed: int
     probe: bool
@@ -93,6 +95,7 @@ def wrap_optimizer(
     distribution: Distribution = "uniform",
     dense: Dense = None,
     stacked: Patterns = None,
+    method: Method | None = None,
     overrides: Overrides = None,
     seed: int = 0,
     probe: bool = True,
@@ -120,7 +123,8 @@ def wrap_optimizer(
     penalty_kind
         ``"l2"`` or ``"l1"``; see :func:`topkast.exploration_penalty`.
     explore
-        How B∖A is chosen: ``"magnitude"``, the next largest; or ``"random"``.
+        How B∖A is chosen: ``"magnitude"``, the next largest; or ``"random"``. Shorthands for two
+        of the methods.
     explore_until
         Number of updates after which B∖A is no longer updated (None: it always is).
     distribution
@@ -133,10 +137,12 @@ def wrap_optimizer(
     stacked
         Names or globs of tensors whose first axis numbers layers, as for ``jax.lax.scan`` or of
         experts: each layer is ranked alone, and dimensions are counted without that axis.
+    method
+        How A and B are chosen: one of :mod:`topkast.methods`, or your own. None: by `explore`.
     overrides
         Options of single tensors, by name or glob: ``{"head.*": {"fwd": 0.5, "bwd": 0.2}}``; of
         several globs that match, the last. May set ``fwd``, ``bwd``, ``refresh_every``,
-        ``penalty``, ``penalty_kind``, ``explore`` and ``explore_until``.
+        ``penalty``, ``penalty_kind``, ``explore``, ``explore_until`` and ``method``.
     seed
         Of the hash that ranks equal magnitudes, and of the random choice.
     probe
@@ -194,6 +200,7 @@ def wrap_optimizer(
         distribution=distribution,
         dense=dense,
         stacked=stacked,
+        method=method,
         overrides=overrides,
         seed=seed,
         probe=probe,

@@ -1,0 +1,64 @@
+"""What a method is: it chooses A and B of one tensor, and says what it looks at."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from topkast._primitives import Array
+
+if TYPE_CHECKING:
+    from topkast._selection import Support
+
+# What the library can show to a method.
+PROVIDED = frozenset({"weights", "random"})
+
+
+@dataclass(frozen=True)
+class View:
+    r"""One tensor as a method sees it; of a stacked tensor, one layer.
+
+    Attributes
+    ----------
+    weights
+        θ as one vector (n,), of any library.
+    forward, backward
+        \|A\| and \|B\|, which the method must return.
+    seed
+        The option of :func:`topkast.wrap_optimizer`.
+    name
+        Of the tensor.
+    draw
+        Number of the update after which the sets are chosen, 0 for the first ones: it numbers the
+        random draws. Inside ``jax.jit`` it is traced.
+    first
+        Flat index of the first entry in the tensor; 0 but for layers of stacked tensors.
+    """
+
+    weights: Array
+    forward: int
+    backward: int
+    seed: int = 0
+    name: str = ""
+    draw: Array | int = 0
+    first: Array | int = 0
+
+
+class Method(ABC):
+    """How A and B are chosen; the base class of all methods, yours included.
+
+    Attributes
+    ----------
+    needs
+        What :meth:`choose` looks at: ``"weights"``, ``"random"``.
+    refreshes
+        Whether the sets are ever chosen anew.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"weights"})
+    refreshes: ClassVar[bool] = True
+
+    @abstractmethod
+    def choose(self, view: View, /) -> Support:
+        """The sets of one tensor: a function of the view alone."""

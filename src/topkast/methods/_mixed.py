@@ -1,0 +1,48 @@
+"""Between Top-KAST and its random variant."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from topkast._distribution import exact_fraction
+from topkast._errors import OptionError
+from topkast._method import Method, View
+from topkast._selection import Support, choose_by_magnitude
+
+
+@dataclass(frozen=True)
+class Mixed(Method):
+    """A by magnitude; of B∖A the share `by_magnitude` too, and the rest drawn uniformly.
+
+    The number of entries of B∖A that are chosen by magnitude is rounded down. 1 is
+    :class:`TopKAST`, 0 is :class:`Random`.
+
+    Raises :class:`topkast.OptionError` for a share outside [0, 1].
+
+    Examples
+    --------
+    >>> import numpy as np, topkast
+    >>> from topkast.methods import Mixed, View
+    >>> weights = np.asarray([0.1, -0.9, 0.5, 0.3, 0.2, 0.4])
+    >>> support = Mixed(by_magnitude=0.5).choose(View(weights, forward=1, backward=3))
+    >>> {1, 2} < set(support.indices.tolist())  # the third is drawn
+    True
+    """
+
+    by_magnitude: float = 0.5
+
+    needs: ClassVar[frozenset[str]] = frozenset({"weights", "random"})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.by_magnitude, bool) or not 0 <= self.by_magnitude <= 1:
+            raise OptionError(
+                f"by_magnitude is a share of B∖A: it must lie in [0, 1], got {self.by_magnitude!r}"
+            )
+
+    def choose(self, view: View, /) -> Support:
+        """A and some of B∖A by magnitude."""
+        share = exact_fraction(self.by_magnitude)
+        exploring = math.floor(share * (view.backward - view.forward))
+        return choose_by_magnitude(view, view.forward + exploring)

@@ -1,0 +1,35 @@
+"""Sets that stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from topkast._method import Method, View
+from topkast._selection import Support, choose_at_random
+
+
+@dataclass(frozen=True)
+class Static(Method):
+    """A and B are drawn uniformly at the start, and never again: what every method must beat.
+
+    Examples
+    --------
+    >>> import numpy as np, topkast
+    >>> from topkast.methods import Static
+    >>> tx = topkast.wrap_optimizer(
+    ...     topkast.SGD(0.1), fwd=0.9, bwd=0.9, refresh_every=1, method=Static())
+    >>> params = {"w": np.linspace(-1, 1, 40).reshape(8, 5)}
+    >>> start = state = tx.init(params)
+    >>> for _ in range(3):
+    ...     params, state = tx.step({"w": np.ones((8, 5))}, state, params)
+    >>> np.array_equal(start.supports["w"].indices, state.supports["w"].indices)
+    True
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"random"})
+    refreshes: ClassVar[bool] = False
+
+    def choose(self, view: View, /) -> Support:
+        """Both sets by random words."""
+        return choose_at_random(view)
