@@ -49,6 +49,21 @@ class TestTies:
                 assert counts.min() > 0
                 assert abs(counts - mean).max() < 5 * np.sqrt(mean)
 
+    @pytest.mark.parametrize("equal", [2, 300, 1024, 1025, 5000])
+    def test_few_ties_in_a_long_tensor_rank_as_many_do(
+        self, any_library: Library, equal: int
+    ) -> None:
+        rng = np.random.default_rng(0)
+        theta = rng.permutation(np.linspace(1, 2, 8000, dtype=np.float32))
+        theta[rng.choice(8000, equal, replace=False)] = np.float32(1.75)
+        for fwd, bwd in [(0.75, 0.6), (0.8, 0.75), (0.9, 0.7)]:
+            choose = any_library.compile(
+                lambda one, fwd=fwd, bwd=bwd: topkast.select(one, fwd=fwd, bwd=bwd, name="long")
+            )
+            found = masks_of(choose(any_library.asarray(theta)), (8000,))
+            for mask, sparsity in zip(found, (fwd, bwd), strict=True):
+                np.testing.assert_array_equal(mask, top_k(theta, sparsity, name="long"))
+
     def test_a_threshold_among_ties_does_so_too(self, library: Library) -> None:
         theta = np.repeat(np.asarray([2.0, 1.0, 0.5], np.float32), [100, 1800, 100])
         support = topkast.select(library.asarray(theta), fwd=0.8, bwd=0.5)

@@ -22,6 +22,7 @@ from topkast._random import Key, random_words
 T = TypeVar("T")
 
 _WORD = 32
+_FEW = 1024  # equal magnitudes that are looked at by themselves
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3))
@@ -32,18 +33,35 @@ def largest_flags(keys: Array, count: int, indices: Array, ties: Key) -> Array:
     """
     threshold = _kth_largest(_pad(keys, -2), count)
     above, equal = keys > threshold, keys == threshold
-    wanted = count - jnp.sum(above)
+    wanted, ties_found = count - jnp.sum(above), jnp.sum(equal)
 
-    def choose(equal: Array) -> Array:
-        words = lax.bitcast_convert_type(random_words(indices, ties), jnp.uint32)
+    def choose_among_few(equal: Array) -> Array:
+        found = true_indices(equal, _FEW)
+        inside = jnp.arange(_FEW) < ties_found
+        kept = _largest_words(indices[jnp.where(inside, found, 0)], inside, wanted, ties)
+        return equal.at[jnp.where(inside, found, equal.shape[0])].set(kept, mode="drop")
 
-        def set_bit(bit: Array, threshold: Array) -> Array:
-            raised = threshold | (jnp.uint32(1 << 31) >> bit.astype(jnp.uint32))
-            return jnp.where(jnp.sum(equal & (words >= raised)) >= wanted, raised, threshold)
+    def choose_among_many(equal: Array) -> Array:
+        return _largest_words(indices, equal, wanted, ties)
 
-        return equal & (words >= lax.fori_loop(0, 32, set_bit, jnp.uint32(0)))
+    due = ties_found > wanted
+    if keys.shape[0] <= 4 * _FEW:
+        return above | when(due, choose_among_many, equal)
+    # A few weights are equal by chance; many are where a tensor is constant.
+    few = ties_found <= _FEW
+    equal = when(due & few, choose_among_few, equal)
+    return above | when(due & ~few, choose_among_many, equal)
 
-    return above | when(jnp.sum(equal) > wanted, choose, equal)
+
+def _largest_words(indices: Array, among: Array, count: Array, ties: Key) -> Array:
+    """Flags (k,) of the `count` largest words of indices (k,), `among` some of them."""
+    words = lax.bitcast_convert_type(random_words(indices, ties), jnp.uint32)
+
+    def set_bit(bit: Array, threshold: Array) -> Array:
+        raised = threshold | (jnp.uint32(1 << 31) >> bit.astype(jnp.uint32))
+        return jnp.where(jnp.sum(among & (words >= raised)) >= count, raised, threshold)
+
+    return among & (words >= lax.fori_loop(0, 32, set_bit, jnp.uint32(0)))
 
 
 @functools.partial(jax.jit, static_argnums=1)
