@@ -69,7 +69,9 @@ def is_cut(array: jax.Array) -> bool:
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 class TestSpread:
     @pytest.mark.parametrize(
-        "inner", [optax.adamw(1e-1), optax.sgd(0.5, 0.9)], ids=["adamw", "sgd"]
+        "inner",
+        [optax.adamw(1e-1), pytest.param(optax.sgd(0.5, 0.9), marks=pytest.mark.slow)],
+        ids=["adamw", "sgd"],
     )
     @pytest.mark.parametrize("fused", [False, True], ids=["update", "step"])
     def test_equals_one_device(self, kind: AxisType, spec: P, inner: Any, fused: bool) -> None:

@@ -305,7 +305,9 @@ class TestConventions:
         assert optax.tree.get(state, name) is not None
         assert optax.tree.get(state, "mu")["head"]["w"].shape == (1, 20)
 
-    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+    @pytest.mark.parametrize(
+        "dtype", [jnp.float32, jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)]
+    )
     def test_dtypes_are_kept(self, dtype: Any) -> None:
         tx, params = wrap(optax.sgd(0.1, momentum=0.9)), make_params(dtype=dtype)
         state = tx.init(params)

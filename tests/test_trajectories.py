@@ -212,7 +212,9 @@ class TestFrameworks:
         )
 
 
-@pytest.mark.parametrize("rule", ["sgd-momentum", "adamw-decay"])
+@pytest.mark.parametrize(
+    "rule", [pytest.param("sgd-momentum", marks=pytest.mark.slow), "adamw-decay"]
+)
 def test_optax_inside_jit_has_the_supports_that_it_has_outside(rule: str) -> None:
     inside = by_transform(JITTED, RULES[rule].optax(), OPTIONS[0], np.float32)
     outside = by_transform(EAGER, RULES[rule].optax(), OPTIONS[0], np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace, is_jax_array, is_numpy_array, is_torch_array
@@ -112,31 +113,30 @@ def select(
 def choose_by_magnitude(view: View, count: int) -> Support:
     """A, and so many of B that there are `count`, by magnitude; the rest of B drawn uniformly."""
     flat = view.weights
-    xp = array_namespace(flat)
-    if xp.isdtype(flat.dtype, "complex floating"):
+    if array_namespace(flat).isdtype(flat.dtype, "complex floating"):
         flat = _modulus(flat)
-    host = host_view(flat)
-    work = flat if host is None else host
-    dtype = _check_size(flat)
-    if view.backward == 0:
-        return _nothing(flat, dtype)
-    support = _by_magnitude(work, view) if count == view.backward else _draw(work, view, count)
-    if host is None:
-        return support
-    return Support(like(support.indices, flat, dtype), like(support.active, flat))
+    if count == view.backward:
+        return _on_host(_by_magnitude, flat, view)
+    return _on_host(lambda work, view: _draw(work, view, count), flat, view)
 
 
 def choose_at_random(view: View) -> Support:
     """Both sets drawn uniformly."""
-    dtype = _check_size(view.weights)
+    return _on_host(_draw_both, view.weights, view)
+
+
+def _on_host(choose: Callable[[Array, View], Support], flat: Array, view: View) -> Support:
+    """The sets, found by NumPy where the weights are in its reach."""
+    xp = array_namespace(flat)
+    dtype = _check_size(flat)
     if view.backward == 0:
-        return _nothing(view.weights, dtype)
-    positions = _positions(view.weights)
-    words = draws(positions + view.first, make_key(view.seed, view.name, "draws"), view.draw)
-    ties = make_key(view.seed, view.name, "ties")
-    in_forward = _flags(words, view.forward, positions, ties, view.first)
-    indices = true_indices(_flags(words, view.backward, positions, ties, view.first), view.backward)
-    return Support(indices, array_namespace(words).take(in_forward, indices))
+        nothing = xp.zeros(0, dtype=dtype, device=device(flat))
+        return Support(nothing, xp.astype(nothing, xp.bool))
+    host = host_view(flat)
+    if host is None:
+        return choose(flat, view)
+    support = choose(host, view)
+    return Support(like(support.indices, flat, dtype), like(support.active, flat))
 
 
 def _check_size(flat: Array) -> Any:
@@ -149,13 +149,6 @@ def _check_size(flat: Array) -> Any:
             "enable 64 bits; at most 2**32)"
         )
     return dtype
-
-
-def _nothing(flat: Array, dtype: Any) -> Support:
-    """The sets of an empty tensor."""
-    xp = array_namespace(flat)
-    nothing = xp.zeros(0, dtype=dtype, device=device(flat))
-    return Support(nothing, xp.astype(nothing, xp.bool))
 
 
 def _by_magnitude(work: Array, view: View) -> Support:
@@ -207,6 +200,16 @@ def _draw(flat: Array, view: View, count: int) -> Support:
     words = xp.where(kept, above_all, words)
     indices = true_indices(_flags(words, view.backward, positions, ties, view.first), view.backward)
     return Support(indices, xp.take(in_forward, indices))
+
+
+def _draw_both(flat: Array, view: View) -> Support:
+    """The largest of random words: those of B, and among them those of A."""
+    ties, drawn = (make_key(view.seed, view.name, purpose) for purpose in ("ties", "draws"))
+    positions = _positions(flat)
+    words = draws(positions + view.first, drawn, view.draw)
+    in_forward = _flags(words, view.forward, positions, ties, view.first)
+    indices = true_indices(_flags(words, view.backward, positions, ties, view.first), view.backward)
+    return Support(indices, array_namespace(words).take(in_forward, indices))
 
 
 def _flags(flat: Array, count: int, indices: Array, ties: Key, first: Array | int) -> Array:
