@@ -63,6 +63,7 @@ def property(session: nox.Session) -> None:  # noqa: A001 - the name that the RE
         "tests/test_exploration.py",
         "tests/test_kernel_convolutions.py",
         "tests/test_kernels.py",
+        "tests/test_methods.py",
         "tests/test_selection.py",
         "tests/test_torch_state.py",
         "tests/test_transform.py",
