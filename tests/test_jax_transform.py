@@ -242,7 +242,14 @@ class TestStep:
 
     @pytest.mark.parametrize(
         ("dtype", "distribution"),
-        [(jnp.float32, "uniform"), (jnp.bfloat16, "global")],
+        [
+            (jnp.float32, "uniform"),
+            (jnp.bfloat16, "global"),
+            pytest.param(jnp.float32, "global", marks=pytest.mark.slow),
+            pytest.param(jnp.bfloat16, "uniform", marks=pytest.mark.slow),
+            pytest.param(jnp.float16, "uniform", marks=pytest.mark.slow),
+            pytest.param(jnp.float16, "global", marks=pytest.mark.slow),
+        ],
     )
     def test_step(self, distribution: str, dtype: Any) -> None:
         tx = wrap(distribution=distribution, refresh_every=2)
@@ -370,7 +377,13 @@ class TestOutermost:
                 tx.update(others, state, others)
 
     @pytest.mark.parametrize(
-        ("dtype", "distribution"), [(jnp.float32, "uniform"), (jnp.bfloat16, "global")]
+        ("dtype", "distribution"),
+        [
+            (jnp.float32, "uniform"),
+            (jnp.bfloat16, "global"),
+            pytest.param(jnp.float32, "global", marks=pytest.mark.slow),
+            pytest.param(jnp.bfloat16, "uniform", marks=pytest.mark.slow),
+        ],
     )
     @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
     def test_proper_use_is_silent(self, distribution: str, dtype: Any, jit: bool) -> None:

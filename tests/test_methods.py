@@ -67,7 +67,7 @@ def test_counts_are_exact_and_indices_ascend(
 
 @pytest.mark.parametrize("method", METHODS[:-1], ids=repr)
 @given(theta=weights(), pair=sparsities())
-def test_so_many_are_chosen_by_magnitude(
+def test_the_share_by_magnitude_is_exact(
     library: Library, method: Method, theta: Tensor, pair: tuple[float, float]
 ) -> None:
     support = choose(library, method, theta, pair)
@@ -307,6 +307,23 @@ class Unnested(Leading):
         return Support(support.indices, support.active & (support.indices > 0))
 
 
+class Elsewhere(Leading):
+    def choose(self, view: View) -> Support:
+        support = super().choose(view)
+        return Support(torch.asarray(support.indices), support.active)
+
+
+class Tuples(Leading):
+    def choose(self, view: View) -> Any:
+        return tuple(super().choose(view))
+
+
+class Integers(Leading):
+    def choose(self, view: View) -> Support:
+        support = super().choose(view)
+        return Support(support.indices, support.active.astype(np.int64))
+
+
 class Curious(Leading):
     needs: ClassVar[frozenset[str]] = frozenset({"weights", "hessian"})
 
@@ -319,6 +336,8 @@ class TestRefusals:
             (Backwards(), "Backwards chose indices for w that are not ascending"),
             (Outside(), "Outside chose indices for w .* not among its 120 entries"),
             (Unnested(), "Unnested chose 11 entries of w for A: expected 12"),
+            (Elsewhere(), "Elsewhere chose sets for w that are no arrays of the library"),
+            (Tuples(), "Tuples chose a tuple for w: expected a topkast.Support"),
         ],
         ids=lambda value: type(value).__name__ if isinstance(value, Method) else "",
     )
@@ -326,6 +345,15 @@ class TestRefusals:
         tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.9, bwd=0.8, method=method)
         with pytest.raises(topkast.MismatchError, match=words):
             tx.init({"w": np.ones((12, 10))})
+
+    def test_flags_may_be_integers(self) -> None:
+        params = {"w": np.linspace(-1, 1, 120).reshape(12, 10)}
+        found, expected = (
+            topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.9, bwd=0.8, method=method).init(params)
+            for method in (Integers(), Leading())
+        )
+        assert_same_support(found.supports["w"], expected.supports["w"])
+        assert found.supports["w"].active.dtype == np.bool_
 
     @pytest.mark.parametrize(
         ("options", "words"),
@@ -341,7 +369,18 @@ class TestRefusals:
         with pytest.raises(topkast.OptionError, match=words):
             topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.9, bwd=0.8, **options)
 
-    @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), True])
+    def test_a_group_that_is_given_both_later(self) -> None:
+        layer = nn.Linear(10, 12, bias=False)
+        group: Any = {"params": [("w", layer.weight)], "method": Leading()}
+        opt = topkast.wrap_optimizer(torch.optim.SGD([group], 0.1), fwd=0.9, bwd=0.8)
+        before = layer.weight.detach().clone()
+        opt.param_groups[0]["explore"] = "random"
+        layer.weight.grad = torch.ones(12, 10)
+        with pytest.raises(topkast.OptionError, match="choose one of the two"):
+            opt.step()
+        assert torch.equal(layer.weight, before)
+
+    @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), True, "half"])
     def test_shares_that_cannot_be(self, share: Any) -> None:
         with pytest.raises(topkast.OptionError, match="by_magnitude is a share"):
             Mixed(share)

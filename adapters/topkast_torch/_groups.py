@@ -51,6 +51,8 @@ class Group:
                         f"{values[name]!r}: the sizes of the sets are fixed when an optimizer is "
                         "wrapped"
                     )
+            for execution in self.executions:
+                options.override(values | execution.overrides)
             values.update(options.override(values).for_group())
             self.checked = tuple(values[name] for name in GROUP_OPTIONS)
         params = values["params"]

@@ -54,6 +54,17 @@ class Method(ABC):
         What :meth:`choose` looks at: ``"weights"``, ``"random"``.
     refreshes
         Whether the sets are ever chosen anew.
+
+    Examples
+    --------
+    >>> import numpy as np, topkast
+    >>> class Leading(topkast.methods.Method):
+    ...     def choose(self, view):
+    ...         indices = np.arange(view.backward)
+    ...         return topkast.Support(indices, indices < view.forward)
+    >>> tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.75, bwd=0.5, method=Leading())
+    >>> tx.init({"w": np.ones((2, 4))}).supports["w"].indices
+    array([0, 1, 2, 3])
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"weights"})

@@ -111,7 +111,7 @@ def select(
 
 
 def choose_by_magnitude(view: View, count: int) -> Support:
-    """A, and so many of B that there are `count`, by magnitude; the rest of B drawn uniformly."""
+    """Sets whose first `count` entries, A among them, are the largest; the rest of B is drawn."""
     flat = view.weights
     if array_namespace(flat).isdtype(flat.dtype, "complex floating"):
         flat = _modulus(flat)

@@ -29,6 +29,17 @@ def check_chosen(support: Support, view: View, method: Method) -> Support:
     if type(method).__module__.startswith("topkast.methods."):
         return support
     name = type(method).__name__
+    if not isinstance(support, Support):
+        raise MismatchError(
+            f"{name} chose a {type(support).__name__} for {view.name}: expected a topkast.Support"
+        )
+    try:
+        xp = array_namespace(view.weights, *support)
+    except TypeError:
+        raise MismatchError(
+            f"{name} chose sets for {view.name} that are no arrays of the library of its weights, "
+            f"{type(view.weights).__module__}"
+        ) from None
     shape = (view.backward,)
     found = tuple(support.indices.shape), tuple(support.active.shape)
     if found != (shape, shape):
@@ -37,7 +48,6 @@ def check_chosen(support: Support, view: View, method: Method) -> Support:
             f"{view.name}: expected |B| = {view.backward} of each"
         )
     if not is_traced(support.indices) and view.backward:
-        xp = array_namespace(support.indices)
         indices = support.indices
         ordered = bool(xp.all(indices[1:] > indices[:-1]))
         if not ordered or int(indices[0]) < 0 or int(indices[-1]) >= view.weights.shape[0]:
@@ -50,6 +60,5 @@ def check_chosen(support: Support, view: View, method: Method) -> Support:
             raise MismatchError(
                 f"{name} chose {forward} entries of {view.name} for A: expected {view.forward}"
             )
-    xp = array_namespace(support.indices)
     dtype = index_dtype(xp, device(support.indices))
-    return Support(xp.astype(support.indices, dtype), support.active)
+    return Support(xp.astype(support.indices, dtype), xp.astype(support.active, xp.bool))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from numbers import Real
+from typing import Any, ClassVar
 
 from topkast._distribution import exact_fraction
 from topkast._errors import OptionError
@@ -36,9 +37,10 @@ class Mixed(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"weights", "random"})
 
     def __post_init__(self) -> None:
-        if isinstance(self.by_magnitude, bool) or not 0 <= self.by_magnitude <= 1:
+        share: Any = self.by_magnitude  # of whatever type was given
+        if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= float(share) <= 1:
             raise OptionError(
-                f"by_magnitude is a share of B∖A: it must lie in [0, 1], got {self.by_magnitude!r}"
+                f"by_magnitude is a share of B∖A: it must lie in [0, 1], got {share!r}"
             )
 
     def choose(self, view: View, /) -> Support:
