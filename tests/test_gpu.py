@@ -149,7 +149,9 @@ class TestCuPy:
         """A step can be captured as a CUDA graph, which refuses whatever waits for the host."""
         import cupy
 
-        tx = topkast.wrap_optimizer(topkast.AdamW(1e-3), fwd=0.9, bwd=0.8, **options)
+        tx = topkast.wrap_optimizer(
+            topkast.AdamW(1e-3), fwd=0.9, bwd=0.8, refresh_every=1000, **options
+        )
         stream = cupy.cuda.Stream(non_blocking=True)
         with stream:
             params = {"w": cupy.asarray(np.random.default_rng(0).normal(size=(512, 512)), dtype)}
@@ -242,7 +244,9 @@ class TestTorch:
     def test_nothing_waits_with_plain_tensors(self, options: dict[str, Any]) -> None:
         import torch
 
-        tx = topkast.wrap_optimizer(topkast.AdamW(1e-3), fwd=0.9, bwd=0.8, **options)
+        tx = topkast.wrap_optimizer(
+            topkast.AdamW(1e-3), fwd=0.9, bwd=0.8, refresh_every=1000, **options
+        )
         params = {"w": torch.randn(300, 200, device="cuda")}
         state = tx.init(params)
         for turn in range(3):

@@ -21,7 +21,7 @@ from topkast import (
 )
 from topkast._age import Betas, corrections, grow
 from topkast._plan import Plan
-from topkast._primitives import Array
+from topkast._primitives import Array, Ranks
 from topkast._rules import bias_correction, learning_rate
 from topkast._state import Arrays, TopKASTState
 from topkast_cupy._module import MOST_BINS, THREADS, TILE, Module, cuda_module
@@ -72,12 +72,13 @@ class FastPaths:
                 "work inside `with array.device:`"
             )
 
-    def largest(self, flat: Array, count: int, ranks: Callable[[], Array]) -> tuple[Array, Array]:
+    def largest(self, flat: Array, count: int, ranks: Ranks) -> tuple[Array, Array]:
         """Ascending indices of the `count` largest magnitudes of a vector (n,), and its entries."""
         flat, state = self._threshold(flat, count)
         above, equal, tiles = self._tally(flat, state)
         if int(equal[-1]) > int(state[1]):
-            indices = self.true_indices(self._break_ties(flat, state, ranks), count)
+            flags = self._break_ties(flat, state, int(equal[-1]), ranks)
+            indices = self.true_indices(flags, count)
         else:
             indices = self.xp.empty(count, dtype=np.int64)
             self._launch(
@@ -85,12 +86,12 @@ class FastPaths:
             )
         return indices, flat.take(indices)
 
-    def largest_flags(self, flat: Array, count: int, ranks: Callable[[], Array]) -> Array:
+    def largest_flags(self, flat: Array, count: int, ranks: Ranks) -> Array:
         """Flags (n,) of the `count` largest: magnitudes of floats, or integers of 30 bits."""
         flat, state = self._threshold(_as_floats(flat), count)
         _, equal, _ = self._tally(flat, state)
         if int(equal[-1]) > int(state[1]):
-            return self._break_ties(flat, state, ranks)
+            return self._break_ties(flat, state, int(equal[-1]), ranks)
         return self._flags(flat, state, flat.size)
 
     def true_indices(self, mask: Array, count: int) -> Array:
@@ -236,13 +237,15 @@ class FastPaths:
         self._launch("collect", keys, tiles, keys, keys.size, state, above, equal, None, flags)
         return flags
 
-    def _break_ties(self, flat: Array, state: Array, ranks: Callable[[], Array]) -> Array:
+    def _break_ties(self, flat: Array, state: Array, ties: int, ranks: Ranks) -> Array:
         """Flags of the entries above a threshold, and of those at it with the largest ranks."""
-        above = self._flags(flat, state, 0)
-        equal = self._flags(flat, state, flat.size) & ~above
-        chosen = self.xp.where(equal, ranks() + 1, 0)
-        chosen, of_ranks = self._threshold(_as_floats(chosen), int(state[1]))
-        return above | self._flags(chosen, of_ranks, 1)
+        signed = np.dtype(f"i{flat.itemsize}")
+        keys = flat.view(signed) & np.iinfo(signed).max
+        positions = self.true_indices(keys == state[0].astype(signed), ties)
+        order, of_ranks = self._threshold(_as_floats(ranks(positions)), int(state[1]))
+        flags = self._flags(flat, state, 0)
+        flags[positions] = self._flags(order, of_ranks, 1)
+        return flags
 
     def _stride(self, name: str, like: Array, entries: int, *arguments: Any) -> None:
         """Launch a kernel whose threads stride over so many entries."""

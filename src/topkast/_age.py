@@ -11,13 +11,14 @@ it moves as Adam moves a new parameter.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, TypeAlias
 
 import numpy as np
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, is_jax_array
 
-from topkast._primitives import Array, device, lookup
+from topkast._primitives import Array, Namespace, device, lookup
 
 Betas: TypeAlias = tuple[float, float]
 
@@ -33,9 +34,7 @@ def settled_ages(like: Array) -> Array:
 def grow(ages: Array) -> Array:
     """Ages after one more update; int16."""
     xp = array_namespace(ages)
-    limit = xp.asarray(SETTLED, dtype=xp.int16, device=device(ages))
-    one = xp.asarray(1, dtype=xp.int16, device=device(ages))
-    return xp.where(ages < limit, ages + one, ages)
+    return xp.where(ages < SETTLED, ages + 1, ages)
 
 
 def young_limit(betas: Betas) -> int:
@@ -47,6 +46,18 @@ def young_limit(betas: Betas) -> int:
 def corrections(betas: Betas) -> np.ndarray[Any, Any]:
     """κ(k) for k from 0, whose value is never used, to :func:`young_limit`; float64."""
     return np.asarray(kappa(np.arange(young_limit(betas) + 1, dtype=np.float64), betas))
+
+
+def _table(ages: Array, betas: Betas, dtype: Any) -> Array:
+    """:func:`corrections` where `ages` are: once for each device, as a copy from the host waits."""
+    if is_jax_array(ages):
+        return array_namespace(ages).asarray(corrections(betas), dtype=dtype, device=device(ages))
+    return _cached_table(array_namespace(ages), device(ages), betas, dtype)
+
+
+@functools.lru_cache(maxsize=32)
+def _cached_table(xp: Namespace, place: Any, betas: Betas, dtype: Any) -> Array:
+    return xp.asarray(corrections(betas), dtype=dtype, device=place)
 
 
 def kappa(counts: Array, betas: Betas) -> Array:
@@ -67,9 +78,9 @@ def scale_young(steps: Array, ages: Array, updates: Array, betas: Betas) -> Arra
     xp = array_namespace(steps)
     real = xp.float32 if xp.finfo(steps.dtype).bits <= 32 else xp.float64
     limit = young_limit(betas)
-    young = ages < xp.asarray(limit, dtype=xp.int16, device=device(ages))
+    young = ages < limit
     # Looked up: two exponentials for each entry would take longer than the whole update.
-    table = xp.asarray(corrections(betas), dtype=real, device=device(ages))
+    table = _table(ages, betas, real)
     counts = xp.where(
         young, xp.astype(ages, xp.int32) + 1, xp.full_like(ages, limit, dtype=xp.int32)
     )

@@ -24,6 +24,8 @@ from array_api_compat import device as _device
 Array: TypeAlias = Any  # an array of any library of the array-API standard
 Namespace: TypeAlias = Any  # its namespace
 T = TypeVar("T")
+# From positions (k,) in a vector to int64 (k,) of 32 bits, all of which differ.
+Ranks: TypeAlias = Callable[[Array], Array]
 
 # Under this name an adapter registers a function that returns its FastPaths, by the library's name.
 PATHS = "topkast.primitives"
@@ -43,14 +45,13 @@ class FastPaths(Protocol):
     def check(self, name: str, array: Array) -> None:
         """Raise an error that names `array`, if these paths cannot work on it."""
 
-    def largest(self, flat: Array, count: int, ranks: Callable[[], Array]) -> tuple[Array, Array]:
+    def largest(self, flat: Array, count: int, ranks: Ranks) -> tuple[Array, Array]:
         """Ascending indices of the `count` largest magnitudes of a vector, and its entries there.
 
-        Equal magnitudes rank by `ranks` (n,), int64 of 32 bits that all differ, computed where they
-        are needed. Raises :class:`topkast.NonFiniteError`.
+        Equal magnitudes rank by `ranks`, the largest first. Raises :class:`topkast.NonFiniteError`.
         """
 
-    def largest_flags(self, flat: Array, count: int, ranks: Callable[[], Array]) -> Array:
+    def largest_flags(self, flat: Array, count: int, ranks: Ranks) -> Array:
         """The same as flags (n,), for floats or integers of at most 30 bits."""
 
     def true_indices(self, mask: Array, count: int) -> Array:

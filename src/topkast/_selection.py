@@ -15,6 +15,7 @@ from topkast._method import View
 from topkast._options import Explore, check_sparsities
 from topkast._primitives import (
     Array,
+    Ranks,
     device,
     fast_paths,
     host_view,
@@ -22,6 +23,8 @@ from topkast._primitives import (
     is_traced,
     like,
     possibly_true,
+    scatter,
+    take,
     true_indices,
 )
 from topkast._random import BITS, Key, draws, make_key, ranks
@@ -154,15 +157,15 @@ def _check_size(flat: Array) -> Any:
 def _by_magnitude(work: Array, view: View) -> Support:
     """The largest magnitudes, in whatever way is the fastest for the library."""
     first, ties = view.first, make_key(view.seed, view.name, "ties")
+
+    def rank(positions: Array) -> Array:
+        return ranks(positions + first, ties)
+
     paths = fast_paths(work)
     if paths is not None:
-        indices, magnitudes = paths.largest(
-            work, view.backward, lambda: ranks(_positions(work) + first, ties)
-        )
+        indices, magnitudes = paths.largest(work, view.backward, rank)
     elif is_numpy_array(work):
-        indices, magnitudes = largest_on_host(
-            work, view.backward, lambda positions: ranks(positions + first, ties)
-        )
+        indices, magnitudes = largest_on_host(work, view.backward, rank)
     else:
         flags = _flags(work, view.backward, _positions(work), ties, first)
         indices = true_indices(flags, view.backward)
@@ -214,28 +217,32 @@ def _draw_both(flat: Array, view: View) -> Support:
 
 def _flags(flat: Array, count: int, indices: Array, ties: Key, first: Array | int) -> Array:
     """Flags (n,) of the `count` largest magnitudes (n,), at `indices` of the tensor."""
-    paths = fast_paths(flat)
-    if paths is not None:
-        return paths.largest_flags(flat, count, lambda: ranks(indices + first, ties))
-    if is_numpy_array(flat):
-        return largest_flags(flat, count, lambda positions: ranks(indices[positions] + first, ties))
-    return _largest(_rank_keys(flat), count, indices + first, ties)
-
-
-def _largest(keys: Array, count: int, indices: Array, ties: Key) -> Array:
-    """Flags (n,) of the `count` largest keys (n,), equal ones ranked by hash."""
-    if is_jax_array(keys):
+    if is_jax_array(flat):
         from topkast import _xla
 
-        return _xla.largest_flags(keys, count, indices, ties)
-    xp = array_namespace(keys)
+        return _xla.largest_flags(_rank_keys(flat), count, indices + first, ties)
+
+    def rank(positions: Array) -> Array:
+        return ranks(take(indices, positions) + first, ties)
+
+    paths = fast_paths(flat)
+    if paths is not None:
+        return paths.largest_flags(flat, count, rank)
+    if is_numpy_array(flat):
+        return largest_flags(flat, count, rank)
+    return _largest(_rank_keys(flat), count, rank)
+
+
+def _largest(keys: Array, count: int, rank: Ranks) -> Array:
+    """Flags (n,) of the `count` largest keys (n,)."""
     threshold = _kth_largest(keys, count)
     above, equal = keys > threshold, keys == threshold
-    wanted = count - _count(above)
-    if _count(equal) > wanted:
-        order = ranks(indices, ties)
-        order = xp.where(equal, order, xp.full((), -1, dtype=order.dtype, device=device(order)))
-        equal = order >= _kth_largest(order, wanted)
+    wanted, found = count - _count(above), _count(equal)
+    if found > wanted:
+        positions = true_indices(equal, found)
+        order = rank(positions)
+        chosen = order >= _kth_largest(order, wanted)
+        equal = scatter(chosen, positions, keys.shape[0], False)
     return above | equal
 
 
