@@ -35,10 +35,10 @@ class Passes:
 class Compiled:
     """The CUDA source, compiled for the host."""
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, index_bits: int) -> None:
         folder = Path(tempfile.mkdtemp(prefix="topkast-cuda-"))
         library = folder / "kernels.so"
-        command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-w", *options(bits)]
+        command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-w", *options(bits, index_bits)]
         command += [f"-I{KERNELS.parent}", str(SHIM), "-o", str(library)]
         subprocess.run(command, check=True, timeout=120)
         self._library = ctypes.CDLL(str(library))
@@ -54,13 +54,13 @@ class Compiled:
 
 
 @functools.cache
-def compiled(bits: int) -> Compiled:
-    return Compiled(bits)
+def compiled(bits: int, index_bits: int) -> Compiled:
+    return Compiled(bits, index_bits)
 
 
 def fast_paths(kind: str) -> FastPaths:
     """Those of CuPy, on NumPy arrays: ``"passes"`` or ``"compiled"``."""
-    modules: dict[str, Any] = {"passes": lambda bits: Passes(), "compiled": compiled}
+    modules: dict[str, Any] = {"passes": lambda *bits: Passes(), "compiled": compiled}
     return FastPaths(np, modules[kind], lambda: "cpu")
 
 

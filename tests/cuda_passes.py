@@ -121,7 +121,7 @@ def adam(blocks: int, *arguments: Any) -> None:
 
 def _read(
     indices: Vector,
-    active: Vector,
+    forward: int,
     count: int,
     on_active: float,
     on_inactive: float,
@@ -132,6 +132,7 @@ def _read(
 ) -> tuple[Vector, Vector, Vector, Vector, Vector]:
     """Where B is, what is written, weights, gradients with that of the penalty, and what moves."""
     values = _load(params[indices])
+    active = np.arange(count) < forward
     weights = np.where(active, on_active, on_inactive).astype(values.dtype)
     slopes = _load(gradients[indices]) + weights * (np.sign(values) if l1 else values)
     live = active | bool(exploring)

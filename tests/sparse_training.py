@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import topkast
+from topkast._support import in_forward
 
 OPTIONS: dict[str, Any] = {"fwd": 0.8, "bwd": 0.6, "refresh_every": 7, "penalty": 1e-2}
 
@@ -119,7 +120,7 @@ def check_gradients(layer: Any, inputs: Tensor, dense: Callable[..., Tensor]) ->
 
     def on_a(inputs: Tensor, values: Tensor, *bias: Tensor) -> Tensor:
         # What the layer does is no function of B∖A, whose gradient is that of a dense weight.
-        flags = layer.active.view(values.shape)
+        flags = in_forward(layer.support).view(values.shape)
         held = torch.where(flags, values, layer.values.detach())
         given = {"values": held} | ({"bias": bias[0]} if bias else {})
         found: Tensor = torch.func.functional_call(layer, given, inputs)

@@ -26,7 +26,7 @@ def test_scatter_undoes_gather(library: Library, theta: Tensor, pair: tuple[floa
     support, values, tensor = library.compile(round_trip)(library.asarray(theta))
     inside = np.zeros(theta.size, dtype=bool)
     inside[to_numpy(support.indices)] = True
-    assert to_numpy(values).tobytes() == theta.ravel()[inside].tobytes()
+    assert to_numpy(values).tobytes() == theta.ravel()[to_numpy(support.indices)].tobytes()
     expected = np.where(inside, theta.ravel(), np.float32(-7)).reshape(theta.shape)
     assert to_numpy(tensor).tobytes() == expected.tobytes()
 
@@ -40,6 +40,13 @@ def moves(draw: st.DrawFn) -> tuple[int, list[int], list[int]]:
     return size, sorted(draw(one)), sorted(draw(one))
 
 
+def make_support(library: Library, indices: list[int], forward: int) -> Support:
+    """A of some of the indices, and B of all of them."""
+    shuffled = np.random.default_rng(forward).permutation(indices).astype(np.int32)
+    parts = np.sort(shuffled[:forward]), np.sort(shuffled[forward:])
+    return Support(library.asarray(np.concatenate(parts)), forward)
+
+
 @given(move=moves(), seed=st.integers(0, 1000))
 def test_migrate_keeps_the_bits_of_survivors(
     library: Library, move: tuple[int, list[int], list[int]], seed: int
@@ -47,10 +54,10 @@ def test_migrate_keeps_the_bits_of_survivors(
     _, before, after = move
     entry = np.random.default_rng(seed).standard_normal((1, len(before))).astype(np.float32)
     entry[0, 0] = -0.0
-    flags = np.zeros(len(before), dtype=bool)
+    # A: another part of each, so that survivors change sides.
     old, new = (
-        Support(library.asarray(np.asarray(indices)), library.asarray(flags))
-        for indices in (before, after)
+        make_support(library, indices, forward)
+        for indices, forward in ((before, len(before) // 2), (after, len(after) // 3))
     )
     for fresh in (0.0, 2.5):
         run = library.compile(
@@ -62,20 +69,14 @@ def test_migrate_keeps_the_bits_of_survivors(
 
 
 def test_migrate_takes_an_array_for_what_enters(library: Library) -> None:
-    old, new = (
-        Support(library.asarray(np.asarray(indices)), library.asarray(np.zeros(3, dtype=bool)))
-        for indices in ([0, 2, 5], [2, 3, 5])
-    )
+    old, new = (make_support(library, indices, 0) for indices in ([0, 2, 5], [2, 3, 5]))
     entry = library.asarray(np.asarray([1, 2, 3], dtype=np.float32))
     fresh = library.asarray(np.asarray([7, 8, 9], dtype=np.float32))
     assert to_numpy(topkast.migrate(entry, old, new, fresh=fresh)).tolist() == [2, 8, 3]
 
 
 def test_migrate_keeps_integers_and_flags(library: Library) -> None:
-    old, new = (
-        Support(library.asarray(np.asarray(indices)), library.asarray(np.zeros(2, dtype=bool)))
-        for indices in ([0, 300], [300, 301])
-    )
+    old, new = (make_support(library, indices, 2) for indices in ([0, 300], [300, 301]))
     counts = library.asarray(np.asarray([1, 2**31 - 1], dtype=np.int32))
     assert to_numpy(topkast.migrate(counts, old, new)).tolist() == [2**31 - 1, 0]
     flags = library.asarray(np.asarray([False, True]))

@@ -51,8 +51,7 @@ def test_bytes_held_by_torch_are_those_of_its_tensors() -> None:
     (row,) = topkast.summary(optimizer).tensors
     inner = 4 + 2 * 4 * 1000  # Adam's step, and two moments of |B| = 1000 float32
     own = 2 * 4 * 1000 + 4 * 5000  # values, their gradient, θ
-    # B, flags, A twice, penalty weights, ages
-    index = 8 * 1000 + 1000 + 8 * 500 + 8 * 500 + 4 * 1000 + 2 * 1000
+    index = 4 * 1000 + 2 * 1000  # B, ages
     assert row.held_bytes == inner + own + index
 
 
@@ -61,7 +60,7 @@ def test_bytes_held_by_a_functional_state(library: Library) -> None:
     state = topkast.wrap_optimizer(topkast.Adam(), fwd=0.9, bwd=0.8).init(params)
     (row,) = topkast.summary(state, params).tensors
     index = to_numpy(state.supports["w"].indices).itemsize
-    assert row.held_bytes == 20 * (4 + 4 + index + 1 + 2)  # moments, index, flag, age
+    assert row.held_bytes == 20 * (4 + 4 + index + 2)  # moments, index, age
 
 
 def test_inspecting_changes_nothing() -> None:

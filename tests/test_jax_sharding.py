@@ -94,7 +94,7 @@ class TestSpread:
             params = spread(make_params(), mesh, spec)
             for state in (tx.init(params), run(tx, params, tx.init, jax.jit)[1]):
                 support, moments = state.supports["w"], optax.tree.get(state, "mu")
-                for array in (support.indices, support.active, moments["w"]):
+                for array in (support.indices, moments["w"]):
                     assert is_cut(array)
                 assert is_cut(moments["b"]) == is_cut(params["b"])
             moved, state = run(tx, params, tx.init, jax.jit)

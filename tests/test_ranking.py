@@ -25,9 +25,8 @@ SHAPE = (40, 50)
 
 
 def masks_of(support: Any, shape: tuple[int, ...]) -> Masks:
-    indices, active = map(host, support)
     both = np.zeros((2, int(np.prod(shape))), bool)
-    both[0, indices[active]] = both[1, indices] = True
+    both[0, host(support.active)] = both[1, host(support.indices)] = True
     return Masks(*(mask.reshape(shape) for mask in both))
 
 
@@ -411,7 +410,7 @@ class TestComplex:
         run = any_library.compile(lambda one: topkast.select(one, fwd=0.75, bwd=0.5))
         support = run(any_library.asarray(theta))
         assert host(support.indices).tolist() == [0, 1]
-        assert host(support.active).tolist() == [True, False]
+        assert support.forward == 1
 
 
 class TestRules:

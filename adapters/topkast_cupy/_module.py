@@ -12,7 +12,7 @@ MOST_BINS = 2048  # of a histogram
 
 
 class Module(Protocol):
-    """The kernels of kernels.cu, compiled for weights of so many bits."""
+    """The kernels of kernels.cu, compiled for weights and indices of so many bits."""
 
     def launch(self, name: str, blocks: int, *arguments: Any) -> None:
         """Start a kernel on so many blocks. Arguments are arrays, 0-d arrays, int, float, None."""
@@ -23,19 +23,26 @@ def source() -> str:
     return (files("topkast_cupy") / "kernels.cu").read_text()
 
 
-def options(bits: int) -> list[str]:
-    """What the compiler is told, for weights of so many bits."""
-    sizes = {"VALUE_BITS": bits, "THREADS": THREADS, "TILE": TILE, "MOST_BINS": MOST_BINS}
+def options(bits: int, index_bits: int = 32) -> list[str]:
+    """What the compiler is told, for weights and indices of so many bits."""
+    sizes = {
+        "VALUE_BITS": bits,
+        "INDEX_BITS": index_bits,
+        "THREADS": THREADS,
+        "TILE": TILE,
+        "MOST_BINS": MOST_BINS,
+    }
     return [f"-D{name}={size}" for name, size in sizes.items()]
 
 
 class CudaModule:
     """Compiled by NVRTC at the first launch, and once for each device."""
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, index_bits: int) -> None:
         import cupy
 
-        self._module = cupy.RawModule(code=source(), options=("--std=c++17", *options(bits)))
+        told = ("--std=c++17", *options(bits, index_bits))
+        self._module = cupy.RawModule(code=source(), options=told)
 
     def launch(self, name: str, blocks: int, *arguments: Any) -> None:
         given = tuple(0 if argument is None else argument for argument in arguments)
@@ -86,6 +93,6 @@ def _broken(error: ImportError) -> str:
 
 
 @functools.cache
-def cuda_module(bits: int) -> CudaModule:
-    """The kernels for weights of so many bits."""
-    return CudaModule(bits)
+def cuda_module(bits: int, index_bits: int) -> CudaModule:
+    """The kernels for weights and indices of so many bits."""
+    return CudaModule(bits, index_bits)

@@ -27,6 +27,7 @@ from topkast._state import Arrays, TopKASTState
 from topkast_cupy._module import MOST_BINS, THREADS, TILE, Module, cuda_module
 
 _MOST_BLOCKS = 2048  # of kernels whose threads stride over all entries
+_WIDE = 1 << 31  # entries, from which on indices have 64 bits
 _PER_THREAD = 8  # entries that such a thread should have at least
 
 # Bits of a magnitude by those of a number, cut into digits: the highest first.
@@ -49,12 +50,14 @@ class FastPaths:
     xp
         The library: CuPy, or NumPy in tests, where `module` runs the kernels on the host.
     module
-        From bits of a number to the kernels for it.
+        From the bits of a number and of an index to the kernels for them.
     device
         Says where arrays are made at the moment.
     """
 
-    def __init__(self, xp: Any, module: Callable[[int], Module], device: Callable[[], Any]) -> None:
+    def __init__(
+        self, xp: Any, module: Callable[[int, int], Module], device: Callable[[], Any]
+    ) -> None:
         self.xp, self._module, self._device = xp, module, device
 
     def check(self, name: str, array: Array) -> None:
@@ -80,10 +83,7 @@ class FastPaths:
             flags = self._break_ties(flat, state, int(equal[-1]), ranks)
             indices = self.true_indices(flags, count)
         else:
-            indices = self.xp.empty(count, dtype=np.int64)
-            self._launch(
-                "collect", flat, tiles, flat, flat.size, state, above, equal, indices, None
-            )
+            indices = self._collect(flat, count, state, above, equal, tiles)
         return indices, flat.take(indices)
 
     def largest_flags(self, flat: Array, count: int, ranks: Ranks) -> Array:
@@ -97,11 +97,9 @@ class FastPaths:
     def true_indices(self, mask: Array, count: int) -> Array:
         """Ascending indices of the `count` true entries of a mask (n,)."""
         mask = self.xp.ascontiguousarray(mask)
-        indices = self.xp.empty(count, dtype=np.int64)
         state = self.xp.zeros(3, dtype=np.int64)  # all that is above zero, and none at it
         above, equal, tiles = self._tally(mask, state)
-        self._launch("collect", mask, tiles, mask, mask.size, state, above, equal, indices, None)
-        return indices
+        return self._collect(mask, count, state, above, equal, tiles)
 
     def put(self, flat: Array, indices: Array, values: Array) -> None:
         """Write `values` (k,) at `indices` into the vector `flat`, in place."""
@@ -109,8 +107,10 @@ class FastPaths:
             flat[indices] = self.xp.reshape(values, (-1,))
             return
         values = self.xp.ascontiguousarray(values, dtype=flat.dtype)
-        indices = self.xp.ascontiguousarray(indices, dtype=np.int64)
-        self._stride("scatter", flat, len(indices), indices, values, len(indices), flat)
+        indices = self.xp.ascontiguousarray(indices, dtype=_index_dtype(flat.size))
+        self._stride(
+            "scatter", flat, len(indices), indices, values, len(indices), flat, wide=_is_wide(flat)
+        )
 
     def step(
         self,
@@ -151,10 +151,10 @@ class FastPaths:
             self._stride(
                 kernel,
                 flat,
-                len(support.indices),
-                self.xp.ascontiguousarray(support.indices, dtype=np.int64),
-                support.active,
-                len(support.indices),
+                support.backward,
+                self.xp.ascontiguousarray(support.indices, dtype=_index_dtype(flat.size)),
+                support.forward,
+                support.backward,
                 options.penalty,
                 options.penalty / float(ranked.density),
                 int(options.penalty_kind == "l1"),
@@ -163,6 +163,7 @@ class FastPaths:
                 self.xp.ascontiguousarray(ranked.flatten(grads), dtype=flat.dtype),
                 *entries,
                 *numbers,
+                wide=_is_wide(flat),
             )
             moved |= ranked.unflatten(flat)
         return {name: moved[name] for name in params}, inner, ages
@@ -228,6 +229,15 @@ class FastPaths:
         self._launch("count", keys, tiles, keys, keys.size, state, above, equal)
         return above.cumsum(), equal.cumsum(), tiles
 
+    def _collect(
+        self, keys: Array, count: int, state: Array, above: Array, equal: Array, tiles: int
+    ) -> Array:
+        """Ascending indices of the `count` entries above a threshold, and of the first at it."""
+        indices = self.xp.empty(count, dtype=_index_dtype(keys.size))
+        arguments = keys, keys.size, state, above, equal, indices, None
+        self._launch("collect", keys, tiles, *arguments, wide=_is_wide(keys))
+        return indices
+
     def _flags(self, keys: Array, state: Array, room: int) -> Array:
         """Flags of the entries above a threshold, and of the first `room` at it."""
         state = state.copy()
@@ -247,14 +257,29 @@ class FastPaths:
         flags[positions] = self._flags(order, of_ranks, 1)
         return flags
 
-    def _stride(self, name: str, like: Array, entries: int, *arguments: Any) -> None:
+    def _stride(
+        self, name: str, like: Array, entries: int, *arguments: Any, wide: bool = False
+    ) -> None:
         """Launch a kernel whose threads stride over so many entries."""
         blocks = min(_MOST_BLOCKS, math.ceil(entries / (THREADS * _PER_THREAD)))
-        self._launch(name, like, max(1, blocks), *arguments)
+        self._launch(name, like, max(1, blocks), *arguments, wide=wide)
 
-    def _launch(self, name: str, like: Array, blocks: int, *arguments: Any) -> None:
+    def _launch(
+        self, name: str, like: Array, blocks: int, *arguments: Any, wide: bool = False
+    ) -> None:
         self._check_device("an array", like)
-        self._module(8 * like.itemsize).launch(name, blocks, *arguments)
+        module = self._module(8 * like.itemsize, 64 if wide else 32)
+        module.launch(name, blocks, *arguments)
+
+
+def _is_wide(flat: Array) -> bool:
+    """Whether flat indices into a vector need 64 bits."""
+    wide: bool = flat.size >= _WIDE
+    return wide
+
+
+def _index_dtype(size: int) -> Any:
+    return np.int64 if size >= _WIDE else np.int32
 
 
 def _as_floats(keys: Array) -> Array:

@@ -1,12 +1,19 @@
 // Selection by magnitude and update of weights on B, for NVRTC: no header is needed.
 //
 // VALUE_BITS says what a weight is: 16 (IEEE half), 32 (float), 64 (double), or 8 for a mask.
+// INDEX_BITS is the width of flat indices: 32, or 64 for tensors of 2^31 entries and more.
 // Non-negative floats order as their bit patterns do, so that selection works on integers and never
 // does arithmetic on weights. NumPy versions of these passes, for tests without a GPU, are in
 // tests/cuda_passes.py; keep the two alike. All scalars have 64 bits, as Python's have.
 
 typedef long long int64;
 typedef unsigned long long uint64;
+
+#if INDEX_BITS == 64
+typedef int64 Index;
+#else
+typedef int Index;
+#endif
 
 #if VALUE_BITS == 64
 typedef uint64 Key;
@@ -130,7 +137,7 @@ extern "C" __global__ void count(
 // the first. `above` and `ties` are running sums over the tiles.
 extern "C" __global__ void collect(
     const Key* values, int64 size, const State* state, const int64* above, const int64* ties,
-    int64* indices, unsigned char* flags
+    Index* indices, unsigned char* flags
 ) {
     __shared__ unsigned int warps_above[THREADS / WARP], warps_ties[THREADS / WARP];
     Key threshold = (Key)state->key;
@@ -163,15 +170,15 @@ extern "C" __global__ void collect(
             }
         }
         bool chosen = is_above || (is_tie && my_ties < room);
-        if (chosen && indices) indices[my_above + (my_ties < room ? my_ties : room)] = i;
+        if (chosen && indices) indices[my_above + (my_ties < room ? my_ties : room)] = (Index)i;
         if (inside && flags) flags[i] = chosen;
         __syncthreads();
     }
 }
 
-// Values (count,) at ascending indices into a vector.
+// Values (count,) at indices into a vector.
 extern "C" __global__ void scatter(
-    const int64* indices, const Key* values, int64 count, Key* out
+    const Index* indices, const Key* values, int64 count, Key* out
 ) {
     int64 step = (int64)gridDim.x * blockDim.x;
     for (int64 k = (int64)blockIdx.x * blockDim.x + threadIdx.x; k < count; k += step)
@@ -231,11 +238,11 @@ __device__ inline Entry read(
 }
 
 // The rules read and write params (a copy) and read gradients, both dense, at the indices of B; state
-// is on B, old and new. B is `count` indices and which of them are active; unless `exploring`, what is
-// not active stays where it is.
+// is on B, old and new. B is `count` indices, of which the first `forward` are active; unless
+// `exploring`, what is not active stays where it is.
 extern "C" __global__ void sgd(
-    const int64* indices, const unsigned char* active, int64 count, double on_active,
-    double on_inactive, int64 l1, int64 exploring, Value* params, const Value* gradients,
+    const Index* indices, int64 forward, int64 count, double on_active, double on_inactive, int64 l1,
+    int64 exploring, Value* params, const Value* gradients,
     const Value* velocity, Value* new_velocity, const double* lr, double momentum, int64 nesterov,
     double decay
 ) {
@@ -244,7 +251,7 @@ extern "C" __global__ void sgd(
     for (int64 k = (int64)blockIdx.x * blockDim.x + threadIdx.x; k < count; k += step) {
         int64 i = indices[k];
         Entry entry =
-            read(params[i], gradients[i], active[k], on_active, on_inactive, l1, exploring);
+            read(params[i], gradients[i], k < forward, on_active, on_inactive, l1, exploring);
         Real slope = entry.slope + (Real)decay * entry.value;
         if (velocity) {
             Real moved = load(velocity[k]) * factor + slope;
@@ -259,11 +266,11 @@ extern "C" __global__ void sgd(
 // displacement of entries whose age is below `limit` is scaled by factors[age + 1] over the factor of
 // the number of updates; those of others keep their bits.
 extern "C" __global__ void adam(
-    const int64* indices, const unsigned char* active, int64 count, double on_active,
-    double on_inactive, int64 l1, int64 exploring, Value* params, const Value* gradients,
+    const Index* indices, int64 forward, int64 count, double on_active, double on_inactive, int64 l1,
+    int64 exploring, Value* params, const Value* gradients,
     const Value* mean, Value* new_mean, const Value* square, Value* new_square, const short* ages,
-    int64 limit, const double* factors, const double* factor, const double* lr, const double* scale, const double* root, double beta1, double beta2, double eps, double decay,
-    int64 decoupled
+    int64 limit, const double* factors, const double* factor, const double* lr, const double* scale,
+    const double* root, double beta1, double beta2, double eps, double decay, int64 decoupled
 ) {
     int64 step = (int64)gridDim.x * blockDim.x;
     Real first = (Real)beta1, second = (Real)beta2;
@@ -272,7 +279,7 @@ extern "C" __global__ void adam(
     for (int64 k = (int64)blockIdx.x * blockDim.x + threadIdx.x; k < count; k += step) {
         int64 i = indices[k];
         Entry entry =
-            read(params[i], gradients[i], active[k], on_active, on_inactive, l1, exploring);
+            read(params[i], gradients[i], k < forward, on_active, on_inactive, l1, exploring);
         Real slope = decoupled ? entry.slope : entry.slope + (Real)decay * entry.value;
         Real average = load(mean[k]) * first + slope * other_first;
         Real spread = load(square[k]) * second + slope * slope * other_second;

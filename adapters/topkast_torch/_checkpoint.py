@@ -26,7 +26,7 @@ from topkast_torch._inner_state import decode, encode, entries_of, map_tree
 from topkast_torch._learn_layout import first_writes
 from topkast_torch._seat import clear_state
 
-VERSION = 2
+VERSION = 3
 OWN = "topkast"  # the key of what Top-KAST adds
 
 _OF_A_GROUP = ("params", "param_names", OWN)
@@ -129,7 +129,8 @@ def _save_execution(execution: Execution) -> dict[str, dict[str, Any]]:
     }
     first, *others = ranked.shapes
     shared = saved[first]
-    shared["indices"], shared["active"] = (one.clone() for one in execution.support)
+    shared["indices"] = execution.support.indices.clone()
+    shared["active_count"] = execution.support.forward
     shared["steps"] = execution.steps
     if execution.young is not None:
         shared["ages"] = execution.young.current().clone()
@@ -329,15 +330,15 @@ def _check_sets(execution: Execution, owns: Mapping[str, Any]) -> _Sets:
         if not torch.isfinite(own["params"]).all():
             raise StateDictError(f"{name}: a saved weight is NaN or infinite")
     shared = owns[next(iter(ranked.shapes))]
-    indices, active, count = shared["indices"], shared["active"], ranked.backward
-    _expect(f"indices of B of {key}", ((count,), torch.int64), _type_of(indices))
-    _expect(f"flags of A of {key}", ((count,), torch.bool), _type_of(active))
-    _expect(f"|A| of {key}", ranked.forward, int(active.sum()))
-    rising = bool((indices[1:] > indices[:-1]).all())
-    if count and (not rising or int(indices[0]) < 0 or int(indices[-1]) >= ranked.size):
-        raise StateDictError(
-            f"{key}: the indices of B must ascend, without repetition, in [0, {ranked.size})"
-        )
+    indices, count = shared["indices"], ranked.backward
+    own = ((count,), execution.support.indices.dtype)
+    _expect(f"indices of B of {key}", own, _type_of(indices))
+    _expect(f"|A| of {key}", ranked.forward, shared["active_count"])
+    support = Support(indices.to(device, copy=True), ranked.forward)
+    try:
+        support.check(ranked.size, f"{key}: the state dict")
+    except MismatchError as error:
+        raise StateDictError(str(error)) from None
     ages = None
     if execution.young is not None:
         _expect(f"ages of {key}", ((count,), torch.int16), _type_of(shared["ages"]))
@@ -346,7 +347,7 @@ def _check_sets(execution: Execution, owns: Mapping[str, Any]) -> _Sets:
     if not all(isinstance(count, int) and count >= 0 for count in (*counts, steps)):
         raise StateDictError(f"{key}: mask change and steps must be integers >= 0")
     return _Sets(
-        Support(indices.to(device, copy=True), active.to(device, copy=True)),
+        support,
         torch.tensor(counts, dtype=torch.int32, device=device),
         torch.cat([own["params"].reshape(-1).to(device) for own in owns.values()]),
         steps,

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import fold, pad, unfold
@@ -88,11 +89,11 @@ def make_convolution(
 
 
 class _Distances(NamedTuple):
-    """The three layouts, for images of one size."""
+    """The layouts of the three products, for images of one size."""
 
     forward: Any
     transposed: Any
-    backward: Any
+    backward: list[Any]
 
 
 class _OnPlanes:
@@ -101,20 +102,25 @@ class _OnPlanes:
     def __init__(self, entries: Entries, find: Callable[[], Entries], window: Window) -> None:
         from topkast.kernels import arrange
 
-        self._find, (rows, columns, active, shape) = find, entries
+        self._find, shape = find, entries.shape
         self._window = window
         self._rows, self._channels = shape[0], shape[1] // math.prod(window.size)
         grid = _grid(window.span, window._replace(margins=((0, 0), (0, 0))), 1, 1)
-        row, column, place = (narrow(tensor).numpy() for tensor in (rows, columns, active))
-        everywhere = torch.arange(len(row), dtype=torch.int32, device="cpu").numpy()
+        row, column = (narrow(tensor).numpy() for tensor in (entries.rows, entries.columns))
+        place = np.arange(len(row), dtype=np.int32)
+        active, _ = entries.parts
+        across, down, there = row[active], column[active], place[active]
         self._planes = self._channels * grid.planes
         turned = self._planes, self._rows * math.prod(window.size)
         # Of A, threads share the places, and all rows can be one chunk; of B they share the rows.
         fewer = max(1, min(32, self._rows // torch.get_num_threads()))
-        self._forward = arrange(row[place], column[place], place, shape=shape, most_rows=256)
-        plane, opposite = grid.transpose(row[place], column[place])
-        self._transposed = arrange(plane, opposite, place, shape=turned, most_rows=256)
-        self._backward = arrange(row, column, everywhere, shape=shape, runs=True, most_rows=fewer)
+        self._forward = arrange(across, down, there, shape=shape, most_rows=256)
+        plane, opposite = grid.transpose(across, down)
+        self._transposed = arrange(plane, opposite, there, shape=turned, most_rows=256)
+        self._backward = [
+            arrange(row[part], column[part], place[part], shape=shape, runs=True, most_rows=fewer)
+            for part in entries.parts
+        ]
         self._orders = [
             torch.from_numpy(layout.order) for layout in (self._forward, self._transposed)
         ]
@@ -168,22 +174,27 @@ class _OnPlanes:
         from topkast.kernels import sampled_correlation
 
         grid = self._grid_of(shape, slope.dtype)
-        sampled_correlation(
-            self._at(grid).backward,
-            slope.numpy(),
-            packed.numpy(),
-            out.numpy(),
-            places=grid.count,
-            lead=grid.reach,
-        )
+        for shifted in self._at(grid).backward:
+            sampled_correlation(
+                shifted,
+                slope.numpy(),
+                packed.numpy(),
+                out.numpy(),
+                places=grid.count,
+                lead=grid.reach,
+            )
 
     def on_backward_set(self) -> Convolution:
-        return _Unfolded(self._find().all_active(), self._find, self._window)
+        return _Unfolded(self._find(), self._find, self._window, everywhere=True)
 
     @property
     def nbytes(self) -> int:
-        layouts = self._forward, self._transposed, self._backward
-        shifts = [part.shifts for found in self._distances.values() for part in found]
+        layouts = self._forward, self._transposed, *self._backward
+        shifts = [
+            part.shifts
+            for found in self._distances.values()
+            for part in (found.forward, found.transposed, *found.backward)
+        ]
         return sum(part.nbytes for part in (*layouts, *shifts))
 
     def _grid_of(self, shape: torch.Size, dtype: torch.dtype) -> Any:
@@ -201,7 +212,7 @@ class _OnPlanes:
             found = _Distances(
                 shift(self._forward, seen),
                 shift(self._transposed, seeing),
-                shift(self._backward, seen),
+                [shift(layout, seen) for layout in self._backward],
             )
             for oldest in list(self._distances)[: 1 - _SIZES]:
                 self._distances.pop(oldest, None)
@@ -226,9 +237,16 @@ def _planes(images: Tensor, grid: Any, planes: int, length: int) -> Tensor:
 class _Unfolded:
     """By products with images unfolded, a few at a time."""
 
-    def __init__(self, entries: Entries, find: Callable[[], Entries], window: Window) -> None:
+    def __init__(
+        self,
+        entries: Entries,
+        find: Callable[[], Entries],
+        window: Window,
+        *,
+        everywhere: bool = False,
+    ) -> None:
         self._find = find
-        self._products = TorchProducts(entries, find)
+        self._products = TorchProducts(entries, find, everywhere=everywhere)
         self._window = window
         self._options = {"dilation": window.dilation, "stride": window.stride}
 
@@ -273,7 +291,7 @@ class _Unfolded:
             out += some
 
     def on_backward_set(self) -> Convolution:
-        return _Unfolded(self._find().all_active(), self._find, self._window)
+        return _Unfolded(self._find(), self._find, self._window, everywhere=True)
 
     @property
     def nbytes(self) -> int:

@@ -13,10 +13,9 @@ from torch.nn import Parameter
 
 from topkast import Support
 from topkast._age import settled_ages
-from topkast._compact import Migration
-from topkast._exploration import exploration_weights
 from topkast._options import Options
 from topkast._probe import Traits
+from topkast._support import Migration
 from topkast._tensors import RankedTensors, Refresh
 from topkast.methods._chosen import method_of
 from topkast_torch._fresh import name_of
@@ -53,7 +52,6 @@ class Execution(ABC):
     # Changed by a refresh
     support: Support
     changed: Tensor  # entries new to A, by member
-    weights: Tensor  # of the exploration penalty
     young: Young | None
     # Changed by a step
     exploring: bool  # whether B∖A is still updated
@@ -69,7 +67,6 @@ class Execution(ABC):
         self.young = None
         if habits.needs_ages:
             self.young = Young(settled_ages(self.support.indices), habits)
-        self.update_penalty()
 
     def option(self, group: Mapping[str, Any], name: str) -> Any:
         """The value of a group's option for these tensors."""
@@ -124,7 +121,7 @@ class Execution(ABC):
 
     @abstractmethod
     def held_tensors(self) -> list[Tensor]:
-        """What is held besides values, θ, the support and the penalty's weights."""
+        """What is held besides values, θ and the support."""
 
     def set_exploring(self, until: int | None, updates: int) -> None:
         """Whether the next update, after some number of them, still moves B∖A."""
@@ -143,7 +140,7 @@ class Execution(ABC):
             gradient = buffer
         self.values.grad = gradient.view(self.ranked.compact_shape)
         if not self.exploring:
-            self._frozen = self.values.detach().clone()
+            self._frozen = self._exploring_values().clone()
         if self.young is not None:
             self.young.before_step(inner, group, self.values)
 
@@ -152,14 +149,19 @@ class Execution(ABC):
         return bool(group["maximize"]) if "maximize" in group else self.habits.traits.ascends
 
     def _add_penalty(self, gradient: Tensor, out: Tensor, penalty: float, kind: str) -> None:
-        values = self.values.detach().view(-1)
+        values, split = self.values.detach().view(-1), self.support.forward
         if penalty:
             direction = values if kind == "l2" else torch.sgn(values)
-            torch.addcmul(gradient, self.weights, direction, value=penalty, out=out)
+            both = (slice(split), penalty), (slice(split, None), penalty / self.ranked.density)
+            for part, factor in both:
+                torch.add(gradient[part], direction[part], alpha=factor, out=out[part])
         elif out is not gradient:
             out.copy_(gradient)
         if not self.exploring:
-            out.masked_fill_(~self.support.active, 0)
+            out[split:].zero_()
+
+    def _exploring_values(self) -> Tensor:
+        return self.values.detach().view(-1)[self.support.forward :]
 
     def finish_step(
         self, inner: torch.optim.Optimizer, group: Mapping[str, Any], *, stepped: bool
@@ -169,9 +171,7 @@ class Execution(ABC):
             if self.young is not None and stepped:
                 self.young.after_step(inner, group, self.values, self.steps)
             if not self.exploring:
-                values = self.values.detach()
-                active = self.support.active.view(values.shape)
-                values.copy_(torch.where(active, values, self._frozen))
+                self._exploring_values().copy_(self._frozen)
             self.write_forward_view()
         self.restore_gradient()
 
@@ -182,16 +182,22 @@ class Execution(ABC):
             if self.young is not None:
                 self.young.count_step()
 
-    def member_ranges(self) -> list[tuple[int, int]]:
-        """The range of each member's entries in the compact vector."""
-        indices = self.support.indices
-        starts = [start for start, _ in self.ranked.bounds.values()]
-        edges = torch.searchsorted(indices, torch.tensor(starts, device=indices.device)).tolist()
-        return list(zip(edges, [*edges[1:], len(indices)], strict=True))
+    def member_parts(self) -> dict[str, tuple[slice, slice]]:
+        """Where each member's entries of A and of B∖A are in the compact vector."""
+        device = self.support.indices.device
+        starts = torch.tensor([start for start, _ in self.ranked.bounds.values()], device=device)
+        ranges = []
+        for part, first in (
+            (self.support.active, 0),
+            (self.support.exploring, self.support.forward),
+        ):
+            edges = (torch.searchsorted(part, starts.to(part.dtype)) + first).tolist()
+            ranges.append(map(slice, edges, [*edges[1:], first + len(part)]))
+        return dict(zip(self.ranked.shapes, zip(*ranges, strict=True), strict=True))
 
     def theta(self) -> Tensor:
         """All weights as one vector: the reservoir, brought up to date."""
-        self.reservoir.index_copy_(0, self.support.indices, self.values.detach().view(-1))
+        self.reservoir.index_copy_(0, self.support.indices.long(), self.values.detach().view(-1))
         return self.reservoir
 
     def choose(self, options: Options, updates: int) -> Refresh:
@@ -222,19 +228,12 @@ class Execution(ABC):
         if theta is not self.reservoir:
             self.reservoir.copy_(theta)
         self.values.detach().view(-1).copy_(self.reservoir.index_select(0, support.indices))
-        self.update_penalty()
         self.update_positions()
         self.write_forward_view(everywhere=True)
 
-    def update_penalty(self) -> None:
-        """Weights of the exploration penalty for the present support."""
-        self.weights = exploration_weights(
-            self.support, density=self.ranked.density, dtype=self.values.dtype
-        )
-
     def held_bytes(self, entries: list[Tensor]) -> int:
         """Bytes of values, gradient, the inner optimizer's entries, indices, ages and θ."""
-        own = [self.values, self.reservoir, *self.support, self.weights]
+        own = [self.values, self.reservoir, self.support.indices]
         if self.young is not None:
             own.append(self.young.ages)
         return sum(tensor.nbytes for tensor in (*own, *self.held_tensors(), *entries))

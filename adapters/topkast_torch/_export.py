@@ -72,14 +72,13 @@ def save_forward(model: nn.Module, path: str | PathLike[str]) -> None:
                 tensors[name] = tensor.detach().contiguous()
     shapes = {}
     for name, layer in layers.items():
-        weight, size = _join(name, "weight"), math.prod(layer.weight_shape)
+        weight = _join(name, "weight")
         if id(layer) in first:
             same[weight] = first[id(layer)]
             continue
         first[id(layer)] = weight
-        indices = layer.indices[layer.active]
-        tensors[weight + ".values"] = layer.values.detach().view(-1)[layer.active]
-        tensors[weight + ".indices"] = indices.int() if size < 1 << 31 else indices
+        tensors[weight + ".values"] = layer.values.detach().view(-1)[: layer.active_count].clone()
+        tensors[weight + ".indices"] = layer.support.active.clone()
         shapes[weight] = list(layer.weight_shape)
     metadata = {"format": _FORMAT, "shapes": json.dumps(shapes), "same": json.dumps(same)}
     save_file(tensors, path, metadata=metadata)

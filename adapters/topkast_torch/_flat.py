@@ -14,7 +14,7 @@ class Flat:
     """
 
     def __init__(self, c_order: Tensor) -> None:
-        self.c_order = c_order  # int64
+        self.c_order = c_order  # int32 or int64
         self._memory: dict[tuple[int, ...], Tensor] = {}  # offsets in memory, by strides
 
     def __len__(self) -> int:
@@ -32,11 +32,11 @@ class Flat:
     def put(self, tensor: Tensor, values: Tensor) -> None:
         """Write the entries (k,)."""
         memory, indices = self._view(tensor)
-        memory.index_copy_(0, indices, values)
+        memory.index_copy_(0, indices.long(), values)  # which takes no int32
 
-    def held(self, shared: bool = False) -> list[Tensor]:
-        """What is kept, without `c_order` where it is `shared`."""
-        return [*([] if shared else [self.c_order]), *self._memory.values()]
+    def held(self) -> list[Tensor]:
+        """What is kept."""
+        return [self.c_order, *self._memory.values()]
 
     def _view(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """The memory of a tensor as a vector, and where in it the entries are."""

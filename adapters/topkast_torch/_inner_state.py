@@ -19,7 +19,7 @@ from torch import Tensor
 
 from topkast import MismatchError, UnsupportedOptimizerError
 from topkast._age import SETTLED
-from topkast._compact import Migration
+from topkast._support import Migration
 
 Path: TypeAlias = tuple[Hashable, ...]
 Shape: TypeAlias = tuple[int, ...]
@@ -259,22 +259,17 @@ def join(parts: Sequence[Any], layout: Layout, compact: Shape) -> Any:
     return map_tree(together, parts[0])
 
 
-def split(
-    kept: Any, layout: Layout, compact: Shape, bounds: Sequence[tuple[int, int]]
-) -> list[Any]:
-    """The inverse of :func:`join`: entries of the weights in each range of positions, copied."""
+def take(kept: Any, layout: Layout, compact: Shape, positions: Tensor) -> Any:
+    """Entries of the weights at some positions (k,) of a compact vector, copied."""
 
-    def part(first: int, last: int) -> Any:
-        def take(path: Path, leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            if path in layout.specs:
-                return leaf.narrow(layout.specs[path].axis(compact), first, last - first).clone()
-            return leaf.clone()
+    def copied(path: Path, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if path in layout.specs:
+            return leaf.index_select(layout.specs[path].axis(compact), positions.to(leaf.device))
+        return leaf.clone()
 
-        return map_tree(take, kept)
-
-    return [part(first, last) for first, last in bounds]
+    return map_tree(copied, kept)
 
 
 def _leaves(tree: Any) -> Iterator[Any]:
@@ -305,7 +300,7 @@ def expand(
         dense = entry.new_empty(sizes)
         everywhere = torch.arange(theta.numel(), device=theta.device)
         dense = _start(layout, path, dense, axis, theta, everywhere).clone()
-        dense.index_copy_(axis, indices, entry)
+        dense.index_copy_(axis, indices.long(), entry)
         return spec.reshape(dense, row, tuple(theta.shape))
 
     return map_tree(spread, kept)

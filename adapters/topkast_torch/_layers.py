@@ -185,5 +185,4 @@ class SparseConv2d(SparseLayer):
 
 def _describe(layer: SparseLayer) -> str:
     size = max(math.prod(layer.weight_shape), 1)
-    forward = int(layer.active.sum())
-    return f"fwd={1 - forward / size:.4g}, bwd={1 - layer.values.numel() / size:.4g}"
+    return f"fwd={1 - layer.active_count / size:.4g}, bwd={1 - layer.values.numel() / size:.4g}"

@@ -25,13 +25,11 @@ Stamp = tuple[int, int, int]
 
 @dataclass
 class Member:
-    """One tensor: where its entries of B and A are, in it and in the compact vector."""
+    """One tensor: where its entries of A and of B∖A are, in the compact vector and in it."""
 
     param: Parameter
-    first: int  # its entries of B are first:last of the compact vector
-    last: int
-    backward: Flat  # of B in the tensor
-    forward: Flat  # of A
+    parts: tuple[slice, slice]  # of the compact vector
+    places: tuple[Flat, Flat]  # of the tensor
     written: Stamp = (-1, -1, -1)  # of the parameter after our last write to it
     restricted: Stamp = (-1, -1, -1)  # of its gradient after we restricted it
 
@@ -46,7 +44,6 @@ class MaskedExecution(Execution):
     gradient: Tensor  # (|B|,)
     # Changed by a refresh
     members: dict[str, Member]
-    active_positions: Tensor  # of A in the compact vector
 
     def __init__(
         self,
@@ -63,9 +60,8 @@ class MaskedExecution(Execution):
             {name: param.detach() for name, param in self._params.items()}
         ).clone()
         self.support = ranked.select(self.reservoir, options.for_tensor(ranked.key))
-        self.values = Parameter(
-            self.reservoir[self.support.indices].reshape(ranked.compact_shape), requires_grad=True
-        )
+        values = self.reservoir.index_select(0, self.support.indices)
+        self.values = Parameter(values.reshape(ranked.compact_shape), requires_grad=True)
         self.gradient = torch.empty_like(self.values).detach().view(-1)
         self._hooks: dict[str, RemovableHandle] = {}
         self._replaced: list[str] = []
@@ -117,18 +113,12 @@ class MaskedExecution(Execution):
                 "load_state_dict(assign=True): what this optimizer trains is not what the model "
                 "computes with. Load without assign, or build and wrap an optimizer afterwards"
             )
-        start = 0
+        values = self.values.detach().view(-1)
         for name, member in self.members.items():
-            stop = start + len(member.forward)
             if _stamp(member.param) != member.written:
                 self._check_write(name, member)
             # What is written through `param.data` or NumPy leaves no stamp: so always.
-            self._take_write(member, self.active_positions[start:stop])
-            start = stop
-
-    def _take_write(self, member: Member, positions: Tensor) -> None:
-        current = member.forward.gather(member.param.detach())
-        self.values.detach().view(-1).index_copy_(0, positions, current)
+            member.places[0].gather(member.param.detach(), out=values[member.parts[0]])
 
     def _check_write(self, name: str, member: Member) -> None:
         if (member.param.device, member.param.dtype) != (self.values.device, self.values.dtype):
@@ -137,7 +127,7 @@ class MaskedExecution(Execution):
                 f"{self.values.dtype} on {self.values.device} when the optimizer was wrapped: "
                 "convert and move the model before building its optimizer"
             )
-        current = member.forward.gather(member.param.detach())
+        current = member.places[0].gather(member.param.detach())
         if torch.count_nonzero(member.param) > torch.count_nonzero(current):
             raise MismatchError(
                 f"{name} was given nonzero weights outside its forward set, as by "
@@ -150,9 +140,10 @@ class MaskedExecution(Execution):
         if all(member.param.grad is None for member in self.members.values()):
             return None
         for name, member in self.members.items():
-            grad, out = member.param.grad, self.gradient[member.first : member.last]
+            grad = member.param.grad
             if grad is None:
-                out.zero_()
+                for part in member.parts:
+                    self.gradient[part].zero_()
                 continue
             if grad.layout != torch.strided:
                 raise UnsupportedTensorError(
@@ -160,7 +151,8 @@ class MaskedExecution(Execution):
                     "gradient on B from a strided one (for nn.Embedding, sparse=False)"
                 )
             self.restrict_gradient(member)
-            member.backward.gather(grad, out=out)
+            for part, place in zip(member.parts, member.places, strict=True):
+                place.gather(grad, out=self.gradient[part])
         return self.gradient
 
     def restrict_gradient(self, member: Member) -> None:
@@ -168,11 +160,12 @@ class MaskedExecution(Execution):
         grad = member.param.grad
         if grad is None or grad.layout != torch.strided or _stamp(grad) == member.restricted:
             return
-        kept = member.backward if self.exploring else member.forward
-        if len(kept) < grad.numel():
-            values = kept.gather(grad)
+        kept = member.places if self.exploring else member.places[:1]
+        if sum(map(len, kept)) < grad.numel():
+            values = [place.gather(grad) for place in kept]
             grad.zero_()
-            kept.put(grad, values)
+            for place, part in zip(kept, values, strict=True):
+                place.put(grad, part)
         member.restricted = _stamp(grad)
 
     def gradient_buffer(self) -> Tensor:
@@ -182,17 +175,12 @@ class MaskedExecution(Execution):
         pass  # the model's gradients are its own
 
     def write_forward_view(self, *, everywhere: bool = False) -> None:
-        # The gradient has been used: its memory is free to hold the values on A.
-        active = self.gradient[: self.ranked.forward]
-        torch.index_select(self.values.detach().view(-1), 0, self.active_positions, out=active)
-        start = 0
+        values = self.values.detach().view(-1)
         for member in self.members.values():
             param = member.param.detach()
-            stop = start + len(member.forward)
             if everywhere:
                 param.zero_()
-            member.forward.put(param, active[start:stop])
-            start = stop
+            member.places[0].put(param, values[member.parts[0]])
             member.written = _stamp(member.param)
 
     def restrict_state(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -205,7 +193,8 @@ class MaskedExecution(Execution):
             )
         layout, compact = self.habits.layout, self.ranked.compact_shape
         parts = [
-            restrict(states[name], layout, tuple(member.param.shape), member.backward.c_order)
+            restrict(states[name], layout, tuple(member.param.shape), member.places[part].c_order)
+            for part in range(2)
             for name, member in self.members.items()
         ]
         try:
@@ -217,28 +206,25 @@ class MaskedExecution(Execution):
             ) from None
 
     def held_tensors(self) -> list[Tensor]:
-        members = self.members.values()
+        own = self.support.indices.untyped_storage().data_ptr()
         return [
             self.gradient,
-            self.active_positions,
-            *(tensor for member in members for tensor in member.forward.held()),
-            *(tensor for member in members for tensor in member.backward.held(len(members) == 1)),
+            *(
+                tensor
+                for member in self.members.values()
+                for place in member.places
+                for tensor in place.held()
+                if tensor.untyped_storage().data_ptr() != own
+            ),
         ]
 
     def update_positions(self) -> None:
-        indices, active = self.support
-        self.active_positions = torch.nonzero(active).view(-1)
-        forward = indices.index_select(0, self.active_positions)
+        indices, bounds = self.support.indices, self.ranked.bounds
         self.members = {}
-        for name, (start, stop) in self.ranked.bounds.items():
-            edges = torch.tensor([start, stop], device=indices.device)
-            first, last = torch.searchsorted(indices, edges).tolist()
-            head, tail = torch.searchsorted(forward, edges).tolist()
-            backward_, forward_ = indices[first:last], forward[head:tail]
-            if start:
-                backward_, forward_ = backward_ - start, forward_ - start
-            param = self._params[name]
-            self.members[name] = Member(param, first, last, Flat(backward_), Flat(forward_))
+        for name, parts in self.member_parts().items():
+            start, _ = bounds[name]
+            first, second = (indices[part] - start if start else indices[part] for part in parts)
+            self.members[name] = Member(self._params[name], parts, (Flat(first), Flat(second)))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,20 +42,21 @@ class Products(Protocol):
 
 
 class Entries(NamedTuple):
-    """Where the entries of a matrix are: `rows` and `columns` of B, int64, by row, then column.
+    """Where the entries of a matrix are: `rows` and `columns` of B, those of A first.
 
-    `active` are the positions in B of the entries that are in A; `shape` is the matrix's.
+    Of A, of which there are `active_count`, and of B∖A they are by row, then column; `shape` is
+    the matrix's.
     """
 
     rows: Tensor
     columns: Tensor
-    active: Tensor
+    active_count: int
     shape: tuple[int, int]
 
-    def all_active(self) -> Entries:
-        """The same with all of B in A."""
-        everywhere = torch.arange(len(self.rows), device=self.rows.device)
-        return self._replace(active=everywhere)
+    @property
+    def parts(self) -> tuple[slice, slice]:
+        """Where A and B∖A are in vectors over B."""
+        return slice(self.active_count), slice(self.active_count, len(self.rows))
 
 
 def make_products(find: Callable[[], Entries], dtype: torch.dtype) -> Products:
@@ -85,12 +87,17 @@ class _CompiledProducts:
     def __init__(self, entries: Entries, find: Callable[[], Entries]) -> None:
         from topkast.kernels import arrange
 
-        self._find, (rows, columns, active, shape) = find, entries
-        row, column, place = (narrow(tensor).numpy() for tensor in (rows, columns, active))
-        everywhere = torch.arange(len(row), dtype=torch.int32, device="cpu").numpy()
-        self._forward = arrange(row[place], column[place], place, shape=shape)
-        self._transposed = arrange(column[place], row[place], place, shape=shape[::-1])
-        self._backward = arrange(row, column, everywhere, shape=shape, runs=True)
+        self._find, shape = find, entries.shape
+        row, column = (narrow(tensor).numpy() for tensor in (entries.rows, entries.columns))
+        place = np.arange(len(row), dtype=np.int32)
+        active, _ = entries.parts
+        across, down, there = row[active], column[active], place[active]
+        self._forward = arrange(across, down, there, shape=shape)
+        self._transposed = arrange(down, across, there, shape=shape[::-1])
+        self._backward = [
+            arrange(row[part], column[part], place[part], shape=shape, runs=True)
+            for part in entries.parts
+        ]
 
     def pack(self, activations: Tensor) -> Tensor:
         """(tiles, features, width), with zeros behind the batch."""
@@ -111,14 +118,16 @@ class _CompiledProducts:
     def weight_gradient(self, slope: Tensor, x: Tensor, out: Tensor) -> None:
         from topkast.kernels import sampled_product
 
-        sampled_product(self._backward, slope.numpy(), x.numpy(), out.numpy())
+        for layout in self._backward:
+            sampled_product(layout, slope.numpy(), x.numpy(), out.numpy())
 
     def on_backward_set(self) -> Products:
-        return TorchProducts(self._find().all_active(), self._find)
+        return TorchProducts(self._find(), self._find, everywhere=True)
 
     @property
     def nbytes(self) -> int:
-        return self._forward.nbytes + self._transposed.nbytes + self._backward.nbytes
+        layouts = self._forward, self._transposed, *self._backward
+        return sum(layout.nbytes for layout in layouts)
 
     @staticmethod
     def _multiply(
@@ -133,47 +142,59 @@ class _CompiledProducts:
 
 
 class TorchProducts:
-    """By PyTorch's own sparse matrices, which know less about these products."""
+    """By PyTorch's own sparse matrices, which know less about these products.
 
-    def __init__(self, entries: Entries, find: Callable[[], Entries]) -> None:
-        self._find, (rows, columns, active, shape) = find, entries
-        self.shape = shape
-        self._backward = _row_starts(rows, shape[0]), columns
-        self._active = active
-        self._forward = _row_starts(rows[active], shape[0]), columns[active]
-        order = torch.argsort(columns[active], stable=True)
-        self._active_by_column = active[order]
+    W is on A, or, if `everywhere`, on all of B.
+    """
+
+    def __init__(
+        self, entries: Entries, find: Callable[[], Entries], *, everywhere: bool = False
+    ) -> None:
+        self._find, self.shape = find, entries.shape
+        rows, columns = entries.rows, entries.columns
+        self._parts = entries.parts
+        self._places = [
+            (_row_starts(rows[part], self.shape[0]), columns[part]) for part in self._parts
+        ]
+        self._used = 2 if everywhere else 1
+        used = len(rows) if everywhere else entries.active_count
+        self._by_column = torch.argsort(columns[:used], stable=True)
         self._transposed = (
-            _row_starts(columns[self._active_by_column], shape[1]),
-            rows[self._active_by_column],
+            _row_starts(columns.index_select(0, self._by_column), self.shape[1]),
+            rows.index_select(0, self._by_column),
         )
 
     def pack(self, activations: Tensor) -> Tensor:
         return activations.view_as(activations)  # autograd wants an object of its own
 
     def forward(self, values: Tensor, x: Tensor, bias: Tensor | None, batch: int) -> Tensor:
-        weight = _matrix(self._forward, values[self._active], self.shape)
-        found: Tensor = (weight @ x.t()).t()
+        columns = x.t()
+        pairs = list(zip(self._places, self._parts, strict=True))[: self._used]
+        products = [_matrix(places, values[part], self.shape) @ columns for places, part in pairs]
+        found: Tensor = torch.stack(products).sum(0).t() if len(products) > 1 else products[0].t()
         return (found if bias is None else found + bias).contiguous()
 
     def input_gradient(self, values: Tensor, slope: Tensor, batch: int) -> Tensor:
-        weight = _matrix(self._transposed, values[self._active_by_column], self.shape[::-1])
+        ordered = values.index_select(0, self._by_column)
+        weight = _matrix(self._transposed, ordered, self.shape[::-1])
         found: Tensor = (weight @ slope.t()).t().contiguous()
         return found
 
     def weight_gradient(self, slope: Tensor, x: Tensor, out: Tensor) -> None:
         out.zero_()
-        if len(slope):  # MKL refuses a product over nothing
-            where = _matrix(self._backward, out.new_zeros(len(out)), self.shape)
-            out += torch.sparse.sampled_addmm(where, slope.t(), x, beta=0.0).values()
+        if not len(slope):  # MKL refuses a product over nothing
+            return
+        for places, part in zip(self._places, self._parts, strict=True):
+            where = _matrix(places, torch.zeros_like(out[part]), self.shape)
+            out[part] += torch.sparse.sampled_addmm(where, slope.t(), x, beta=0.0).values()
 
     def on_backward_set(self) -> Products:
-        return TorchProducts(self._find().all_active(), self._find)
+        return TorchProducts(self._find(), self._find, everywhere=True)
 
     @property
     def nbytes(self) -> int:
-        parts = (*self._forward, *self._transposed, *self._backward)
-        return sum(part.nbytes for part in (*parts, self._active, self._active_by_column))
+        parts = [tensor for places in (*self._places, self._transposed) for tensor in places]
+        return sum(part.nbytes for part in (*parts, self._by_column))
 
 
 def narrow(tensor: Tensor) -> Tensor:
@@ -187,8 +208,9 @@ def narrow(tensor: Tensor) -> Tensor:
 
 
 def _row_starts(rows: Tensor, height: int) -> Tensor:
-    edges = torch.arange(height + 1, device=rows.device)
-    return torch.searchsorted(rows.contiguous(), edges)
+    edges = torch.arange(height + 1, device=rows.device, dtype=rows.dtype)
+    narrow_enough = rows.dtype == torch.int32
+    return torch.searchsorted(rows.contiguous(), edges, out_int32=narrow_enough)
 
 
 def _matrix(places: tuple[Tensor, Tensor], values: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -27,7 +27,8 @@ def _check_replicas(owner: nn.Module, name: str, model: Any) -> None:
     for layer in layers:
         execution = owner_of(layer.values)
         rest = layer.reservoir if execution is None else execution.reservoir
-        for tensor in (*layer.support, *([] if rest is None else [rest])):
+        checksum = crc32(str(layer.active_count).encode(), checksum)
+        for tensor in (layer.indices, *([] if rest is None else [rest])):
             checksum = crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), checksum)
     group = getattr(owner, "process_group", None)
     device = layers[0].values.device

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from topkast import MismatchError, OptionError
-from topkast._compact import Migration, move
 from topkast._options import Options
+from topkast._support import Migration
 from topkast._tensors import RankedTensors
 from topkast_torch._conversion import make_dense
 from topkast_torch._execution import Execution, Habits
@@ -46,7 +46,7 @@ class SparseExecution(Execution):
                 "distribution='global' would move weights from tensor to tensor"
             )
         execution = cls.__new__(cls)
-        forward, size = int(layer.active.sum()), math.prod(layer.weight_shape)
+        forward, size = layer.support.forward, math.prod(layer.weight_shape)
         density = getattr(layer, "density", forward / size)
         execution.ranked = RankedTensors(
             {name: layer.weight_shape}, forward, layer.values.numel(), density
@@ -142,7 +142,7 @@ class SparseExecution(Execution):
 
     def migrate_gradient(self, migration: Migration) -> None:
         if self.values.grad is not None:  # which may be added to
-            self.values.grad = move(self.values.grad, migration)
+            self.values.grad = migration.apply(self.values.grad)
 
     def write_forward_view(self, *, everywhere: bool = False) -> None:
         pass  # the model's Parameter is what was updated
@@ -174,4 +174,4 @@ class _Restrict:
     def __call__(self, param: Tensor) -> None:
         owner = self.owner()
         if owner is not None and not owner.exploring and param.grad is not None:
-            param.grad.masked_fill_(~owner.support.active.view(param.shape), 0)
+            param.grad.view(-1)[owner.support.forward :].zero_()

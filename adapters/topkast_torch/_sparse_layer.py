@@ -19,7 +19,7 @@ from topkast._distribution import exact_fraction
 from topkast_torch._products import Entries
 from topkast_torch._read_only import read_only
 
-STRUCTURE = ("indices", "active", "shape")  # of a state dict, beside the values
+STRUCTURE = ("indices", "active_count", "shape")  # of a state dict, beside the values
 
 # Of each Parameter with the values of a layer, that layer: all that an optimizer is given of it.
 _LAYERS: Any = WeakTensorKeyDictionary()
@@ -62,15 +62,15 @@ def replace_data(param: Parameter, data: Tensor) -> None:
 class SparseLayer(nn.Module):
     """What the sparse layers share: values on B, and where they are.
 
-    ``values`` is the only Parameter besides the bias. ``indices`` (int64) and ``active`` (bool) say
-    where B is in the flat weight and what of it is in A, and ``shape`` what the weight's shape
-    would be: tensors that the state dict holds, and no buffers, which would be sent and averaged.
+    ``values`` is the only Parameter besides the bias. ``indices`` says where they are in the flat
+    weight, those of A first, of which there are ``active_count``. The state dict holds these and
+    the weight's shape as tensors; they are no buffers, which would be sent and averaged.
     """
 
     values: Parameter
     bias: Parameter | None
     indices: Tensor
-    active: Tensor
+    active_count: int
     reservoir: Tensor | None  # all weights, until an optimizer takes them over
     _products: tuple[Any, tuple[Any, ...]] | None  # and what they were made from
     _number: int = 0  # of the tensors that the layer was given as its sets
@@ -84,17 +84,19 @@ class SparseLayer(nn.Module):
 
     def set_support(self, support: Support) -> None:
         """Take other places of the values."""
-        self.indices, self.active = support
+        self.indices, self.active_count = support.indices, support.forward
 
     @property
     def support(self) -> Support:
         """Where B is, and what of it is in A."""
-        return Support(self.indices, self.active)
+        return Support(self.indices, self.active_count)
 
-    @property
-    def shape(self) -> Tensor:
-        """Shape of the weight, as the state dict holds it; int64."""
-        return torch.tensor(self.weight_shape, device="cpu")
+    def structure(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the state dict holds beside the values, as tensors; see STRUCTURE."""
+        count, shape = (
+            torch.tensor(number, device="cpu") for number in (self.active_count, self.weight_shape)
+        )
+        return self.indices, count, shape
 
     @property
     def weight(self) -> Tensor:
@@ -102,21 +104,21 @@ class SparseLayer(nn.Module):
 
         Writing to it raises :class:`topkast.MismatchError`, since the layer would not notice.
         """
-        return read_only(dense_weight(self.values, *self.support, self.weight_shape))
+        return read_only(dense_weight(self.values, self.support, self.weight_shape))
 
     @property
     def products(self) -> Any:
         """The products with this layer's weight, made once after each refresh."""
         made_from = *self.written, self._window
         if self._products is None or self._products[1] != made_from:
-            check_support("the layer", self.support, self.weight_shape, self.values.numel())
+            check_sets("the layer", self.support, self.weight_shape, self.values.numel())
             self._products = self._make_products(), made_from
         return self._products[0]
 
     @property
     def written(self) -> tuple[int, ...]:
         """Changes when someone gives the layer other sets, or writes into them."""
-        return self._number, self.indices._version, self.active._version
+        return self._number, self.indices._version
 
     @property
     def _window(self) -> Any:
@@ -128,8 +130,8 @@ class SparseLayer(nn.Module):
 
     def _entries(self) -> Entries:
         """Where the weights on B are in the matrix of the products."""
-        active = torch.nonzero(self.active).view(-1)
-        return Entries(*self._places(self.indices), active, self._matrix_shape())
+        places = self._places(self.indices)
+        return Entries(*places, self.active_count, self._matrix_shape())
 
     def _matrix_shape(self) -> tuple[int, int]:
         rows, *others = self.weight_shape
@@ -165,7 +167,7 @@ class SparseLayer(nn.Module):
                     "in both places"
                 )
             _LAYERS[value] = weakref.ref(self)
-        elif name in ("indices", "active") and value is not self.__dict__.get(name):
+        elif name in ("indices", "active_count") and value is not self.__dict__.get(name):
             self._number += 1
         super().__setattr__(name, value)
 
@@ -183,7 +185,7 @@ class SparseLayer(nn.Module):
             _LAYERS[self.values] = weakref.ref(self)
         device = self.values.device
         if device.type != "meta":
-            self.indices, self.active = self.indices.to(device), self.active.to(device)
+            self.indices = self.indices.to(device)
             if self.reservoir is not None:
                 self.reservoir = self.reservoir.to(self.values)
         self._products = None
@@ -198,8 +200,8 @@ class SparseLayer(nn.Module):
                 stacklevel=2,
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in STRUCTURE:
-            destination[prefix + name] = getattr(self, name)
+        for name, entry in zip(STRUCTURE, self.structure(), strict=True):
+            destination[prefix + name] = entry
 
     def _load_from_state_dict(
         self,
@@ -217,13 +219,10 @@ class SparseLayer(nn.Module):
         structure = [merged.pop(prefix + name, None) for name in STRUCTURE]
         if prefix + "values" in state_dict or any(entry is not None for entry in structure):
             support = self._check_structure(prefix, state_dict)
-            same = all(
-                torch.equal(one.to(own.device), own)
-                for one, own in zip(support, self.support, strict=True)
-            )
-            if not same:  # new tensors: an optimizer that shares the old ones is to notice
-                device = self.values.device
-                self.set_support(Support(*(one.to(device, copy=True) for one in support)))
+            indices = support.indices.to(self.indices)
+            if not torch.equal(indices, self.indices):
+                # A new tensor: an optimizer that shares the old one is to notice.
+                self.set_support(Support(indices.clone(), support.forward))
         elif dense is not None:
             merged[prefix + "values"] = self._restrict(prefix + "weight", dense)
         self.reservoir = None  # what lay outside B was that of other weights
@@ -240,31 +239,26 @@ class SparseLayer(nn.Module):
                 f"the state dict has {present} but not {sorted({*names} - {*present})}: values and "
                 "their places belong together"
             )
-        values, indices, active, shape = (state_dict[name] for name in names)
         layer = prefix.rstrip(".") or "the layer"
-        for name, entry in zip(names, (values, indices, active, shape), strict=True):
-            if not isinstance(entry, Tensor):
-                raise MismatchError(f"{name} must be a tensor, got {type(entry).__name__}")
-        if (
-            shape.is_floating_point()
-            or shape.dim() != 1
-            or tuple(shape.tolist()) != self.weight_shape
-        ):
+        values = state_dict[names[0]]
+        support, shape = read_structure(layer, state_dict, prefix)
+        if not isinstance(values, Tensor):
+            raise MismatchError(f"{names[0]} must be a tensor, got {type(values).__name__}")
+        if shape != self.weight_shape:
             raise MismatchError(
-                f"{layer}: the state dict has a weight of shape {tuple(shape.reshape(-1).tolist())}"
-                f", the layer {self.weight_shape}"
+                f"{layer}: the state dict has a weight of shape {shape}, the layer "
+                f"{self.weight_shape}"
             )
         if values.shape != self.values.shape:
             raise MismatchError(
                 f"{layer}: the state dict has values of shape {tuple(values.shape)}, the layer "
                 f"{tuple(self.values.shape)}"
             )
-        support = Support(indices, active)
-        check_support(f"{layer}: the state dict", support, self.weight_shape, self.values.numel())
-        if int(active.sum()) != int(self.active.sum()):
+        check_sets(f"{layer}: the state dict", support, shape, values.numel())
+        if support.forward != self.active_count:
             raise MismatchError(
-                f"{layer}: the state dict has |A| = {int(active.sum())}, the layer "
-                f"{int(self.active.sum())}"
+                f"{layer}: the state dict has |A| = {support.forward}, the layer "
+                f"{self.active_count}"
             )
         return support
 
@@ -275,14 +269,14 @@ class SparseLayer(nn.Module):
                 f"{name} has shape {tuple(dense.shape)}, the layer {self.weight_shape}"
             )
         values = self.values.detach().clone().view(-1)
-        current = dense.reshape(-1)[self.indices[self.active]]
+        current = dense.reshape(-1).index_select(0, self.support.active)
         if torch.count_nonzero(dense) > torch.count_nonzero(current):
             raise MismatchError(
                 f"{name} has nonzero weights outside the forward set of the layer that it is "
                 "loaded into. Load the optimizer's state first, which brings the sets; or load it "
                 "into the dense model, then wrap and sparsify"
             )
-        values[self.active] = current.to(values.dtype)
+        values[: self.active_count] = current.to(values.dtype)
         return values.view(self.values.shape)
 
 
@@ -290,57 +284,64 @@ def start(layer: SparseLayer, theta: Tensor, *, fwd: float, bwd: float) -> None:
     """Give a layer its first values: those on B of the weights `theta`, which it remembers."""
     support = select(theta, fwd=fwd, bwd=bwd)
     flat = theta.reshape(-1)
-    shape = (1,) * (theta.dim() - 1) + (len(support.indices),)
-    layer.set_sparse(Parameter(flat[support.indices].view(shape)), support, tuple(theta.shape))
+    shape = (1,) * (theta.dim() - 1) + (support.backward,)
+    values = flat.index_select(0, support.indices)
+    layer.set_sparse(Parameter(values.view(shape)), support, tuple(theta.shape))
     layer.reservoir = flat.clone()
     layer.density = float(1 - exact_fraction(fwd))
 
 
-def to_dense(values: Tensor, indices: Tensor, active: Tensor, shape: tuple[int, ...]) -> Tensor:
+def to_dense(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor:
     """α as a dense tensor."""
     dense = values.new_zeros(math.prod(shape))
-    dense[indices[active]] = values.detach().view(-1)[active]
-    return dense.view(shape)
+    active = values.detach().view(-1)[: support.forward]
+    return dense.index_copy_(0, support.active.long(), active).view(shape)
 
 
-def dense_weight(values: Tensor, indices: Tensor, active: Tensor, shape: tuple[int, ...]) -> Tensor:
+def dense_weight(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor:
     """:func:`to_dense`, with a gradient on B, as that of the products."""
-    found: Tensor = _Dense.apply(values, indices, active, shape)  # type: ignore[no-untyped-call]
+    found: Tensor = _Dense.apply(values, support, shape)  # type: ignore[no-untyped-call]
     return found
 
 
 class _Dense(torch.autograd.Function):
     @staticmethod
-    def forward(values: Tensor, indices: Tensor, active: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return to_dense(values, indices, active, shape)
+    def forward(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor:
+        return to_dense(values, support, shape)
 
     @staticmethod
     def setup_context(context: Any, inputs: Any, output: Tensor) -> None:
-        values, indices, _, _ = inputs
-        context.save_for_backward(indices)
+        values, support, _ = inputs
+        context.save_for_backward(support.indices)
         context.shape = values.shape
 
     @staticmethod
     def backward(context: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = context.saved_tensors
-        return grad_output.reshape(-1)[indices].view(context.shape), None, None, None
+        return grad_output.reshape(-1).index_select(0, indices).view(context.shape), None, None
 
 
-def check_support(what: str, support: Support, shape: tuple[int, ...], count: int) -> None:
-    """Raise :class:`topkast.MismatchError` unless sets fit a weight and its number of values."""
-    indices, active = support
-    size = math.prod(shape)
-    problem = None
-    if indices.dtype != torch.int64 or active.dtype != torch.bool:
-        problem = f"indices of {indices.dtype} and flags of {active.dtype}, not int64 and bool"
-    elif tuple(indices.shape) != (count,) or tuple(active.shape) != (count,):
-        problem = (
-            f"indices of shape {tuple(indices.shape)} and flags of shape {tuple(active.shape)}, "
-            f"not ({count},), for as many values"
+def read_structure(
+    layer: str, state_dict: Mapping[str, Any], prefix: str
+) -> tuple[Support, tuple[int, ...]]:
+    """The sets and the shape of a weight in a state dict, as far as they are of the right kind."""
+    for name in STRUCTURE:
+        entry = state_dict[prefix + name]
+        if not isinstance(entry, Tensor):
+            raise MismatchError(f"{prefix + name} must be a tensor, got {type(entry).__name__}")
+        if entry.is_floating_point():
+            raise MismatchError(f"{prefix + name} must be of integers, got {entry.dtype}")
+    indices, count, shape = (state_dict[prefix + name] for name in STRUCTURE)
+    if (count.dim(), shape.dim()) != (0, 1):
+        raise MismatchError(
+            f"{layer}: the state dict has |A| of shape {tuple(count.shape)} and a weight's shape "
+            f"of shape {tuple(shape.shape)}: expected a number and a vector"
         )
-    elif count and not (
-        bool((indices[1:] > indices[:-1]).all()) and indices[0] >= 0 and indices[-1] < size
-    ):
-        problem = f"indices that do not ascend in [0, {size})"
-    if problem:
-        raise MismatchError(f"{what} has {problem}")
+    return Support(indices, int(count)), tuple(shape.tolist())
+
+
+def check_sets(what: str, support: Support, shape: tuple[int, ...], count: int) -> None:
+    """Raise :class:`topkast.MismatchError` unless sets fit a weight and its number of values."""
+    support.check(math.prod(shape), what)
+    if support.backward != count:
+        raise MismatchError(f"{what} has {support.backward} indices for {count} values")

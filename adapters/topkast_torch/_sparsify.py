@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from topkast import OptionError, SparseExportWarning, Support
+from topkast import OptionError, SparseExportWarning
 from topkast._options import check_patterns, matches
 from topkast_torch._callers import is_called_by
 from topkast_torch._conversion import SPARSE_FORMS, make_dense, make_sparse
@@ -24,7 +24,8 @@ from topkast_torch._sparse_execution import SparseExecution
 from topkast_torch._sparse_layer import (
     STRUCTURE,
     SparseLayer,
-    check_support,
+    check_sets,
+    read_structure,
     replace_data,
     to_dense,
 )
@@ -160,15 +161,10 @@ def _densify_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         if prefix not in prefixes or last not in ("values", *STRUCTURE):
             dense[name] = entry
         elif last == "values":
-            indices, active, shape = (state_dict[prefix + part] for part in STRUCTURE)
-            size = tuple(shape.tolist())
-            check_support(
-                f"{prefix.rstrip('.')}: the state dict",
-                Support(indices, active),
-                size,
-                entry.numel(),
-            )
-            dense[prefix + "weight"] = to_dense(entry, indices, active, size)
+            layer = prefix.rstrip(".")
+            support, shape = read_structure(layer, state_dict, prefix)
+            check_sets(f"{layer}: the state dict", support, shape, entry.numel())
+            dense[prefix + "weight"] = to_dense(entry, support, shape)
     return dense
 
 
@@ -212,7 +208,8 @@ def _replace(
     masked.forget()
     replace_data(param, masked.values.detach())
     if grad is not None:
-        param.grad = masked.members[name].backward.gather(grad).view(param.shape)
+        places = masked.members[name].places
+        param.grad = torch.cat([place.gather(grad) for place in places]).view(param.shape)
     for store in state.stores:
         entries = getattr(state.inner, store, {})
         if masked.values in entries:

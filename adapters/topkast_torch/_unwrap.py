@@ -12,7 +12,7 @@ from topkast import OptionError
 from topkast._options import GROUP_OPTIONS
 from topkast_torch._execution import Execution
 from topkast_torch._groups import WrapperState
-from topkast_torch._inner_state import entries_of, expand, split
+from topkast_torch._inner_state import entries_of, expand, take
 from topkast_torch._optimizer import TopKASTOptimizer
 from topkast_torch._sparse_execution import SparseExecution
 
@@ -52,11 +52,11 @@ def _expand_state(state: WrapperState, execution: Execution, params: Mapping[str
     for store in kept:
         del getattr(state.inner, store)[execution.values]
     theta = execution.ranked.unflatten(execution.theta())
-    ranges = execution.member_ranges()
-    parts = split(kept, layout, compact, ranges) if kept else [{}] * len(ranges)
-    for (name, (start, _)), (first, last), part in zip(
-        execution.ranked.bounds.items(), ranges, parts, strict=True
-    ):
-        indices = execution.support.indices[first:last] - start
-        for store, entries in expand(part, layout, compact, indices, theta[name]).items():
+    indices, bounds = execution.support.indices, execution.ranked.bounds
+    everywhere = torch.arange(len(indices), device=indices.device)
+    for name, parts in execution.member_parts().items():
+        positions = torch.cat([everywhere[part] for part in parts])
+        own = take(kept, layout, compact, positions) if kept else {}
+        places = indices.index_select(0, positions) - bounds[name][0]
+        for store, entries in expand(own, layout, compact, places, theta[name]).items():
             getattr(state.inner, store)[params[name]] = entries

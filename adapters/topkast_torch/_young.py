@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from topkast._age import SETTLED, Betas, corrections, kappa, young_limit
-from topkast._compact import Migration, move
+from topkast._support import Migration
 from topkast_torch._fresh import fresh_optimizer, step_without_hooks
 from topkast_torch._inner_state import Start, entries_of, walk
 from topkast_torch._probe import betas_of
@@ -49,7 +49,7 @@ class Young:
 
     def migrate(self, migration: Migration, group: Mapping[str, Any]) -> None:
         """Carry the ages over to the next B, whose entrants are of age 0."""
-        self.restore(move(self.current(), migration), group)
+        self.restore(migration.apply(self.current()), group)
 
     def count_step(self) -> None:
         """One more update was made."""

@@ -1,7 +1,7 @@
 """Top-KAST: networks that are sparse from the first training step to the last, in any framework."""
 
 from topkast import methods
-from topkast._compact import forward_view, gather, migrate, scatter
+from topkast._compact import forward_view, gather, scatter
 from topkast._distribution import densities
 from topkast._errors import (
     AdapterNotFoundError,
@@ -19,8 +19,9 @@ from topkast._execution import densify, sparsify, unwrap
 from topkast._exploration import exploration_gradient, exploration_penalty
 from topkast._inspect import Masks, Summary, TensorSummary, dense_params, masks, summary
 from topkast._rules import SGD, Adam, AdamW
-from topkast._selection import Support, select
+from topkast._selection import select
 from topkast._state import TopKASTState, forward_params
+from topkast._support import Support, migrate
 from topkast._transform import TopKASTTransform, apply_updates
 from topkast._wrap import wrap_optimizer
 

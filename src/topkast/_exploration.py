@@ -6,18 +6,8 @@ from array_api_compat import array_namespace
 
 from topkast._errors import OptionError
 from topkast._options import PenaltyKind
-from topkast._primitives import Array, device
-from topkast._selection import Support
-
-
-def exploration_weights(support: Support, /, *, density: float, dtype: object) -> Array:
-    """Weight of each entry of B in the penalty: 1 on A, 1/D on B∖A; shape (|B|,)."""
-    xp = array_namespace(support.active)
-    place = device(support.active)
-    # Filled there, and not copied from the host, which would wait for an accelerator.
-    one = xp.full((), 1.0, dtype=dtype, device=place)
-    inverse = xp.full((), 1.0 / density, dtype=dtype, device=place)
-    return xp.where(support.active, one, inverse)
+from topkast._primitives import Array
+from topkast._support import Support, weigh
 
 
 def exploration_penalty(
@@ -76,12 +66,14 @@ def exploration_penalty(
     xp = array_namespace(values)
     flat = xp.reshape(values, (-1,))
     if kind == "l1":
-        magnitudes = xp.abs(flat)
-        weights = exploration_weights(support, density=density, dtype=magnitudes.dtype)
-        return penalty * xp.sum(weights * magnitudes)
-    squares = xp.abs(flat) ** 2 if xp.isdtype(flat.dtype, "complex floating") else flat * flat
-    weights = exploration_weights(support, density=density, dtype=squares.dtype)
-    return penalty / 2 * xp.sum(weights * squares)
+        terms, factor = xp.abs(flat), penalty
+    else:
+        is_complex = xp.isdtype(flat.dtype, "complex floating")
+        terms, factor = (xp.abs(flat) ** 2 if is_complex else flat * flat), penalty / 2
+    on_active, on_exploring = (
+        xp.sum(part) for part in (terms[: support.forward], terms[support.forward :])
+    )
+    return factor * (on_active + on_exploring / density)
 
 
 def exploration_gradient(
@@ -127,10 +119,8 @@ def exploration_gradient(
     Top-KAST, section 2.3 and footnote 3.
     """
     _check(density, kind)
-    xp = array_namespace(values)
-    weights = exploration_weights(support, density=density, dtype=values.dtype)
-    slope = xp.sign(values) if kind == "l1" else values
-    return penalty * xp.reshape(weights, values.shape) * slope
+    direction = array_namespace(values).sign(values) if kind == "l1" else values
+    return weigh(direction, support, penalty, penalty / density)
 
 
 def _check(density: float, kind: str) -> None:

@@ -64,21 +64,38 @@ def _smallest(ranks: Vector, count: int) -> Vector:
     return np.argpartition(ranks, count - 1)[:count]
 
 
-def common_positions(old: Vector, new: Vector) -> tuple[Vector, Vector]:
-    """For ascending indices (k,): where each of `new` is in `old`, and flags of those that are.
+def common_positions(
+    old: Vector, old_split: int, new: Vector, new_split: int
+) -> tuple[Vector, Vector]:
+    """Where each of the indices `new` (k,) is in `old` (k,), int32, and flags of those that are.
 
-    By marking in a table, which beats a binary search for each.
+    Both are two ascending parts, of which the second begins at the split. By marking in a table,
+    which beats a binary search for each.
     """
+    source = np.zeros(new.size, dtype=np.int32)
     if not new.size:
-        return np.zeros(0, dtype=np.intp), np.zeros(0, dtype=np.bool_)
-    table = np.zeros(max(old[-1], new[-1]) + 1, dtype=np.bool_)
-    table[old] = True
-    survives = table.take(new)
-    table[old] = False
-    table[new] = True
-    source = np.zeros(new.size, dtype=np.intp)
-    source[survives] = np.flatnonzero(table.take(old))
-    return source, survives
+        return source, np.zeros(0, dtype=np.bool_)
+    old_parts, new_parts = (
+        (slice(old_split), slice(old_split, None)),
+        (
+            slice(new_split),
+            slice(new_split, None),
+        ),
+    )
+    old, new = old.astype(np.intp), new.astype(np.intp)
+    table = np.zeros(max(old.max(), new.max()) + 1, dtype=np.int8)
+    for mark, part in enumerate(new_parts, 1):
+        table[new[part]] = mark
+    follows = table.take(old)  # of each old entry, the part of the new ones that it is in
+    table[new] = 0
+    for mark, part in enumerate(old_parts, 1):
+        table[old[part]] = mark
+    came = table.take(new)
+    for old_mark, old_part in enumerate(old_parts, 1):
+        for new_mark, new_part in enumerate(new_parts, 1):
+            found = np.flatnonzero(follows[old_part] == new_mark) + (old_part.start or 0)
+            source[new_part][came[new_part] == old_mark] = found
+    return source, came > 0
 
 
 def _threshold(vector: Vector, count: int) -> tuple[Any, int]:

@@ -12,7 +12,7 @@ from array_api_compat import array_namespace
 from topkast._compact import scatter
 from topkast._errors import MismatchError
 from topkast._primitives import Array, device
-from topkast._selection import Support
+from topkast._support import Support, in_forward
 from topkast._tensors import RankedTensors
 
 
@@ -215,11 +215,11 @@ def masks(x: Any, params: Any = None, /) -> dict[str, Masks]:
     for inspection in _inspect(x, params):
         for key, ranked in inspection.ranked.items():
             support = inspection.supports[key]
-            xp = array_namespace(support.active)
-            everywhere = xp.ones(ranked.backward, dtype=xp.bool, device=device(support.active))
+            xp = array_namespace(support.indices)
+            everywhere = xp.ones(ranked.backward, dtype=xp.bool, device=device(support.indices))
             forward, backward = (
                 ranked.unflatten(scatter(flags, support, shape=(ranked.size,), fill=False))
-                for flags in (support.active, everywhere)
+                for flags in (in_forward(support), everywhere)
             )
             masks |= {name: Masks(forward[name], backward[name]) for name in ranked.shapes}
     return masks
@@ -284,9 +284,9 @@ def summary(x: Any, params: Any = None, /) -> Summary:
     >>> params = {"w": np.ones((10, 10)), "b": np.ones(10)}
     >>> print(topkast.summary(tx.init(params), params))
     tensor  shape  |A|  |B|     fwd     bwd  mask change  empty rows  bytes held
-    w       10×10   10   20  0.9000  0.8000        0.00%           3         540
+    w       10×10   10   20  0.9000  0.8000        0.00%           3         440
     b       10      10   10  0.0000  0.0000        0.00%           0         160
-    110 weights, 20 active (81.8% zeros), 700 bytes held, 3,260 in all, 0 updates
+    110 weights, 20 active (81.8% zeros), 600 bytes held, 3,160 in all, 0 updates
     """
     inspections = _inspect(x, params)
     rows: dict[str, TensorSummary] = {}
@@ -322,13 +322,13 @@ def _summarise(inspection: Inspection, key: str, ranked: RankedTensors) -> dict[
     support = inspection.supports[key]
     rows = {}
     for number, (name, (start, stop)) in enumerate(ranked.bounds.items()):
-        inside = (support.indices >= start) & (support.indices < stop)
-        backward = count_true(inside)
-        chosen = inside & support.active
-        forward, size = count_true(chosen), stop - start
-        shape = tuple(ranked.shapes[name])
-        xp = array_namespace(support.indices)
-        occupied = xp.unique_values((support.indices[chosen] - start) // (size // shape[0]))
+        active, exploring = (
+            part[(part >= start) & (part < stop)] for part in (support.active, support.exploring)
+        )
+        forward, backward = active.shape[0], active.shape[0] + exploring.shape[0]
+        shape, size = tuple(ranked.shapes[name]), stop - start
+        xp = array_namespace(active)
+        occupied = xp.unique_values((active - start) // (size // shape[0]))
         rows[name] = TensorSummary(
             name,
             shape,
@@ -341,8 +341,3 @@ def _summarise(inspection: Inspection, key: str, ranked: RankedTensors) -> dict[
             round(inspection.held[key] * backward / ranked.backward),
         )
     return rows
-
-
-def count_true(flags: Array) -> int:
-    xp = array_namespace(flags)
-    return int(xp.sum(xp.astype(flags, xp.int32)))

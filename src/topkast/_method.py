@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from topkast._primitives import Array
-
-if TYPE_CHECKING:
-    from topkast._selection import Support
+from topkast._support import Support
 
 # What the library can show to a method.
 PROVIDED = frozenset({"weights", "random"})
@@ -60,11 +58,10 @@ class Method(ABC):
     >>> import numpy as np, topkast
     >>> class Leading(topkast.methods.Method):
     ...     def choose(self, view):
-    ...         indices = np.arange(view.backward)
-    ...         return topkast.Support(indices, indices < view.forward)
+    ...         return topkast.Support(np.arange(view.backward), view.forward)
     >>> tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.75, bwd=0.5, method=Leading())
     >>> tx.init({"w": np.ones((2, 4))}).supports["w"].indices
-    array([0, 1, 2, 3])
+    array([0, 1, 2, 3], dtype=int32)
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"weights"})

@@ -31,8 +31,7 @@ Ranks: TypeAlias = Callable[[Array], Array]
 PATHS = "topkast.primitives"
 
 # What JAX need not check of our indices.
-_IN_ORDER: dict[str, Any] = {
-    "indices_are_sorted": True,
+_TRUSTED: dict[str, Any] = {
     "unique_indices": True,
     "mode": "promise_in_bounds",
     "wrap_negative_indices": False,
@@ -150,10 +149,17 @@ def like(host: np.ndarray[Any, Any], array: Array, dtype: Any = None) -> Array:
     return array_namespace(array).asarray(host, dtype=dtype, device=device(array))
 
 
+def _wide(indices: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Indices as NumPy wants them: it converts narrower ones piece by piece, which is slower."""
+    return indices.astype(np.intp, copy=False)
+
+
 def take(flat: Array, indices: Array) -> Array:
-    """Entries (k,) of a vector (n,) at `indices` (ascending, unique, below n)."""
+    """Entries (k,) of a vector (n,) at `indices` (unique, below n)."""
     if is_jax_array(flat):
-        return flat.at[indices].get(**_IN_ORDER)
+        return flat.at[indices].get(**_TRUSTED)
+    if is_numpy_array(flat):
+        return flat.take(_wide(indices))
     return array_namespace(flat).take(flat, indices)
 
 
@@ -164,8 +170,8 @@ def lookup(table: Array, indices: Array) -> Array:
     return array_namespace(table).take(table, indices)
 
 
-def scatter(values: Array, indices: Array, size: int, fill: float) -> Array:
-    """A vector of `size` entries, `values` at `indices` (ascending, unique), `fill` elsewhere.
+def scatter_flat(values: Array, indices: Array, size: int, fill: float) -> Array:
+    """A vector of `size` entries, `values` at `indices` (unique, in any order), `fill` elsewhere.
 
     `values` has shape (k,) and `indices` shape (k,); the result has the dtype of `values`.
     """
@@ -176,12 +182,16 @@ def scatter(values: Array, indices: Array, size: int, fill: float) -> Array:
         paths.put(base, indices, values)
         return base
     if is_torch_array(values):
-        return base.scatter_(0, indices, values)
+        return base.scatter_(0, indices.long(), values)
     if is_jax_array(values):
-        return base.at[indices].set(values, **_IN_ORDER)
+        return base.at[indices].set(values, **_TRUSTED)
     if is_numpy_array(values):
-        base[indices] = values
+        base[_wide(indices)] = values
         return base
+    if not values.shape[0]:
+        return base
+    order = xp.argsort(indices)
+    indices, values = xp.take(indices, order), xp.take(values, order)
     place = xp.searchsorted(indices, xp.arange(size, dtype=indices.dtype))
     place = xp.minimum(place, xp.asarray(values.shape[0] - 1, dtype=place.dtype))
     hit = xp.take(indices, place) == xp.arange(size, dtype=indices.dtype)
@@ -189,11 +199,11 @@ def scatter(values: Array, indices: Array, size: int, fill: float) -> Array:
 
 
 def put(flat: Array, indices: Array, values: Array) -> Array:
-    """A copy of the vector `flat` (n,) with `values` (k,) at `indices` (ascending, unique)."""
+    """A copy of the vector `flat` (n,) with `values` (k,) at `indices` (unique, in any order)."""
     if is_jax_array(flat):
-        return flat.at[indices].set(values, **_IN_ORDER)
+        return flat.at[indices].set(values, **_TRUSTED)
     if is_torch_array(flat):
-        return flat.scatter(0, indices, values)
+        return flat.scatter(0, indices.long(), values)
     xp = array_namespace(flat)
     paths = fast_paths(flat)
     if paths is not None:
@@ -202,11 +212,11 @@ def put(flat: Array, indices: Array, values: Array) -> Array:
         return copy
     if is_numpy_array(flat):
         copy = flat.copy()
-        copy[indices] = values
+        copy[_wide(indices)] = values
         return copy
     everywhere = xp.ones(indices.shape[0], dtype=xp.bool, device=device(flat))
-    inside = scatter(everywhere, indices, flat.shape[0], False)
-    return xp.where(inside, scatter(values, indices, flat.shape[0], 0.0), flat)
+    inside = scatter_flat(everywhere, indices, flat.shape[0], False)
+    return xp.where(inside, scatter_flat(values, indices, flat.shape[0], 0.0), flat)
 
 
 def true_indices(mask: Array, count: int) -> Array:
@@ -223,6 +233,8 @@ def true_indices(mask: Array, count: int) -> Array:
         return paths.true_indices(mask, count)
     if is_torch_array(mask):
         return mask.nonzero().view(-1)
+    if is_numpy_array(mask):
+        return np.flatnonzero(mask)
     xp = array_namespace(mask)
     dtype = index_dtype(xp, device(mask))
     seen = xp.cumulative_sum(xp.astype(mask, dtype), dtype=dtype)

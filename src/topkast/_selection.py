@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace, is_jax_array, is_numpy_array, is_torch_array
 
@@ -23,26 +22,12 @@ from topkast._primitives import (
     is_traced,
     like,
     possibly_true,
-    scatter,
+    scatter_flat,
     take,
     true_indices,
 )
 from topkast._random import BITS, Key, draws, make_key, ranks
-
-
-class Support(NamedTuple):
-    r"""The sets of one tensor: where B is, and which of its entries are in A.
-
-    Attributes
-    ----------
-    indices
-        Flat (C-order) indices of the backward set B, ascending; integers of shape (\|B\|,).
-    active
-        Which of them are in the forward set A; booleans of shape (\|B\|,), \|A\| of them true.
-    """
-
-    indices: Array
-    active: Array
+from topkast._support import Support, width
 
 
 def select(
@@ -96,10 +81,8 @@ def select(
     >>> import numpy as np, topkast
     >>> theta = np.asarray([[0.1, -0.9, 0.5, 0.0], [0.3, 0.2, -0.7, 0.25]])
     >>> support = topkast.select(theta, fwd=0.75, bwd=0.5)
-    >>> support.indices
-    array([1, 2, 4, 6])
-    >>> support.active
-    array([ True, False, False,  True])
+    >>> support.active, support.exploring
+    (array([1, 6], dtype=int32), array([2, 4], dtype=int32))
 
     References
     ----------
@@ -131,19 +114,19 @@ def choose_at_random(view: View) -> Support:
 def _on_host(choose: Callable[[Array, View], Support], flat: Array, view: View) -> Support:
     """The sets, found by NumPy where the weights are in its reach."""
     xp = array_namespace(flat)
-    dtype = _check_size(flat)
+    _check_size(flat)
+    dtype = width(xp, flat.shape[0])
     if view.backward == 0:
-        nothing = xp.zeros(0, dtype=dtype, device=device(flat))
-        return Support(nothing, xp.astype(nothing, xp.bool))
+        return Support(xp.zeros(0, dtype=dtype, device=device(flat)), 0)
     host = host_view(flat)
+    support = choose(flat if host is None else host, view)
     if host is None:
-        return choose(flat, view)
-    support = choose(host, view)
-    return Support(like(support.indices, flat, dtype), like(support.active, flat))
+        return support.narrowed(flat.shape[0])
+    return Support(like(support.indices, flat, dtype), support.forward)
 
 
-def _check_size(flat: Array) -> Any:
-    """The dtype of indices into a vector; raises :class:`UnsupportedTensorError` if it is long."""
+def _check_size(flat: Array) -> None:
+    """Raise :class:`UnsupportedTensorError` for a vector that is too long for its library."""
     xp = array_namespace(flat)
     dtype = index_dtype(xp, device(flat))
     if flat.shape[0] > min(int(xp.iinfo(dtype).max), 1 << 32):
@@ -151,7 +134,6 @@ def _check_size(flat: Array) -> Any:
             f"{flat.shape[0]} entries are too many for one tensor with indices of {dtype} (in JAX, "
             "enable 64 bits; at most 2**32)"
         )
-    return dtype
 
 
 def _by_magnitude(work: Array, view: View) -> Support:
@@ -170,7 +152,8 @@ def _by_magnitude(work: Array, view: View) -> Support:
         flags = _flags(work, view.backward, _positions(work), ties, first)
         indices = true_indices(flags, view.backward)
         magnitudes = array_namespace(work).take(work, indices)
-    return Support(indices, _flags(magnitudes, view.forward, indices, ties, first))
+    in_forward = _flags(magnitudes, view.forward, indices, ties, first)
+    return Support.split(indices, in_forward, view.forward)
 
 
 def _positions(flat: Array) -> Array:
@@ -202,7 +185,7 @@ def _draw(flat: Array, view: View, count: int) -> Support:
     above_all = xp.asarray(1 << BITS, dtype=words.dtype, device=device(words))
     words = xp.where(kept, above_all, words)
     indices = true_indices(_flags(words, view.backward, positions, ties, view.first), view.backward)
-    return Support(indices, xp.take(in_forward, indices))
+    return Support.split(indices, take(in_forward, indices), view.forward)
 
 
 def _draw_both(flat: Array, view: View) -> Support:
@@ -212,7 +195,7 @@ def _draw_both(flat: Array, view: View) -> Support:
     words = draws(positions + view.first, drawn, view.draw)
     in_forward = _flags(words, view.forward, positions, ties, view.first)
     indices = true_indices(_flags(words, view.backward, positions, ties, view.first), view.backward)
-    return Support(indices, array_namespace(words).take(in_forward, indices))
+    return Support.split(indices, take(in_forward, indices), view.forward)
 
 
 def _flags(flat: Array, count: int, indices: Array, ties: Key, first: Array | int) -> Array:
@@ -242,7 +225,7 @@ def _largest(keys: Array, count: int, rank: Ranks) -> Array:
         positions = true_indices(equal, found)
         order = rank(positions)
         chosen = order >= _kth_largest(order, wanted)
-        equal = scatter(chosen, positions, keys.shape[0], False)
+        equal = scatter_flat(chosen, positions, keys.shape[0], False)
     return above | equal
 
 

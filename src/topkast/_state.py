@@ -9,9 +9,9 @@ from array_api_compat import array_namespace, is_jax_array
 
 from topkast._compact import forward_view, gather, scatter
 from topkast._errors import MismatchError
-from topkast._inspect import Inspection, count_true, find_states
+from topkast._inspect import Inspection, find_states
 from topkast._primitives import Array, where
-from topkast._selection import Support
+from topkast._support import Support, in_forward
 from topkast._tensors import RankedTensors, members
 
 Arrays = dict[str, Array]
@@ -67,9 +67,8 @@ def inspection(state: Any, params: Arrays, held: Mapping[str, int]) -> Inspectio
     ranked, total = {}, dict(held)
     for key, support in state.supports.items():
         shapes = {name: tuple(params[name].shape) for name in members(key, params)}
-        forward = count_true(support.active)
-        ranked[key] = RankedTensors(shapes, forward, support.indices.shape[0], 1.0)
-        total[key] += count_bytes(support.indices) + count_bytes(support.active)
+        ranked[key] = RankedTensors(shapes, support.forward, support.backward, 1.0)
+        total[key] += count_bytes(support.indices)
         if key in state.ages:
             total[key] += count_bytes(state.ages[key])
     # Gradients of all, and forward views of what is sparse, beside the parameters.
@@ -117,12 +116,11 @@ def forward_views(params: Mapping[str, Array], supports: Mapping[str, Support]) 
     views = dict(params)
     for key, support in supports.items():
         shapes = {name: tuple(params[name].shape) for name in members(key, params)}
-        ranked = RankedTensors(shapes, 0, support.indices.shape[0], 1.0)
-        if is_jax_array(support.active):
+        ranked = RankedTensors(shapes, support.forward, support.backward, 1.0)
+        if is_jax_array(support.indices):
             # Where parameters are spread over devices, XLA puts what is chosen from them there.
-            active = ranked.unflatten(
-                scatter(support.active, support, shape=(ranked.size,), fill=False)
-            )
+            flags = in_forward(support)
+            active = ranked.unflatten(scatter(flags, support, shape=(ranked.size,), fill=False))
             views |= {name: where(active[name], params[name], 0.0) for name in shapes}
         else:
             values = gather(ranked.flatten(params), support)

@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 from array_api_compat import array_namespace
 
-from topkast._compact import Migration, migration, move
 from topkast._distribution import Shape, exact_densities, exact_fraction, kept_count
 from topkast._errors import NonFiniteError, OptionError
 from topkast._method import View
 from topkast._options import Options
 from topkast._primitives import Array, device, is_traced
-from topkast._selection import Support, check_finite
+from topkast._selection import check_finite
+from topkast._support import Migration, Support, join
 from topkast.methods._chosen import check_chosen, method_of
 
 _JOIN = " + "
@@ -103,11 +103,7 @@ class RankedTensors:
             size = self.size // self.layers
             starts = range(0, self.size, size)
             sets = [choose(flat[start : start + size], start) for start in starts]
-        xp = array_namespace(flat)
-        return Support(
-            xp.concat([one.indices + start for one, start in zip(sets, starts, strict=True)]),
-            xp.concat([one.active for one in sets]),
-        )
+        return join(sets, starts).narrowed(self.size)
 
     def check_finite(self, tensors: Mapping[str, Array]) -> None:
         """Raise :class:`topkast.NonFiniteError` for NaN or infinity in a member."""
@@ -118,9 +114,9 @@ class RankedTensors:
     def refresh(self, flat: Array, old: Support, options: Options, draw: Array | int) -> Refresh:
         """Select anew from the current weights (size,)."""
         new = self.select(flat, options, draw)
-        moved = migration(old.indices, new.indices, self.size)
-        entered = new.active & ~move(old.active, moved)
-        return Refresh(new, moved, self._count_members(new.indices, entered))
+        migration = Migration.between(old, new, self.size)
+        entered = migration.entered_forward(old, new)
+        return Refresh(new, migration, self._count_members(new.active, entered))
 
     def no_change(self, like: Array) -> Array:
         """The `changed` of a :class:`Refresh` that changed nothing."""

@@ -18,7 +18,7 @@ from typing import Any
 from array_api_compat import array_namespace, is_jax_array
 
 from topkast._age import grow, scale_young, settled_ages
-from topkast._compact import gather, move, scatter
+from topkast._compact import gather, scatter
 from topkast._errors import MismatchError, UnsupportedTensorError
 from topkast._exploration import exploration_gradient
 from topkast._options import Options
@@ -27,16 +27,14 @@ from topkast._primitives import (
     Array,
     device,
     fast_paths,
-    index_dtype,
     is_traced,
     possibly_true,
     put,
     when,
-    where,
     zero_count,
 )
-from topkast._selection import Support
 from topkast._state import Arrays, TopKASTState
+from topkast._support import Support, restrict_to_active
 from topkast._tensors import RankedTensors
 from topkast._wrapped_rule import UpdateRule, WrappedRule
 from topkast.methods._chosen import method_of
@@ -204,16 +202,14 @@ class TopKASTTransform:
                 exploring = state.updates < min(options.explore_until, _MAX_COUNT)
                 if not is_traced(exploring):
                     exploring = bool(exploring)
-                live[key] = array_namespace(values[key]).reshape(
-                    support.active | exploring, ranked.compact_shape
-                )
-                gradients[key] = where(live[key], gradients[key], 0.0)
+                live[key] = exploring
+                gradients[key] = restrict_to_active(gradients[key], support, exploring, 0.0)
         steps, inner = self.inner.update(gradients, state.inner, values, **extra)
         steps = dict(steps)
         updates = _increment(state.updates)
         steps, inner = self._scale_young(plan, state, updates, steps, inner)
-        for key, flags in live.items():
-            steps[key] = where(flags, steps[key], -0.0)
+        for key, exploring in live.items():
+            steps[key] = restrict_to_active(steps[key], state.supports[key], exploring, -0.0)
         ages = {key: grow(age) for key, age in state.ages.items()}
         following = state._replace(updates=updates, inner=inner, ages=ages)
         return _Advance(plan, values, steps, following)
@@ -324,14 +320,14 @@ class TopKASTTransform:
         def carry(key: str, entry: Array, initial: Array) -> Array:
             if key not in shapes or tuple(entry.shape) != shapes[key]:
                 return entry
-            return move(entry, outcome[key].migration, initial)
+            return outcome[key].migration.apply(entry, initial)
 
         return state._replace(
             supports=supports,
             changed=state.changed | {key: new.changed for key, new in outcome.items()},
             ages=state.ages
             | {
-                key: move(state.ages[key], new.migration)
+                key: new.migration.apply(state.ages[key])
                 for key, new in outcome.items()
                 if key in state.ages
             },
@@ -419,18 +415,10 @@ def _check_together(arrays: Mapping[str, Array]) -> None:
 
 
 def _check_plan(plan: Plan, state: TopKASTState) -> None:
-    for key, support in state.supports.items():
-        xp = array_namespace(support.indices)
-        dtype = index_dtype(xp, device(support.indices))
-        if support.indices.dtype != dtype:
-            raise MismatchError(
-                f"{key}: the state has indices of {support.indices.dtype}, and {dtype} are used "
-                "here: it was made where 64-bit numbers were enabled in JAX, or were not"
-            )
-    expected = {ranked.key: ranked.backward for ranked in plan.tensors}
-    given = {key: support.indices.shape[0] for key, support in state.supports.items()}
+    expected = {ranked.key: (ranked.forward, ranked.backward) for ranked in plan.tensors}
+    given = {key: (support.forward, support.backward) for key, support in state.supports.items()}
     if expected != given:
         raise MismatchError(
-            f"params differ from those given to init: |B| by tensor would be {expected}, "
+            f"params differ from those given to init: |A| and |B| by tensor would be {expected}, "
             f"the state has {given}"
         )

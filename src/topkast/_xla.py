@@ -84,19 +84,8 @@ def for_each_layer(choose: Callable[[Array, Array], Any], flat: Array, layers: i
     firsts = jnp.arange(layers) * parts.shape[1]
     support = jax.vmap(choose)(parts, firsts)
     indices = support.indices + firsts[:, None].astype(support.indices.dtype)
-    return type(support)(indices.reshape(-1), support.active.reshape(-1))
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def common_positions(old: Array, new: Array, size: int) -> tuple[Array, Array]:
-    """For each of `new` its position in `old`, and whether it is there; both ascending (k,)."""
-    marks = jnp.zeros(size, bool).at[old].set(True, indices_are_sorted=True, unique_indices=True)
-    words = _pack(_pad(marks, False))
-    starts = jnp.cumsum(_count(words)) - _count(words)
-    word, place = new // _WORD, (new % _WORD).astype(jnp.uint32)
-    bits = words[word]
-    position = starts[word] + _count(bits & ((jnp.uint32(1) << place) - 1))
-    return jnp.minimum(position, old.shape[0] - 1), (bits >> place) & 1 == 1
+    split = support.forward
+    return support.of(indices[:, :split].reshape(-1), indices[:, split:].reshape(-1))
 
 
 def beside(array: Array) -> Any:

@@ -27,7 +27,7 @@ from topkast._distribution import exact_fraction, kept_count
 from topkast._inspect import Masks
 from topkast._primitives import Array
 from topkast._random import make_key, ranks
-from topkast._selection import Support
+from topkast._support import Support
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -202,7 +202,8 @@ def assert_survivors_unchanged(
 
 def assert_same_support(first: Support, second: Support) -> None:
     """Both have the same A and B; their libraries may differ."""
-    for name, left, right in zip(("B", "A"), first, second, strict=True):
+    pairs = {"A": (first.active, second.active), "B∖A": (first.exploring, second.exploring)}
+    for name, (left, right) in pairs.items():
         assert np.array_equal(to_numpy(left), to_numpy(right)), f"{name} differs"
 
 

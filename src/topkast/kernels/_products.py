@@ -312,7 +312,7 @@ def _sample(address: Any, kind: Any) -> None:
     segment_rows = integers(numbers[6], segments)
     segment_columns = integers(numbers[7], segments)
     starts = integers(numbers[8], segments + 1)
-    out = carray(as_pointer(out_at), starts[segments], kind)
+    size = carray(as_pointer(out_at), 1, kind).itemsize
     tile_bytes, plane_bytes = at_a_time * VECTOR_BYTES, slope_length * VECTOR_BYTES
     tiles = places // at_a_time
     while True:
@@ -321,8 +321,8 @@ def _sample(address: Any, kind: Any) -> None:
             break
         first, last = chunk_segments[chunk], chunk_segments[chunk + 1]
         for segment in range(first, last):
-            begin = sources[segment]
-            out[begin : begin + starts[segment + 1] - starts[segment]] = zero
+            length = starts[segment + 1] - starts[segment]
+            carray(as_pointer(out_at + sources[segment] * size), length, kind)[:] = zero
         for item in range(slabs * tiles):
             slab, tile = item // tiles, item % tiles
             tile_x = x + slab * slab_length * VECTOR_BYTES + tile * tile_bytes
@@ -331,7 +331,7 @@ def _sample(address: Any, kind: Any) -> None:
                 start, stop = starts[segment], starts[segment + 1]
                 row = tile_y + segment_rows[segment] * plane_bytes
                 source = tile_x + segment_columns[segment] * tile_bytes
-                target = out_at + sources[segment] * out.itemsize
+                target = out_at + sources[segment] * size
                 if at_a_time == 8 and shifts:
                     shifted_dots_8(zero, shifts, start, stop, tile_x, row, target)
                 elif at_a_time == 8:

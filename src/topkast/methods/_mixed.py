@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from topkast._distribution import exact_fraction
 from topkast._errors import OptionError
 from topkast._method import Method, View
-from topkast._selection import Support, choose_by_magnitude
+from topkast._selection import choose_by_magnitude
+from topkast._support import Support
 
 
 @dataclass(frozen=True)

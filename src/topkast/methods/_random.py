@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from topkast._method import Method, View
-from topkast._selection import Support, choose_by_magnitude
+from topkast._selection import choose_by_magnitude
+from topkast._support import Support
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class Random(Method):
     >>> import numpy as np, topkast
     >>> from topkast.methods import Random, View
     >>> support = Random().choose(View(np.asarray([0.1, -0.9, 0.5, 0.3]), forward=1, backward=3))
-    >>> support.indices[support.active]
-    array([1])
+    >>> support.active
+    array([1], dtype=int32)
 
     References
     ----------

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from topkast._method import Method, View
-from topkast._selection import Support, choose_at_random
+from topkast._selection import choose_at_random
+from topkast._support import Support
 
 
 @dataclass(frozen=True)

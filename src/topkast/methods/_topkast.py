@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from topkast._method import Method, View
-from topkast._selection import Support, choose_by_magnitude
+from topkast._selection import choose_by_magnitude
+from topkast._support import Support
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class TopKAST(Method):
     >>> from topkast.methods import TopKAST, View
     >>> view = View(np.asarray([0.1, -0.9, 0.5, 0.3]), forward=1, backward=2)
     >>> TopKAST().choose(view).indices
-    array([1, 2])
+    array([1, 2], dtype=int32)
 
     References
     ----------
