@@ -60,6 +60,17 @@ def restrict(optimizer: Any) -> Callable[[], None]:
     return run
 
 
+def after_backward(optimizer: Any) -> Callable[[], None]:
+    """What backward does in addition, and a step."""
+    zero = restrict(optimizer)
+
+    def run() -> None:
+        zero()
+        optimizer.step()
+
+    return run
+
+
 def main() -> None:
     parser = arguments(__doc__, "optimizer_step")
     parser.add_argument("--sides", type=int, nargs="+", default=[2048, 4096])
@@ -77,6 +88,7 @@ def main() -> None:
                 sides[f"{label}, {name}"] = optimizer.step
             sides[f"{label}, fused, with a refresh"] = refresh(make(side, kind, pair))
             sides[f"{label}, zeroing of the gradient"] = restrict(make(side, kind, pair))
+            sides[f"{label}, fused, and the zeroing"] = after_backward(make(side, kind, pair))
         timings = interleave(sides, rounds=options.rounds)
         show(side, timings, timings["dense, foreach"], timings["dense, fused"])
         records += [{"weights": side**2, "side": name, **vars(t)} for name, t in timings.items()]

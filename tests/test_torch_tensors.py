@@ -253,3 +253,48 @@ def test_flat_parameter_of_fsdp_is_refused() -> None:
     flat: Tensor = torch.Tensor._make_subclass(kind, torch.randn(9), True)
     with pytest.raises(topkast.UnsupportedTensorError, match=r"0\.0 is a FlatParameter of FSDP"):
         sgd(flat)
+
+
+@pytest.mark.parametrize("options", [{}, {"explore_until": 3}, {"distribution": "global"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kernels_gather_what_pytorch_gathers(
+    options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large tensors are gathered, cleared and written by kernels, if there are some: same bits."""
+    runs = []
+    for few in (0, 1 << 60):
+        monkeypatch.setattr("topkast_torch._flat._FEW", few)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 50)).to(dtype)
+        inner = torch.optim.AdamW(model.named_parameters(), 0.01)
+        opt = topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.7, refresh_every=4, **options)
+        for turn in range(9):
+            opt.zero_grad()
+            for _ in range(1 + turn % 2):  # accumulated, or not
+                model(torch.ones(3, 40, dtype=dtype)).square().mean().backward()
+            if turn % 3 == 0:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            opt.step()
+            if turn % 4 == 1:
+                opt.step()  # of the same gradient
+        grads = [param.grad for param in model.parameters()]
+        runs.append([*topkast.dense_params(opt).values(), *model.parameters(), *grads])
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_two_steps_of_one_gradient() -> None:
+    """What the first step adds to the gradient on B is not there for the second."""
+    runs = []
+    for rewritten in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(30, 20)
+        inner = torch.optim.SGD(layer.named_parameters(), 0.1)
+        opt = topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.7, penalty=0.5)
+        layer(torch.ones(3, 30)).square().sum().backward()
+        for _ in range(3):
+            opt.step()
+            if rewritten:
+                layer.weight.grad.add_(0)  # what somebody has written to is gathered anew
+        runs.append(topkast.dense_params(opt)["weight"])
+    assert torch.equal(*runs)

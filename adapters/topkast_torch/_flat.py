@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+
+from topkast_torch._products import has_kernels
+
+_FEW = 1 << 14  # entries, below which a call of a kernel costs more than it saves
 
 
 class Flat:
@@ -22,15 +29,26 @@ class Flat:
 
     def gather(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         """The entries (k,), in the dtype of `out` if there is one."""
-        memory, indices = self._view(tensor)
         if out is None:
-            return memory.index_select(0, indices)
+            out = tensor.new_empty(len(self))
+        if _suits(tensor, [self], [out]):
+            from topkast.kernels import gather
+
+            gather(tensor.view(-1).numpy(), self.c_order.numpy(), out.numpy())
+            return out
+        memory, indices = self._view(tensor)
         if out.dtype == tensor.dtype:
             return torch.index_select(memory, 0, indices, out=out)
         return out.copy_(memory.index_select(0, indices))
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
         """Write the entries (k,)."""
+        if _suits(tensor, [self], [values]):
+            from topkast.kernels import put
+
+            put(tensor.view(-1).numpy(), self.c_order.numpy(), values.numpy())
+            torch.autograd.graph.increment_version(tensor)  # NumPy leaves no trace
+            return
         memory, indices = self._view(tensor)
         memory.index_copy_(0, indices.long(), values)  # which takes no int32
 
@@ -56,3 +74,33 @@ class Flat:
             offsets += left.remainder(size) * stride
             left = torch.div(left, size, rounding_mode="floor")
         return offsets
+
+
+def compress(tensor: Tensor, places: Sequence[Flat], outs: Sequence[Tensor]) -> None:
+    """Gather the entries of a tensor at some places, and clear all others."""
+    if _suits(tensor, places, outs):
+        from topkast.kernels import compress as run
+
+        parts = zip(places, outs, strict=True)
+        run(tensor.view(-1).numpy(), *((one.c_order.numpy(), out.numpy()) for one, out in parts))
+        torch.autograd.graph.increment_version(tensor)
+        return
+    values = [place.gather(tensor) for place in places]
+    tensor.zero_()
+    for place, part, out in zip(places, values, outs, strict=True):
+        place.put(tensor, part)
+        out.copy_(part)
+
+
+def _suits(tensor: Tensor, places: Sequence[Flat], values: Sequence[Tensor]) -> bool:
+    """Whether kernels can work on a tensor and these vectors, and are worth it."""
+    return (
+        sum(map(len, places)) >= _FEW
+        and type(tensor) in (Tensor, Parameter)
+        and has_kernels(tensor.device, tensor.dtype)
+        and tensor.is_contiguous()
+        and not tensor.requires_grad
+        and not tensor.is_neg()
+        and all(place.c_order.dtype == torch.int32 for place in places)
+        and all(part.dtype == tensor.dtype and part.is_contiguous() for part in values)
+    )

@@ -16,11 +16,12 @@ from topkast import MismatchError, UnsupportedTensorError
 from topkast._options import Options
 from topkast._tensors import RankedTensors
 from topkast_torch._execution import Execution, Habits
-from topkast_torch._flat import Flat
+from topkast_torch._flat import Flat, compress
 from topkast_torch._inner_state import join, restrict
 from topkast_torch._ownership import claim, release
 
 Stamp = tuple[int, int, int]
+NEVER: Stamp = (-1, -1, -1)
 
 
 @dataclass
@@ -30,8 +31,9 @@ class Member:
     param: Parameter
     parts: tuple[slice, slice]  # of the compact vector
     places: tuple[Flat, Flat]  # of the tensor
-    written: Stamp = (-1, -1, -1)  # of the parameter after our last write to it
-    restricted: Stamp = (-1, -1, -1)  # of its gradient after we restricted it
+    written: Stamp = NEVER  # of the parameter after our last write to it
+    restricted: Stamp = NEVER  # of its gradient after we restricted it
+    gathered: Stamp = NEVER  # of its gradient when it was gathered on B
 
 
 class MaskedExecution(Execution):
@@ -151,8 +153,10 @@ class MaskedExecution(Execution):
                     "gradient on B from a strided one (for nn.Embedding, sparse=False)"
                 )
             self.restrict_gradient(member)
-            for part, place in zip(member.parts, member.places, strict=True):
-                place.gather(grad, out=self.gradient[part])
+            if member.gathered != _stamp(grad):
+                for part, place in zip(member.parts, member.places, strict=True):
+                    place.gather(grad, out=self.gradient[part])
+            member.gathered = NEVER  # the penalty is going to be added to what was gathered
         return self.gradient
 
     def restrict_gradient(self, member: Member) -> None:
@@ -162,10 +166,9 @@ class MaskedExecution(Execution):
             return
         kept = member.places if self.exploring else member.places[:1]
         if sum(map(len, kept)) < grad.numel():
-            values = [place.gather(grad) for place in kept]
-            grad.zero_()
-            for place, part in zip(kept, values, strict=True):
-                place.put(grad, part)
+            compress(grad, kept, [self.gradient[part] for part in member.parts[: len(kept)]])
+            if len(kept) == len(member.parts):
+                member.gathered = _stamp(grad)
         member.restricted = _stamp(grad)
 
     def gradient_buffer(self) -> Tensor:

@@ -21,6 +21,7 @@ Ranks: TypeAlias = Callable[[Vector], Vector]  # of entries with equal magnitude
 
 _CHUNK = 1 << 16  # entries: a chunk's magnitudes and flags stay in a core's second-level cache
 _SAMPLE = 1 << 15  # entries
+_WINDOW = 1 << 18  # entries, of which a table of int32 stays in a core's second-level cache
 _SPREAD = 4.0  # half-width of the bracket, in standard deviations of a sampled quantile
 
 
@@ -31,14 +32,14 @@ def largest_on_host(vector: Vector, count: int, ranks: Ranks) -> tuple[Vector, V
     :class:`NonFiniteError` where an entry is NaN or infinite.
     """
     threshold, surplus = _threshold(vector, count)
-    indices = np.empty(count + surplus, dtype=np.intp)
+    indices = np.empty(count + surplus, dtype=np.int32 if vector.size < 1 << 31 else np.int64)
     magnitudes = np.empty(count + surplus, dtype=vector.dtype)
     filled = 0
     for start, chunk in _magnitudes(vector):
         reached = np.flatnonzero(chunk >= threshold)
         stop = filled + reached.size
         magnitudes[filled:stop] = chunk.take(reached)
-        np.add(reached, start, out=indices[filled:stop])
+        np.add(reached, start, out=indices[filled:stop], casting="same_kind")
         filled = stop
     if surplus:
         keep = np.ones(magnitudes.size, dtype=np.bool_)
@@ -46,6 +47,32 @@ def largest_on_host(vector: Vector, count: int, ranks: Ranks) -> tuple[Vector, V
         keep[equal[_smallest(ranks(indices[equal]), surplus)]] = False
         indices, magnitudes = indices.compress(keep), magnitudes.compress(keep)
     return indices, magnitudes
+
+
+def largest_first(vector: Vector, forward: int, backward: int, ranks: Ranks) -> Vector:
+    """Indices of the `backward` largest magnitudes, ranked as above: the `forward` largest first.
+
+    Both parts ascend.
+    """
+    indices, magnitudes = largest_on_host(vector, backward, ranks)
+    threshold, surplus = _threshold(magnitudes, forward)
+    dropped = np.zeros(0, dtype=np.intp)
+    if surplus:
+        equal = np.flatnonzero(magnitudes == threshold)
+        dropped = np.sort(equal[_smallest(ranks(indices[equal]), surplus)])
+    out = np.empty_like(indices)
+    active, exploring = 0, forward
+    for start in range(0, backward, _CHUNK):
+        chunk = indices[start : start + _CHUNK]
+        flags = magnitudes[start : start + _CHUNK] >= threshold
+        first, last = np.searchsorted(dropped, (start, start + _CHUNK))
+        flags[dropped[first:last] - start] = False
+        chosen = chunk.compress(flags)
+        rest = chunk.compress(np.logical_not(flags, out=flags))
+        out[active : active + chosen.size] = chosen
+        out[exploring : exploring + rest.size] = rest
+        active, exploring = active + chosen.size, exploring + rest.size
+    return out
 
 
 def largest_flags(vector: Vector, count: int, ranks: Ranks) -> Vector:
@@ -69,33 +96,31 @@ def common_positions(
 ) -> tuple[Vector, Vector]:
     """Where each of the indices `new` (k,) is in `old` (k,), int32, and flags of those that are.
 
-    Both are two ascending parts, of which the second begins at the split. By marking in a table,
-    which beats a binary search for each.
+    Both are two ascending parts, of which the second begins at the split. Window by window of the
+    tensor the places of `old` are noted in a table, which a cache holds.
     """
     source = np.zeros(new.size, dtype=np.int32)
-    if not new.size:
-        return source, np.zeros(0, dtype=np.bool_)
-    old_parts, new_parts = (
-        (slice(old_split), slice(old_split, None)),
-        (
-            slice(new_split),
-            slice(new_split, None),
-        ),
+    largest = max((int(part.max(initial=-1)) for part in (old, new)), default=-1)
+    starts = np.arange(0, largest + _WINDOW, _WINDOW)
+    noted, wanted = (
+        [(first, first + np.searchsorted(part, starts.astype(part.dtype))) for first, part in parts]
+        for parts in (_parts(old, old_split), _parts(new, new_split))
     )
-    old, new = old.astype(np.intp), new.astype(np.intp)
-    table = np.zeros(max(old.max(), new.max()) + 1, dtype=np.int8)
-    for mark, part in enumerate(new_parts, 1):
-        table[new[part]] = mark
-    follows = table.take(old)  # of each old entry, the part of the new ones that it is in
-    table[new] = 0
-    for mark, part in enumerate(old_parts, 1):
-        table[old[part]] = mark
-    came = table.take(new)
-    for old_mark, old_part in enumerate(old_parts, 1):
-        for new_mark, new_part in enumerate(new_parts, 1):
-            found = np.flatnonzero(follows[old_part] == new_mark) + (old_part.start or 0)
-            source[new_part][came[new_part] == old_mark] = found
-    return source, came > 0
+    table = np.empty(_WINDOW, dtype=np.int32)
+    for window, start in enumerate(starts[:-1].tolist()):
+        table.fill(-1)
+        for _, edges in noted:
+            first, last = edges[window : window + 2]
+            table[(old[first:last] - start).astype(np.intp)] = np.arange(first, last)
+        for _, edges in wanted:
+            first, last = edges[window : window + 2]
+            source[first:last] = table.take(new[first:last] - start)
+    survives = source >= 0
+    return np.maximum(source, 0, out=source), survives
+
+
+def _parts(indices: Vector, split: int) -> list[tuple[int, Vector]]:
+    return [(0, indices[:split]), (split, indices[split:])]
 
 
 def _threshold(vector: Vector, count: int) -> tuple[Any, int]:

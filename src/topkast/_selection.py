@@ -9,7 +9,7 @@ from array_api_compat import array_namespace, is_jax_array, is_numpy_array, is_t
 
 from topkast._distribution import exact_fraction, kept_count
 from topkast._errors import NonFiniteError, UnsupportedTensorError
-from topkast._host import largest_flags, largest_on_host
+from topkast._host import largest_first, largest_flags
 from topkast._method import View
 from topkast._options import Explore, check_sparsities
 from topkast._primitives import (
@@ -147,7 +147,7 @@ def _by_magnitude(work: Array, view: View) -> Support:
     if paths is not None:
         indices, magnitudes = paths.largest(work, view.backward, rank)
     elif is_numpy_array(work):
-        indices, magnitudes = largest_on_host(work, view.backward, rank)
+        return Support(largest_first(work, view.forward, view.backward, rank), view.forward)
     else:
         flags = _flags(work, view.backward, _positions(work), ties, first)
         indices = true_indices(flags, view.backward)

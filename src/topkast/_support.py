@@ -68,6 +68,10 @@ class Support:
     @classmethod
     def split(cls, indices: Array, in_forward: Array, forward: int) -> Support:
         r"""From ascending indices of B (\|B\|,) and flags (\|B\|,) of the \|A\| that are in A."""
+        if is_jax_array(indices):
+            from topkast import _xla
+
+            return cls(_xla.partition(indices, in_forward, forward), forward)
         active = take(indices, true_indices(in_forward, forward))
         exploring = true_indices(~in_forward, indices.shape[0] - forward)
         return cls.of(active, take(indices, exploring))

@@ -78,6 +78,20 @@ def true_indices(mask: Array, count: int) -> Array:
     return word.astype(dtype) * _WORD + _place_of_bit(bits, place).astype(dtype)
 
 
+def partition(entries: Array, flags: Array, count: int) -> Array:
+    """Entries (k,) in their order, the `count` of them that are flagged (k,) first."""
+    # Once: the flags would be computed anew wherever they are used.
+    flags = lax.optimization_barrier(flags)
+    ranks = jnp.cumsum(flags, dtype=jnp.int32)
+    places = jnp.arange(flags.shape[0], dtype=jnp.int32)
+    targets = jnp.where(flags, ranks - 1, count + places - ranks)
+    return (
+        jnp.zeros_like(entries)
+        .at[targets]
+        .set(entries, unique_indices=True, mode="promise_in_bounds")
+    )
+
+
 def for_each_layer(choose: Callable[[Array, Array], Any], flat: Array, layers: int) -> Any:
     """The sets of each of some layers of equal size in a vector (n,), one behind the other."""
     parts = flat.reshape(layers, -1)

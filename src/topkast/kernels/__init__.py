@@ -9,6 +9,9 @@ need stays in the first cache; a :class:`Layout` orders the entries of a set to 
 For a convolution images become planes (:func:`to_planes`), on which each weight looks at a fixed
 distance (:class:`Grid`, :func:`shift`): the same products are :func:`convolve`, with the layouts of
 the matrix and of its transpose, and :func:`sampled_correlation`.
+
+What dense tensors need at a step is here too: their entries on A and B, by :func:`gather`,
+:func:`put` and :func:`compress`.
 """
 
 try:
@@ -19,6 +22,7 @@ except ModuleNotFoundError:
     ) from None
 
 from topkast.kernels._convolutions import Shifted, convolve, sampled_correlation, shift
+from topkast.kernels._gather import compress, gather, put
 from topkast.kernels._grid import Bands, Grid, Placement
 from topkast.kernels._layout import Layout, arrange
 from topkast.kernels._packing import pack
@@ -32,11 +36,14 @@ __all__ = [
     "Placement",
     "Shifted",
     "arrange",
+    "compress",
     "convolve",
     "from_planes",
+    "gather",
     "lanes_of",
     "multiply",
     "pack",
+    "put",
     "sampled_correlation",
     "sampled_product",
     "shift",
