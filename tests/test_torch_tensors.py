@@ -290,7 +290,7 @@ def test_two_steps_of_one_gradient() -> None:
         torch.manual_seed(0)
         layer = nn.Linear(30, 20)
         inner = torch.optim.SGD(layer.named_parameters(), 0.1)
-        opt = topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.7, penalty=0.5)
+        opt = topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.7, penalty=0.5, refresh_every=10)
         layer(torch.ones(3, 30)).square().sum().backward()
         for _ in range(3):
             opt.step()
