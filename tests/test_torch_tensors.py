@@ -295,6 +295,7 @@ def test_two_steps_of_one_gradient() -> None:
         for _ in range(3):
             opt.step()
             if rewritten:
+                assert layer.weight.grad is not None
                 layer.weight.grad.add_(0)  # what somebody has written to is gathered anew
         runs.append(topkast.dense_params(opt)["weight"])
     assert torch.equal(*runs)
