@@ -66,7 +66,7 @@ def residual() -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
 
 
-class RankedTensors(nn.Module):
+class TransformerBlock(nn.Module):
     """A transformer block, of width 768 and 3072 in between."""
 
     def __init__(self, width: int = 768, heads: int = 12) -> None:
@@ -281,7 +281,7 @@ def main() -> None:
     if options.only in (None, "transformer"):
         inputs = torch.randn(8, 256, 768, requires_grad=True)
         title = "Transformer block, width 768, 2,048 tokens"
-        records += measure(title, RankedTensors, PAIRS, [], square, inputs, options.rounds // 2)
+        records += measure(title, TransformerBlock, PAIRS, [], square, inputs, options.rounds // 2)
     held = measure_bytes(2048) if options.only in (None, "bytes") else []
     packages = ("numpy", "torch", "numba", "sparseprop", "sparselab")
     result = {"environment": environment(options.threads, packages), "rows": records}

@@ -11,17 +11,18 @@ it moves as Adam moves a new parameter.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, TypeAlias
 
 import numpy as np
 from array_api_compat import array_namespace, is_jax_array
 
-from topkast._primitives import Array, Namespace, device, lookup
+from topkast._primitives import Array, device, lookup
 
 Betas: TypeAlias = tuple[float, float]
 
+_TABLES: dict[Any, Array] = {}
+_MOST_TABLES = 32
 SETTLED = (1 << 15) - 1  # the age, int16, of entries whose displacement is not scaled
 
 
@@ -50,14 +51,15 @@ def corrections(betas: Betas) -> np.ndarray[Any, Any]:
 
 def _table(ages: Array, betas: Betas, dtype: Any) -> Array:
     """:func:`corrections` where `ages` are: once for each device, as a copy from the host waits."""
-    if is_jax_array(ages):
-        return array_namespace(ages).asarray(corrections(betas), dtype=dtype, device=device(ages))
-    return _cached_table(array_namespace(ages), device(ages), betas, dtype)
-
-
-@functools.lru_cache(maxsize=32)
-def _cached_table(xp: Namespace, place: Any, betas: Betas, dtype: Any) -> Array:
-    return xp.asarray(corrections(betas), dtype=dtype, device=place)
+    xp, place = array_namespace(ages), device(ages)
+    if is_jax_array(ages):  # which puts it into the compiled program
+        return xp.asarray(corrections(betas), dtype=dtype, device=place)
+    key = xp.__name__, str(place), betas, str(dtype)  # CuPy's devices cannot be keys
+    if key not in _TABLES:
+        if len(_TABLES) >= _MOST_TABLES:
+            _TABLES.clear()
+        _TABLES[key] = xp.asarray(corrections(betas), dtype=dtype, device=place)
+    return _TABLES[key]
 
 
 def kappa(counts: Array, betas: Betas) -> Array:

@@ -149,9 +149,12 @@ def _by_magnitude(work: Array, view: View) -> Support:
     elif is_numpy_array(work):
         return Support(largest_first(work, view.forward, view.backward, rank), view.forward)
     else:
-        flags = _flags(work, view.backward, _positions(work), ties, first)
+        if is_jax_array(work):
+            flags = _flags(work, view.backward, _positions(work), ties, first)
+        else:
+            flags = _largest(_rank_keys(work), view.backward, rank)
         indices = true_indices(flags, view.backward)
-        magnitudes = array_namespace(work).take(work, indices)
+        magnitudes = take(work, indices)
     in_forward = _flags(magnitudes, view.forward, indices, ties, first)
     return Support.split(indices, in_forward, view.forward)
 
@@ -236,8 +239,7 @@ def _kth_largest(keys: Array, count: int) -> Array:
 
 
 def _count(flags: Array) -> int:
-    xp = array_namespace(flags)
-    return int(xp.sum(xp.astype(flags, index_dtype(xp, device(flags)))))
+    return int(array_namespace(flags).count_nonzero(flags))
 
 
 def _rank_keys(flat: Array) -> Array:
@@ -246,16 +248,17 @@ def _rank_keys(flat: Array) -> Array:
     if not xp.isdtype(flat.dtype, "real floating"):
         return flat
     magnitudes = xp.abs(flat)
-    nan = xp.isnan(flat)
-    check_finite(flat)
-    if is_jax_array(flat):
-        # Non-negative floats order as their bit patterns do, and XLA, which may flush
-        # subnormal floats to zero, leaves integers alone.
-        import jax
+    if not is_traced(flat) and not bool(xp.isfinite(xp.max(magnitudes))):
+        check_finite(flat)
+    if not is_jax_array(flat):
+        return magnitudes
+    # Non-negative floats order as their bit patterns do, and XLA, which may flush subnormal floats
+    # to zero, leaves integers alone.
+    import jax
 
-        integer = {1: xp.int8, 2: xp.int16, 4: xp.int32, 8: xp.int64}[flat.dtype.itemsize]
-        magnitudes = jax.lax.bitcast_convert_type(magnitudes, integer)
-    return xp.where(nan, xp.asarray(-1, dtype=magnitudes.dtype), magnitudes)
+    integer = {1: xp.int8, 2: xp.int16, 4: xp.int32, 8: xp.int64}[flat.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(magnitudes, integer)
+    return xp.where(xp.isnan(flat), xp.asarray(-1, dtype=integer), bits)
 
 
 def check_finite(array: Array) -> None:
