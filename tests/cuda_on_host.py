@@ -1,4 +1,4 @@
-"""CuPy's fast paths without a GPU: NumPy arrays, and the kernels run on the host.
+"""CuPy's backend without a GPU: NumPy arrays, and the kernels run on the host.
 
 Either as NumPy passes (cuda_passes), or from the CUDA source itself, compiled by g++ with a small
 shim in which the threads of a block are fibers (cuda_on_host.cpp).
@@ -17,8 +17,8 @@ from typing import Any
 import cuda_passes
 import numpy as np
 import topkast_cupy
+from topkast_cupy._backend import CuPyBackend
 from topkast_cupy._module import options
-from topkast_cupy._paths import FastPaths
 
 SHIM = Path(__file__).with_name("cuda_on_host.cpp")
 KERNELS = Path(topkast_cupy.__file__).with_name("kernels.cu")
@@ -58,10 +58,10 @@ def compiled(bits: int, index_bits: int) -> Compiled:
     return Compiled(bits, index_bits)
 
 
-def fast_paths(kind: str) -> FastPaths:
+def backend(kind: str) -> CuPyBackend:
     """Those of CuPy, on NumPy arrays: ``"passes"`` or ``"compiled"``."""
     modules: dict[str, Any] = {"passes": lambda *bits: Passes(), "compiled": compiled}
-    return FastPaths(np, modules[kind], lambda: "cpu")
+    return CuPyBackend(np, modules[kind], lambda: "cpu")
 
 
 def _check(arguments: tuple[Any, ...]) -> None:

@@ -1,4 +1,4 @@
-"""CuPy's fast paths without a GPU: the passes in NumPy, and the CUDA source run on the host."""
+"""CuPy's backend without a GPU: the passes in NumPy, and the CUDA source run on the host."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ import topkast_cupy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from topkast_cupy._backend import CuPyBackend
 from topkast_cupy._module import options, source
-from topkast_cupy._paths import FastPaths
 
 import topkast
 import topkast.testing
-from topkast import _primitives
-from topkast._random import make_key, ranks
+from topkast._random import Ranks, make_key, ranks
+from topkast.backends import _find
 
 Array = np.ndarray[Any, Any]
+OWN = _find.load_backend
 DTYPES: list[Any] = [np.float16, np.float32, np.float64]
 
 needs_compiler = pytest.mark.skipif(
@@ -38,18 +39,21 @@ KINDS = ["passes", pytest.param("compiled", marks=needs_compiler)]
 
 
 @pytest.fixture(params=KINDS)
-def paths(request: pytest.FixtureRequest) -> FastPaths:
-    return cuda_on_host.fast_paths(request.param)
+def paths(request: pytest.FixtureRequest) -> CuPyBackend:
+    return cuda_on_host.backend(request.param)
 
 
 @pytest.fixture
-def in_core(paths: FastPaths, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+def in_core(paths: CuPyBackend, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """The core takes these paths for NumPy arrays."""
     with monkeypatch.context() as patch:
         patch.setattr(
-            _primitives, "_load_paths", lambda kind: paths if kind is np.ndarray else None
+            _find, "load_backend", lambda kind: paths if kind is np.ndarray else OWN(kind)
         )
         yield patch
+
+
+RANKS = Ranks(make_key(0, "w", "ties"))
 
 
 def ranks_of(size: int) -> Array:
@@ -84,38 +88,38 @@ def vectors(draw: st.DrawFn) -> tuple[Array, int]:
 
 
 @given(vectors())
-def test_largest(paths: FastPaths, problem: tuple[Array, int]) -> None:
+def test_largest(paths: CuPyBackend, problem: tuple[Array, int]) -> None:
     vector, count = problem
     order = ranks_of(vector.size)
     expected = oracle(vector, count, order)
-    indices, magnitudes = paths.largest(vector, count, lambda positions: order[positions])
+    indices, magnitudes = paths.largest(vector, count, RANKS)
     np.testing.assert_array_equal(indices, expected)
     np.testing.assert_array_equal(magnitudes, vector[expected])
-    flags = paths.largest_flags(vector, count, lambda positions: order[positions])
+    flags = paths.largest_flags(vector, count, RANKS)
     np.testing.assert_array_equal(np.flatnonzero(flags), expected)
     np.testing.assert_array_equal(paths.true_indices(flags, count), expected)
     coarse = (order >> 22).astype(np.int32)  # integers, of which many are equal
-    flags = paths.largest_flags(coarse, count, lambda positions: order[positions])
+    flags = paths.largest_flags(coarse, count, RANKS)
     np.testing.assert_array_equal(np.flatnonzero(flags), oracle(coarse, count, order))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_put(paths: FastPaths, dtype: Any, rng: np.random.Generator) -> None:
+def test_put(paths: CuPyBackend, dtype: Any, rng: np.random.Generator) -> None:
     indices = np.sort(rng.choice(9000, 5000, replace=False))
     out, values = np.zeros(9000, dtype), rng.standard_normal((1, 5000)).astype(dtype)
-    paths.put(out, indices, values)
+    paths.write(out, indices, values)
     expected = np.zeros(9000, dtype)
     expected[indices] = values[0]
     np.testing.assert_array_equal(out, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_not_finite(paths: FastPaths, dtype: Any) -> None:
+def test_not_finite(paths: CuPyBackend, dtype: Any) -> None:
     vector = np.ones(5000, dtype)
     vector[[7, 4500]] = np.nan, -np.inf
     for function in (paths.largest, paths.largest_flags):
         with pytest.raises(topkast.NonFiniteError, match="2 of 5000 entries"):
-            function(vector, 10, lambda positions: positions)
+            function(vector, 10, RANKS)
 
 
 @pytest.mark.usefixtures("in_core")
@@ -126,7 +130,7 @@ def test_selection_is_that_of_numpy(
     vector = problem[0]
     found = topkast.select(vector, fwd=0.9, bwd=0.7, explore=explore, seed=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_primitives, "_load_paths", lambda kind: None)
+        patch.setattr(_find, "load_backend", OWN)
         expected = topkast.select(vector, fwd=0.9, bwd=0.7, explore=explore, seed=3)
     topkast.testing.assert_same_support(found, expected)
 
@@ -174,7 +178,7 @@ def test_other_rules_go_the_ordinary_way(in_core: pytest.MonkeyPatch) -> None:
             return {name: 2 * step for name, step in steps.items()}, state
 
     params, _, _ = train(Twice(0.1), np.float64)
-    in_core.setattr(_primitives, "_load_paths", lambda kind: None)
+    in_core.setattr(_find, "load_backend", OWN)
     expected, _, _ = train(topkast.SGD(0.2), np.float64)
     for name, param in expected.items():
         np.testing.assert_allclose(params[name], param, rtol=1e-12)
@@ -186,7 +190,7 @@ def test_training_is_that_of_numpy(
     in_core: pytest.MonkeyPatch, rule: Any, options: Mapping[str, Any]
 ) -> None:
     params, state, supports = train(rule, np.float64, **options)
-    in_core.setattr(_primitives, "_load_paths", lambda kind: None)
+    in_core.setattr(_find, "load_backend", OWN)
     expected_params, expected_state, expected_supports = train(rule, np.float64, **options)
     for found, expected in zip(supports, expected_supports, strict=True):
         for key in expected:
@@ -228,7 +232,7 @@ def test_a_step_in_lower_precision(dtype: Any) -> None:
 @needs_compiler
 def test_half_precision_is_converted_as_numpy_does() -> None:
     """All halves, and floats around every boundary of rounding."""
-    paths = cuda_on_host.fast_paths("compiled")
+    paths = cuda_on_host.backend("compiled")
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     halves = halves[np.isfinite(halves)]
     count = len(halves)
@@ -261,13 +265,13 @@ class TestBadInput:
             topkast.select(np.arange(9, dtype=np.int32), fwd=0.5, bwd=0.5)
 
     def test_the_wrong_device(self) -> None:
-        paths = FastPaths(np, lambda *bits: cuda_on_host.Passes(), lambda: "another")
+        paths = CuPyBackend(np, lambda *bits: cuda_on_host.Passes(), lambda: "another")
         vector = np.ones(3)
         for use in (
             lambda: paths.check("w", vector),
-            lambda: paths.largest(vector, 1, lambda positions: positions),
+            lambda: paths.largest(vector, 1, RANKS),
             lambda: paths.true_indices(vector > 0, 3),
-            lambda: paths.put(vector, np.arange(3), vector),
+            lambda: paths.write(vector, np.arange(3), vector),
         ):
             with pytest.raises(topkast.MismatchError, match=r"'cpu' .* `with array.device:`"):
                 use()

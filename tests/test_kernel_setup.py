@@ -9,12 +9,13 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import topkast
-from topkast import _primitives
 from topkast.kernels import _convolutions, _layout, _packing, _planes, _pool, _products
 from topkast.kernels._compile import FolderLocator
+from topkast.testing import assert_same_support
 
 PACKAGE = Path(topkast.__file__).parent
 
@@ -126,20 +127,50 @@ except ModuleNotFoundError as error:
     assert f"pip install 'topkast[{extra}]'" in run(program, PACKAGE.parent)
 
 
-def test_primitives_of_a_package_that_we_do_not_know(
+BACKEND_OF_SOMEBODY = """
+from topkast.backends.numpy import NumPyBackend
+
+class Counting(NumPyBackend):
+    calls = 0
+
+    def largest_first(self, *arguments):
+        self.calls += 1
+        return super().largest_first(*arguments)
+
+    def host(self, array):
+        return None
+
+BACKEND = Counting()
+
+def load():
+    return BACKEND
+"""
+
+
+def test_the_backend_of_a_library_that_we_do_not_know(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Found by the name of the library, as those for CuPy are."""
-    described = tmp_path / "fast_paths_of_somebody-1.dist-info"
+    """It is found by the name of the library, as that of CuPy is."""
+    described = tmp_path / "backend_of_somebody-1.dist-info"
     described.mkdir()
-    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: fast_paths\nVersion: 1\n")
-    (described / "entry_points.txt").write_text("[topkast.primitives]\nsomearrays = somepaths:load")
-    (tmp_path / "somepaths.py").write_text("PATHS = object()\ndef load(): return PATHS\n")
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: somebody\nVersion: 1\n")
+    (described / "entry_points.txt").write_text("[topkast.backends]\nsomearrays = somebackend:load")
+    (tmp_path / "somebackend.py").write_text(BACKEND_OF_SOMEBODY)
     monkeypatch.syspath_prepend(tmp_path)
-    kind: Any = type("SomeArray", (), {"__module__": "somearrays.core"})
+    kind: Any = type("SomeArray", (np.ndarray,), {"__module__": "somearrays.core"})
     derived: Any = type("Derived", (kind,), {"__module__": "mine"})
-    import somepaths  # type: ignore[import-not-found]
+    import somebackend  # type: ignore[import-not-found]
 
-    for array in (kind(), derived()):
-        assert _primitives.fast_paths(array) is somepaths.PATHS
-    assert _primitives.fast_paths(1.0) is None
+    tx = topkast.wrap_optimizer(topkast.AdamW(0.1), fwd=0.9, bwd=0.8, refresh_every=2)
+    theta = np.random.default_rng(0).standard_normal((20, 30))
+    runs = []
+    for library in (np.ndarray, kind, derived):
+        params = {"w": theta.view(library)}
+        state = tx.init(params)
+        for _ in range(4):
+            params, state = tx.step({"w": params["w"] * 2}, state, params)
+        runs.append((np.asarray(params["w"]), state.supports["w"]))
+    assert somebackend.BACKEND.calls == 6  # at the start and at two refreshes, for two libraries
+    for found, support in runs[1:]:
+        np.testing.assert_array_equal(found, runs[0][0])
+        assert_same_support(support, runs[0][1])

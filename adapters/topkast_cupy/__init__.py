@@ -4,7 +4,7 @@
 arrays as on one of NumPy arrays. What is here for users is :func:`why_unavailable`.
 """
 
+from topkast_cupy._backend import load
 from topkast_cupy._module import why_unavailable
-from topkast_cupy._paths import load
 
 __all__ = ["load", "why_unavailable"]

@@ -17,7 +17,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from array_api_compat import array_namespace, is_jax_array
 
-from topkast._primitives import Array, device, lookup
+from topkast._primitives import Array, device
+from topkast.backends import backend_of
 
 Betas: TypeAlias = tuple[float, float]
 
@@ -86,7 +87,7 @@ def scale_young(steps: Array, ages: Array, updates: Array, betas: Betas) -> Arra
     counts = xp.where(
         young, xp.astype(ages, xp.int32) + 1, xp.full_like(ages, limit, dtype=xp.int32)
     )
-    factors = lookup(table, counts) / kappa(xp.astype(updates, real), betas)
+    factors = backend_of(table).lookup(table, counts) / kappa(xp.astype(updates, real), betas)
     shape = steps.shape
     factors = xp.astype(xp.reshape(factors, shape), steps.dtype)
     return xp.where(xp.reshape(young, shape), steps * factors, steps)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from array_api_compat import array_namespace
 
-from topkast._primitives import Array, device
+from topkast._primitives import Array, device, take
 
 Key: TypeAlias = tuple[int, int, int, int]  # of 32 bits each
 
@@ -47,6 +48,35 @@ def random_words(indices: Array, key: Key, draw: Array | int = 0) -> Array:
 def draws(indices: Array, key: Key, draw: Array | int = 0) -> Array:
     """Integers of 30 random bits, int32."""
     return _shift(random_words(indices, key, draw), 32 - BITS)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The rank of each entry among those of equal magnitude: a function of its position.
+
+    Attributes
+    ----------
+    key
+        Of the words by which they rank.
+    first
+        The flat index of the entry at position 0.
+    indices
+        Where the entries are not consecutive, their flat indices after `first`; integers (k,).
+    """
+
+    key: Key
+    first: Array | int = 0
+    indices: Array | None = None
+
+    def __call__(self, positions: Array) -> Array:
+        """Ranks at some positions (k,), the largest first; int64 of 32 bits, all different."""
+        if self.indices is not None:
+            positions = take(self.indices, positions)
+        return ranks(positions + self.first, self.key)
+
+    def at(self, indices: Array) -> Ranks:
+        """Those of the entries at some positions (k,)."""
+        return Ranks(self.key, self.first, indices)
 
 
 def ranks(indices: Array, key: Key) -> Array:

@@ -5,29 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from array_api_compat import array_namespace, is_jax_array, is_numpy_array, is_torch_array
+from array_api_compat import array_namespace
 
 from topkast._distribution import exact_fraction, kept_count
 from topkast._errors import NonFiniteError, UnsupportedTensorError
-from topkast._host import largest_first, largest_flags
 from topkast._method import View
 from topkast._options import Explore, check_sparsities
-from topkast._primitives import (
-    Array,
-    Ranks,
-    device,
-    fast_paths,
-    host_view,
-    index_dtype,
-    is_traced,
-    like,
-    possibly_true,
-    scatter_flat,
-    take,
-    true_indices,
-)
-from topkast._random import BITS, Key, draws, make_key, ranks
+from topkast._primitives import Array, device, is_traced, like, possibly_true, take
+from topkast._random import BITS, Ranks, draws, make_key
 from topkast._support import Support, width
+from topkast.backends import backend_of
 
 
 def select(
@@ -118,7 +105,7 @@ def _on_host(choose: Callable[[Array, View], Support], flat: Array, view: View) 
     dtype = width(xp, flat.shape[0])
     if view.backward == 0:
         return Support(xp.zeros(0, dtype=dtype, device=device(flat)), 0)
-    host = host_view(flat)
+    host = backend_of(flat).host(flat)
     support = choose(flat if host is None else host, view)
     if host is None:
         return support.narrowed(flat.shape[0])
@@ -128,7 +115,7 @@ def _on_host(choose: Callable[[Array, View], Support], flat: Array, view: View) 
 def _check_size(flat: Array) -> None:
     """Raise :class:`UnsupportedTensorError` for a vector that is too long for its library."""
     xp = array_namespace(flat)
-    dtype = index_dtype(xp, device(flat))
+    dtype = backend_of(flat).index_dtype(flat)
     if flat.shape[0] > min(int(xp.iinfo(dtype).max), 1 << 32):
         raise UnsupportedTensorError(
             f"{flat.shape[0]} entries are too many for one tensor with indices of {dtype} (in JAX, "
@@ -137,32 +124,10 @@ def _check_size(flat: Array) -> None:
 
 
 def _by_magnitude(work: Array, view: View) -> Support:
-    """The largest magnitudes, in whatever way is the fastest for the library."""
-    first, ties = view.first, make_key(view.seed, view.name, "ties")
-
-    def rank(positions: Array) -> Array:
-        return ranks(positions + first, ties)
-
-    paths = fast_paths(work)
-    if paths is not None:
-        indices, magnitudes = paths.largest(work, view.backward, rank)
-    elif is_numpy_array(work):
-        return Support(largest_first(work, view.forward, view.backward, rank), view.forward)
-    else:
-        if is_jax_array(work):
-            flags = _flags(work, view.backward, _positions(work), ties, first)
-        else:
-            flags = _largest(_rank_keys(work), view.backward, rank)
-        indices = true_indices(flags, view.backward)
-        magnitudes = take(work, indices)
-    in_forward = _flags(magnitudes, view.forward, indices, ties, first)
-    return Support.split(indices, in_forward, view.forward)
-
-
-def _positions(flat: Array) -> Array:
-    xp = array_namespace(flat)
-    dtype = index_dtype(xp, device(flat))
-    return xp.arange(flat.shape[0], dtype=dtype, device=device(flat))
+    """The largest magnitudes."""
+    ranks = Ranks(make_key(view.seed, view.name, "ties"), view.first)
+    backend = backend_of(work)
+    return Support(backend.largest_first(work, view.forward, view.backward, ranks), view.forward)
 
 
 def _modulus(flat: Array) -> Array:
@@ -177,88 +142,34 @@ def _modulus(flat: Array) -> Array:
 
 def _draw(flat: Array, view: View, count: int) -> Support:
     """`count` entries by magnitude, then the largest of random words that all lie below theirs."""
-    xp = array_namespace(flat)
-    ties, drawn = (make_key(view.seed, view.name, purpose) for purpose in ("ties", "draws"))
-    positions = _positions(flat)
-    in_forward = _flags(flat, view.forward, positions, ties, view.first)
-    kept = in_forward
+    xp, backend = array_namespace(flat), backend_of(flat)
+    ties = Ranks(make_key(view.seed, view.name, "ties"), view.first)
+    in_forward = kept = backend.largest_flags(flat, view.forward, ties)
     if count > view.forward:
-        kept = _flags(flat, count, positions, ties, view.first)
-    words = draws(positions + view.first, drawn, view.draw)
+        kept = backend.largest_flags(flat, count, ties)
+    words = _words(flat, view)
     above_all = xp.asarray(1 << BITS, dtype=words.dtype, device=device(words))
     words = xp.where(kept, above_all, words)
-    indices = true_indices(_flags(words, view.backward, positions, ties, view.first), view.backward)
+    flags = backend.largest_flags(words, view.backward, ties)
+    indices = backend.true_indices(flags, view.backward)
     return Support.split(indices, take(in_forward, indices), view.forward)
 
 
 def _draw_both(flat: Array, view: View) -> Support:
     """The largest of random words: those of B, and among them those of A."""
-    ties, drawn = (make_key(view.seed, view.name, purpose) for purpose in ("ties", "draws"))
-    positions = _positions(flat)
-    words = draws(positions + view.first, drawn, view.draw)
-    in_forward = _flags(words, view.forward, positions, ties, view.first)
-    indices = true_indices(_flags(words, view.backward, positions, ties, view.first), view.backward)
-    return Support.split(indices, take(in_forward, indices), view.forward)
+    backend = backend_of(flat)
+    ties = Ranks(make_key(view.seed, view.name, "ties"), view.first)
+    words = _words(flat, view)
+    return Support(backend.largest_first(words, view.forward, view.backward, ties), view.forward)
 
 
-def _flags(flat: Array, count: int, indices: Array, ties: Key, first: Array | int) -> Array:
-    """Flags (n,) of the `count` largest magnitudes (n,), at `indices` of the tensor."""
-    if is_jax_array(flat):
-        from topkast import _xla
-
-        return _xla.largest_flags(_rank_keys(flat), count, indices + first, ties)
-
-    def rank(positions: Array) -> Array:
-        return ranks(take(indices, positions) + first, ties)
-
-    paths = fast_paths(flat)
-    if paths is not None:
-        return paths.largest_flags(flat, count, rank)
-    if is_numpy_array(flat):
-        return largest_flags(flat, count, rank)
-    return _largest(_rank_keys(flat), count, rank)
-
-
-def _largest(keys: Array, count: int, rank: Ranks) -> Array:
-    """Flags (n,) of the `count` largest keys (n,)."""
-    threshold = _kth_largest(keys, count)
-    above, equal = keys > threshold, keys == threshold
-    wanted, found = count - _count(above), _count(equal)
-    if found > wanted:
-        positions = true_indices(equal, found)
-        order = rank(positions)
-        chosen = order >= _kth_largest(order, wanted)
-        equal = scatter_flat(chosen, positions, keys.shape[0], False)
-    return above | equal
-
-
-def _kth_largest(keys: Array, count: int) -> Array:
-    if is_torch_array(keys):  # on an accelerator, by radix selection; on the host NumPy does it
-        return keys.topk(count, sorted=False).values.amin()
-    return array_namespace(keys).sort(keys)[keys.shape[0] - count]
-
-
-def _count(flags: Array) -> int:
-    return int(array_namespace(flags).count_nonzero(flags))
-
-
-def _rank_keys(flat: Array) -> Array:
-    """Keys (n,) that order as the magnitudes do, with NaN below all of them."""
+def _words(flat: Array, view: View) -> Array:
+    """A random word for each entry (n,); integers of 30 bits."""
     xp = array_namespace(flat)
-    if not xp.isdtype(flat.dtype, "real floating"):
-        return flat
-    magnitudes = xp.abs(flat)
-    if not is_traced(flat) and not bool(xp.isfinite(xp.max(magnitudes))):
-        check_finite(flat)
-    if not is_jax_array(flat):
-        return magnitudes
-    # Non-negative floats order as their bit patterns do, and XLA, which may flush subnormal floats
-    # to zero, leaves integers alone.
-    import jax
-
-    integer = {1: xp.int8, 2: xp.int16, 4: xp.int32, 8: xp.int64}[flat.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(magnitudes, integer)
-    return xp.where(xp.isnan(flat), xp.asarray(-1, dtype=integer), bits)
+    dtype = backend_of(flat).index_dtype(flat)
+    positions = xp.arange(flat.shape[0], dtype=dtype, device=device(flat))
+    key = make_key(view.seed, view.name, "draws")
+    return draws(positions + view.first, key, view.draw)
 
 
 def check_finite(array: Array) -> None:

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from array_api_compat import array_namespace, is_jax_array, is_torch_array
+from array_api_compat import array_namespace
 
 from topkast._errors import MismatchError
-from topkast._host import common_positions
-from topkast._primitives import (
-    Array,
-    Namespace,
-    device,
-    host_view,
-    is_traced,
-    like,
-    take,
-    true_indices,
-)
+from topkast._primitives import Array, Namespace, device, is_traced
+from topkast.backends import backend_of
 
 
 @dataclass(frozen=True)
@@ -68,13 +58,7 @@ class Support:
     @classmethod
     def split(cls, indices: Array, in_forward: Array, forward: int) -> Support:
         r"""From ascending indices of B (\|B\|,) and flags (\|B\|,) of the \|A\| that are in A."""
-        if is_jax_array(indices):
-            from topkast import _xla
-
-            return cls(_xla.partition(indices, in_forward, forward), forward)
-        active = take(indices, true_indices(in_forward, forward))
-        exploring = true_indices(~in_forward, indices.shape[0] - forward)
-        return cls.of(active, take(indices, exploring))
+        return cls(backend_of(indices).flagged_first(indices, in_forward, forward), forward)
 
     @property
     def backward(self) -> int:
@@ -138,14 +122,18 @@ def width(xp: Namespace, size: int) -> Any:
     return xp.int32 if size < 1 << 31 else xp.int64
 
 
-def join(supports: Iterable[Support], starts: Iterable[int]) -> Support:
-    """The sets of a tensor from those of its parts, whose first entries have the flat indices."""
-    pairs = list(zip(supports, starts, strict=True))
-    xp = array_namespace(*(one.indices for one, _ in pairs))
-    return Support.of(
-        xp.concat([one.active + start for one, start in pairs]),
-        xp.concat([one.exploring + start for one, start in pairs]),
-    )
+def join_layers(indices: Array, forward: int, size: int) -> Support:
+    """The sets of a tensor of some size from those of its layers.
+
+    Of each layer there are the indices (layers, k), the first `forward` of them those of its A.
+    """
+    xp = array_namespace(indices)
+    layers = indices.shape[0]
+    dtype = width(xp, size)
+    firsts = xp.arange(layers, dtype=dtype, device=device(indices)) * (size // layers)
+    indices = xp.astype(indices, dtype) + firsts[:, None]
+    parts = indices[:, :forward], indices[:, forward:]
+    return Support.of(*(xp.reshape(part, (-1,)) for part in parts))
 
 
 def in_forward(support: Support) -> Array:
@@ -158,7 +146,7 @@ def in_forward(support: Support) -> Array:
 def weigh(values: Array, support: Support, on_active: float, on_exploring: float) -> Array:
     r"""`values` (shape (1, …, \|B\|)) times one number on A and another one on B∖A."""
     xp = array_namespace(values)
-    if is_jax_array(values):  # by elements, which follows the layout of vectors over devices
+    if backend_of(values).by_elements:
         weights = xp.where(in_forward(support), on_active, on_exploring)
         return xp.reshape(xp.astype(weights, values.real.dtype), values.shape) * values
     flat, split = xp.reshape(values, (-1,)), support.forward
@@ -171,7 +159,7 @@ def restrict_to_active(
 ) -> Array:
     r"""`values` (shape (1, …, \|B\|)), with `fill` on B∖A unless `exploring`."""
     xp = array_namespace(values)
-    if is_jax_array(values):
+    if backend_of(values).by_elements:
         kept = xp.reshape(in_forward(support) | exploring, values.shape)
         return xp.where(kept, values, xp.full((), fill, dtype=values.dtype))
     if exploring:
@@ -198,26 +186,10 @@ class Migration(NamedTuple):
     @classmethod
     def between(cls, old: Support, new: Support, size: int | None = None) -> Migration:
         """From one support to the next, of one tensor, whose size saves time where it is known."""
-        xp = array_namespace(old.indices, new.indices)
-        hosts = host_view(old.indices), host_view(new.indices)
-        if hosts[0] is not None and hosts[1] is not None:
-            source, survives = common_positions(hosts[0], old.forward, hosts[1], new.forward)
-            return cls(like(source, old.indices), like(survives, old.indices))
-        if size is not None and (is_jax_array(old.indices) or is_torch_array(old.indices)):
-            source = take(_positions(old.indices, size), new.indices)
-            return cls(xp.clip(source, 0, None), source >= 0)
-        found = [
-            _search(part, new.indices, first)
-            for part, first in ((old.active, 0), (old.exploring, old.forward))
-            if part.shape[0]
-        ]
-        if not found:
-            nowhere = xp.zeros_like(new.indices)
-            return cls(nowhere, xp.astype(nowhere, xp.bool))
-        (source, survives), *others = found
-        for position, hit in others:
-            source, survives = xp.where(hit, position, source), survives | hit
-        return cls(source, survives)
+        if size is None:
+            size = 1 + max(_largest(old), _largest(new))
+        backend = backend_of(old.indices)
+        return cls(*backend.positions(old.indices, old.forward, new.indices, new.forward, size))
 
     def apply(self, entry: Array, fresh: Array | float = 0.0) -> Array:
         r"""`entry` (shape (1, …, \|B\|), any dtype) on the new B, `fresh` for what enters it."""
@@ -266,22 +238,10 @@ def migrate(entry: Array, old: Support, new: Support, /, *, fresh: Array | float
     return Migration.between(old, new).apply(entry, fresh)
 
 
-def _positions(indices: Array, size: int) -> Array:
-    """For each entry of a tensor its position in B, -1 outside of it; int32 (size,)."""
-    xp = array_namespace(indices)
-    places = xp.arange(indices.shape[0], dtype=xp.int32, device=device(indices))
-    nowhere = xp.full((size,), -1, dtype=xp.int32, device=device(indices))
-    if is_jax_array(indices):
-        return nowhere.at[indices].set(places, unique_indices=True, mode="promise_in_bounds")
-    return nowhere.index_copy_(0, indices.long(), places)
-
-
-def _search(part: Array, wanted: Array, first: int) -> tuple[Array, Array]:
-    """Where in B `wanted` indices are, among an ascending `part` of it that begins at `first`."""
-    xp = array_namespace(part, wanted)
-    last = xp.full((), part.shape[0] - 1, dtype=part.dtype, device=device(part))
-    position = xp.minimum(xp.astype(xp.searchsorted(part, wanted), part.dtype), last)
-    return position + first, xp.take(part, position) == wanted
+def _largest(support: Support) -> int:
+    """The largest index, -1 where there is none."""
+    parts = [part for part in (support.active, support.exploring) if part.shape[0]]
+    return max((int(part[-1]) for part in parts), default=-1)
 
 
 _registered: set[str] = set()

@@ -15,9 +15,10 @@ from topkast._distribution import Shape, exact_densities, exact_fraction, kept_c
 from topkast._errors import NonFiniteError, OptionError
 from topkast._method import View
 from topkast._options import Options
-from topkast._primitives import Array, device, is_traced
+from topkast._primitives import Array, device
 from topkast._selection import check_finite
-from topkast._support import Migration, Support, join
+from topkast._support import Migration, Support, join_layers
+from topkast.backends import backend_of
 from topkast.methods._chosen import check_chosen, method_of
 
 _JOIN = " + "
@@ -95,15 +96,10 @@ class RankedTensors:
         with _named(self.key):
             if self.layers == 1:
                 return choose(flat, 0)
-            if is_traced(flat):
-                from topkast import _xla
-
-                stacked: Support = _xla.for_each_layer(choose, flat, self.layers)
-                return stacked
-            size = self.size // self.layers
-            starts = range(0, self.size, size)
-            sets = [choose(flat[start : start + size], start) for start in starts]
-        return join(sets, starts).narrowed(self.size)
+            indices = backend_of(flat).for_each_layer(
+                lambda part, first: choose(part, first).indices, flat, self.layers
+            )
+        return join_layers(indices, forward, self.size)
 
     def check_finite(self, tensors: Mapping[str, Array]) -> None:
         """Raise :class:`topkast.NonFiniteError` for NaN or infinity in a member."""

@@ -26,17 +26,15 @@ from topkast._plan import Plan, TensorInfo, make_plan
 from topkast._primitives import (
     Array,
     device,
-    fast_paths,
     is_traced,
     possibly_true,
-    put,
     when,
-    zero_count,
 )
 from topkast._state import Arrays, TopKASTState
 from topkast._support import Support, restrict_to_active
 from topkast._tensors import RankedTensors
 from topkast._wrapped_rule import UpdateRule, WrappedRule
+from topkast.backends import backend_of
 from topkast.methods._chosen import method_of
 
 _MAX_COUNT = (1 << 31) - 1  # of updates: counts are int32
@@ -77,7 +75,7 @@ class TopKASTTransform:
             for ranked in plan.tensors
         }
         return TopKASTState(
-            zero_count(next(iter(params.values()))),
+            _zero_count(params),
             supports,
             {ranked.key: ranked.no_change(supports[ranked.key].indices) for ranked in plan.tensors},
             {
@@ -153,10 +151,10 @@ class TopKASTTransform:
 
         Raises as :meth:`update`.
         """
-        paths = fast_paths(next(iter(params.values()))) if params and not extra else None
-        if paths is not None:
+        if params and not extra:
             plan = self.check(grads, params, state)
-            outcome = paths.step(self.inner, plan, grads, state, params)
+            backend = backend_of(next(iter(params.values())))
+            outcome = backend.step(self.inner, plan, grads, state, params)
             if outcome is not None:
                 weights, inner, ages = outcome
                 following = state._replace(
@@ -169,7 +167,8 @@ class TopKASTTransform:
         for ranked in advance.plan.tensors:
             indices = state.supports[ranked.key].indices
             flat = ranked.flatten(params)
-            flat = put(flat, indices, array_namespace(flat).reshape(stepped[ranked.key], (-1,)))
+            values = array_namespace(flat).reshape(stepped[ranked.key], (-1,))
+            flat = backend_of(flat).put(flat, indices, values)
             weights |= ranked.unflatten(flat)
         weights = {name: weights[name] for name in params}
         following = self._refresh_if_due(advance.plan, advance.following, lambda: weights)
@@ -262,9 +261,7 @@ class TopKASTTransform:
                 array.dtype, ("real floating", "complex floating")
             ):
                 raise UnsupportedTensorError(f"{name}: weights must be floats, got {array.dtype}")
-            paths = fast_paths(array)
-            if paths is not None:
-                paths.check(name, array)
+            backend_of(array).check(name, array)
         _check_together(params)
         signature = tuple(
             (name, tuple(array.shape), str(array.dtype)) for name, array in params.items()
@@ -377,6 +374,11 @@ def _compact(plan: Plan, arrays: Mapping[str, Array], supports: Mapping[str, Sup
         values = gather(ranked.flatten(arrays), supports[ranked.key])
         compact[ranked.key] = array_namespace(values).reshape(values, ranked.compact_shape)
     return compact
+
+
+def _zero_count(params: Mapping[str, Array]) -> Array:
+    first = next(iter(params.values()))
+    return backend_of(first).zero_count(first)
 
 
 def _increment(count: Array) -> Array:

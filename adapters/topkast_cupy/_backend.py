@@ -1,4 +1,4 @@
-"""What the core asks for, as launches: selection in a few reads of the weights, fused updates."""
+"""The backend for CuPy, as launches: selection in a few reads of the weights, fused updates."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from topkast import (
 )
 from topkast._age import Betas, corrections, grow
 from topkast._plan import Plan
-from topkast._primitives import Array, Ranks
+from topkast._primitives import Array
+from topkast._random import Ranks
 from topkast._rules import bias_correction, learning_rate
 from topkast._state import Arrays, TopKASTState
+from topkast.backends import Backend
 from topkast_cupy._module import MOST_BINS, THREADS, TILE, Module, cuda_module
 
 _MOST_BLOCKS = 2048  # of kernels whose threads stride over all entries
@@ -35,15 +37,15 @@ _DIGITS = {16: (8, 7), 32: (11, 10, 10), 64: (11, 11, 11, 10, 10, 10)}
 
 
 @functools.cache
-def load() -> FastPaths:
-    """The fast paths for CuPy's arrays."""
+def load() -> CuPyBackend:
+    """The backend for CuPy's arrays."""
     import cupy
 
-    return FastPaths(cupy, cuda_module, cupy.cuda.Device)
+    return CuPyBackend(cupy, cuda_module, cupy.cuda.Device)
 
 
-class FastPaths:
-    """Fast paths of ``topkast._primitives`` for arrays of a library with NumPy's names.
+class CuPyBackend(Backend):
+    """The backend for arrays of a library with NumPy's names.
 
     Parameters
     ----------
@@ -60,6 +62,10 @@ class FastPaths:
     ) -> None:
         self.xp, self._module, self._device = xp, module, device
 
+    def take(self, flat: Array, indices: Array) -> Array:
+        """See :class:`topkast.backends.Backend`."""
+        return flat.take(indices)
+
     def check(self, name: str, array: Array) -> None:
         """Raise an error that names what the kernels cannot work on."""
         if array.dtype not in (np.float16, np.float32, np.float64):
@@ -74,6 +80,16 @@ class FastPaths:
                 f"{name} is on {array.device!r} and the current device is {self._device()!r}: "
                 "work inside `with array.device:`"
             )
+
+    def zero_count(self, beside: Array) -> Array:
+        """See :class:`topkast.backends.Backend`; on the host."""
+        return np.zeros((), dtype=np.int32)
+
+    def largest_first(self, flat: Array, forward: int, backward: int, ranks: Ranks) -> Array:
+        """See :class:`topkast.backends.Backend`."""
+        indices, magnitudes = self.largest(flat, backward, ranks)
+        flags = self.largest_flags(magnitudes, forward, ranks.at(indices))
+        return self.flagged_first(indices, flags, forward)
 
     def largest(self, flat: Array, count: int, ranks: Ranks) -> tuple[Array, Array]:
         """Ascending indices of the `count` largest magnitudes of a vector (n,), and its entries."""
@@ -101,7 +117,28 @@ class FastPaths:
         above, equal, tiles = self._tally(mask, state)
         return self._collect(mask, count, state, above, equal, tiles)
 
-    def put(self, flat: Array, indices: Array, values: Array) -> None:
+    def scatter(self, values: Array, indices: Array, size: int, fill: float) -> Array:
+        """See :class:`topkast.backends.Backend`."""
+        base = self.xp.full((size,), fill, dtype=values.dtype)
+        self.write(base, indices, values)
+        return base
+
+    def put(self, flat: Array, indices: Array, values: Array) -> Array:
+        """See :class:`topkast.backends.Backend`."""
+        copy = flat.copy()
+        self.write(copy, indices, values)
+        return copy
+
+    def positions(
+        self, old: Array, old_split: int, new: Array, new_split: int, size: int
+    ) -> tuple[Array, Array]:
+        """See :class:`topkast.backends.Backend`; by a table as long as the tensor."""
+        table = self.xp.full((size,), -1, dtype=np.int32)
+        self.write(table, old, self.xp.arange(len(old), dtype=np.int32))
+        source = table.take(new)
+        return self.xp.maximum(source, 0), source >= 0
+
+    def write(self, flat: Array, indices: Array, values: Array) -> None:
         """Write `values` (k,) at `indices` into the vector `flat`, in place."""
         if flat.itemsize > 8:  # complex128
             flat[indices] = self.xp.reshape(values, (-1,))

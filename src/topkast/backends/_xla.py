@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from topkast._primitives import Array
 from topkast._random import Key, random_words
+from topkast.backends._base import Array
 
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ def true_indices(mask: Array, count: int) -> Array:
     return word.astype(dtype) * _WORD + _place_of_bit(bits, place).astype(dtype)
 
 
-def partition(entries: Array, flags: Array, count: int) -> Array:
+def flagged_first(entries: Array, flags: Array, count: int) -> Array:
     """Entries (k,) in their order, the `count` of them that are flagged (k,) first."""
     # Once: the flags would be computed anew wherever they are used.
     flags = lax.optimization_barrier(flags)
@@ -90,16 +90,6 @@ def partition(entries: Array, flags: Array, count: int) -> Array:
         .at[targets]
         .set(entries, unique_indices=True, mode="promise_in_bounds")
     )
-
-
-def for_each_layer(choose: Callable[[Array, Array], Any], flat: Array, layers: int) -> Any:
-    """The sets of each of some layers of equal size in a vector (n,), one behind the other."""
-    parts = flat.reshape(layers, -1)
-    firsts = jnp.arange(layers) * parts.shape[1]
-    support = jax.vmap(choose)(parts, firsts)
-    indices = support.indices + firsts[:, None].astype(support.indices.dtype)
-    split = support.forward
-    return support.of(indices[:, :split].reshape(-1), indices[:, split:].reshape(-1))
 
 
 def beside(array: Array) -> Any:

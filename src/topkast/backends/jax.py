@@ -1,0 +1,101 @@
+"""JAX: inside compiled functions, where nothing can be looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from topkast.backends import _xla
+from topkast.backends._base import Array, Backend
+
+if TYPE_CHECKING:
+    from topkast._random import Ranks
+
+T = TypeVar("T")
+
+# What need not be checked of our indices.
+_IN_BOUNDS: dict[str, Any] = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
+
+
+class JAXBackend(Backend):
+    """See :class:`topkast.backends.Backend`."""
+
+    by_elements: ClassVar[bool] = True
+
+    def device(self, array: Array) -> Any:
+        if self.is_traced(array) or not array.committed:
+            return None  # to choose one would commit what is computed from `array` to it
+        return _xla.beside(array)
+
+    def host(self, array: Array) -> np.ndarray[Any, Any] | None:
+        if self.is_traced(array) or {one.platform for one in array.devices()} != {"cpu"}:
+            return None
+        view = np.asarray(array)
+        return view.astype(np.float32) if view.dtype.itemsize <= 2 else view
+
+    def is_traced(self, array: Array) -> bool:
+        return isinstance(array, jax.core.Tracer)
+
+    def when(self, due: Array, change: Callable[..., T], state: T, *operands: Any) -> T:
+        if not self.is_traced(due):
+            return super().when(due, change, state, *operands)
+        return _xla.when(due, change, state, *operands)
+
+    def take(self, flat: Array, indices: Array) -> Array:
+        return flat.at[indices].get(unique_indices=True, **_IN_BOUNDS)
+
+    def lookup(self, table: Array, indices: Array) -> Array:
+        return table.at[indices].get(**_IN_BOUNDS)
+
+    def scatter(self, values: Array, indices: Array, size: int, fill: float) -> Array:
+        base = jnp.full((size,), fill, dtype=values.dtype, device=self.device(values))
+        return self.put(base, indices, values)
+
+    def put(self, flat: Array, indices: Array, values: Array) -> Array:
+        return flat.at[indices].set(values, unique_indices=True, **_IN_BOUNDS)
+
+    def true_indices(self, mask: Array, count: int) -> Array:
+        return _xla.true_indices(mask, count)
+
+    def flagged_first(self, entries: Array, flags: Array, count: int) -> Array:
+        return _xla.flagged_first(entries, flags, count)
+
+    def largest_flags(self, flat: Array, count: int, ranks: Ranks) -> Array:
+        indices = ranks.indices
+        if indices is None:
+            indices = jnp.arange(flat.shape[0], device=self.device(flat))
+        keys = self.magnitudes(flat)
+        return _xla.largest_flags(keys, count, indices + ranks.first, ranks.key)
+
+    def magnitudes(self, flat: Array) -> Array:
+        """Bit patterns of them, with NaN below all: XLA may flush subnormal floats to zero."""
+        if not jnp.issubdtype(flat.dtype, jnp.floating):
+            return flat
+        magnitudes = jnp.abs(flat) if self.is_traced(flat) else super().magnitudes(flat)
+        integer = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[flat.dtype.itemsize]
+        bits = lax.bitcast_convert_type(magnitudes, integer)
+        return jnp.where(jnp.isnan(flat), jnp.asarray(-1, dtype=integer), bits)
+
+    def positions(
+        self, old: Array, old_split: int, new: Array, new_split: int, size: int
+    ) -> tuple[Array, Array]:
+        numbers = jnp.arange(old.shape[0], dtype=jnp.int32, device=self.device(old))
+        table = jnp.full((size,), -1, dtype=jnp.int32, device=self.device(old))
+        source = self.take(self.put(table, old, numbers), new)
+        return jnp.maximum(source, 0), source >= 0
+
+    def for_each_layer(
+        self, choose: Callable[[Array, Any], Array], flat: Array, layers: int
+    ) -> Array:
+        if not self.is_traced(flat):
+            return super().for_each_layer(choose, flat, layers)
+        parts = flat.reshape(layers, -1)
+        return jax.vmap(choose)(parts, jnp.arange(layers) * parts.shape[1])
+
+
+BACKEND = JAXBackend()
