@@ -25,6 +25,7 @@ from topkast._primitives import Array
 from topkast._random import Ranks
 from topkast._rules import bias_correction, learning_rate
 from topkast._state import Arrays, TopKASTState
+from topkast._step import Step
 from topkast.backends import Backend
 from topkast_cupy._module import MOST_BINS, THREADS, TILE, Module, cuda_module
 
@@ -149,33 +150,31 @@ class CuPyBackend(Backend):
             "scatter", flat, len(indices), indices, values, len(indices), flat, wide=_is_wide(flat)
         )
 
+    def fuses(self, rule: Any) -> bool:
+        """See :class:`topkast.backends.Backend`: there are kernels for our own rules."""
+        return type(rule) in (SGD, Adam, AdamW)
+
     def step(
         self,
         rule: Any,
         plan: Plan,
+        steps: Mapping[str, Step],
         grads: Mapping[str, Array],
         state: TopKASTState,
         params: Mapping[str, Array],
-    ) -> tuple[Arrays, Any, Arrays] | None:
-        """The next parameters and states: gather, penalty, update and scatter in one kernel.
-
-        None for rules of others, for which there is no kernel.
-        """
-        if type(rule) not in (SGD, Adam, AdamW):
-            return None
+    ) -> tuple[Arrays, Any, Arrays]:
+        """See :class:`topkast.backends.Backend`: one kernel gathers, adds, updates and writes."""
         inside = plan.inside
         outside = {name: params[name] for name in params if name not in inside}
         fields = [field for field in state.inner._fields if field != "step"]
         old = {field: getattr(state.inner, field) for field in fields}
         gradients = {name: grads[name] for name in outside}
-        steps, inner = rule.update(gradients, state.inner, outside)
-        moved = apply_updates(outside, steps)
+        displacements, inner = rule.update(gradients, state.inner, outside)
+        moved = apply_updates(outside, displacements)
         kernel, numbers = self._numbers(rule, state.inner.step, inner.step)
         ages = {key: grow(age) for key, age in state.ages.items()}
         for ranked in plan.tensors:
-            key, support, options = ranked.key, state.supports[ranked.key], plan.options[ranked.key]
-            until = options.explore_until
-            exploring = until is None or bool(state.updates < until)
+            key, support, step = ranked.key, state.supports[ranked.key], steps[ranked.key]
             flat = ranked.flatten(params).copy()
             entries = []
             for field in fields:
@@ -184,7 +183,7 @@ class CuPyBackend(Backend):
                     getattr(inner, field)[key] = self.xp.empty_like(entry)
                 entries += [entry, getattr(inner, field).get(key)]
             if kernel == "adam":
-                entries += self._slowing(plan.traits[key].betas, state, key)
+                entries += self._slowing(step.betas, state, key)
             self._stride(
                 kernel,
                 flat,
@@ -192,10 +191,10 @@ class CuPyBackend(Backend):
                 self.xp.ascontiguousarray(support.indices, dtype=_index_dtype(flat.size)),
                 support.forward,
                 support.backward,
-                options.penalty,
-                options.penalty / float(ranked.density),
-                int(options.penalty_kind == "l1"),
-                int(exploring),
+                step.on_active,
+                step.on_exploring,
+                int(step.kind == "l1"),
+                int(step.exploring),
                 flat,
                 self.xp.ascontiguousarray(ranked.flatten(grads), dtype=flat.dtype),
                 *entries,

@@ -26,6 +26,7 @@ from topkast._options import Options, kept_dense
 from topkast._plan import TensorInfo
 from topkast._primitives import is_traced, possibly_true, when
 from topkast._state import count_bytes, forward_views, inspection
+from topkast._step import is_due
 from topkast._transform import TopKASTTransform, apply_updates
 from topkast_jax._probe import NotProbedError, TriedRule, describe, refuse_skipping
 from topkast_jax._rule import OptaxRule, find_key
@@ -372,12 +373,12 @@ class _Transform:
             return _checksum(core.compact(moved, supports), supports, weights)
 
         stale_refreshes, weights_checksum = state.stale_refreshes, state.weights_checksum
-        due = state.updates % self._interval(core, weights) == 0
+        due = is_due(self._interval(core, weights), state.updates)
         if possibly_true(due):
             # The values on B have been taken for the update already: XLA does not do it twice.
             seen = core.compact(weights, state.supports)
             stale_refreshes = when(due, compare, stale_refreshes, seen, weights_checksum)
-        due = following.updates % self._interval(core, weights) == 0
+        due = is_due(self._interval(core, weights), following.updates)
         weights_checksum = when(due, remember, weights_checksum, following.supports, moved)
         return following._replace(
             stale_refreshes=stale_refreshes, weights_checksum=weights_checksum
@@ -388,7 +389,7 @@ class _Transform:
         """The number of updates between refreshes at which the sets of all tensors are chosen."""
         plan = core.plan(weights)
         intervals = (options.refresh_every for options in plan.options.values())
-        return min(math.lcm(*intervals), (1 << 31) - 1)
+        return math.lcm(*intervals)
 
     def _probe_on(self, tree: Tree, weights: Arrays) -> None:
         """Probe once more: what the transformation does may depend on where a tensor is."""

@@ -173,7 +173,7 @@ def load(state: WrapperState, state_dict: Mapping[str, Any]) -> None:
         group.checked = ()
         for execution in group.executions:
             loaded.sets[id(execution)].restore(execution, values)
-            execution.set_exploring(execution.option(values, "explore_until"), state.updates)
+            execution.decide(values, state.updates)
 
 
 def _load_options(

@@ -15,6 +15,7 @@ from topkast import Support
 from topkast._age import settled_ages
 from topkast._options import Options
 from topkast._probe import Traits
+from topkast._step import Step, decide, is_due
 from topkast._support import Migration
 from topkast._tensors import RankedTensors, Refresh
 from topkast.methods._chosen import method_of
@@ -54,7 +55,7 @@ class Execution(ABC):
     changed: Tensor  # entries new to A, by member
     young: Young | None
     # Changed by a step
-    exploring: bool  # whether B∖A is still updated
+    step: Step  # what the next one does
     steps: int  # of the inner optimizer on these weights
 
     def start(self, habits: Habits, options: Options, updates: int, steps: int) -> None:
@@ -63,10 +64,10 @@ class Execution(ABC):
         self.overrides = {"method": options.method} | options.overrides_of(self.ranked.key)
         self.refreshes = method_of(options.for_tensor(self.ranked.key)).refreshes
         self.changed = self.ranked.no_change(self.support.indices)
-        self.set_exploring(self.option(options.for_group(), "explore_until"), updates)
         self.young = None
         if habits.needs_ages:
             self.young = Young(settled_ages(self.support.indices), habits)
+        self.decide(options.for_group(), updates)
 
     def option(self, group: Mapping[str, Any], name: str) -> Any:
         """The value of a group's option for these tensors."""
@@ -123,9 +124,23 @@ class Execution(ABC):
     def held_tensors(self) -> list[Tensor]:
         """What is held besides values, θ and the support."""
 
-    def set_exploring(self, until: int | None, updates: int) -> None:
-        """Whether the next update, after some number of them, still moves B∖A."""
-        self.exploring = until is None or updates < until
+    def decide(self, group: Mapping[str, Any], updates: int) -> None:
+        """What the next update, after some number of them, does to these tensors."""
+        ascends = group.get("maximize", self.habits.traits.ascends)
+        self.step = decide(
+            penalty=self.option(group, "penalty"),
+            kind=self.option(group, "penalty_kind"),
+            density=self.ranked.density,
+            ascends=bool(ascends),
+            explore_until=self.option(group, "explore_until"),
+            updates=updates,
+            betas=None if self.young is None else self.young.betas(group),
+        )
+
+    def is_due(self, group: Mapping[str, Any], updates: int) -> bool:
+        """Whether other sets are to be chosen after so many updates."""
+        due: bool = is_due(self.option(group, "refresh_every"), updates)
+        return self.refreshes and due
 
     def load_gradient(self, inner: torch.optim.Optimizer, group: Mapping[str, Any]) -> None:
         """Hand the inner optimizer the gradient on B, with that of the exploration penalty."""
@@ -133,31 +148,27 @@ class Execution(ABC):
         if gradient is None:
             self.values.grad = None
             return
-        penalty, kind = self.option(group, "penalty"), self.option(group, "penalty_kind")
-        if penalty or not self.exploring:
+        if self.step.penalty or not self.step.exploring:
             buffer = self.gradient_buffer()
-            self._add_penalty(gradient, buffer, -penalty if self._ascends(group) else penalty, kind)
+            self._add_penalty(gradient, buffer)
             gradient = buffer
         self.values.grad = gradient.view(self.ranked.compact_shape)
-        if not self.exploring:
+        if not self.step.exploring:
             self._frozen = self._exploring_values().clone()
         if self.young is not None:
-            self.young.before_step(inner, group, self.values)
+            self.young.before_step(inner, group, self.values, self.step.betas)
 
-    def _ascends(self, group: Mapping[str, Any]) -> bool:
-        """Whether the inner optimizer follows the gradient uphill, so that the penalty must too."""
-        return bool(group["maximize"]) if "maximize" in group else self.habits.traits.ascends
-
-    def _add_penalty(self, gradient: Tensor, out: Tensor, penalty: float, kind: str) -> None:
-        values, split = self.values.detach().view(-1), self.support.forward
-        if penalty:
-            direction = values if kind == "l2" else torch.sgn(values)
-            both = (slice(split), penalty), (slice(split, None), penalty / self.ranked.density)
+    def _add_penalty(self, gradient: Tensor, out: Tensor) -> None:
+        """Write a gradient (|B|,), with what the step adds to it, to `out`."""
+        values, split, step = self.values.detach().view(-1), self.support.forward, self.step
+        if step.penalty:
+            direction = values if step.kind == "l2" else torch.sgn(values)
+            both = (slice(split), step.on_active), (slice(split, None), step.on_exploring)
             for part, factor in both:
                 torch.add(gradient[part], direction[part], alpha=factor, out=out[part])
         elif out is not gradient:
             out.copy_(gradient)
-        if not self.exploring:
+        if not step.exploring:
             out[split:].zero_()
 
     def _exploring_values(self) -> Tensor:
@@ -169,8 +180,8 @@ class Execution(ABC):
         """After the inner optimizer has stepped, or has failed to: the model sees what is there."""
         if self.values.grad is not None:
             if self.young is not None and stepped:
-                self.young.after_step(inner, group, self.values, self.steps)
-            if not self.exploring:
+                self.young.after_step(inner, self.values, self.steps, self.step.betas)
+            if not self.step.exploring:
                 self._exploring_values().copy_(self._frozen)
             self.write_forward_view()
         self.restore_gradient()

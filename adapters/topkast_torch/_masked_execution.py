@@ -33,7 +33,6 @@ class Member:
     places: tuple[Flat, Flat]  # of the tensor
     written: Stamp = NEVER  # of the parameter after our last write to it
     restricted: Stamp = NEVER  # of its gradient after we restricted it
-    gathered: Stamp = NEVER  # of its gradient when it was gathered on B
 
 
 class MaskedExecution(Execution):
@@ -153,10 +152,10 @@ class MaskedExecution(Execution):
                     "gradient on B from a strided one (for nn.Embedding, sparse=False)"
                 )
             self.restrict_gradient(member)
-            if member.gathered != _stamp(grad):
-                for part, place in zip(member.parts, member.places, strict=True):
-                    place.gather(grad, out=self.gradient[part])
-            member.gathered = NEVER  # the penalty is going to be added to what was gathered
+            # What backward has gathered may be scaled since, through `grad.data` or by a gradient
+            # scaler, which leave no stamp: so again.
+            for part, place in zip(member.parts, member.places, strict=True):
+                place.gather(grad, out=self.gradient[part])
         return self.gradient
 
     def restrict_gradient(self, member: Member) -> None:
@@ -164,11 +163,9 @@ class MaskedExecution(Execution):
         grad = member.param.grad
         if grad is None or grad.layout != torch.strided or _stamp(grad) == member.restricted:
             return
-        kept = member.places if self.exploring else member.places[:1]
+        kept = member.places if self.step.exploring else member.places[:1]
         if sum(map(len, kept)) < grad.numel():
             compress(grad, kept, [self.gradient[part] for part in member.parts[: len(kept)]])
-            if len(kept) == len(member.parts):
-                member.gathered = _stamp(grad)
         member.restricted = _stamp(grad)
 
     def gradient_buffer(self) -> Tensor:

@@ -185,7 +185,7 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         try:
             for execution, values in pairs:
                 loaded.append((execution, values))
-                execution.set_exploring(execution.option(values, "explore_until"), state.updates)
+                execution.decide(values, state.updates)
                 execution.load_gradient(state.inner, values)
             state.seat.step()
             stepped = True
@@ -200,12 +200,11 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         state = self._wrapper_state
         for execution, values in pairs:
             execution.count_step()
-            execution.set_exploring(execution.option(values, "explore_until"), state.updates)
+            execution.decide(values, state.updates)
         due = [
             (execution, values)
             for execution, values in pairs
-            if execution.refreshes
-            and (state.overdue or state.updates % execution.option(values, "refresh_every") == 0)
+            if execution.is_due(values, state.updates) or (state.overdue and execution.refreshes)
         ]
         state.overdue = bool(due)  # until it is done
         for execution, _ in due:

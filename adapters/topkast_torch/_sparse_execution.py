@@ -173,5 +173,5 @@ class _Restrict:
 
     def __call__(self, param: Tensor) -> None:
         owner = self.owner()
-        if owner is not None and not owner.exploring and param.grad is not None:
+        if owner is not None and not owner.step.exploring and param.grad is not None:
             param.grad.view(-1)[owner.support.forward :].zero_()

@@ -57,13 +57,13 @@ class Young:
 
     def _find(self, group: Mapping[str, Any] | None) -> None:
         """Positions of the entries that are young, or have not been stepped at all."""
-        betas = self._betas(group or {})
+        betas = self.betas(group or {})
         limit = 1 if betas is None else young_limit(betas)
         self._positions = (self.ages < limit).nonzero().view(-1)
         self._entrants = (self.ages == 0).nonzero().view(-1)
         self._young_ages = self.ages.index_select(0, self._positions).int()
 
-    def _betas(self, group: Mapping[str, Any]) -> Betas | None:
+    def betas(self, group: Mapping[str, Any]) -> Betas | None:
         """The pair that the inner optimizer uses now: a schedule may change it."""
         found = self._habits.traits.betas
         present = betas_of(group)
@@ -74,14 +74,18 @@ class Young:
         return mean, square
 
     def before_step(
-        self, inner: torch.optim.Optimizer, group: Mapping[str, Any], values: Parameter
+        self,
+        inner: torch.optim.Optimizer,
+        group: Mapping[str, Any],
+        values: Parameter,
+        betas: Betas | None,
     ) -> None:
         """Remember what is to be scaled after the step, and step entrants by themselves."""
         self._old = []
         self._first = None
         if not self._positions.numel():
             return
-        if self._habits.traits.betas is not None:
+        if betas is not None:
             self._old = [
                 flat.index_select(0, self._positions) for flat in self._moving(inner, values)
             ]
@@ -91,12 +95,11 @@ class Young:
     def after_step(
         self,
         inner: torch.optim.Optimizer,
-        group: Mapping[str, Any],
         values: Parameter,
         steps: int,
+        betas: Betas | None,
     ) -> None:
         """Scale the displacement of young entries; `steps` are those before this one."""
-        betas = self._betas(group)
         if self._old and betas is not None:
             factors = self._factors(betas, steps + 1, values.device)
             ages = (self._young_ages + (self.since + 1)).clamp_(max=len(factors) - 1)

@@ -20,18 +20,17 @@ from array_api_compat import array_namespace, is_jax_array
 from topkast._age import grow, scale_young, settled_ages
 from topkast._compact import gather, scatter
 from topkast._errors import MismatchError, UnsupportedTensorError
-from topkast._exploration import exploration_gradient
 from topkast._options import Options
 from topkast._plan import Plan, TensorInfo, make_plan
 from topkast._primitives import (
     Array,
     device,
-    is_traced,
     possibly_true,
     when,
 )
 from topkast._state import Arrays, TopKASTState
-from topkast._support import Support, restrict_to_active
+from topkast._step import Step, decide, is_due
+from topkast._support import Support
 from topkast._tensors import RankedTensors
 from topkast._wrapped_rule import UpdateRule, WrappedRule
 from topkast.backends import backend_of
@@ -151,16 +150,13 @@ class TopKASTTransform:
 
         Raises as :meth:`update`.
         """
-        if params and not extra:
+        backend = backend_of(next(iter(params.values()), None))
+        if backend.fuses(self.inner) and not extra:
             plan = self.check(grads, params, state)
-            backend = backend_of(next(iter(params.values())))
-            outcome = backend.step(self.inner, plan, grads, state, params)
-            if outcome is not None:
-                weights, inner, ages = outcome
-                following = state._replace(
-                    updates=_increment(state.updates), inner=inner, ages=ages
-                )
-                return weights, self._refresh_if_due(plan, following, lambda: weights)
+            decided = self._decide(plan, state)
+            weights, inner, ages = backend.step(self.inner, plan, decided, grads, state, params)
+            following = state._replace(updates=_increment(state.updates), inner=inner, ages=ages)
+            return weights, self._refresh_if_due(plan, following, lambda: weights)
         advance = self._advance(grads, state, params, extra)
         stepped = apply_updates(advance.values, advance.steps)
         weights = {name: stepped[name] for name in params if name in stepped}
@@ -185,40 +181,46 @@ class TopKASTTransform:
         plan = self.check(grads, params, state)
         values = _compact(plan, params, state.supports)
         gradients = _compact(plan, grads, state.supports)
-        live = {}
-        for ranked in plan.tensors:
-            key, support, options = ranked.key, state.supports[ranked.key], plan.options[ranked.key]
-            if options.penalty:  # where there is none, a gradient keeps its dtype and its bits
-                gradients[key] = gradients[key] + exploration_gradient(
-                    values[key],
-                    support,
-                    # A rule that ascends would be driven away from zero by what is added.
-                    penalty=-options.penalty if plan.traits[key].ascends else options.penalty,
-                    density=ranked.density,
-                    kind=options.penalty_kind,
-                )
-            if options.explore_until is not None:
-                exploring = state.updates < min(options.explore_until, _MAX_COUNT)
-                if not is_traced(exploring):
-                    exploring = bool(exploring)
-                live[key] = exploring
-                gradients[key] = restrict_to_active(gradients[key], support, exploring, 0.0)
+        decided = self._decide(plan, state)
+        for key, one in decided.items():
+            gradients[key] = one.add_penalty(gradients[key], values[key], state.supports[key])
         steps, inner = self.inner.update(gradients, state.inner, values, **extra)
         steps = dict(steps)
         updates = _increment(state.updates)
-        steps, inner = self._scale_young(plan, state, updates, steps, inner)
-        for key, exploring in live.items():
-            steps[key] = restrict_to_active(steps[key], state.supports[key], exploring, -0.0)
+        steps, inner = self._scale_young(plan, decided, state, updates, steps, inner)
+        for key, one in decided.items():
+            steps[key] = one.restrict(steps[key], state.supports[key])
         ages = {key: grow(age) for key, age in state.ages.items()}
         following = state._replace(updates=updates, inner=inner, ages=ages)
         return _Advance(plan, values, steps, following)
 
+    def _decide(self, plan: Plan, state: TopKASTState) -> dict[str, Step]:
+        """What the next update does to each tensor, by its key."""
+        return {
+            ranked.key: decide(
+                penalty=plan.options[ranked.key].penalty,
+                kind=plan.options[ranked.key].penalty_kind,
+                density=ranked.density,
+                ascends=plan.traits[ranked.key].ascends,
+                explore_until=plan.options[ranked.key].explore_until,
+                updates=state.updates,
+                betas=plan.traits[ranked.key].betas,
+            )
+            for ranked in plan.tensors
+        }
+
     def _scale_young(
-        self, plan: Plan, state: TopKASTState, updates: Array, steps: Arrays, inner: Any
+        self,
+        plan: Plan,
+        decided: Mapping[str, Step],
+        state: TopKASTState,
+        updates: Array,
+        steps: Arrays,
+        inner: Any,
     ) -> tuple[Arrays, Any]:
         """Steps, and those of copies of the tensors in the inner state: young entries slowed."""
         for key, ages in state.ages.items():
-            betas = plan.traits[key].betas
+            betas = decided[key].betas
             if betas is not None:
                 steps[key] = scale_young(steps[key], ages, updates, betas)
         if not plan.copies or not state.ages:
@@ -228,7 +230,7 @@ class TopKASTTransform:
         def scale(key: str, entry: Array, before: Array) -> Array:
             if next(numbers) not in plan.copies or key not in state.ages:
                 return entry
-            betas = plan.traits[key].betas
+            betas = decided[key].betas
             assert betas is not None
             return before + scale_young(entry - before, state.ages[key], updates, betas)
 
@@ -278,14 +280,12 @@ class TopKASTTransform:
     ) -> TopKASTState:
         """`state`, or the one with sets chosen from the weights that `moved` returns."""
         changing = [one for one in plan.tensors if method_of(plan.options[one.key]).refreshes]
-        intervals = {min(plan.options[one.key].refresh_every, _MAX_COUNT) for one in changing}
+        intervals = {plan.options[one.key].refresh_every for one in changing}
         for interval in sorted(intervals):
-            due = state.updates % interval == 0
+            due = is_due(interval, state.updates)
             if possibly_true(due):
                 chosen = [
-                    ranked
-                    for ranked in changing
-                    if min(plan.options[ranked.key].refresh_every, _MAX_COUNT) == interval
+                    one for one in changing if plan.options[one.key].refresh_every == interval
                 ]
 
                 def refresh(

@@ -176,9 +176,13 @@ class Backend:
         chosen = [choose(flat[start : start + length], start) for start in starts]
         return array_namespace(*chosen).stack(chosen)
 
-    def step(self, rule: Any, plan: Any, grads: Any, state: Any, params: Any) -> Any:
-        """The next parameters, the rule's next state, and ages, if one function does it all.
+    def fuses(self, rule: Any) -> bool:
+        """Whether :meth:`step` does a whole update of this rule."""
+        return False
 
-        None for rules that it does not know.
+    def step(self, rule: Any, plan: Any, steps: Any, grads: Any, state: Any, params: Any) -> Any:
+        """The next parameters, the rule's next state, and ages, for a rule that it fuses.
+
+        `steps` say what the update does to each tensor, by its key.
         """
-        return None
+        raise NotImplementedError
