@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -287,11 +287,12 @@ def test_kernels_gather_what_pytorch_gathers(
 def test_a_gradient_written_without_a_trace() -> None:
     """Through ``grad.data``, as old loops do and as a gradient scaler does."""
     runs = []
-    for scale in (
+    ways: list[Callable[[Any], Any]] = [
         lambda grad: grad.data.mul_(0.5),
         lambda grad: np.multiply(grad.numpy(), 0.5, out=grad.numpy()),
         lambda grad: grad.mul_(0.5),
-    ):
+    ]
+    for scale in ways:
         torch.manual_seed(0)
         layer = nn.Linear(30, 20)
         inner = torch.optim.SGD(layer.named_parameters(), 0.1)
