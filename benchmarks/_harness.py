@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from topkast._table import format_table
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -82,17 +84,7 @@ def arguments(description: str | None, name: str) -> argparse.ArgumentParser:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    widths = [max(len(row[place]) for row in [head, *rows]) for place in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        aligned = (
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return f"| {' | '.join(aligned)} |"
-
-    rule = "|".join("-" * (width + 2) for width in widths)
-    return "\n".join([line(head), f"|{rule}|", *map(line, rows)])
+    return format_table(head, rows, markdown=True)
 
 
 def write(path: Path, result: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from topkast import OptionError, SparseExportWarning
 from topkast._options import check_patterns, matches
+from topkast._table import format_table
 from topkast_torch._callers import is_called_by
 from topkast_torch._conversion import SPARSE_FORMS, make_dense, make_sparse
 from topkast_torch._masked_execution import MaskedExecution
@@ -55,18 +56,15 @@ class ExecutionReport:
         return {"layers": [asdict(layer) for layer in self.layers]}
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("tensor", "execution", "masked", "sparse", "why")]
+        rows = []
         for layer in self.layers:
             times = [
                 "" if timed is None else f"{timed:.2f} ms"
                 for timed in (layer.masked_ms, layer.sparse_ms)
             ]
             rows.append((layer.name, layer.execution, *times, layer.reason))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        )
+        head = ("tensor", "execution", "masked", "sparse", "why")
+        return format_table(head, rows, text_columns=len(head))
 
 
 def sparsify(

@@ -13,6 +13,7 @@ from topkast._compact import scatter
 from topkast._errors import MismatchError
 from topkast._primitives import Array, device
 from topkast._support import Support, in_forward
+from topkast._table import format_table
 from topkast._tensors import RankedTensors
 
 
@@ -153,23 +154,15 @@ class Summary:
             "empty rows",
             "bytes held",
         )
-        rows = [head, *map(_cells, self.tensors)]
-        widths = [max(len(row[place]) for row in rows) for place in range(len(head))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if place < 2 else cell.rjust(width)
-                for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
+        table = format_table(head, list(map(_cells, self.tensors)), text_columns=2)
         size = sum(math.prod(row.shape) for row in self.tensors)
         active = sum(row.forward for row in self.tensors)
-        lines.append(
+        return (
+            f"{table}\n"
             f"{size:,} weights, {active:,} active ({1 - active / max(size, 1):.1%} zeros), "
             f"{self.held_bytes:,} bytes held, {self.total_bytes:,} in all, "
             f"{self.updates:,} updates"
         )
-        return "\n".join(lines)
 
 
 def _cells(row: TensorSummary) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from topkast_demo import DemoError
 from topkast_demo.methods import LABELS
-from topkast_demo.report import format_table, write_report
+from topkast_demo.report import format_report, write_report
 from topkast_demo.settings import FRAMEWORKS, Settings
 from topkast_demo.tasks import load_task
 from topkast_demo.train import train
@@ -30,7 +30,7 @@ def compare(settings: Settings, folder: Path) -> None:
     )
     with trainer.limit_threads(task.threads) as threads:
         runs = [train(task, method, settings) for method in LABELS]
-    print(f"\n{format_table(task, settings, runs)}\n")
+    print(f"\n{format_report(task, settings, runs)}\n")
     written = write_report(
         folder, task, settings, runs, versions=trainer.versions(), threads=threads
     )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import topkast
+from topkast._table import format_table
 from topkast_demo.dynamics import Spread
 from topkast_demo.measure import density
 from topkast_demo.plots import plot_curves, plot_spread
@@ -19,7 +20,7 @@ from topkast_demo.tasks import Task
 from topkast_demo.train import Run
 
 
-def format_table(task: Task, settings: Settings, runs: list[Run]) -> str:
+def format_report(task: Task, settings: Settings, runs: list[Run]) -> str:
     """How the runs compare, and what has to be known to read it."""
     head = (
         "",
@@ -32,19 +33,8 @@ def format_table(task: Task, settings: Settings, runs: list[Run]) -> str:
         "time per step,\nmedian",
     )
     rows = [_cells(task, run) for run in runs]
-    split = [[cell.split("\n") for cell in row] for row in (head, *rows)]
-    widths = [max(len(line) for row in split for line in row[place]) for place in range(len(head))]
-    lines = []
-    for row in split:
-        height = max(map(len, row))
-        for at in range(height):
-            cells = [([""] * (height - len(cell)) + cell)[at] for cell in row]
-            padded = [
-                cell.rjust(width) if place else cell.ljust(width)
-                for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
-            ]
-            lines.append("  ".join(padded).rstrip())
-    return "\n".join((*lines, "", *_notes(task, settings, runs)))
+    table = format_table(head, rows)
+    return "\n".join((table, "", *_notes(task, settings, runs)))
 
 
 def _cells(task: Task, run: Run) -> tuple[str, ...]:
