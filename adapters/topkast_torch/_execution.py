@@ -245,6 +245,5 @@ class Execution(ABC):
     def held_bytes(self, entries: list[Tensor]) -> int:
         """Bytes of values, gradient, the inner optimizer's entries, indices, ages and θ."""
         own = [self.values, self.reservoir, self.support.indices]
-        if self.young is not None:
-            own.append(self.young.ages)
-        return sum(tensor.nbytes for tensor in (*own, *self.held_tensors(), *entries))
+        young = 0 if self.young is None else self.young.nbytes
+        return young + sum(tensor.nbytes for tensor in (*own, *self.held_tensors(), *entries))

@@ -59,9 +59,15 @@ class Young:
         """Positions of the entries that are young, or have not been stepped at all."""
         betas = self.betas(group or {})
         limit = 1 if betas is None else young_limit(betas)
-        self._positions = (self.ages < limit).nonzero().view(-1)
-        self._entrants = (self.ages == 0).nonzero().view(-1)
-        self._young_ages = self.ages.index_select(0, self._positions).int()
+        self._positions = _true_positions(self.ages < limit)
+        self._entrants = self.ages.new_empty(0, dtype=torch.int32)
+        if not self._habits.layout.starts_suffice:
+            self._entrants = _true_positions(self.ages == 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of ages, and of the positions of young entries."""
+        return sum(part.nbytes for part in (self.ages, self._positions, self._entrants))
 
     def betas(self, group: Mapping[str, Any]) -> Betas | None:
         """The pair that the inner optimizer uses now: a schedule may change it."""
@@ -102,12 +108,13 @@ class Young:
         """Scale the displacement of young entries; `steps` are those before this one."""
         if self._old and betas is not None:
             factors = self._factors(betas, steps + 1, values.device)
-            ages = (self._young_ages + (self.since + 1)).clamp_(max=len(factors) - 1)
+            ages = self.ages.index_select(0, self._positions).int() + (self.since + 1)
+            ages.clamp_(max=len(factors) - 1)
             share = factors.index_select(0, ages)
             for old, flat in zip(self._old, self._moving(inner, values), strict=False):
                 new = flat.index_select(0, self._positions)
                 weight = share.to(new.real.dtype if new.is_complex() else new.dtype)
-                flat.index_copy_(0, self._positions, _interpolate(old, new, weight))
+                flat.index_copy_(0, self._positions.long(), _interpolate(old, new, weight))
         if self._first is not None:
             self._adopt_first(inner, values)
         self._old, self._first = [], None
@@ -154,13 +161,19 @@ class Young:
     def _adopt_first(self, inner: torch.optim.Optimizer, values: Parameter) -> None:
         assert self._first is not None
         weights, first = self._first
-        values.detach().view(-1).index_copy_(0, self._entrants, weights)
+        values.detach().view(-1).index_copy_(0, self._entrants.long(), weights)
         layout = self._habits.layout
         for path, entry in walk(entries_of(inner, values, layout.stores)):
             if path in layout.specs and first.get(path):
                 axis = layout.specs[path].axis(tuple(values.shape))
                 source = first[path][0 if len(first[path]) == 1 else -1]
-                entry.index_copy_(axis, self._entrants, source.to(entry.dtype))
+                entry.index_copy_(axis, self._entrants.long(), source.to(entry.dtype))
+
+
+def _true_positions(flags: Tensor) -> Tensor:
+    """Positions of the true entries, int32: B has fewer entries than that can number."""
+    positions = flags.nonzero().view(-1)
+    return positions.int() if len(flags) < 1 << 31 else positions
 
 
 def _interpolate(old: Tensor, new: Tensor, weight: Tensor) -> Tensor:

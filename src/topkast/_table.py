@@ -12,7 +12,7 @@ def format_table(
     text_columns: int = 1,
     markdown: bool = False,
 ) -> str:
-    """Columns of equal width, the first ones aligned to the left and the others to the right.
+    r"""Columns of equal width, the first ones aligned to the left and the others to the right.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ def format_table(
     Examples
     --------
     >>> from topkast._table import format_table
-    >>> print(format_table(["name", "bytes\\nheld"], [["weight", "1,200"], ["bias", "40"]]))
+    >>> print(format_table(["name", "bytes\nheld"], [["weight", "1,200"], ["bias", "40"]]))
             bytes
     name     held
     weight  1,200
