@@ -246,4 +246,5 @@ class Execution(ABC):
         """Bytes of values, gradient, the inner optimizer's entries, indices, ages and θ."""
         own = [self.values, self.reservoir, self.support.indices]
         young = 0 if self.young is None else self.young.nbytes
-        return young + sum(tensor.nbytes for tensor in (*own, *self.held_tensors(), *entries))
+        held: int = sum(tensor.nbytes for tensor in (*own, *self.held_tensors(), *entries))
+        return young + held
