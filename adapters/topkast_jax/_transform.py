@@ -24,7 +24,7 @@ from topkast import (
 from topkast._inspect import Inspection
 from topkast._options import Options, kept_dense
 from topkast._plan import TensorInfo
-from topkast._primitives import is_traced, possibly_true, when
+from topkast._primitives import cond, is_traced, possibly_true
 from topkast._state import count_bytes, forward_views, inspection
 from topkast._step import is_due
 from topkast._transform import TopKASTTransform, apply_updates
@@ -377,9 +377,9 @@ class _Transform:
         if possibly_true(due):
             # The values on B have been taken for the update already: XLA does not do it twice.
             seen = core.compact(weights, state.supports)
-            stale_refreshes = when(due, compare, stale_refreshes, seen, weights_checksum)
+            stale_refreshes = cond(due, compare, stale_refreshes, seen, weights_checksum)
         due = is_due(self._interval(core, weights), following.updates)
-        weights_checksum = when(due, remember, weights_checksum, following.supports, moved)
+        weights_checksum = cond(due, remember, weights_checksum, following.supports, moved)
         return following._replace(
             stale_refreshes=stale_refreshes, weights_checksum=weights_checksum
         )

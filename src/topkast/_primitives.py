@@ -30,7 +30,7 @@ def possibly_true(flag: Array) -> bool:
     return is_traced(flag) or bool(flag)
 
 
-def like(host: np.ndarray[Any, Any], array: Array, dtype: Any = None) -> Array:
+def asarray_like(host: np.ndarray[Any, Any], array: Array, dtype: Any = None) -> Array:
     """`host` as an array of the library and on the device of `array`."""
     return array_namespace(array).asarray(host, dtype=dtype, device=device(array))
 
@@ -45,9 +45,9 @@ def scatter_flat(values: Array, indices: Array, size: int, fill: float) -> Array
     return backend_of(values).scatter(values, indices, size, fill)
 
 
-def when(due: Array, change: Callable[..., T], state: T, *operands: Any) -> T:
+def cond(due: Array, change: Callable[..., T], state: T, *operands: Any) -> T:
     """``change(state, *operands) if due else state``, also where `due` is traced."""
-    return backend_of(due).when(due, change, state, *operands)
+    return backend_of(due).cond(due, change, state, *operands)
 
 
 def where(flags: Array, array: Array, other: float) -> Array:

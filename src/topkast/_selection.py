@@ -11,7 +11,7 @@ from topkast._distribution import exact_fraction, kept_count
 from topkast._errors import NonFiniteError, UnsupportedTensorError
 from topkast._method import View
 from topkast._options import Explore, check_sparsities
-from topkast._primitives import Array, device, is_traced, like, possibly_true, take
+from topkast._primitives import Array, asarray_like, device, is_traced, possibly_true, take
 from topkast._random import BITS, Ranks, draws, make_key
 from topkast._support import Support, width
 from topkast.backends import backend_of
@@ -109,7 +109,7 @@ def _on_host(choose: Callable[[Array, View], Support], flat: Array, view: View) 
     support = choose(flat if host is None else host, view)
     if host is None:
         return support.narrowed(flat.shape[0])
-    return Support(like(support.indices, flat, dtype), support.forward)
+    return Support(asarray_like(support.indices, flat, dtype), support.forward)
 
 
 def _check_size(flat: Array) -> None:

@@ -24,9 +24,9 @@ from topkast._options import Options
 from topkast._plan import Plan, TensorInfo, make_plan
 from topkast._primitives import (
     Array,
+    cond,
     device,
     possibly_true,
-    when,
 )
 from topkast._state import Arrays, TopKASTState
 from topkast._step import Step, decide, is_due
@@ -293,7 +293,7 @@ class TopKASTTransform:
                 ) -> TopKASTState:
                     return self._refresh(plan, chosen, state, params)
 
-                state = when(due, refresh, state, moved())
+                state = cond(due, refresh, state, moved())
         return state
 
     def _refresh(

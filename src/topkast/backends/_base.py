@@ -57,7 +57,7 @@ class Backend:
         xp = array_namespace(beside)
         return xp.zeros((), dtype=xp.int32, device=self.device(beside))
 
-    def when(self, due: Array, change: Callable[..., T], state: T, *operands: Any) -> T:
+    def cond(self, due: Array, change: Callable[..., T], state: T, *operands: Any) -> T:
         """``change(state, *operands) if due else state``, for a 0-d flag that may be traced."""
         return change(state, *operands) if bool(due) else state
 

@@ -46,11 +46,11 @@ def largest_flags(keys: Array, count: int, indices: Array, ties: Key) -> Array:
 
     due = ties_found > wanted
     if keys.shape[0] <= 4 * _FEW:
-        return above | when(due, choose_among_many, equal)
+        return above | cond(due, choose_among_many, equal)
     # A few weights are equal by chance; many are where a tensor is constant.
     few = ties_found <= _FEW
-    equal = when(due & few, choose_among_few, equal)
-    return above | when(due & ~few, choose_among_many, equal)
+    equal = cond(due & few, choose_among_few, equal)
+    return above | cond(due & ~few, choose_among_many, equal)
 
 
 def _largest_words(indices: Array, among: Array, count: Array, ties: Key) -> Array:
@@ -92,14 +92,14 @@ def flagged_first(entries: Array, flags: Array, count: int) -> Array:
     )
 
 
-def beside(array: Array) -> Any:
+def replicated_beside(array: Array) -> Any:
     """The device of an array, or the same on each of the devices that it is spread over."""
     if isinstance(array.sharding, NamedSharding):
         return NamedSharding(array.sharding.mesh, PartitionSpec())
     return array.device
 
 
-def when(due: Array, change: Callable[..., T], state: T, *operands: Any) -> T:
+def cond(due: Array, change: Callable[..., T], state: T, *operands: Any) -> T:
     """``change(state, *operands) if due else state``, of equal shapes and dtypes.
 
     A loop of one turn or none. Unlike ``lax.cond``, it lets what does not change stay where it is

@@ -30,7 +30,7 @@ class JAXBackend(Backend):
     def device(self, array: Array) -> Any:
         if self.is_traced(array) or not array.committed:
             return None  # to choose one would commit what is computed from `array` to it
-        return _xla.beside(array)
+        return _xla.replicated_beside(array)
 
     def host(self, array: Array) -> np.ndarray[Any, Any] | None:
         if self.is_traced(array) or {one.platform for one in array.devices()} != {"cpu"}:
@@ -41,10 +41,10 @@ class JAXBackend(Backend):
     def is_traced(self, array: Array) -> bool:
         return isinstance(array, jax.core.Tracer)
 
-    def when(self, due: Array, change: Callable[..., T], state: T, *operands: Any) -> T:
+    def cond(self, due: Array, change: Callable[..., T], state: T, *operands: Any) -> T:
         if not self.is_traced(due):
-            return super().when(due, change, state, *operands)
-        return _xla.when(due, change, state, *operands)
+            return super().cond(due, change, state, *operands)
+        return _xla.cond(due, change, state, *operands)
 
     def take(self, flat: Array, indices: Array) -> Array:
         return flat.at[indices].get(unique_indices=True, **_IN_BOUNDS)
