@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import math
-import warnings
-import zlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import tree_flatten_with_path
 
 from topkast import (
     MismatchError,
-    Support,
     UnsupportedOptimizerError,
     UnsupportedTensorError,
-    WeightsMovedWarning,
 )
-from topkast._inspect import Inspection
 from topkast._options import Options, kept_dense
 from topkast._plan import TensorInfo
-from topkast._primitives import cond, is_traced, possibly_true
-from topkast._state import count_bytes, forward_views, inspection
-from topkast._step import is_due
 from topkast._transform import TopKASTTransform, apply_updates
 from topkast_jax._probe import NotProbedError, TriedRule, describe, refuse_skipping
-from topkast_jax._rule import OptaxRule, find_key
+from topkast_jax._rule import OptaxRule
 from topkast_jax._sharding import (
     check_layout,
     is_array_tree,
@@ -39,80 +30,12 @@ from topkast_jax._sharding import (
     layout_of,
     run,
 )
-from topkast_jax._tree import Tree, as_arrays, flatten_weights, is_key
+from topkast_jax._stale import checksum, compare_at_refreshes
+from topkast_jax._state import TopKASTState
+from topkast_jax._tree import Tree, flatten_weights, is_key
 
 Arrays = dict[str, jax.Array]
 _Core: TypeAlias = Any  # a TopKASTTransform, for states of this module
-
-
-class TopKASTState(NamedTuple):
-    r"""State of a wrapped optax transformation: arrays alone, of fixed shapes and dtypes.
-
-    Attributes
-    ----------
-    updates
-        Number of updates so far; 0-d int32.
-    supports
-        The sets, by the name of the tensor.
-    changed
-        Entries that the last refresh made active, by the name of the tensor; int32 of shape (1,).
-    ages
-        Updates since each entry of B entered it, int16, by the name of the tensor: under
-        transformations of the Adam family, whose entrants would move too fast.
-    inner
-        State of the wrapped transformation, whose entries for a tensor have shape (1, …, \|B\|).
-    weights_checksum
-        Of the weights on B that the sets were chosen from, and of their shapes; 0-d uint32.
-    stale_refreshes
-        How often the weights were not those at the update after a refresh; 0-d int32.
-    """
-
-    updates: jax.Array
-    supports: dict[str, Support]
-    changed: Arrays
-    ages: Arrays
-    inner: Any
-    weights_checksum: jax.Array
-    stale_refreshes: jax.Array
-
-    def __topkast_inspect__(self, params: Any) -> Inspection:
-        if params is None:
-            raise MismatchError("a functional state does not hold the weights: pass params too")
-        self = as_arrays(self)
-        self._check_single()
-        _warn_if(self.stale_refreshes)
-        tree, weights = flatten_weights(params, strict=False)
-        state = self
-        if is_spread(weights) or is_explicit(weights):
-            state = state._replace(supports=jax.tree.map(_on_one_device, state.supports))
-        held = dict.fromkeys({*weights, *self.supports}, 0)
-        for path, entry in tree_flatten_with_path(self.inner)[0]:
-            key = find_key(tree.paths, path)
-            if key in held:
-                held[key] += count_bytes(entry)
-        return inspection(state, weights, held)
-
-    def _check_single(self) -> None:
-        if jnp.ndim(self.updates):
-            raise MismatchError(
-                f"the state is a batch of {jnp.shape(self.updates)[0]}, as from jax.vmap: pass one "
-                "of them, jax.tree.map(lambda leaf: leaf[0], state), with its params, or use "
-                "jax.vmap here too"
-            )
-
-    def __topkast_forward__(self, params: Any) -> Any:
-        self._check_single()
-        tree, weights = flatten_weights(params, strict=False)
-        supports = as_arrays(self.supports)
-
-        def view(weights: Arrays, supports: dict[str, Support]) -> Arrays:
-            return forward_views(weights, supports)
-
-        if is_spread(weights) or is_explicit(weights):
-            views = run(view, layout_of(weights, weights), weights, supports)
-        else:
-            views = view(weights, supports)
-        return tree.rebuild(views | tree.other_leaves(params))
 
 
 class TopKASTGradientTransformation(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
@@ -294,7 +217,7 @@ class _Transform:
         compact = core.compact(weights, state.supports)
         rule.check(compact, state.supports)
         refuse_skipping(state.inner)
-        weights_checksum = _checksum(compact, state.supports, weights)
+        weights_checksum = checksum(compact, state.supports, weights)
         return TopKASTState(
             **state._asdict(),
             weights_checksum=weights_checksum,
@@ -329,7 +252,8 @@ class _Transform:
             output, following = core.update(gradients, state, weights, **passed)
             moved = apply_updates(weights, output)
             others = {name: _no_update(name, leaf) for name, leaf in others.items()}
-        following = self._compare(core, state, following, weights, moved)
+        interval = self._interval(core, weights)
+        following = compare_at_refreshes(core, interval, state, following, weights, moved)
         return tree.rebuild(output | others), following
 
     def _core_of(self, tree: Tree) -> tuple[_Core, OptaxRule]:
@@ -346,43 +270,6 @@ class _Transform:
                 return core[:2]
             self._cores[key] = core
         return self._cores[key][:2]
-
-    def _compare(
-        self,
-        core: _Core,
-        state: TopKASTState,
-        following: TopKASTState,
-        weights: Arrays,
-        moved: Arrays,
-    ) -> TopKASTState:
-        """Keep the checksum of the weights after a refresh; count it if they were others.
-
-        `weights` are those before an update, `moved` those after it.
-        """
-
-        def compare(
-            stale_refreshes: jax.Array, seen: Arrays, weights_checksum: jax.Array
-        ) -> jax.Array:
-            differs = (_checksum(seen, state.supports, weights) != weights_checksum).astype(
-                jnp.int32
-            )
-            _warn_if(differs)
-            return stale_refreshes + differs
-
-        def remember(_: jax.Array, supports: Mapping[str, Support], moved: Arrays) -> jax.Array:
-            return _checksum(core.compact(moved, supports), supports, weights)
-
-        stale_refreshes, weights_checksum = state.stale_refreshes, state.weights_checksum
-        due = is_due(self._interval(core, weights), state.updates)
-        if possibly_true(due):
-            # The values on B have been taken for the update already: XLA does not do it twice.
-            seen = core.compact(weights, state.supports)
-            stale_refreshes = cond(due, compare, stale_refreshes, seen, weights_checksum)
-        due = is_due(self._interval(core, weights), following.updates)
-        weights_checksum = cond(due, remember, weights_checksum, following.supports, moved)
-        return following._replace(
-            stale_refreshes=stale_refreshes, weights_checksum=weights_checksum
-        )
 
     @staticmethod
     def _interval(core: _Core, weights: Arrays) -> int:
@@ -427,47 +314,3 @@ def _no_update(name: str, leaf: Any) -> Any:
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
-
-
-def _on_one_device(array: jax.Array) -> jax.Array:
-    return jnp.asarray(jax.device_get(array))
-
-
-def _checksum(compact: Arrays, supports: Mapping[str, Support], weights: Arrays) -> jax.Array:
-    """Sum over B of a hash of position and bits, modulo 2**32: the same in whatever order.
-
-    Of names and shapes too: a state of tensors that were transposed since is noticed.
-    """
-    shapes = str([(name, tuple(leaf.shape)) for name, leaf in sorted(weights.items())])
-    total = jnp.asarray(zlib.crc32(shapes.encode()), jnp.uint32)
-    for key in supports:
-        values = compact[key].reshape(-1)
-        parts = (values.real, values.imag) if jnp.iscomplexobj(values) else (values,)
-        for part in parts:
-            integer = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
-            part = jnp.where(part == 0, 0, part)  # -0 and what XLA may take for 0
-            bits = jax.lax.bitcast_convert_type(part, integer[part.dtype.itemsize])
-            if bits.dtype.itemsize == 8:
-                bits ^= bits >> 32
-            position = jnp.arange(part.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
-            hashed = (bits.astype(jnp.uint32) ^ position) * jnp.uint32(0x85EBCA6B)
-            hashed = (hashed ^ (hashed >> 15)) * jnp.uint32(0xC2B2AE35)
-            total += jnp.sum(hashed ^ (hashed >> 13), dtype=jnp.uint32)
-    return total
-
-
-def _warn_if(stale_refreshes: jax.Array) -> None:
-    """Warn if a count is not zero, where it can be looked at.
-
-    Not by a call back from compiled functions: on a CPU, one can wait for ever for a thread that
-    waits for it, and it keeps functions out of JAX's persistent cache of compilations.
-    """
-    if not is_traced(stale_refreshes) and stale_refreshes > 0:
-        warnings.warn(
-            "the weights are not those that the last refresh chose A and B from. Were the updates "
-            "of the wrapped transformation changed before they were applied, as by "
-            "optax.chain(wrapped, other)? It must be the outermost: put the others inside it. "
-            "After changing weights yourself, init anew",
-            WeightsMovedWarning,
-            stacklevel=2,
-        )
