@@ -66,7 +66,7 @@ class Execution(ABC):
         self.set_exploring(self.option(options.for_group(), "explore_until"), updates)
         self.young = None
         if habits.needs_ages:
-            self.young = Young(settled_ages(self.support.indices), habits)
+            self.young = Young(settled_ages(self.support.backward_size, self.support.indices), habits)
 
     def option(self, group: Mapping[str, Any], name: str) -> Any:
         """The value of a group's option for these tensors."""
@@ -149,7 +149,7 @@ class Execution(ABC):
         return bool(group["maximize"]) if "maximize" in group else self.habits.traits.ascends
 
     def _add_penalty(self, gradient: Tensor, out: Tensor, penalty: float, kind: str) -> None:
-        values, split = self.values.detach().view(-1), self.support.forward
+        values, split = self.values.detach().view(-1), self.support.forward_size
         if penalty:
             direction = values if kind == "l2" else torch.sgn(values)
             both = (slice(split), penalty), (slice(split, None), penalty / self.ranked.density)
@@ -161,7 +161,7 @@ class Execution(ABC):
             out[split:].zero_()
 
     def _exploring_values(self) -> Tensor:
-        return self.values.detach().view(-1)[self.support.forward :]
+        return self.values.detach().view(-1)[self.support.forward_size :]
 
     def finish_step(
         self, inner: torch.optim.Optimizer, group: Mapping[str, Any], *, stepped: bool
@@ -184,20 +184,21 @@ class Execution(ABC):
 
     def member_parts(self) -> dict[str, tuple[slice, slice]]:
         """Where each member's entries of A and of B∖A are in the compact vector."""
-        device = self.support.indices.device
+        support = self.support
+        if len(self.ranked.shapes) == 1:
+            split, stop = support.forward_size, support.backward_size
+            return {self.ranked.key: (slice(0, split), slice(split, stop))}
+        device = support.indices.device
         starts = torch.tensor([start for start, _ in self.ranked.bounds.values()], device=device)
         ranges = []
-        for part, first in (
-            (self.support.active, 0),
-            (self.support.exploring, self.support.forward),
-        ):
+        for part, first in ((support.active, 0), (support.exploring, support.forward)):
             edges = (torch.searchsorted(part, starts.to(part.dtype)) + first).tolist()
             ranges.append(map(slice, edges, [*edges[1:], first + len(part)]))
         return dict(zip(self.ranked.shapes, zip(*ranges, strict=True), strict=True))
 
     def theta(self) -> Tensor:
         """All weights as one vector: the reservoir, brought up to date."""
-        self.reservoir.index_copy_(0, self.support.indices.long(), self.values.detach().view(-1))
+        self.reservoir.index_copy_(0, self.support.entries.long(), self.values.detach().view(-1))
         return self.reservoir
 
     def choose(self, options: Options, updates: int) -> Refresh:
@@ -227,7 +228,7 @@ class Execution(ABC):
         self.support = support
         if theta is not self.reservoir:
             self.reservoir.copy_(theta)
-        self.values.detach().view(-1).copy_(self.reservoir.index_select(0, support.indices))
+        self.values.detach().view(-1).copy_(self.reservoir.index_select(0, support.entries))
         self.update_positions()
         self.write_forward_view(everywhere=True)
 

@@ -16,8 +16,9 @@ from topkast._errors import NonFiniteError, OptionError
 from topkast._method import View
 from topkast._options import Options
 from topkast._primitives import Array, device, is_traced
-from topkast._selection import check_finite
+from topkast._selection import check_finite, ranked_units
 from topkast._support import Migration, Support, join
+from topkast._units import Blocks, blocks_of
 from topkast.methods._chosen import check_chosen, method_of
 
 _JOIN = " + "
@@ -32,11 +33,13 @@ class RankedTensors:
     shapes
         Shape of each member, by name, in the order in which their entries are numbered.
     forward, backward
-        |A| and |B|.
+        |A| and |B|, in units.
     density
         The forward density D of the exploration penalty.
     layers
         Length of the first axis where it numbers layers that are ranked each alone, else 1.
+    blocks
+        How the tensor is cut into units; None where they are single weights.
     """
 
     shapes: Mapping[str, Shape]
@@ -44,6 +47,7 @@ class RankedTensors:
     backward: int
     density: float
     layers: int = 1
+    blocks: Blocks | None = None
 
     @property
     def key(self) -> str:
@@ -55,9 +59,14 @@ class RankedTensors:
         return sum(map(math.prod, self.shapes.values()))
 
     @property
+    def backward_size(self) -> int:
+        """Number of weights in B."""
+        return self.backward * (1 if self.blocks is None else self.blocks.size)
+
+    @property
     def compact_shape(self) -> Shape:
         """(1, …, 1, |B|): as many dimensions as the tensor, which some optimizers look at."""
-        return (1,) * (max(map(len, self.shapes.values())) - 1) + (self.backward,)
+        return (1,) * (max(map(len, self.shapes.values())) - 1) + (self.backward_size,)
 
     @property
     def bounds(self) -> dict[str, tuple[int, int]]:
@@ -92,18 +101,18 @@ class RankedTensors:
             view = View(part, forward, backward, options.seed, self.key, draw, first)
             return check_chosen(method.choose(view), view, method)
 
-        with _named(self.key):
+        with _named(self.key), ranked_units(flat, self.blocks, options.block_score) as units:
             if self.layers == 1:
-                return choose(flat, 0)
-            if is_traced(flat):
+                return choose(units, 0).in_blocks(self.blocks)
+            if is_traced(units):
                 from topkast import _xla
 
-                stacked: Support = _xla.for_each_layer(choose, flat, self.layers)
-                return stacked
-            size = self.size // self.layers
-            starts = range(0, self.size, size)
-            sets = [choose(flat[start : start + size], start) for start in starts]
-        return join(sets, starts).narrowed(self.size)
+                stacked: Support = _xla.for_each_layer(choose, units, self.layers)
+                return stacked.in_blocks(self.blocks)
+            count = units.shape[0]
+            starts = range(0, count, count // self.layers)
+            sets = [choose(units[start : start + starts.step], start) for start in starts]
+        return join(sets, starts).narrowed(count).in_blocks(self.blocks)
 
     def check_finite(self, tensors: Mapping[str, Array]) -> None:
         """Raise :class:`topkast.NonFiniteError` for NaN or infinity in a member."""
@@ -116,7 +125,7 @@ class RankedTensors:
         new = self.select(flat, options, draw)
         migration = Migration.between(old, new, self.size)
         entered = migration.entered_forward(old, new)
-        return Refresh(new, migration, self._count_members(new.active, entered))
+        return Refresh(new, migration, self._count_members(new.active_entries, entered))
 
     def no_change(self, like: Array) -> Array:
         """The `changed` of a :class:`Refresh` that changed nothing."""
@@ -176,18 +185,30 @@ def rank_tensors(shapes: Mapping[str, Shape], options: Options) -> list[RankedTe
         for which, sparsity in (("fwd", options.fwd), ("bwd", options.bwd))
     ]
     return [
-        _rank_alone(name, shape, (pair[0][name], pair[1][name]), name in stacked)
+        _rank_alone(
+            name,
+            shape,
+            (pair[0][name], pair[1][name]),
+            own.get(name, options).block,
+            stacked=name in stacked,
+        )
         for name, shape in shapes.items()
     ]
 
 
 def _rank_alone(
-    name: str, shape: Shape, densities: tuple[Fraction, Fraction], stacked: bool
+    name: str,
+    shape: Shape,
+    densities: tuple[Fraction, Fraction],
+    block: tuple[int, int] | None,
+    *,
+    stacked: bool,
 ) -> RankedTensors:
     layers = shape[0] if stacked else 1
-    size = math.prod(shape) // layers
-    forward, backward = (layers * kept_count(size, density) for density in densities)
-    return RankedTensors({name: shape}, forward, backward, float(densities[0]), layers)
+    blocks = blocks_of(name, shape, block, stacked=stacked)
+    units = (math.prod(shape) if blocks is None else blocks.count) // layers
+    forward, backward = (layers * kept_count(units, density) for density in densities)
+    return RankedTensors({name: shape}, forward, backward, float(densities[0]), layers, blocks)
 
 
 def members(key: str, names: Mapping[str, object]) -> list[str]:
