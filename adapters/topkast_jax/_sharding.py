@@ -88,8 +88,7 @@ def layout_beside(shapes: Any, tree: Tree, weights: Mapping[str, jax.Array]) -> 
     """
     mesh = _mesh(weights)
     axes = {
-        key: _axes(key, support.backward, weights, mesh)
-        for key, support in shapes.supports.items()
+        key: _axes(key, support.backward, weights, mesh) for key, support in shapes.supports.items()
     }
 
     def place(path: Any, entry: Any) -> NamedSharding:

@@ -66,7 +66,9 @@ class Execution(ABC):
         self.set_exploring(self.option(options.for_group(), "explore_until"), updates)
         self.young = None
         if habits.needs_ages:
-            self.young = Young(settled_ages(self.support.backward_size, self.support.indices), habits)
+            self.young = Young(
+                settled_ages(self.support.backward_size, self.support.indices), habits
+            )
 
     def option(self, group: Mapping[str, Any], name: str) -> Any:
         """The value of a group's option for these tensors."""

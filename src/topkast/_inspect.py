@@ -216,7 +216,9 @@ def masks(x: Any, params: Any = None, /) -> dict[str, Masks]:
         for key, ranked in inspection.ranked.items():
             support = inspection.supports[key]
             xp = array_namespace(support.indices)
-            everywhere = xp.ones(ranked.backward_size, dtype=xp.bool, device=device(support.indices))
+            everywhere = xp.ones(
+                ranked.backward_size, dtype=xp.bool, device=device(support.indices)
+            )
             forward, backward = (
                 ranked.unflatten(scatter(flags, support, shape=(ranked.size,), fill=False))
                 for flags in (in_forward(support), everywhere)

@@ -27,7 +27,6 @@ from topkast._primitives import (
     index_dtype,
     is_traced,
     like,
-    possibly_true,
     scatter_flat,
     take,
     true_indices,

@@ -82,7 +82,7 @@ class Blocks:
         return xp.reshape(first[:, None] + inside, (-1,))
 
     def positions(self, of_units: Array) -> Array:
-        """Positions in a vector over B of the weights of some units (k,), from theirs among units."""
+        """Positions of weights in a vector over B, from those of their units (k,) among units."""
         xp = array_namespace(of_units)
         of_units = self._widen(of_units)
         inside = _count_up(self.size, of_units)
@@ -170,7 +170,9 @@ def _reduce(array: Array, blocks: Blocks, combine: Callable[[Array, Array], Arra
     """The values (n,) of each block, combined pair by pair: first its rows, then its columns."""
     xp = array_namespace(array)
     rows = _fold(xp.reshape(array, (-1, blocks.rows, blocks.width)), 1, combine)
-    columns = _fold(xp.reshape(rows, (-1, blocks.width // blocks.columns, blocks.columns)), 2, combine)
+    columns = _fold(
+        xp.reshape(rows, (-1, blocks.width // blocks.columns, blocks.columns)), 2, combine
+    )
     return xp.reshape(columns, (-1,))
 
 
@@ -179,7 +181,7 @@ def _fold(array: Array, axis: int, combine: Callable[[Array, Array], Array]) -> 
     xp = array_namespace(array)
     while (length := array.shape[axis]) > 1:
         first, second, last = (
-            array[(slice(None),) * axis + (chosen,)]
+            array[(*(slice(None),) * axis, chosen, ...)]
             for chosen in (slice(0, length - 1, 2), slice(1, length, 2), slice(length - 1, length))
         )
         array = combine(first, second)
