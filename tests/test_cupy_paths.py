@@ -148,6 +148,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "stopping": {"explore_until": 5},
     "random": {"explore": "random"},
     "global": {"distribution": "global", "dense": "bias"},
+    "blocks": {"block": (2, 5)},
+    "largest of blocks": {"block": (10, 1), "block_score": "max", "explore": "random"},
 }
 
 

@@ -15,6 +15,15 @@ def test_top_k() -> None:
     assert top_k(theta, 0.999).sum() == 1
 
 
+def test_top_k_of_blocks() -> None:
+    theta = np.asarray([[1.0, -3.0, 2.0, 2.0], [0.0, 0.0, -1.0, 0.0]])
+    left = [[True, True, False, False]] * 2
+    right = [[False, False, True, True]] * 2
+    assert top_k(theta, 0.5, block=(2, 2)).tolist() == right  # 4 against 5
+    assert top_k(theta, 0.5, block=(2, 2), block_score="max").tolist() == left  # 3 against 2
+    assert top_k(theta, 0.5, block=(2, 1)).tolist() == [[False, True, True, False]] * 2
+
+
 def test_one_step_by_hand() -> None:
     # D = 1/4: A = {0}, B = {0, 1}. Gradient 1 everywhere, lr 0.1, penalty 0.5.
     layer = TopKAST(

@@ -88,15 +88,14 @@ def layout_beside(shapes: Any, tree: Tree, weights: Mapping[str, jax.Array]) -> 
     """
     mesh = _mesh(weights)
     axes = {
-        key: _axes(key, support.indices.shape[0], weights, mesh)
-        for key, support in shapes.supports.items()
+        key: _axes(key, support.backward, weights, mesh) for key, support in shapes.supports.items()
     }
 
     def place(path: Any, entry: Any) -> NamedSharding:
         key = find_key(tree.paths, path)
         if key is None:
             return NamedSharding(mesh, PartitionSpec())
-        if key in axes and entry.ndim and entry.shape[-1] == shapes.supports[key].indices.shape[0]:
+        if key in axes and entry.ndim and entry.shape[-1] == shapes.supports[key].backward_size:
             return NamedSharding(mesh, PartitionSpec(*[None] * (entry.ndim - 1), axes[key]))
         spread = key in weights and not _sharding(weights[key]).mesh.empty
         if spread and entry.shape == weights[key].shape:

@@ -29,6 +29,7 @@ from topkast_torch._seat import clear_state
 VERSION = 3
 OWN = "topkast"  # the key of what Top-KAST adds
 
+_NEWER = ("block", "block_score")  # options that the first state dicts of this version lack
 _OF_A_GROUP = ("params", "param_names", OWN)
 
 
@@ -131,6 +132,8 @@ def _save_execution(execution: Execution) -> dict[str, dict[str, Any]]:
     shared = saved[first]
     shared["indices"] = execution.support.indices.clone()
     shared["active_count"] = execution.support.forward
+    if ranked.blocks is not None:
+        shared["block_rows"], shared["block_columns"] = ranked.blocks.rows, ranked.blocks.columns
     shared["steps"] = execution.steps
     if execution.young is not None:
         shared["ages"] = execution.young.current().clone()
@@ -240,7 +243,9 @@ def _check(state: WrapperState, state_dict: Mapping[str, Any]) -> _Loaded:
         saved = {name: saved[name] for name in saved if f"{number}:{name}" not in uncounted}
         _expect("parameters in a group", len(group.params), len(saved["params"]))
         try:
-            state.options.override({name: saved[name] for name in GROUP_OPTIONS})
+            state.options.override(
+                {name: saved[name] for name in GROUP_OPTIONS if name in saved or name not in _NEWER}
+            )
         except OptionError as error:
             raise StateDictError(
                 f"a parameter group has an option that is wrong: {error}"
@@ -330,18 +335,22 @@ def _check_sets(execution: Execution, owns: Mapping[str, Any]) -> _Sets:
         if not torch.isfinite(own["params"]).all():
             raise StateDictError(f"{name}: a saved weight is NaN or infinite")
     shared = owns[next(iter(ranked.shapes))]
+    blocks = ranked.blocks
+    sides = (1, 1) if blocks is None else (blocks.rows, blocks.columns)
+    saved_sides = shared.get("block_rows", 1), shared.get("block_columns", 1)
+    _expect(f"block of {key}", sides, saved_sides)
     indices, count = shared["indices"], ranked.backward
     own = ((count,), execution.support.indices.dtype)
     _expect(f"indices of B of {key}", own, _type_of(indices))
     _expect(f"|A| of {key}", ranked.forward, shared["active_count"])
-    support = Support(indices.to(device, copy=True), ranked.forward)
+    support = Support(indices.to(device, copy=True), ranked.forward, ranked.blocks)
     try:
         support.check(ranked.size, f"{key}: the state dict")
     except MismatchError as error:
         raise StateDictError(str(error)) from None
     ages = None
     if execution.young is not None:
-        _expect(f"ages of {key}", ((count,), torch.int16), _type_of(shared["ages"]))
+        _expect(f"ages of {key}", ((ranked.backward_size,), torch.int16), _type_of(shared["ages"]))
         ages = shared["ages"].to(device, copy=True)
     counts, steps = [own["changed"] for own in owns.values()], shared["steps"]
     if not all(isinstance(count, int) and count >= 0 for count in (*counts, steps)):
@@ -358,7 +367,7 @@ def _check_sets(execution: Execution, owns: Mapping[str, Any]) -> _Sets:
 def _check_entries(execution: Execution, kept: dict[str, Any]) -> dict[str, Any]:
     """What the inner optimizer kept for a compact vector, if it fits the one that it is for."""
     layout, compact = execution.habits.layout, execution.ranked.compact_shape
-    key, count = execution.ranked.key, execution.ranked.backward
+    key, count = execution.ranked.key, execution.ranked.backward_size
     missing = {str(path[1]) for path in layout.specs if path[0] == "state"} - {
         str(entry) for entry in kept["state"]
     }

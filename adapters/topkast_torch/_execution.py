@@ -66,7 +66,9 @@ class Execution(ABC):
         self.changed = self.ranked.no_change(self.support.indices)
         self.young = None
         if habits.needs_ages:
-            self.young = Young(settled_ages(self.support.indices), habits)
+            self.young = Young(
+                settled_ages(self.support.backward_size, self.support.indices), habits
+            )
         self.decide(options.for_group(), updates)
 
     def option(self, group: Mapping[str, Any], name: str) -> Any:
@@ -160,7 +162,7 @@ class Execution(ABC):
 
     def _add_penalty(self, gradient: Tensor, out: Tensor) -> None:
         """Write a gradient (|B|,), with what the step adds to it, to `out`."""
-        values, split, step = self.values.detach().view(-1), self.support.forward, self.step
+        values, split, step = self.values.detach().view(-1), self.support.forward_size, self.step
         if step.penalty:
             direction = values if step.kind == "l2" else torch.sgn(values)
             both = (slice(split), step.on_active), (slice(split, None), step.on_exploring)
@@ -172,7 +174,7 @@ class Execution(ABC):
             out[split:].zero_()
 
     def _exploring_values(self) -> Tensor:
-        return self.values.detach().view(-1)[self.support.forward :]
+        return self.values.detach().view(-1)[self.support.forward_size :]
 
     def finish_step(
         self, inner: torch.optim.Optimizer, group: Mapping[str, Any], *, stepped: bool
@@ -195,20 +197,21 @@ class Execution(ABC):
 
     def member_parts(self) -> dict[str, tuple[slice, slice]]:
         """Where each member's entries of A and of B∖A are in the compact vector."""
-        device = self.support.indices.device
+        support = self.support
+        if len(self.ranked.shapes) == 1:
+            split, stop = support.forward_size, support.backward_size
+            return {self.ranked.key: (slice(0, split), slice(split, stop))}
+        device = support.indices.device
         starts = torch.tensor([start for start, _ in self.ranked.bounds.values()], device=device)
         ranges = []
-        for part, first in (
-            (self.support.active, 0),
-            (self.support.exploring, self.support.forward),
-        ):
+        for part, first in ((support.active, 0), (support.exploring, support.forward)):
             edges = (torch.searchsorted(part, starts.to(part.dtype)) + first).tolist()
             ranges.append(map(slice, edges, [*edges[1:], first + len(part)]))
         return dict(zip(self.ranked.shapes, zip(*ranges, strict=True), strict=True))
 
     def theta(self) -> Tensor:
         """All weights as one vector: the reservoir, brought up to date."""
-        self.reservoir.index_copy_(0, self.support.indices.long(), self.values.detach().view(-1))
+        self.reservoir.index_copy_(0, self.support.entries.long(), self.values.detach().view(-1))
         return self.reservoir
 
     def choose(self, options: Options, updates: int) -> Refresh:
@@ -238,7 +241,7 @@ class Execution(ABC):
         self.support = support
         if theta is not self.reservoir:
             self.reservoir.copy_(theta)
-        self.values.detach().view(-1).copy_(self.reservoir.index_select(0, support.indices))
+        self.values.detach().view(-1).copy_(self.reservoir.index_select(0, support.entries))
         self.update_positions()
         self.write_forward_view(everywhere=True)
 

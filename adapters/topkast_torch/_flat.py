@@ -20,8 +20,9 @@ class Flat:
     deterministic, and both unravel each index anew.
     """
 
-    def __init__(self, c_order: Tensor) -> None:
+    def __init__(self, c_order: Tensor, *, ascending: bool = True) -> None:
         self.c_order = c_order  # int32 or int64
+        self.ascending = ascending  # as kernels want it; those of blocks of weights do not
         self._memory: dict[tuple[int, ...], Tensor] = {}  # offsets in memory, by strides
 
     def __len__(self) -> int:
@@ -101,6 +102,6 @@ def _suits(tensor: Tensor, places: Sequence[Flat], values: Sequence[Tensor]) -> 
         and tensor.is_contiguous()
         and not tensor.requires_grad
         and not tensor.is_neg()
-        and all(place.c_order.dtype == torch.int32 for place in places)
+        and all(place.ascending and place.c_order.dtype == torch.int32 for place in places)
         and all(part.dtype == tensor.dtype and part.is_contiguous() for part in values)
     )

@@ -61,7 +61,7 @@ class MaskedExecution(Execution):
             {name: param.detach() for name, param in self._params.items()}
         ).clone()
         self.support = ranked.select(self.reservoir, options.for_tensor(ranked.key))
-        values = self.reservoir.index_select(0, self.support.indices)
+        values = self.reservoir.index_select(0, self.support.entries)
         self.values = Parameter(values.reshape(ranked.compact_shape), requires_grad=True)
         self.gradient = torch.empty_like(self.values).detach().view(-1)
         self._hooks: dict[str, RemovableHandle] = {}
@@ -219,12 +219,16 @@ class MaskedExecution(Execution):
         ]
 
     def update_positions(self) -> None:
-        indices, bounds = self.support.indices, self.ranked.bounds
+        entries, bounds = self.support.entries, self.ranked.bounds
+        ascending = self.support.blocks is None
         self.members = {}
         for name, parts in self.member_parts().items():
             start, _ = bounds[name]
-            first, second = (indices[part] - start if start else indices[part] for part in parts)
-            self.members[name] = Member(self._params[name], parts, (Flat(first), Flat(second)))
+            first, second = (
+                Flat(entries[part] - start if start else entries[part], ascending=ascending)
+                for part in parts
+            )
+            self.members[name] = Member(self._params[name], parts, (first, second))
 
 
 @dataclass(frozen=True)

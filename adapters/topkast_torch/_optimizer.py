@@ -35,8 +35,9 @@ class TopKASTOptimizer(torch.optim.Optimizer):
     (:func:`topkast.dense_params`). ``p.grad`` vanishes outside B as soon as it is accumulated.
 
     ``param_groups`` are those of the wrapped optimizer with the options ``fwd``, ``bwd``,
-    ``refresh_every``, ``penalty``, ``penalty_kind``, ``explore``, ``explore_until`` and
-    ``distribution`` added; all but the sparsities and the distribution may change while training.
+    ``refresh_every``, ``penalty``, ``penalty_kind``, ``explore``, ``explore_until``,
+    ``distribution``, ``block`` and ``block_score`` added; all but the sparsities, the distribution
+    and the block may change while training.
     ``state[p]`` is the inner optimizer's, with entries of shape (1, …, \|B\|). Other methods and
     attributes that the wrapped optimizer has, ``train`` and ``eval`` of schedule-free ones among
     them, are there too: they act on the values on B, and the model sees what becomes of A.
@@ -153,8 +154,8 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         Raises
         ------
         OptionError
-            If an option of a group has a value that it cannot have, or ``fwd``, ``bwd`` or
-            ``distribution`` was changed.
+            If an option of a group has a value that it cannot have, or ``fwd``, ``bwd``,
+            ``distribution`` or ``block`` was changed.
         MismatchError
             If someone else has written weights outside A, or exchanged Parameters.
         NonFiniteError

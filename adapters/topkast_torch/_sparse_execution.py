@@ -45,6 +45,14 @@ class SparseExecution(Execution):
                 f"{name} is the weight of a {type(layer).__name__}, whose sets have fixed sizes: "
                 "distribution='global' would move weights from tensor to tensor"
             )
+        block = options.for_tensor(name).block
+        if block not in (None, (1, 1)):
+            raise OptionError(
+                f"{name} is the weight of a {type(layer).__name__}, which computes with single "
+                f"weights: block={block} has no sparse products yet. Make the model dense by "
+                f"topkast.densify before its optimizer is built, or pass overrides={{{name!r}: "
+                '{"block": None}}'
+            )
         execution = cls.__new__(cls)
         forward, size = layer.support.forward, math.prod(layer.weight_shape)
         density = getattr(layer, "density", forward / size)

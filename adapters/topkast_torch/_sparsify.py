@@ -188,6 +188,9 @@ def _obstacle(modules: list[tuple[nn.Module, str]], execution: MaskedExecution) 
         return f"{name} of {type(module).__name__}, which has no sparse form"
     if "forward" in module.__dict__:
         return "its forward function was replaced"
+    if execution.ranked.blocks is not None:
+        blocks = execution.ranked.blocks
+        return f"blocks of {blocks.rows} × {blocks.columns} have no sparse products yet"
     if member.param.dtype not in (torch.float32, torch.float64):
         return f"{member.param.dtype} has no sparse products"
     return None

@@ -52,11 +52,11 @@ def _expand_state(state: WrapperState, execution: Execution, params: Mapping[str
     for store in kept:
         del getattr(state.inner, store)[execution.values]
     theta = execution.ranked.unflatten(execution.theta())
-    indices, bounds = execution.support.indices, execution.ranked.bounds
-    everywhere = torch.arange(len(indices), device=indices.device)
+    flat, bounds = execution.support.entries, execution.ranked.bounds
+    everywhere = torch.arange(len(flat), device=flat.device)
     for name, parts in execution.member_parts().items():
         positions = torch.cat([everywhere[part] for part in parts])
         own = take(kept, layout, compact, positions) if kept else {}
-        places = indices.index_select(0, positions) - bounds[name][0]
+        places = flat.index_select(0, positions) - bounds[name][0]
         for store, entries in expand(own, layout, compact, places, theta[name]).items():
             getattr(state.inner, store)[params[name]] = entries

@@ -23,6 +23,7 @@ from topkast._selection import select
 from topkast._state import TopKASTState, forward_params
 from topkast._support import Support, migrate
 from topkast._transform import TopKASTTransform, apply_updates
+from topkast._units import Blocks
 from topkast._wrap import wrap_optimizer
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "AdapterNotFoundError",
+    "Blocks",
     "DenseAverageWarning",
     "Masks",
     "MismatchError",

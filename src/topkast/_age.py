@@ -27,10 +27,10 @@ _MOST_TABLES = 32
 SETTLED = (1 << 15) - 1  # the age, int16, of entries whose displacement is not scaled
 
 
-def settled_ages(like: Array) -> Array:
-    """Ages of entries (k,) that are in B from the start; int16."""
-    xp = array_namespace(like)
-    return xp.full((like.shape[0],), SETTLED, dtype=xp.int16, device=device(like))
+def settled_ages(count: int, beside: Array) -> Array:
+    """Ages of entries (count,) that are in B from the start, for arrays like `beside`; int16."""
+    xp = array_namespace(beside)
+    return xp.full((count,), SETTLED, dtype=xp.int16, device=device(beside))
 
 
 def grow(ages: Array) -> Array:

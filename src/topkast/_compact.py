@@ -23,7 +23,7 @@ def gather(params: Array, support: Support, /) -> Array:
     Returns
     -------
     array
-        Shape (\|B\|,), dtype of `params`, in the order of ``support.indices``.
+        Shape (\|B\|,), dtype of `params`, in the order of ``support.entries``.
 
     Examples
     --------
@@ -32,7 +32,7 @@ def gather(params: Array, support: Support, /) -> Array:
     >>> topkast.gather(theta, topkast.select(theta, fwd=0.75, bwd=0.5))
     array([-0.9,  0.5])
     """
-    return take(array_namespace(params).reshape(params, (-1,)), support.indices)
+    return take(array_namespace(params).reshape(params, (-1,)), support.entries)
 
 
 def scatter(
@@ -65,7 +65,7 @@ def scatter(
            [0., 1.]])
     """
     xp = array_namespace(values)
-    flat = scatter_flat(xp.reshape(values, (-1,)), support.indices, math.prod(shape), fill)
+    flat = scatter_flat(xp.reshape(values, (-1,)), support.entries, math.prod(shape), fill)
     return xp.reshape(flat, shape)
 
 
@@ -102,6 +102,6 @@ def forward_view(values: Array, support: Support, /, *, shape: tuple[int, ...]) 
     Top-KAST, section 2.1.
     """
     xp = array_namespace(values)
-    active = xp.reshape(values, (-1,))[: support.forward]
-    flat = scatter_flat(active, support.active, math.prod(shape), 0.0)
+    active = xp.reshape(values, (-1,))[: support.forward_size]
+    flat = scatter_flat(active, support.active_entries, math.prod(shape), 0.0)
     return xp.reshape(flat, shape)

@@ -30,8 +30,8 @@ def sparsify(
     costs as much as several steps: sparse layers gain time where `refresh_every` is large.
 
     ``torch.nn.Linear`` and ``torch.nn.Conv2d`` have a sparse form, in float32 and float64. What
-    has none (``torch.nn.MultiheadAttention``, subclasses, tied weights, tensors that are ranked
-    together) stays masked, and the report says why.
+    has none (``torch.nn.MultiheadAttention``, subclasses, tied weights, blocks of weights, tensors
+    that are ranked together) stays masked, and the report says why.
 
     Parameters
     ----------

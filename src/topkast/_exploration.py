@@ -71,7 +71,7 @@ def exploration_penalty(
         is_complex = xp.isdtype(flat.dtype, "complex floating")
         terms, factor = (xp.abs(flat) ** 2 if is_complex else flat * flat), penalty / 2
     on_active, on_exploring = (
-        xp.sum(part) for part in (terms[: support.forward], terms[support.forward :])
+        xp.sum(part) for part in (terms[: support.forward_size], terms[support.forward_size :])
     )
     return factor * (on_active + on_exploring / density)
 

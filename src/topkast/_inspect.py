@@ -93,8 +93,8 @@ class TensorSummary:
 
     name: str
     shape: tuple[int, ...]
-    forward: int  # |A|
-    backward: int  # |B|
+    forward: int  # |A|, in weights
+    backward: int  # |B|, in weights
     forward_sparsity: float
     backward_sparsity: float
     mask_change: float  # share of A that the last refresh brought in
@@ -209,7 +209,9 @@ def masks(x: Any, params: Any = None, /) -> dict[str, Masks]:
         for key, ranked in inspection.ranked.items():
             support = inspection.supports[key]
             xp = array_namespace(support.indices)
-            everywhere = xp.ones(ranked.backward, dtype=xp.bool, device=device(support.indices))
+            everywhere = xp.ones(
+                ranked.backward_size, dtype=xp.bool, device=device(support.indices)
+            )
             forward, backward = (
                 ranked.unflatten(scatter(flags, support, shape=(ranked.size,), fill=False))
                 for flags in (in_forward(support), everywhere)
@@ -316,7 +318,8 @@ def _summarise(inspection: Inspection, key: str, ranked: RankedTensors) -> dict[
     rows = {}
     for number, (name, (start, stop)) in enumerate(ranked.bounds.items()):
         active, exploring = (
-            part[(part >= start) & (part < stop)] for part in (support.active, support.exploring)
+            part[(part >= start) & (part < stop)]
+            for part in (support.active_entries, support.exploring_entries)
         )
         forward, backward = active.shape[0], active.shape[0] + exploring.shape[0]
         shape, size = tuple(ranked.shapes[name]), stop - start
@@ -331,6 +334,6 @@ def _summarise(inspection: Inspection, key: str, ranked: RankedTensors) -> dict[
             1 - backward / size,
             int(inspection.changed[key][number]) / max(forward, 1),
             shape[0] - occupied.shape[0],
-            round(inspection.held[key] * backward / ranked.backward),
+            round(inspection.held[key] * backward / ranked.backward_size),
         )
     return rows

@@ -20,9 +20,10 @@ class View:
     Attributes
     ----------
     weights
-        θ as one vector (n,), of any library.
+        θ as one vector (n,), of any library. Where units are blocks of weights, their scores: the
+        method chooses n units, whatever they are.
     forward, backward
-        \|A\| and \|B\|, which the method must return.
+        \|A\| and \|B\|, in units, which the method must return.
     seed
         The option of :func:`topkast.wrap_optimizer`.
     name
@@ -31,7 +32,7 @@ class View:
         Number of the update after which the sets are chosen, 0 for the first ones: it numbers the
         random draws. Inside ``jax.jit`` it is traced.
     first
-        Flat index of the first entry in the tensor; 0 but for layers of stacked tensors.
+        Number of the first unit in the tensor; 0 but for layers of stacked tensors.
     """
 
     weights: Array

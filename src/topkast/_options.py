@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from topkast._errors import OptionError
 from topkast._method import PROVIDED, Method
+from topkast._units import BlockScore
 
 PenaltyKind: TypeAlias = Literal["l2", "l1"]
 Explore: TypeAlias = Literal["magnitude", "random"]
@@ -34,6 +35,8 @@ class Options:
     explore: Explore = "magnitude"
     explore_until: int | None = None
     distribution: Distribution = "uniform"
+    block: tuple[int, int] | None = None
+    block_score: BlockScore = "sum"
     dense: Dense = None
     stacked: Patterns = None
     method: Method | None = None
@@ -50,6 +53,7 @@ class Options:
             "refresh_every": _integer("refresh_every", self.refresh_every, min=1),
             "penalty": _check_penalty(self.penalty),
             "explore_until": None if until is None else _integer("explore_until", until, min=0),
+            "block": check_block(self.block),
             "seed": _integer("seed", self.seed, min=0),
         }
         for name, value in plain.items():  # in the place of NumPy's scalars
@@ -57,6 +61,8 @@ class Options:
         _check_choice("penalty_kind", self.penalty_kind, get_args(PenaltyKind))
         _check_choice("explore", self.explore, get_args(Explore))
         _check_choice("distribution", self.distribution, get_args(Distribution))
+        check_block_score(self.block_score)
+        _check_block_alone(self.block, self.distribution)
         _check_dense(self.dense)
         _check_names("stacked", self.stacked)
         _check_method(self.method, self.explore)
@@ -146,7 +152,7 @@ def _forgotten(name: str, tensor: Any) -> bool:
 
 
 # What the sizes of compact vectors follow from: it cannot change while training.
-FIXED_OPTIONS = ("fwd", "bwd", "distribution")
+FIXED_OPTIONS = ("fwd", "bwd", "distribution", "block")
 
 # `dense` is a group option too, but is spent when the group is added: it may be a function,
 # and what stays in a group is saved in checkpoints.
@@ -260,6 +266,36 @@ def _integer(name: str, value: object, *, min: int) -> int:  # noqa: A002 - the 
     if isinstance(value, bool) or not (isinstance(value, Integral) and int(value) >= min):
         raise OptionError(f"{name} must be an integer of at least {min}, got {value!r}")
     return int(value)
+
+
+def check_block(block: object) -> tuple[int, int] | None:
+    """The option `block` as Python integers; :class:`OptionError` unless two are given, or None."""
+    if block is None:
+        return None
+    sides = list(block) if isinstance(block, Sequence) and not isinstance(block, str) else []
+    if len(sides) != 2 or any(
+        isinstance(side, bool) or not isinstance(side, Integral) or side < 1 for side in sides
+    ):
+        raise OptionError(
+            "block must be two positive integers, the rows and columns of a block of weights, as "
+            f"(4, 4), or None for single weights, got {block!r}"
+        )
+    rows, columns = map(int, sides)
+    return rows, columns
+
+
+def check_block_score(score: object) -> None:
+    """Raise :class:`OptionError` unless `score` is one of those that the option may have."""
+    _check_choice("block_score", score, get_args(BlockScore))
+
+
+def _check_block_alone(block: tuple[int, int] | None, distribution: str) -> None:
+    if block not in (None, (1, 1)) and distribution == "global":
+        raise OptionError(
+            f"block={block} cannot go with distribution='global': that ranks the weights of all "
+            "tensors as one vector, and blocks are cut from the matrix of each tensor. Choose "
+            "distribution='uniform' or 'erk', or block=None"
+        )
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from array_api_compat import array_namespace
 
 from topkast._distribution import exact_fraction, kept_count
 from topkast._errors import NonFiniteError, UnsupportedTensorError
 from topkast._method import View
-from topkast._options import Explore, check_sparsities
-from topkast._primitives import Array, asarray_like, device, is_traced, possibly_true, take
+from topkast._options import Explore, check_block, check_block_score, check_sparsities
+from topkast._primitives import Array, asarray_like, device, is_traced, take
 from topkast._random import BITS, Ranks, draws, make_key
 from topkast._support import Support, width
+from topkast._units import Blocks, BlockScore, blocks_of, modulus, unit_scores
 from topkast.backends import backend_of
 
 
@@ -24,6 +26,8 @@ def select(
     fwd: float,
     bwd: float,
     explore: Explore = "magnitude",
+    block: tuple[int, int] | None = None,
+    block_score: BlockScore = "sum",
     seed: int = 0,
     name: str = "",
 ) -> Support:
@@ -45,6 +49,12 @@ def select(
         Forward and backward sparsity, ``0 <= bwd <= fwd < 1``.
     explore
         ``"magnitude"``, or ``"random"``: B∖A is then drawn uniformly from what is not in A.
+    block
+        Rows and columns of a unit: whole blocks of the tensor as a matrix (first axis × all
+        others) are chosen, and n is their number. None: single weights.
+    block_score
+        What a block is ranked by: the ``"sum"`` of the magnitudes of its weights, or the
+        ``"max"``.
     seed
         Of the hash and of the random draw.
     name
@@ -58,7 +68,8 @@ def select(
     Raises
     ------
     OptionError
-        If the sparsities are not as above.
+        If the sparsities are not as above, if `block` is not two positive integers or does not
+        divide the matrix, or for another score.
     NonFiniteError
         If an entry is NaN or infinite. Inside ``jax.jit``, where values cannot be inspected, NaN
         ranks last instead, and the counts stay exact.
@@ -71,23 +82,53 @@ def select(
     >>> support.active, support.exploring
     (array([1, 6], dtype=int32), array([2, 4], dtype=int32))
 
+    Of four blocks of 2 × 1 the second has the largest sum of magnitudes, and the third follows:
+
+    >>> support = topkast.select(theta, fwd=0.75, bwd=0.5, block=(2, 1))
+    >>> support.active, support.exploring
+    (array([2], dtype=int32), array([1], dtype=int32))
+    >>> support.entries
+    array([2, 6, 1, 5], dtype=int32)
+
     References
     ----------
     Top-KAST, sections 2.1 and 2.2; table 1 for the random choice.
     """
     check_sparsities(fwd, bwd)
-    size = math.prod(params.shape)
+    check_block_score(block_score)
     flat = array_namespace(params).reshape(params, (-1,))
-    forward, backward = (kept_count(size, 1 - exact_fraction(one)) for one in (fwd, bwd))
-    view = View(flat, forward, backward, seed, name)
-    return choose_by_magnitude(view, backward if explore == "magnitude" else forward)
+    blocks = blocks_of(name or "params", tuple(params.shape), check_block(block))
+    with ranked_units(flat, blocks, block_score) as scores:
+        forward, backward = (
+            kept_count(scores.shape[0], 1 - exact_fraction(one)) for one in (fwd, bwd)
+        )
+        view = View(scores, forward, backward, seed, name)
+        support = choose_by_magnitude(view, backward if explore == "magnitude" else forward)
+    return support.in_blocks(blocks)
+
+
+@contextmanager
+def ranked_units(flat: Array, blocks: Blocks | None, score: BlockScore) -> Iterator[Array]:
+    """What the units of a tensor (n,) are ranked by: its weights, or the scores of its blocks.
+
+    A :class:`NonFiniteError` raised meanwhile counts weights, not blocks.
+    """
+    if blocks is None:
+        yield flat
+        return
+    check_size(flat)
+    try:
+        yield unit_scores(flat, blocks, score)
+    except NonFiniteError:
+        check_finite(flat)
+        raise
 
 
 def choose_by_magnitude(view: View, count: int) -> Support:
     """Sets whose first `count` entries, A among them, are the largest; the rest of B is drawn."""
     flat = view.weights
     if array_namespace(flat).isdtype(flat.dtype, "complex floating"):
-        flat = _modulus(flat)
+        flat = modulus(flat)
     if count == view.backward:
         return _on_host(_by_magnitude, flat, view)
     return _on_host(lambda work, view: _draw(work, view, count), flat, view)
@@ -101,7 +142,7 @@ def choose_at_random(view: View) -> Support:
 def _on_host(choose: Callable[[Array, View], Support], flat: Array, view: View) -> Support:
     """The sets, found by NumPy where the weights are in its reach."""
     xp = array_namespace(flat)
-    _check_size(flat)
+    check_size(flat)
     dtype = width(xp, flat.shape[0])
     if view.backward == 0:
         return Support(xp.zeros(0, dtype=dtype, device=device(flat)), 0)
@@ -112,7 +153,7 @@ def _on_host(choose: Callable[[Array, View], Support], flat: Array, view: View) 
     return Support(asarray_like(support.indices, flat, dtype), support.forward)
 
 
-def _check_size(flat: Array) -> None:
+def check_size(flat: Array) -> None:
     """Raise :class:`UnsupportedTensorError` for a vector that is too long for its library."""
     xp = array_namespace(flat)
     dtype = backend_of(flat).index_dtype(flat)
@@ -128,16 +169,6 @@ def _by_magnitude(work: Array, view: View) -> Support:
     ranks = Ranks(make_key(view.seed, view.name, "ties"), view.first)
     backend = backend_of(work)
     return Support(backend.largest_first(work, view.forward, view.backward, ranks), view.forward)
-
-
-def _modulus(flat: Array) -> Array:
-    """Moduli of complex numbers; of a quarter of them where one would overflow."""
-    xp = array_namespace(flat)
-    moduli = xp.abs(flat)
-    overflow = xp.any(xp.isinf(moduli) & xp.isfinite(xp.real(flat)) & xp.isfinite(xp.imag(flat)))
-    if not possibly_true(overflow):
-        return moduli
-    return xp.where(overflow, xp.abs(flat * 0.25), moduli)
 
 
 def _draw(flat: Array, view: View, count: int) -> Support:

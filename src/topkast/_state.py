@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 from array_api_compat import array_namespace, is_jax_array
 
 from topkast._compact import forward_view, gather, scatter
+from topkast._distribution import Shape
 from topkast._errors import MismatchError
 from topkast._inspect import Inspection, find_states
 from topkast._primitives import Array, where
@@ -67,8 +68,10 @@ def inspection(state: Any, params: Arrays, held: Mapping[str, int]) -> Inspectio
     ranked, total = {}, dict(held)
     for key, support in state.supports.items():
         shapes = {name: tuple(params[name].shape) for name in members(key, params)}
-        ranked[key] = RankedTensors(shapes, support.forward, support.backward, 1.0)
+        ranked[key] = _ranked(shapes, support)
         total[key] += count_bytes(support.indices)
+        if support.blocks is not None and not is_jax_array(support.indices):  # where they are kept
+            total[key] += count_bytes(support.entries)
         if key in state.ages:
             total[key] += count_bytes(state.ages[key])
     # Gradients of all, and forward views of what is sparse, beside the parameters.
@@ -116,7 +119,7 @@ def forward_views(params: Mapping[str, Array], supports: Mapping[str, Support]) 
     views = dict(params)
     for key, support in supports.items():
         shapes = {name: tuple(params[name].shape) for name in members(key, params)}
-        ranked = RankedTensors(shapes, support.forward, support.backward, 1.0)
+        ranked = _ranked(shapes, support)
         if is_jax_array(support.indices):
             # Where parameters are spread over devices, XLA puts what is chosen from them there.
             flags = in_forward(support)
@@ -126,6 +129,13 @@ def forward_views(params: Mapping[str, Array], supports: Mapping[str, Support]) 
             values = gather(ranked.flatten(params), support)
             views |= ranked.unflatten(forward_view(values, support, shape=(ranked.size,)))
     return views
+
+
+def _ranked(shapes: Mapping[str, Shape], support: Support) -> RankedTensors:
+    """What of the fixed part follows from shapes and a support."""
+    return RankedTensors(
+        shapes, support.forward, support.backward, density=1.0, blocks=support.blocks
+    )
 
 
 def map_dictionaries(visit: Visit, state: Any, fresh: Any, keys: set[str]) -> Any:

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, is_jax_array
 
 from topkast._errors import MismatchError
 from topkast._primitives import Array, Namespace, device, is_traced
+from topkast._units import Blocks
 from topkast.backends import backend_of
 
 
 @dataclass(frozen=True)
 class Support:
-    r"""The sets of one tensor: the flat indices of B, those of A first.
+    r"""The sets of one tensor: the units of B, those of A first.
 
-    Every vector over B (values, gradient, moments) is in this order, so that its first \|A\|
-    entries are what the forward pass sees, and the others what explores.
+    A unit is a weight, or a block of weights. Every vector over B (values, gradient, moments) holds
+    unit by unit in this order, so that its first `forward_size` entries are what the forward pass
+    sees, and the others what explores.
 
     Attributes
     ----------
     indices
-        Flat (C-order) indices of shape (\|B\|,): those of A ascending, then those of B∖A
-        ascending. int32 where the tensor has fewer than 2³¹ entries, else int64.
+        Numbers of the units of B, of shape (\|B\|,): those of A ascending, then those of B∖A
+        ascending. Of single weights they are the flat (C-order) indices. int32 where the tensor has
+        fewer than 2³¹ units, else int64.
     forward
-        \|A\|.
+        \|A\|, in units.
+    blocks
+        How the tensor is cut into blocks; None where units are single weights.
 
     Examples
     --------
@@ -36,14 +41,25 @@ class Support:
     array([2, 5, 0, 3])
     >>> support.active, support.exploring
     (array([2, 5]), array([0, 3]))
+
+    Of a 4 × 4 matrix in blocks of 2 × 2, A is the last block and B∖A the first:
+
+    >>> blocks = topkast.Blocks(rows=2, columns=2, height=4, width=4)
+    >>> support = topkast.Support(np.asarray([3, 0], np.int32), 1, blocks)
+    >>> support.entries
+    array([10, 11, 14, 15,  0,  1,  4,  5], dtype=int32)
     """
 
     indices: Array
     forward: int
+    blocks: Blocks | None = None
 
     def __post_init__(self) -> None:
         if "jax" in sys.modules:
             _register_with_jax()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: part for name, part in self.__dict__.items() if name != "_entries"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -62,19 +78,62 @@ class Support:
 
     @property
     def backward(self) -> int:
-        r"""\|B\|."""
+        r"""\|B\|, in units."""
         size: int = self.indices.shape[0]
         return size
 
     @property
     def active(self) -> Array:
-        r"""Indices of A, ascending (\|A\|,)."""
+        r"""Units of A, ascending (\|A\|,)."""
         return self.indices[: self.forward]
 
     @property
     def exploring(self) -> Array:
-        r"""Indices of B∖A, ascending (\|B\| − \|A\|,)."""
+        r"""Units of B∖A, ascending (\|B\| − \|A\|,)."""
         return self.indices[self.forward :]
+
+    @property
+    def forward_size(self) -> int:
+        r"""Number of weights in A: where vectors over B go over from A to B∖A."""
+        return self.forward * self._unit_size
+
+    @property
+    def backward_size(self) -> int:
+        r"""Number of weights in B: the length of vectors over B."""
+        return self.backward * self._unit_size
+
+    @property
+    def entries(self) -> Array:
+        """Flat (C-order) indices of the weights in B (backward_size,): unit by unit, A's first.
+
+        Those of a block stand row by row.
+        """
+        if self.blocks is None:
+            return self.indices
+        if is_jax_array(self.indices):  # what is traced must not outlive the trace
+            return self.blocks.entries(self.indices)
+        if "_entries" not in self.__dict__:
+            self.__dict__["_entries"] = self.blocks.entries(self.indices)
+        entries: Array = self.__dict__["_entries"]
+        return entries
+
+    @property
+    def active_entries(self) -> Array:
+        """Flat (C-order) indices of the weights in A (forward_size,), in the order of `entries`."""
+        return self.entries[: self.forward_size]
+
+    @property
+    def exploring_entries(self) -> Array:
+        """Flat (C-order) indices of the weights in B∖A, in the order of `entries`."""
+        return self.entries[self.forward_size :]
+
+    @property
+    def _unit_size(self) -> int:
+        return 1 if self.blocks is None else self.blocks.size
+
+    def in_blocks(self, blocks: Blocks | None) -> Support:
+        """The same units, as blocks of a tensor, or as single weights."""
+        return self if blocks is self.blocks else replace(self, blocks=blocks)
 
     def check(self, size: int, what: str) -> None:
         """Raise :class:`topkast.MismatchError` unless these are sets of a tensor of that size.
@@ -89,6 +148,8 @@ class Support:
             The subject of the message.
         """
         indices = self.indices
+        if self.blocks is not None:
+            size = self._count_blocks(size, what)
         xp = array_namespace(indices)
         if not xp.isdtype(indices.dtype, "signed integer") or len(indices.shape) != 1:
             raise MismatchError(
@@ -111,14 +172,24 @@ class Support:
             if bool(xp.any(part[1:] < part[:-1])):
                 raise MismatchError(f"{what} has indices of {name} that do not ascend")
 
+    def _count_blocks(self, size: int, what: str) -> int:
+        blocks = self.blocks
+        assert blocks is not None
+        if blocks.height * blocks.width != size:
+            raise MismatchError(
+                f"{what} has blocks of a matrix of {blocks.height} × {blocks.width}: the tensor "
+                f"has {size} entries"
+            )
+        return blocks.count
+
     def narrowed(self, size: int) -> Support:
-        """The same with indices as wide as a tensor of that size needs."""
+        """The same with indices as wide as a tensor of that many units needs."""
         xp = array_namespace(self.indices)
-        return Support(xp.astype(self.indices, width(xp, size), copy=False), self.forward)
+        return replace(self, indices=xp.astype(self.indices, width(xp, size), copy=False))
 
 
 def width(xp: Namespace, size: int) -> Any:
-    """The dtype of flat indices into a tensor of that size."""
+    """The dtype of indices into a tensor of that size, or of numbers of that many units."""
     return xp.int32 if size < 1 << 31 else xp.int64
 
 
@@ -137,10 +208,10 @@ def join_layers(indices: Array, forward: int, size: int) -> Support:
 
 
 def in_forward(support: Support) -> Array:
-    r"""Flags (\|B\|,) of the entries that are in A: the first \|A\|."""
+    r"""Flags (backward_size,) of the weights in B that are in A: the first ones."""
     xp = array_namespace(support.indices)
-    numbers = xp.arange(support.backward, dtype=xp.int32, device=device(support.indices))
-    return numbers < support.forward
+    numbers = xp.arange(support.backward_size, dtype=xp.int32, device=device(support.indices))
+    return numbers < support.forward_size
 
 
 def weigh(values: Array, support: Support, on_active: float, on_exploring: float) -> Array:
@@ -149,7 +220,7 @@ def weigh(values: Array, support: Support, on_active: float, on_exploring: float
     if backend_of(values).by_elements:
         weights = xp.where(in_forward(support), on_active, on_exploring)
         return xp.reshape(xp.astype(weights, values.real.dtype), values.shape) * values
-    flat, split = xp.reshape(values, (-1,)), support.forward
+    flat, split = xp.reshape(values, (-1,)), support.forward_size
     weighed = xp.concat([flat[:split] * on_active, flat[split:] * on_exploring])
     return xp.reshape(weighed, values.shape)
 
@@ -166,7 +237,7 @@ def restrict_to_active(
         return xp.where(kept, values, xp.full((), fill, dtype=values.dtype))
     if exploring:
         return values
-    flat, split = xp.reshape(values, (-1,)), support.forward
+    flat, split = xp.reshape(values, (-1,)), support.forward_size
     filled = xp.full_like(flat[split:], fill)
     return xp.reshape(xp.concat([flat[:split], filled]), values.shape)
 
@@ -177,9 +248,9 @@ class Migration(NamedTuple):
     Attributes
     ----------
     source
-        For each index of the new B its position in the old one, below \|B\|; integers (\|B\|,).
+        For each weight of the new B its position in the old one; integers (backward_size,).
     survives
-        Whether it was there at all; booleans (\|B\|,).
+        Whether it was there at all; booleans (backward_size,).
     """
 
     source: Array
@@ -188,6 +259,17 @@ class Migration(NamedTuple):
     @classmethod
     def between(cls, old: Support, new: Support, size: int | None = None) -> Migration:
         """From one support to the next, of one tensor, whose size saves time where it is known."""
+        if old.blocks != new.blocks:
+            raise MismatchError(
+                f"the units changed: from {old.blocks or 'weights'} to {new.blocks or 'weights'}"
+            )
+        if new.blocks is None:
+            return cls._between_units(old, new, size)
+        source, survives = cls._between_units(old, new, new.blocks.count)
+        return cls(new.blocks.positions(source), new.blocks.repeat(survives))
+
+    @classmethod
+    def _between_units(cls, old: Support, new: Support, size: int | None) -> Migration:
         if size is None:
             size = 1 + max(_largest(old), _largest(new))
         backend = backend_of(old.indices)
@@ -205,9 +287,10 @@ class Migration(NamedTuple):
         return xp.reshape(moved, entry.shape)
 
     def entered_forward(self, old: Support, new: Support) -> Array:
-        r"""Flags (\|A\|,) of the new A that say what was not in the old one."""
-        source, survives = self.source[: new.forward], self.survives[: new.forward]
-        return ~survives | (source >= old.forward)
+        """Flags (forward_size,) of the weights in the new A that were not in the old one."""
+        split = new.forward_size
+        source, survives = self.source[:split], self.survives[:split]
+        return ~survives | (source >= old.forward_size)
 
 
 def migrate(entry: Array, old: Support, new: Support, /, *, fresh: Array | float = 0.0) -> Array:
@@ -218,7 +301,7 @@ def migrate(entry: Array, old: Support, new: Support, /, *, fresh: Array | float
     Parameters
     ----------
     entry
-        One value per index of ``old.indices``, of any dtype: a moment, say.
+        One value per index of ``old.entries``, of any dtype: a moment, say.
     old, new
         The supports before and after a refresh.
     fresh
@@ -227,7 +310,12 @@ def migrate(entry: Array, old: Support, new: Support, /, *, fresh: Array | float
     Returns
     -------
     array
-        Shape and dtype of `entry`, in the order of ``new.indices``.
+        Shape and dtype of `entry`, in the order of ``new.entries``.
+
+    Raises
+    ------
+    MismatchError
+        If the units of the two supports are cut differently.
 
     Examples
     --------
@@ -250,9 +338,9 @@ _registered: set[str] = set()
 
 
 def _register_with_jax() -> None:
-    """To JAX a support is a pytree: its indices are data, and |A| belongs to its structure."""
+    """To JAX a support is a pytree: its indices are data, |A| and blocks are structure."""
     if "jax" not in _registered:
         from jax.tree_util import register_dataclass
 
-        register_dataclass(Support, data_fields=["indices"], meta_fields=["forward"])
+        register_dataclass(Support, data_fields=["indices"], meta_fields=["forward", "blocks"])
         _registered.add("jax")

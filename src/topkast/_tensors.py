@@ -16,8 +16,9 @@ from topkast._errors import NonFiniteError, OptionError
 from topkast._method import View
 from topkast._options import Options
 from topkast._primitives import Array, device
-from topkast._selection import check_finite
+from topkast._selection import check_finite, ranked_units
 from topkast._support import Migration, Support, join_layers
+from topkast._units import Blocks, blocks_of
 from topkast.backends import backend_of
 from topkast.methods._chosen import check_chosen, method_of
 
@@ -33,11 +34,13 @@ class RankedTensors:
     shapes
         Shape of each member, by name, in the order in which their entries are numbered.
     forward, backward
-        |A| and |B|.
+        |A| and |B|, in units.
     density
         The forward density D of the exploration penalty.
     layers
         Length of the first axis where it numbers layers that are ranked each alone, else 1.
+    blocks
+        How the tensor is cut into units; None where they are single weights.
     """
 
     shapes: Mapping[str, Shape]
@@ -45,6 +48,7 @@ class RankedTensors:
     backward: int
     density: float
     layers: int = 1
+    blocks: Blocks | None = None
 
     @property
     def key(self) -> str:
@@ -56,9 +60,14 @@ class RankedTensors:
         return sum(map(math.prod, self.shapes.values()))
 
     @property
+    def backward_size(self) -> int:
+        """Number of weights in B."""
+        return self.backward * (1 if self.blocks is None else self.blocks.size)
+
+    @property
     def compact_shape(self) -> Shape:
         """(1, …, 1, |B|): as many dimensions as the tensor, which some optimizers look at."""
-        return (1,) * (max(map(len, self.shapes.values())) - 1) + (self.backward,)
+        return (1,) * (max(map(len, self.shapes.values())) - 1) + (self.backward_size,)
 
     @property
     def bounds(self) -> dict[str, tuple[int, int]]:
@@ -93,13 +102,13 @@ class RankedTensors:
             view = View(part, forward, backward, options.seed, self.key, draw, first)
             return check_chosen(method.choose(view), view, method)
 
-        with _named(self.key):
+        with _named(self.key), ranked_units(flat, self.blocks, options.block_score) as units:
             if self.layers == 1:
-                return choose(flat, 0)
-            indices = backend_of(flat).for_each_layer(
-                lambda part, first: choose(part, first).indices, flat, self.layers
+                return choose(units, 0).in_blocks(self.blocks)
+            indices = backend_of(units).for_each_layer(
+                lambda part, first: choose(part, first).indices, units, self.layers
             )
-        return join_layers(indices, forward, self.size)
+        return join_layers(indices, forward, units.shape[0]).in_blocks(self.blocks)
 
     def check_finite(self, tensors: Mapping[str, Array]) -> None:
         """Raise :class:`topkast.NonFiniteError` for NaN or infinity in a member."""
@@ -112,7 +121,7 @@ class RankedTensors:
         new = self.select(flat, options, draw)
         migration = Migration.between(old, new, self.size)
         entered = migration.entered_forward(old, new)
-        return Refresh(new, migration, self._count_members(new.active, entered))
+        return Refresh(new, migration, self._count_members(new.active_entries, entered))
 
     def no_change(self, like: Array) -> Array:
         """The `changed` of a :class:`Refresh` that changed nothing."""
@@ -172,18 +181,30 @@ def rank_tensors(shapes: Mapping[str, Shape], options: Options) -> list[RankedTe
         for which, sparsity in (("fwd", options.fwd), ("bwd", options.bwd))
     ]
     return [
-        _rank_alone(name, shape, (pair[0][name], pair[1][name]), name in stacked)
+        _rank_alone(
+            name,
+            shape,
+            (pair[0][name], pair[1][name]),
+            own.get(name, options).block,
+            stacked=name in stacked,
+        )
         for name, shape in shapes.items()
     ]
 
 
 def _rank_alone(
-    name: str, shape: Shape, densities: tuple[Fraction, Fraction], stacked: bool
+    name: str,
+    shape: Shape,
+    densities: tuple[Fraction, Fraction],
+    block: tuple[int, int] | None,
+    *,
+    stacked: bool,
 ) -> RankedTensors:
     layers = shape[0] if stacked else 1
-    size = math.prod(shape) // layers
-    forward, backward = (layers * kept_count(size, density) for density in densities)
-    return RankedTensors({name: shape}, forward, backward, float(densities[0]), layers)
+    blocks = blocks_of(name, shape, block, stacked=stacked)
+    units = (math.prod(shape) if blocks is None else blocks.count) // layers
+    forward, backward = (layers * kept_count(units, density) for density in densities)
+    return RankedTensors({name: shape}, forward, backward, float(densities[0]), layers, blocks)
 
 
 def members(key: str, names: Mapping[str, object]) -> list[str]:

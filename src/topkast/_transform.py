@@ -78,7 +78,7 @@ class TopKASTTransform:
             supports,
             {ranked.key: ranked.no_change(supports[ranked.key].indices) for ranked in plan.tensors},
             {
-                ranked.key: settled_ages(supports[ranked.key].indices)
+                ranked.key: settled_ages(ranked.backward_size, supports[ranked.key].indices)
                 for ranked in plan.tensors
                 if plan.traits[ranked.key].betas is not None
             },
@@ -161,10 +161,10 @@ class TopKASTTransform:
         stepped = apply_updates(advance.values, advance.steps)
         weights = {name: stepped[name] for name in params if name in stepped}
         for ranked in advance.plan.tensors:
-            indices = state.supports[ranked.key].indices
+            entries = state.supports[ranked.key].entries
             flat = ranked.flatten(params)
             values = array_namespace(flat).reshape(stepped[ranked.key], (-1,))
-            flat = backend_of(flat).put(flat, indices, values)
+            flat = backend_of(flat).put(flat, entries, values)
             weights |= ranked.unflatten(flat)
         weights = {name: weights[name] for name in params}
         following = self._refresh_if_due(advance.plan, advance.following, lambda: weights)
@@ -424,3 +424,11 @@ def _check_plan(plan: Plan, state: TopKASTState) -> None:
             f"params differ from those given to init: |A| and |B| by tensor would be {expected}, "
             f"the state has {given}"
         )
+    for ranked in plan.tensors:
+        blocks = state.supports[ranked.key].blocks
+        if blocks != ranked.blocks:
+            raise MismatchError(
+                f"{ranked.key} has units of {ranked.blocks or 'single weights'} here, and of "
+                f"{blocks or 'single weights'} in the state: wrap with the `block` that the state "
+                "was made with, or init anew"
+            )

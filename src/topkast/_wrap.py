@@ -20,6 +20,7 @@ from topkast._options import (
 )
 from topkast._rules import SGD, Adam
 from topkast._transform import TopKASTTransform
+from topkast._units import BlockScore
 
 if TYPE_CHECKING:
     from topkast_jax import TopKASTGradientTransformation
@@ -40,6 +41,8 @@ class _OptionsGiven(TypedDict, total=False):
     explore: Explore
     explore_until: int | None
     distribution: Distribution
+    block: tuple[int, int] | None
+    block_score: BlockScore
     dense: Dense
     stacked: Patterns
     method: Method | None
@@ -93,6 +96,8 @@ def wrap_optimizer(
     explore: Explore = "magnitude",
     explore_until: int | None = None,
     distribution: Distribution = "uniform",
+    block: tuple[int, int] | None = None,
+    block_score: BlockScore = "sum",
     dense: Dense = None,
     stacked: Patterns = None,
     method: Method | None = None,
@@ -130,6 +135,12 @@ def wrap_optimizer(
     distribution
         ``"uniform"``: the same density for every tensor; ``"erk"``: denser where layers are
         thin, see :func:`topkast.densities`; ``"global"``: all tensors ranked as if they were one.
+    block
+        Rows and columns of a unit: A and B consist of whole blocks of each tensor as a matrix, its
+        first axis × all others (of a `stacked` tensor, each layer is one). Of n blocks they hold
+        ``max(1, n - floor(fwd * n))`` and likewise for `bwd`. None: single weights.
+    block_score
+        What blocks are ranked by: the ``"sum"`` of the magnitudes in them, or the ``"max"``.
     dense
         What is kept dense besides tensors with fewer than two dimensions above one: a name or
         glob (``"head.*"``), a sequence of them, or a predicate ``(name, tensor) -> bool``. True
@@ -142,7 +153,8 @@ def wrap_optimizer(
     overrides
         Options of single tensors, by name or glob: ``{"head.*": {"fwd": 0.5, "bwd": 0.2}}``; of
         several globs that match, the last. May set ``fwd``, ``bwd``, ``refresh_every``,
-        ``penalty``, ``penalty_kind``, ``explore``, ``explore_until`` and ``method``.
+        ``penalty``, ``penalty_kind``, ``explore``, ``explore_until``, ``block``, ``block_score``
+        and ``method``.
     seed
         Of the hash that ranks equal magnitudes, and of the random choice.
     probe
@@ -161,7 +173,8 @@ def wrap_optimizer(
     Raises
     ------
     OptionError
-        If an option has a value that it cannot have.
+        If an option has a value that it cannot have, or `block` does not divide a tensor
+        (functional forms: in ``init``).
     AdapterNotFoundError
         If no adapter serves the optimizer's framework.
     UnsupportedOptimizerError
@@ -185,6 +198,15 @@ def wrap_optimizer(
     >>> opt.state[model.weight]["exp_avg"].shape
     torch.Size([1, 200])
 
+    In blocks of 2 × 5 weights:
+
+    >>> model = torch.nn.Linear(100, 10)
+    >>> opt = topkast.wrap_optimizer(
+    ...     torch.optim.AdamW(model.named_parameters(), 1e-3), fwd=0.9, bwd=0.8, block=(2, 5))
+    >>> blocks = model.weight.detach().reshape(5, 2, 20, 5)
+    >>> int((blocks != 0).all(dim=(1, 3)).sum())  # of 100, whole ones
+    10
+
     References
     ----------
     Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", 2020.
@@ -198,6 +220,8 @@ def wrap_optimizer(
         explore=explore,
         explore_until=explore_until,
         distribution=distribution,
+        block=block,
+        block_score=block_score,
         dense=dense,
         stacked=stacked,
         method=method,

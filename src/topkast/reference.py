@@ -42,14 +42,43 @@ def tie_words(size: int, seed: int, name: str) -> Vector:
     return words
 
 
-def top_k(theta: Vector, sparsity: float, *, seed: int = 0, name: str = "") -> Vector:
-    """Mask of the largest magnitudes; equal ones rank by hash."""
-    n = theta.size
+def unit_scores(theta: Vector, block: tuple[int, int], score: str = "sum") -> Vector:
+    """What blocks of the tensor as a matrix are ranked by: the sum or maximum of magnitudes."""
+    (rows, columns), combine = block, {"sum": np.add, "max": np.maximum}[score]
+    matrix = np.abs(theta).reshape(len(theta), -1)
+    if matrix.dtype == np.float16:
+        matrix = matrix.astype(np.float32)
+
+    def pairwise(parts: list[Vector]) -> Vector:  # ((0 + 1) + (2 + 3)) + 4: every library's order
+        while len(parts) > 1:
+            odd = parts[len(parts) // 2 * 2 :]
+            pairs = zip(parts[::2], parts[1::2], strict=False)
+            parts = [combine(first, second) for first, second in pairs] + odd
+        return parts[0]
+
+    matrix = pairwise([matrix[row::rows] for row in range(rows)])
+    return pairwise([matrix[:, column::columns] for column in range(columns)])
+
+
+def top_k(
+    theta: Vector,
+    sparsity: float,
+    *,
+    block: tuple[int, int] | None = None,
+    block_score: str = "sum",
+    seed: int = 0,
+    name: str = "",
+) -> Vector:
+    """Mask of the units of the largest magnitudes; equal ones rank by hash."""
+    scores = np.abs(theta) if block is None else unit_scores(theta, block, block_score)
+    n = scores.size
     k = max(1, n - math.floor(Decimal(str(sparsity)) * n)) if n else 0
     words = tie_words(n, seed, name).astype(np.int64)
-    order = np.lexsort((-words, -np.abs(theta).ravel()))
+    order = np.lexsort((-words, -scores.ravel()))
     mask = np.zeros(n, dtype=bool)
     mask[order[:k]] = True
+    if block is not None:  # each unit as many times as it has weights
+        mask = np.kron(mask.reshape(scores.shape), np.ones(block, dtype=bool))
     return mask.reshape(theta.shape)
 
 
@@ -80,6 +109,8 @@ class TopKAST:
         refresh_every: int = 1,
         penalty: float = 1e-4,
         penalty_kind: str = "l2",
+        block: tuple[int, int] | None = None,
+        block_score: str = "sum",
         seed: int = 0,
         name: str = "",
     ) -> None:
@@ -89,13 +120,20 @@ class TopKAST:
         self.penalty, self.penalty_kind = penalty, penalty_kind
         self.rule.moments = {name: np.zeros_like(theta) for name in rule.moments}
         # fwd_params = TopK(dense_params, X%); bwd_params = TopK(dense_params, Y%)
-        self.seed, self.name = seed, name
+        self.seed, self.name, self.block, self.block_score = seed, name, block, block_score
         self.forward, self.backward = self.select()
 
     def select(self) -> tuple[Vector, Vector]:
         """Masks of A and B for the current weights."""
         forward, backward = (
-            top_k(self.theta, sparsity, seed=self.seed, name=self.name)
+            top_k(
+                self.theta,
+                sparsity,
+                block=self.block,
+                block_score=self.block_score,
+                seed=self.seed,
+                name=self.name,
+            )
             for sparsity in (self.fwd, self.bwd)
         )
         return forward, backward

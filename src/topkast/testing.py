@@ -18,7 +18,7 @@ AssertionError: |B| is 1, expected 2 of 4 entries at sparsity 0.5
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from array_api_compat import is_cupy_array
@@ -28,11 +28,13 @@ from topkast._inspect import Masks
 from topkast._primitives import Array
 from topkast._random import make_key, ranks
 from topkast._support import Support
+from topkast._units import BlockScore, blocks_of, unit_scores
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
 HostArray = np.ndarray[Any, Any]
+Block: TypeAlias = tuple[int, int] | None
 
 __all__ = [
     "assert_counts",
@@ -97,7 +99,15 @@ def weights(
 
 
 def assert_masks(
-    theta: Array, masks: Masks, *, fwd: float, bwd: float, seed: int = 0, name: str = ""
+    theta: Array,
+    masks: Masks,
+    *,
+    fwd: float,
+    bwd: float,
+    block: Block = None,
+    block_score: BlockScore = "sum",
+    seed: int = 0,
+    name: str = "",
 ) -> None:
     """All that holds for A and B chosen by magnitude: counts, nesting, order, ties.
 
@@ -109,28 +119,45 @@ def assert_masks(
         Boolean arrays of the shape of `theta`.
     fwd, bwd
         Forward and backward sparsity.
-    seed, name
+    block, block_score, seed, name
         As for :func:`assert_tie_order`.
 
     Raises
     ------
     AssertionError
         Naming the law that is broken.
+    OptionError
+        If `block` does not divide the matrix.
+
+    Examples
+    --------
+    >>> import numpy as np, topkast
+    >>> from topkast.testing import assert_masks
+    >>> theta = np.asarray([[0.1, -0.9, 0.2, 0.1], [0.5, 0.3, 0.0, 0.6]])
+    >>> tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.75, bwd=0.5, block=(2, 1))
+    >>> masks = topkast.masks(tx.init({"w": theta}), {"w": theta})["w"]
+    >>> assert_masks(theta, masks, fwd=0.75, bwd=0.5, block=(2, 1), name="w")
     """
-    assert_counts(masks, fwd=fwd, bwd=bwd)
+    assert_counts(masks, fwd=fwd, bwd=bwd, block=block)
     assert_nested(masks)
     for mask in masks:
-        assert_magnitude_order(theta, mask)
-        assert_tie_order(theta, mask, seed=seed, name=name)
+        assert_magnitude_order(theta, mask, block=block, block_score=block_score)
+        assert_tie_order(theta, mask, block=block, block_score=block_score, seed=seed, name=name)
 
 
-def assert_counts(masks: Masks, *, fwd: float, bwd: float) -> None:
-    """``|A| = max(1, n - floor(fwd * n))``, and likewise ``|B|``, exactly."""
+def assert_counts(masks: Masks, *, fwd: float, bwd: float, block: Block = None) -> None:
+    """``|A| = max(1, n - floor(fwd * n))``, and likewise ``|B|``, exactly.
+
+    With `block` n is the number of blocks of the tensor as a matrix (first axis × all others), and
+    A and B must consist of whole ones.
+    """
     for name, mask, sparsity in zip("AB", masks, (fwd, bwd), strict=True):
-        found, size = int(to_numpy(mask).sum()), to_numpy(mask).size
+        flags = _unit_flags(mask, block, name)
+        found, size = int(flags.sum()), flags.size
         expected = kept_count(size, 1 - exact_fraction(sparsity))
+        of_what = "entries" if block is None else "blocks"
         assert found == expected, (
-            f"|{name}| is {found}, expected {expected} of {size} entries at sparsity {sparsity}"
+            f"|{name}| is {found}, expected {expected} of {size} {of_what} at sparsity {sparsity}"
         )
 
 
@@ -140,21 +167,32 @@ def assert_nested(masks: Masks) -> None:
     assert not outside.any(), f"A has {int(outside.sum())} entries outside B"
 
 
-def assert_magnitude_order(theta: Array, mask: Array) -> None:
-    """No dropped magnitude exceeds a kept one."""
-    magnitudes, kept = np.abs(to_numpy(theta)), to_numpy(mask)
+def assert_magnitude_order(
+    theta: Array, mask: Array, *, block: Block = None, block_score: BlockScore = "sum"
+) -> None:
+    """No dropped magnitude exceeds a kept one; with `block`, no score of a block does."""
+    magnitudes, kept = _ranked(theta, block, block_score), _unit_flags(mask, block)
     if kept.any() and not kept.all():
         least, largest = magnitudes[kept].min(), magnitudes[~kept].max()
         assert least >= largest, f"kept a magnitude of {least} and dropped one of {largest}"
 
 
-def assert_tie_order(theta: Array, mask: Array, *, seed: int = 0, name: str = "") -> None:
+def assert_tie_order(
+    theta: Array,
+    mask: Array,
+    *,
+    block: Block = None,
+    block_score: BlockScore = "sum",
+    seed: int = 0,
+    name: str = "",
+) -> None:
     """Among equal magnitudes those with the largest hash of (seed, name, flat index) are kept.
 
-    `seed` is that of :func:`topkast.wrap_optimizer` and `name` that of the tensor, or what
-    :func:`topkast.select` was given.
+    `block`, `block_score` and `seed` are those of :func:`topkast.wrap_optimizer` and `name` that of
+    the tensor, or what :func:`topkast.select` was given. With `block`, scores and numbers of blocks
+    stand in the place of magnitudes and indices.
     """
-    magnitudes, kept = np.abs(to_numpy(theta)).ravel(), to_numpy(mask).ravel()
+    magnitudes, kept = _ranked(theta, block, block_score), _unit_flags(mask, block)
     if kept.any():
         ties = np.flatnonzero(magnitudes == magnitudes[kept].min())
         ranked = kept[ties[np.argsort(-ranks(ties, make_key(seed, name, "ties")))]]
@@ -190,7 +228,7 @@ def assert_survivors_unchanged(
     `fresh` is a number, or an array like `after`.
     """
     first, second = to_numpy(before).ravel(), to_numpy(after).ravel()
-    indices_old, indices_new = to_numpy(old.indices), to_numpy(new.indices)
+    indices_old, indices_new = to_numpy(old.entries), to_numpy(new.entries)
     _, stay_old, stay_new = np.intersect1d(indices_old, indices_new, return_indices=True)
     assert _bits(second[stay_new]) == _bits(first[stay_old]), "an entry changed while it was in B"
     entered = np.ones(second.size, dtype=bool)
@@ -201,10 +239,32 @@ def assert_survivors_unchanged(
 
 
 def assert_same_support(first: Support, second: Support) -> None:
-    """Both have the same A and B; their libraries may differ."""
+    """Both have the same A and B, in the same units; their libraries may differ."""
+    assert first.blocks == second.blocks, f"the units are {first.blocks} and {second.blocks}"
     pairs = {"A": (first.active, second.active), "B∖A": (first.exploring, second.exploring)}
     for name, (left, right) in pairs.items():
         assert np.array_equal(to_numpy(left), to_numpy(right)), f"{name} differs"
+
+
+def _ranked(theta: Array, block: Block, block_score: BlockScore) -> HostArray:
+    """What the units of a tensor are ranked by (n,)."""
+    host = to_numpy(theta)
+    blocks = blocks_of("theta", host.shape, block)
+    flat = host.ravel()
+    return np.abs(flat) if blocks is None else np.asarray(unit_scores(flat, blocks, block_score))
+
+
+def _unit_flags(mask: Array, block: Block, name: str = "the mask") -> HostArray:
+    """Which units of a tensor are in a mask (n,)."""
+    host = to_numpy(mask)
+    blocks = blocks_of("mask", host.shape, block)
+    if blocks is None:
+        return host.ravel()
+    units = np.arange(blocks.count)
+    kept = host.ravel()[blocks.entries(units)].reshape(blocks.count, blocks.size)
+    broken = int((kept.any(axis=1) & ~kept.all(axis=1)).sum())
+    assert not broken, f"{name} has parts of {broken} blocks of {blocks.rows} × {blocks.columns}"
+    return np.asarray(kept.all(axis=1))
 
 
 def to_numpy(array: Array) -> HostArray:

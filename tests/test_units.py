@@ -1,0 +1,741 @@
+"""Units: blocks of weights are ranked, kept, moved and saved whole, in every framework."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import topkast_torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as stnp
+from libraries import LIBRARIES, Library, host
+from optimizer_runs import assert_alike, through_a_file
+from rules import RULES
+from test_trajectories import assert_same, by_reference, by_torch, by_transform, changes
+from torch import nn
+
+import topkast
+from topkast import Blocks, Masks, OptionError, Support
+from topkast.methods import Method, Mixed, Random, Static, TopKAST, View
+from topkast.reference import top_k, unit_scores
+from topkast.testing import (
+    assert_counts,
+    assert_magnitude_order,
+    assert_masks,
+    assert_same_support,
+    assert_survivors_unchanged,
+    assert_tie_order,
+    sparsities,
+    to_numpy,
+)
+
+Tensor = np.ndarray[Any, Any]
+Block = tuple[int, int]
+NUMPY, TORCH, JITTED = (
+    next(one for one in LIBRARIES if one.name == name) for name in ("numpy", "torch", "jax-jit")
+)
+SCORES: list[Any] = ["sum", "max"]
+
+
+@st.composite
+def cut_matrices(draw: st.DrawFn) -> tuple[Tensor, Block]:
+    """Matrices and a block that divides them, with ties, zeros of both signs and huge ratios."""
+    rows, columns = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    shape = rows * draw(st.integers(1, 4)), columns * draw(st.integers(1, 4))
+    few = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 1e-30, 1e-42])
+    entries = few | st.floats(-1e6, 1e6, width=32)
+    return draw(stnp.arrays(np.float32, shape, elements=entries)), (rows, columns)
+
+
+def masks_of(support: Support, theta: Tensor) -> Masks:
+    flags = np.zeros((2, theta.size), dtype=bool)
+    flags[0, to_numpy(support.active_entries)] = True
+    flags[1, to_numpy(support.entries)] = True
+    return Masks(*flags.reshape(2, *theta.shape))
+
+
+@given(cut_matrices())
+def test_entries_of_blocks_stand_unit_by_unit(
+    library: Library, problem: tuple[Tensor, Block]
+) -> None:
+    theta, (rows, columns) = problem
+    height, width = theta.shape
+    blocks = Blocks(rows, columns, height, width)
+    numbers = np.arange(theta.size).reshape(height // rows, rows, width // columns, columns)
+    expected = numbers.transpose(0, 2, 1, 3).reshape(blocks.count, blocks.size)
+    units = np.random.default_rng(0).permutation(blocks.count)[: blocks.count // 2 + 1]
+    entries = blocks.entries(library.asarray(units.astype(np.int32)))
+    np.testing.assert_array_equal(to_numpy(entries), expected[units].ravel())
+    assert to_numpy(entries).dtype == np.int32
+
+
+def test_entries_of_a_tensor_of_2_to_the_31_are_wide() -> None:
+    blocks = Blocks(4, 4, 1 << 16, 1 << 16)
+    entries = blocks.entries(np.asarray([blocks.count - 1], np.int32))
+    assert entries.dtype == np.int64
+    assert entries[-1] == (1 << 32) - 1
+
+
+@pytest.mark.parametrize("score", SCORES)
+@given(problem=cut_matrices(), pair=sparsities())
+def test_laws(
+    library: Library, score: Any, problem: tuple[Tensor, Block], pair: tuple[float, float]
+) -> None:
+    """Whole units, exact counts of them, nested, by score, ties by the hash of the number."""
+    theta, block = problem
+    fwd, bwd = pair
+    support = topkast.select(
+        library.asarray(theta), fwd=fwd, bwd=bwd, block=block, block_score=score, name="w"
+    )
+    found = masks_of(support, theta)
+    assert_masks(theta, found, fwd=fwd, bwd=bwd, block=block, block_score=score, name="w")
+    for part in (support.active, support.exploring):
+        assert (np.diff(to_numpy(part)) > 0).all()
+    for mask, sparsity in zip(found, pair, strict=True):
+        expected = top_k(theta, sparsity, block=block, block_score=score, name="w")
+        np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("block", [(2, 3), (5, 1), (1, 6), (10, 18)])
+def test_sets_are_the_same_in_every_library(
+    any_library: Library, rng: np.random.Generator, score: Any, block: Block
+) -> None:
+    theta = rng.standard_normal((30, 36)).astype(np.float32)
+    theta[:10] = np.round(theta[:10])  # ties
+    for explore in ("magnitude", "random"):
+        options: Any = {"fwd": 0.9, "bwd": 0.6, "explore": explore, "seed": 3}
+        options |= {"block": block, "block_score": score}
+        choose = any_library.compile(lambda array, how=options: topkast.select(array, **how))
+        found = choose(any_library.asarray(theta))
+        assert_same_support(found, topkast.select(theta, **options))
+
+
+def test_scores_against_loops(rng: np.random.Generator) -> None:
+    theta = rng.integers(-9, 9, (6, 20)).astype(np.float32)
+    for score, of in (("sum", np.sum), ("max", np.max)):
+        expected = [
+            [of(np.abs(theta[i : i + 3, j : j + 4])) for j in range(0, 20, 4)]
+            for i in range(0, 6, 3)
+        ]
+        np.testing.assert_array_equal(unit_scores(theta, (3, 4), score), expected)
+        best = top_k(theta, 0.9, block=(3, 4), block_score=score)
+        support = topkast.select(theta, fwd=0.9, bwd=0.9, block=(3, 4), block_score=score)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(masks_of(support, theta).forward, best)
+        assert np.ravel(expected)[support.active] == np.max(expected)
+
+
+def test_sum_and_maximum_differ() -> None:
+    theta = np.asarray([[3.0, 0, 2, 2], [0, 0, 2, 2]])
+    by_sum, by_max = (
+        topkast.select(theta, fwd=0.5, bwd=0.5, block=(2, 2), block_score=score) for score in SCORES
+    )
+    assert by_sum.active.tolist() == [1]
+    assert by_max.active.tolist() == [0]
+
+
+def test_sums_that_overflow_still_rank(any_library: Library) -> None:
+    theta = np.full((4, 4), 2e38, np.float32)
+    theta[:2, 2:] = 2.5e38
+    choose = any_library.compile(lambda one: topkast.select(one, fwd=0.7, bwd=0.7, block=(2, 2)))
+    assert 1 in to_numpy(choose(any_library.asarray(theta)).active)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_errors_count_weights(any_library: Library, bad: float) -> None:
+    theta = np.ones((4, 6), np.float32)
+    theta[:2, :2] = bad
+    choose = any_library.compile(lambda one: topkast.select(one, fwd=0.7, bwd=0.5, block=(2, 2)))
+    if any_library.traces:
+        support = choose(any_library.asarray(theta))
+        assert (0 in to_numpy(support.indices)) == np.isinf(bad)  # NaN ranks last
+        return
+    with pytest.raises(topkast.NonFiniteError, match="4 of 24 entries are NaN or infinite"):
+        choose(any_library.asarray(theta))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_sums_in_float32(dtype: str) -> None:
+    # 2048 + 1 is 2048 in float16, 256 + 1 is 256 in bfloat16: the blocks would tie.
+    large = {"float16": 2048, "bfloat16": 256}[dtype]
+    theta = np.asarray([[large, 1, large, 0, large, 0]], np.float32)
+    half = torch.asarray(theta).to(getattr(torch, dtype))
+    arrays: list[Any] = [half, jnp.asarray(theta, dtype=dtype)]
+    for array in arrays:
+        support = topkast.select(array, fwd=0.6, bwd=0.6, block=(1, 2))
+        assert support.active.tolist() == [0, *[i for i in support.active.tolist() if i]]
+        assert support.forward == 2
+    choose = jax.jit(lambda one: topkast.select(one, fwd=0.6, bwd=0.6, block=(1, 2)))
+    assert 0 in choose(arrays[1]).active.tolist()
+
+
+def test_complex_weights(any_library: Library) -> None:
+    theta = np.asarray([[3 + 4j, 0, 3, 3j]], np.complex64)
+    for score, best in (("sum", 1), ("max", 0)):
+        choose = any_library.compile(
+            lambda one, how=score: topkast.select(
+                one, fwd=0.5, bwd=0.5, block=(1, 2), block_score=how
+            )
+        )
+        assert to_numpy(choose(any_library.asarray(theta)).active).tolist() == [best]
+
+
+class Last(Method):
+    """The last units: a method that knows nothing of blocks."""
+
+    def choose(self, view: View, /) -> Support:
+        last = np.arange(len(view.weights))[-view.backward :]
+        return Support(last, view.forward)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [TopKAST(), Random(), Mixed(0.5), Static(), Last()],
+    ids=lambda one: type(one).__name__,
+)
+def test_methods_choose_units(method: Method) -> None:
+    theta = np.random.default_rng(0).standard_normal((12, 20)).astype(np.float32)
+    options: dict[str, Any] = {"fwd": 0.8, "bwd": 0.5, "block": (3, 5), "method": method}
+    tx = topkast.wrap_optimizer(topkast.SGD(0.1), **options)
+    masks = topkast.masks(tx.init({"w": theta}), {"w": theta})["w"]
+    assert_counts(masks, fwd=0.8, bwd=0.5, block=(3, 5))
+    if isinstance(method, Last):
+        assert masks.forward.ravel()[-1] == 0
+        assert masks.backward.ravel()[-1] == 1
+        return
+    params = {"w": nn.Parameter(torch.from_numpy(theta.copy()))}
+    opt = topkast.wrap_optimizer(torch.optim.SGD(params.items(), 0.1), **options)
+    state = topkast.wrap_optimizer(optax.sgd(0.1), **options).init({"w": jnp.asarray(theta)})
+    for found in (topkast.masks(opt), topkast.masks(state, {"w": jnp.asarray(theta)})):
+        for mask, expected in zip(host(found["w"]), masks, strict=True):
+            np.testing.assert_array_equal(mask, expected)
+
+
+# Trajectories ------------------------------------------------------------------------------------
+
+TRAINED: list[dict[str, Any]] = [
+    {"fwd": 0.8, "bwd": 0.5, "penalty": 1e-2, "block": (2, 2)},
+    {"fwd": 0.7, "bwd": 0.4, "penalty": 1e-2, "block": (1, 2), "block_score": "max"},
+]
+
+
+@pytest.mark.parametrize("options", TRAINED, ids=["sum", "max"])
+class TestTrajectories:
+    @pytest.mark.parametrize("library", LIBRARIES[:4], ids=str)
+    def test_library_follows_the_reference(self, library: Library, options: Any) -> None:
+        expected = by_reference("adamw-decay", options, np.float64)
+        assert changes(expected) > 0
+        found = by_transform(library, RULES["adamw-decay"].arrays(), options, np.float64)
+        assert_same(expected, found)
+
+    def test_fused_step_follows_the_reference(self, options: Any) -> None:
+        expected = by_reference("sgd-momentum", options, np.float64)
+        inner = RULES["sgd-momentum"].arrays()
+        assert_same(expected, by_transform(NUMPY, inner, options, np.float64, fused=True))
+
+    @pytest.mark.parametrize("rule", ["sgd-momentum", "adamw-decay"])
+    def test_torch_follows_the_reference(self, rule: str, options: Any) -> None:
+        expected = by_reference(rule, options, np.float64)
+        assert_same(expected, by_torch(rule, options, np.float64))
+
+    @pytest.mark.parametrize(
+        "fused", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["update", "step"]
+    )
+    def test_optax_follows_the_reference(self, x64: None, fused: bool, options: Any) -> None:
+        expected = by_reference("adamw-decay", options, np.float64)
+        inner = RULES["adamw-decay"].optax()
+        fused = fused or options is TRAINED[1]  # the one and the other
+        assert_same(expected, by_transform(JITTED, inner, options, np.float64, fused=fused))
+
+
+def test_other_options_agree_between_libraries() -> None:
+    options = TRAINED[0] | {"explore": "random", "explore_until": 40, "distribution": "erk"}
+    options["penalty_kind"] = "l1"
+    expected = by_torch("adamw-decay", options, np.float64)
+    for library in (NUMPY, TORCH):
+        found = by_transform(library, RULES["adamw-decay"].arrays(), options, np.float64)
+        assert_same(expected, found)
+
+
+def _by_arrays(options: dict[str, Any]) -> Any:
+    return by_transform(NUMPY, RULES["adamw-decay"].arrays(), options, np.float32)
+
+
+def _by_optax(options: dict[str, Any]) -> Any:
+    return by_transform(JITTED, RULES["adamw-decay"].optax(), options, np.float32, fused=True)
+
+
+def _by_torch(options: dict[str, Any]) -> Any:
+    return by_torch("adamw-decay", options, np.float32)
+
+
+@pytest.mark.parametrize(
+    "run", [_by_arrays, _by_torch, pytest.param(_by_optax, marks=pytest.mark.slow)]
+)
+def test_blocks_of_one_weight_are_weights(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[[dict[str, Any]], Any]
+) -> None:
+    """By the option, which is then as if it were not given; and by way of blocks."""
+    options: dict[str, Any] = {"fwd": 0.9, "bwd": 0.8, "penalty": 1e-2}
+    expected, by_option = run(options), run(options | {"block": (1, 1)})
+    monkeypatch.setattr(
+        "topkast._tensors.blocks_of", lambda name, shape, block, stacked: Blocks(1, 1, *shape)
+    )
+    by_way_of_blocks = run(options)
+    assert_same(expected, by_way_of_blocks)  # XLA compiles another program, and rounds otherwise
+    for found in (by_option, by_way_of_blocks) if run is not _by_optax else (by_option,):
+        for (_, theta), (_, other) in zip(expected, found, strict=True):
+            for name in theta:
+                assert theta[name].tobytes() == other[name].tobytes()
+
+
+# The functional state ----------------------------------------------------------------------------
+
+
+def test_migration_keeps_bits(any_library: Library, rng: np.random.Generator) -> None:
+    theta, other = rng.standard_normal((2, 12, 20)).astype(np.float32)
+
+    def choose(one: Any) -> Support:
+        return topkast.select(one, fwd=0.8, bwd=0.5, block=(3, 4))
+
+    def migrate(first: Any, second: Any) -> Any:
+        before = topkast.gather(first, choose(first))
+        old, new = choose(first), choose(second)
+        return before, topkast.migrate(before, old, new), topkast.gather(second, new)
+
+    arrays = any_library.asarray(theta), any_library.asarray(other)
+    before, after, _ = any_library.compile(migrate)(*arrays)
+    assert_survivors_unchanged(before, after, choose(theta), choose(other))
+
+
+def test_migration_between_other_units_is_refused() -> None:
+    theta = np.arange(24.0).reshape(4, 6)
+    old, new = (topkast.select(theta, fwd=0.5, bwd=0.5, block=one) for one in ((2, 3), (2, 1)))
+    with pytest.raises(topkast.MismatchError, match="units changed"):
+        topkast.migrate(topkast.gather(theta, old), old, new)
+
+
+def test_blocks_belong_to_the_structure_of_a_state() -> None:
+    params = {"w": jnp.arange(24.0).reshape(4, 6)}
+    tx = topkast.wrap_optimizer(optax.adam(0.1), fwd=0.7, bwd=0.5, block=(2, 3), refresh_every=2)
+    state = tx.init(params)
+    leaves = jax.tree.leaves(state)
+    structure: Any = jax.tree.structure(state)
+    assert jax.tree.unflatten(structure, leaves).supports["w"].blocks == Blocks(2, 3, 4, 6)
+    other = topkast.wrap_optimizer(optax.adam(0.1), fwd=0.7, bwd=0.5, block=(2, 2))
+    assert structure != jax.tree.structure(other.init(params))
+    for copied in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
+        assert_same_support(copied.supports["w"], state.supports["w"])
+    support = topkast.select(np.ones((4, 6)), fwd=0.7, bwd=0.5, block=(2, 3))
+    entries = support.entries
+    assert support.entries is entries  # computed once
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(support)).entries, entries)
+
+
+def test_under_scan() -> None:
+    tx = topkast.wrap_optimizer(optax.adam(0.05), fwd=0.7, bwd=0.5, block=(2, 3), refresh_every=2)
+    params = {"w": jax.random.normal(jax.random.key(0), (8, 12))}
+
+    def turn(carry: Any, _: None) -> Any:
+        params, state = carry
+        grads = jax.tree.map(lambda a: a - 0.1, topkast.forward_params(params, state))
+        return tx.step(grads, state, params), None
+
+    @jax.jit
+    def train(params: Any, state: Any) -> Any:
+        return jax.lax.scan(turn, (params, state), None, length=4)[0]
+
+    moved, state = train(params, tx.init(params))
+    masks = topkast.masks(state, moved)["w"]
+    assert_masks(moved["w"], masks, fwd=0.7, bwd=0.5, block=(2, 3), name="w")
+    assert int(state.changed["w"][0]) % 6 == 0
+
+
+@pytest.mark.slow
+def test_under_vmap() -> None:
+    tx = topkast.wrap_optimizer(optax.adam(0.05), fwd=0.7, bwd=0.5, block=(2, 3), refresh_every=2)
+    params = {"w": jax.random.normal(jax.random.key(0), (2, 8, 12))}
+
+    def train(params: Any) -> Any:
+        def turn(carry: Any, _: None) -> Any:
+            params, state = carry
+            grads = jax.tree.map(lambda a: a - 0.1, topkast.forward_params(params, state))
+            return tx.step(grads, state, params), None
+
+        return jax.lax.scan(turn, (params, tx.init(params)), None, length=5)[0]
+
+    together, _ = jax.jit(jax.vmap(train))(params)
+    for number in range(2):
+        alone, state = jax.jit(train)(jax.tree.map(lambda leaf, n=number: leaf[n], params))
+        np.testing.assert_allclose(together["w"][number], alone["w"], rtol=1e-6)
+        assert_counts(topkast.masks(state, alone)["w"], fwd=0.7, bwd=0.5, block=(2, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
+def test_spread_over_devices() -> None:
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", None))
+    tx = topkast.wrap_optimizer(optax.adam(0.05), fwd=0.75, bwd=0.5, block=(2, 3), refresh_every=2)
+    step = jax.jit(tx.step)
+    results = []
+    places: list[Any] = [lambda leaf: leaf, lambda leaf: jax.device_put(leaf, rows)]
+    for place in places:
+        params = {"w": place(jax.random.normal(jax.random.key(0), (32, 12)))}
+        state = tx.init(params)
+        for _ in range(3):
+            params, state = step({"w": params["w"] - 0.1}, state, params)
+        results.append((params, state))
+    (alone, _), (spread, state) = results
+    np.testing.assert_allclose(alone["w"], spread["w"], rtol=1e-6)
+    assert len({str(one.index) for one in state.ages["w"].addressable_shards}) == 8
+
+
+def test_a_state_of_other_units_is_refused() -> None:
+    params = {"w": np.arange(24.0).reshape(4, 6)}
+    first, second = (
+        topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.5, bwd=0.5, block=one)
+        for one in ((2, 3), (1, 6))
+    )
+    with pytest.raises(topkast.MismatchError, match="wrap with the `block`"):
+        second.step(params, first.init(params), params)
+
+
+# Stacked tensors, single tensors, convolutions ---------------------------------------------------
+
+
+@pytest.mark.parametrize("library", [NUMPY, TORCH, JITTED], ids=str)
+def test_stacked(library: Library, rng: np.random.Generator) -> None:
+    theta = rng.standard_normal((3, 8, 12)).astype(np.float32)
+    theta *= np.asarray([1, 10, 0.1], np.float32)[:, None, None]
+    tx = topkast.wrap_optimizer(
+        topkast.AdamW(0.1), fwd=0.9, bwd=0.6, stacked="w", block=(4, 3), refresh_every=2
+    )
+    params = {"w": library.asarray(theta)}
+    state, step = library.compile(tx.init)(params), library.compile(tx.step)
+    for _ in range(4):
+        params, state = step({"w": params["w"] * 0.5}, state, params)
+        if int(state.updates) % 2:
+            continue
+        found, weights = host(topkast.masks(state, params)["w"]), host(params["w"])
+        for layer in range(3):
+            one = Masks(found.forward[layer], found.backward[layer])
+            assert_counts(one, fwd=0.9, bwd=0.6, block=(4, 3))
+            for mask in one:
+                assert_magnitude_order(weights[layer], mask, block=(4, 3))
+    with pytest.raises(OptionError, match="each of its layers, 8 × 12"):
+        topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.9, bwd=0.6, stacked="w", block=(12, 1)).init(
+            {"w": theta}
+        )
+
+
+def test_layers_of_equal_weights_have_units_of_their_own() -> None:
+    ones = {"w": np.ones((4, 16, 16), np.float32)}
+    tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.9, bwd=0.8, stacked="w", block=(2, 2))
+    masks = topkast.masks(tx.init(ones), ones)["w"]
+    assert masks.forward.sum((1, 2)).tolist() == [28] * 4  # 64 - floor(57.6) units of 4
+    assert not np.array_equal(masks.forward[0], masks.forward[1])
+
+
+def make_torch(**options: Any) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4))
+    defaults: dict[str, Any] = {"fwd": 0.9, "bwd": 0.7, "refresh_every": 3, "penalty": 0.1}
+    defaults["block"] = (2, 4)
+    inner = torch.optim.AdamW(model.named_parameters(), 0.02)
+    return model, topkast.wrap_optimizer(inner, **defaults | options)
+
+
+def train_torch(model: nn.Module, optimizer: Any, steps: range) -> None:
+    for step in steps:
+        inputs = torch.randn(8, 12, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        (model(inputs) - inputs[:, :4]).square().mean().backward()
+        optimizer.step()
+
+
+def test_overrides() -> None:
+    overrides = {"0.weight": {"block": None}, "2.*": {"block": (4, 2), "block_score": "max"}}
+    model, optimizer = make_torch(overrides=overrides)
+    train_torch(model, optimizer, range(3))
+    found, theta = host(topkast.masks(optimizer)), host(topkast.dense_params(optimizer))
+    assert_masks(theta["0.weight"], found["0.weight"], fwd=0.9, bwd=0.7, name="0.weight")
+    assert_masks(
+        theta["2.weight"],
+        found["2.weight"],
+        fwd=0.9,
+        bwd=0.7,
+        block=(4, 2),
+        block_score="max",
+        name="2.weight",
+    )
+    with pytest.raises(OptionError, match=r"overrides\['2.\*'\]: block must be two positive"):
+        make_torch(overrides={"2.*": {"block": 4}})
+
+
+def test_a_group_of_its_own() -> None:
+    layers = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+    groups: Any = [
+        {"params": layers[0].parameters(), "block": [2, 2]},
+        {"params": layers[1].weight},
+    ]
+    optimizer = topkast.wrap_optimizer(torch.optim.SGD(groups, 0.1), fwd=0.7, bwd=0.5)
+    first, second = host(topkast.masks(optimizer)).values()
+    assert_counts(first, fwd=0.7, bwd=0.5, block=(2, 2))
+    with pytest.raises(AssertionError, match="parts of"):
+        assert_counts(second, fwd=0.7, bwd=0.5, block=(2, 2))
+    optimizer.param_groups[0]["block"] = (4, 4)
+    with pytest.raises(OptionError, match="block of a parameter group was changed"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_convolutions(layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Conv2d(4, 6, 3)
+    model.to(memory_format=layout)
+    optimizer = topkast.wrap_optimizer(
+        torch.optim.AdamW(model.named_parameters(), 0.05),
+        fwd=0.8,
+        bwd=0.5,
+        refresh_every=2,
+        block=(2, 9),  # the filters of two outputs over one input
+    )
+    before = host(topkast.dense_params(optimizer)["weight"])
+    backward = host(topkast.masks(optimizer)["weight"].backward)
+    for step in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(2, 4, 8, 8)).square().mean().backward()
+        assert (host(model.weight.grad)[~backward] == 0).all()
+        optimizer.step()
+        theta = host(topkast.dense_params(optimizer)["weight"])
+        assert (theta[~backward] == before[~backward]).all()
+        assert (theta[backward] != before[backward]).all()
+        found = host(topkast.masks(optimizer)["weight"])
+        assert ((host(model.weight) != 0) == found.forward).all()
+        if step % 2:
+            assert_masks(theta, found, fwd=0.8, bwd=0.5, block=(2, 9), name="weight")
+        before, backward = theta, found.backward
+    assert model.weight.is_contiguous(memory_format=layout)
+
+
+# The life of a PyTorch optimizer -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"explore": "random", "block_score": "max"}], ids=str)
+def test_resuming_is_going_on(options: dict[str, Any]) -> None:
+    model, optimizer = make_torch(**options)
+    train_torch(model, optimizer, range(5))
+    saved, weights = through_a_file(optimizer.state_dict()), through_a_file(model.state_dict())
+    train_torch(model, optimizer, range(5, 12))
+    other_model, other = make_torch(**options)
+    other_model.load_state_dict(weights)
+    other.load_state_dict(saved)
+    train_torch(other_model, other, range(5, 12))
+    assert_alike(model.state_dict(), other_model.state_dict())
+    assert_alike(optimizer.state_dict(), other.state_dict())
+
+
+def test_copies_go_on_alike() -> None:
+    model, optimizer = make_torch()
+    train_torch(model, optimizer, range(4))
+    other_model, other = copy.deepcopy((model, optimizer))
+    for pair in ((model, optimizer), (other_model, other)):
+        train_torch(*pair, range(4, 8))
+    assert_alike(optimizer.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("block", [(4, 2), (1, 4), None], ids=str)
+def test_a_state_dict_of_other_blocks_is_refused(block: Block | None) -> None:
+    model, optimizer = make_torch()
+    train_torch(model, optimizer, range(2))
+    _, other = make_torch(block=block)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(topkast.StateDictError, match=r"block of 0\.weight"):
+        other.load_state_dict(optimizer.state_dict())
+    assert_alike(before, other.state_dict())
+
+
+def test_a_state_dict_from_before_there_were_blocks_loads() -> None:
+    model, optimizer = make_torch(block=None)
+    train_torch(model, optimizer, range(4))
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["block"], group["block_score"]
+    _, other = make_torch(block=None)
+    other.load_state_dict(saved)
+    assert_alike(optimizer.state_dict(), other.state_dict())
+
+
+def test_exploration_stops() -> None:
+    model, optimizer = make_torch(explore_until=2, refresh_every=100)
+    train_torch(model, optimizer, range(2))
+    before, masks = topkast.dense_params(optimizer), topkast.masks(optimizer)
+    train_torch(model, optimizer, range(2, 4))
+    after = topkast.dense_params(optimizer)
+    for name, mask in masks.items():
+        still = after[name] == before[name]
+        assert still[~mask.forward].all()
+        assert not still[mask.forward].any()
+
+
+def test_unwrap_spreads_the_state_over_whole_tensors() -> None:
+    model, optimizer = make_torch()
+    train_torch(model, optimizer, range(4))
+    masks, theta = topkast.masks(optimizer), topkast.dense_params(optimizer)
+    support = optimizer.__topkast_inspect__().supports["0.weight"]
+    compact = optimizer.state[model[0].weight]["exp_avg"].clone()
+    assert compact.numel() == support.backward_size == masks["0.weight"].backward.sum()
+    inner = topkast.unwrap(optimizer, weights="dense")
+    dense = inner.state[model[0].weight]["exp_avg"]
+    assert torch.equal(model[0].weight, theta["0.weight"])
+    assert torch.equal(dense.view(-1)[support.entries.long()], compact.view(-1))
+    assert (dense[~masks["0.weight"].backward] == 0).all()
+
+
+def test_wrapping_after_dense_steps_restricts_the_state() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(12, 8)
+    inner = torch.optim.AdamW(model.named_parameters(), 0.02)
+    model(torch.randn(4, 12)).square().mean().backward()
+    inner.step()
+    dense = inner.state[model.weight]["exp_avg"].clone()
+    optimizer = topkast.wrap_optimizer(inner, fwd=0.8, bwd=0.5, block=(2, 3))
+    entries = optimizer.__topkast_inspect__().supports["weight"].entries.long()
+    compact = optimizer.state[model.weight]["exp_avg"].view(-1)
+    assert torch.equal(compact, dense.view(-1)[entries])
+
+
+def test_averages_have_whole_blocks() -> None:
+    model, optimizer = make_torch()
+    average = topkast_torch.WeightAverage(optimizer, decay=0.5)
+    for step in range(5):
+        train_torch(model, optimizer, range(step, step + 1))
+        average.update()
+    flags = host(average.forward_params()["0.weight"]) != 0
+    assert_counts(Masks(flags, flags), fwd=0.9, bwd=0.9, block=(2, 4))
+
+
+def test_summary_counts_weights() -> None:
+    model, optimizer = make_torch()
+    train_torch(model, optimizer, range(3))
+    first = topkast.summary(optimizer).tensors[0]
+    assert (first.forward, first.backward) == (3 * 8, 8 * 8)  # of 24 units
+    moved = round(first.mask_change * first.forward)
+    assert moved % 8 == 0
+    assert first.held_bytes > (192 + 4 * 64) * 4 + 64 * (4 + 2)  # θ, values …, entries, ages
+    params = {"w": np.random.default_rng(0).standard_normal((16, 12))}
+    tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.9, bwd=0.7, block=(2, 4))
+    row = topkast.summary(tx.init(params), params).tensors[0]
+    assert (row.forward, row.backward) == (24, 64)
+    assert row.held_bytes == 8 * 4 + 64 * 4  # numbers of units, and of weights
+
+
+# What is refused ---------------------------------------------------------------------------------
+
+
+def _wrap(**options: Any) -> Callable[[], Any]:
+    return lambda: topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.9, bwd=0.8, **options)
+
+
+@pytest.mark.parametrize(
+    "block", [4, "44", (4,), (4, 4, 4), (0, 4), (-1, 2), (2.0, 2), (True, 2), ("2", 2)], ids=repr
+)
+def test_blocks_that_are_none(block: Any) -> None:
+    with pytest.raises(OptionError, match="block must be two positive integers"):
+        _wrap(block=block)()
+    with pytest.raises(OptionError, match="block must be two positive integers"):
+        topkast.select(np.ones((4, 4)), fwd=0.5, bwd=0.5, block=block)
+
+
+def test_numpy_integers_are_integers() -> None:
+    assert _wrap(block=[np.int64(2), 3])().options.block == (2, 3)
+
+
+def test_an_unknown_score() -> None:
+    with pytest.raises(OptionError, match="block_score must be one of 'sum', 'max'"):
+        _wrap(block=(2, 2), block_score="mean")()
+
+
+def test_a_global_ranking() -> None:
+    with pytest.raises(OptionError, match="blocks are cut from the matrix of each tensor"):
+        _wrap(block=(2, 2), distribution="global")()
+    with pytest.raises(OptionError, match="cut from the matrix of each tensor"):
+        _wrap(overrides={"w": {"block": (2, 2)}}, distribution="global")()
+    _wrap(block=(1, 1), distribution="global")()
+
+
+def test_a_shape_that_blocks_do_not_divide() -> None:
+    message = (
+        r"2.weight: block=\(2, 3\) does not divide its matrix, 4 × 16 .* dense='2.weight', or "
+        r"rank its single weights by overrides={'2.weight': {\"block\": None}}"
+    )
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4))
+    weights = copy.deepcopy(model.state_dict())
+    inner = torch.optim.AdamW(model.named_parameters(), 0.02)
+    with pytest.raises(OptionError, match=message):
+        topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.8, block=(2, 3))
+    assert_alike(weights, model.state_dict())
+    for remedy in ({"dense": "2.weight"}, {"overrides": {"2.weight": {"block": None}}}):
+        make_torch(block=(2, 3), **remedy)
+    params = {"2.weight": np.ones((4, 16), np.float32)}
+    for rule in (topkast.SGD(0.1), optax.sgd(0.1)):
+        tx: Any = topkast.wrap_optimizer(rule, fwd=0.9, bwd=0.8, block=(2, 3))
+        with pytest.raises(OptionError, match=message):
+            tx.init(params)
+    with pytest.raises(OptionError, match="do not divide a matrix of 4 × 16"):
+        Blocks(2, 3, 4, 16)
+
+
+def test_sparse_execution_has_no_blocks_yet() -> None:
+    model, optimizer = make_torch(overrides={"2.weight": {"block": None}})
+    report = topkast.sparsify(model, optimizer)
+    layers = {layer.name: (layer.execution, layer.reason) for layer in report.layers}
+    assert layers["0.weight"] == ("masked", "blocks of 2 × 4 have no sparse products yet")
+    assert layers["2.weight"][0] == "sparse"
+    train_torch(model, optimizer, range(3))
+    sparse = topkast_torch.SparseLinear(12, 16, fwd=0.9, bwd=0.8)
+    inner = torch.optim.SGD(sparse.named_parameters(), 0.1)
+    with pytest.raises(OptionError, match=r"values is the weight of a SparseLinear.*densify"):
+        topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.8, block=(2, 2))
+
+
+def test_support_of_another_tensor_is_refused() -> None:
+    support = topkast.select(np.ones((4, 6)), fwd=0.5, bwd=0.5, block=(2, 3))
+    support.check(24, "it")
+    with pytest.raises(topkast.MismatchError, match="blocks of a matrix of 4 × 6"):
+        support.check(25, "it")
+    with pytest.raises(topkast.MismatchError, match=r"outside of \[0, 4\)"):
+        Support(np.asarray([7]), 1, Blocks(2, 3, 4, 6)).check(24, "it")
+
+
+def test_assertions_see_what_is_broken() -> None:
+    theta = np.asarray([[1.0, 2, 3, 4]])
+    right = np.asarray([[False, False, True, True]])
+    half = np.asarray([[False, True, True, False]])
+    wrong = np.asarray([[True, True, False, False]])
+    assert_counts(Masks(right, right), fwd=0.5, bwd=0.5, block=(1, 2))
+    with pytest.raises(AssertionError, match="A has parts of 2 blocks of 1 × 2"):
+        assert_counts(Masks(half, half), fwd=0.5, bwd=0.5, block=(1, 2))
+    with pytest.raises(AssertionError, match=r"\|A\| is 1, expected 2 of 2 blocks"):
+        assert_counts(Masks(right, right), fwd=0.0, bwd=0.0, block=(1, 2))
+    with pytest.raises(AssertionError, match="kept a magnitude of 3"):
+        assert_magnitude_order(theta, wrong, block=(1, 2))
+    outcomes = []
+    for mask in (right, wrong):
+        try:
+            assert_tie_order(np.ones((1, 4)), mask, block=(1, 2))
+            outcomes.append(True)
+        except AssertionError:
+            outcomes.append(False)
+    assert sorted(outcomes) == [False, True]
