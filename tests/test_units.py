@@ -528,6 +528,28 @@ def test_convolutions(layout: torch.memory_format) -> None:
     assert model.weight.is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("block", [(4, 8), (1, 8)], ids=str)
+def test_tensors_large_enough_for_kernels(rng: np.random.Generator, block: Block) -> None:
+    theta = rng.standard_normal((192, 264)).astype(np.float32)
+    slope = rng.standard_normal((192, 264)).astype(np.float32)
+    param = nn.Parameter(torch.from_numpy(theta.copy()))
+    options: dict[str, Any] = {"fwd": 0.6, "bwd": 0.5, "block": block, "penalty": 0.1}
+    inner = torch.optim.SGD([("w", param)], 0.1)
+    optimizer = topkast.wrap_optimizer(inner, **options)
+    tx = topkast.wrap_optimizer(topkast.SGD(0.1), **options)
+    params = {"w": theta}
+    state = tx.init(params)
+    for _ in range(3):
+        (param * torch.from_numpy(slope)).sum().backward()
+        masks = topkast.masks(state, params)["w"]
+        np.testing.assert_array_equal(host(param.grad), np.where(masks.backward, slope, 0))
+        optimizer.step()
+        optimizer.zero_grad()
+        params, state = tx.step({"w": slope}, state, params)
+        np.testing.assert_allclose(host(topkast.dense_params(optimizer)["w"]), params["w"], atol=1e-5)
+        np.testing.assert_allclose(host(param), topkast.forward_params(params, state)["w"], atol=1e-5)
+
+
 # The life of a PyTorch optimizer -----------------------------------------------------------------
 
 

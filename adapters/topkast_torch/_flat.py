@@ -22,7 +22,7 @@ class Flat:
 
     def __init__(self, c_order: Tensor, *, ascending: bool = True) -> None:
         self.c_order = c_order  # int32 or int64
-        self.ascending = ascending  # as kernels want it; those of blocks of weights do not
+        self.ascending = ascending  # as kernels want it; those of blocks of several rows do not
         self._memory: dict[tuple[int, ...], Tensor] = {}  # offsets in memory, by strides
 
     def __len__(self) -> int:

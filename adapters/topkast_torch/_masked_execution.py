@@ -220,7 +220,8 @@ class MaskedExecution(Execution):
 
     def update_positions(self) -> None:
         entries, bounds = self.support.entries, self.ranked.bounds
-        ascending = self.support.blocks is None
+        blocks = self.support.blocks
+        ascending = blocks is None or blocks.rows == 1
         self.members = {}
         for name, parts in self.member_parts().items():
             start, _ = bounds[name]
