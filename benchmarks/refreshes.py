@@ -108,7 +108,7 @@ def rows(*pairs: tuple[float, float, int]) -> tuple[Row, ...]:
 @contextlib.contextmanager
 def without_age() -> Iterator[None]:
     """No entry counts as young, so no displacement is scaled."""
-    with mock.patch("topkast_torch._young.young_limit", return_value=0):
+    with mock.patch("topkast_torch.inner._young.young_limit", return_value=0):
         yield
 
 

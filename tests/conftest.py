@@ -137,5 +137,5 @@ def shared_data() -> Path:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The kernels, and PyTorch's own sparse products in the place of a missing numba."""
     chosen: str = request.param
-    monkeypatch.setattr("topkast_torch._products.has_numba", lambda: chosen == "compiled")
+    monkeypatch.setattr("topkast_torch.sparse._products.has_numba", lambda: chosen == "compiled")
     return chosen

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from topkast_torch._inner_state import entries_of, walk
+from topkast_torch.inner._inner_state import entries_of, walk
 from torch import Tensor, nn
 
 OPTIONS: dict[str, Any] = {"fwd": 0.8, "bwd": 0.5, "refresh_every": 3, "penalty": 0.2}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import topkast
-from topkast._support import in_forward
+from topkast.selection._support import in_forward
 
 OPTIONS: dict[str, Any] = {"fwd": 0.8, "bwd": 0.6, "refresh_every": 7, "penalty": 1e-2}
 

@@ -24,8 +24,8 @@ from topkast_cupy._module import options, source
 
 import topkast
 import topkast.testing
-from topkast._random import Ranks, make_key, ranks
 from topkast.backends import _find
+from topkast.selection._random import Ranks, make_key, ranks
 
 Array = np.ndarray[Any, Any]
 OWN = _find.load_backend

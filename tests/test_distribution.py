@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import topkast
-from topkast._distribution import exact_densities, kept_count
 from topkast._options import Options
 from topkast._tensors import rank_tensors
+from topkast.selection._distribution import exact_densities, kept_count
 from topkast.testing import sparsities
 
 dimensions = st.lists(st.integers(1, 30), min_size=1, max_size=4).map(tuple)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -81,3 +82,55 @@ def test_all_is_complete() -> None:
         if not name.startswith("_") and getattr(value, "__module__", "").startswith("topkast.")
     }
     assert set(topkast.__all__) == public | {"methods"}  # a package of its own
+
+
+def _imports(path: Path) -> list[str]:
+    """Modules that a file imports, but for those that type checkers alone look at."""
+    tree = ast.parse(path.read_text())
+    for_types = [
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    ]
+    modules = []
+    for node in ast.walk(tree):
+        if node in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules += [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
+    return modules
+
+
+ROOT = Path(topkast.__file__).parent
+ADAPTERS = Path(__file__).parent.parent / "adapters"
+
+
+def test_the_core_imports_no_framework_and_no_adapter() -> None:
+    """Each file of backends knows its library; nothing else does."""
+    ours = ("topkast_torch", "topkast_jax", "topkast_cupy", "topkast_demo")
+    for path in ROOT.rglob("*.py"):
+        roots = {module.partition(".")[0] for module in _imports(path)}
+        allowed = {"jax", "torch"} if path.parent.name == "backends" else set()
+        demo = {"topkast_demo"} if path.name == "__main__.py" else set()
+        assert not roots & {*FRAMEWORKS, *ours} - allowed - demo - {"hypothesis"}, path
+
+
+def test_adapters_import_what_is_public() -> None:
+    public = re.compile(r"topkast(\.(adapter|kernels)(\..*)?|\.[A-Za-z]\w*)?$")
+    for path in ADAPTERS.rglob("*.py"):
+        for module in _imports(path):
+            if module.partition(".")[0] == "topkast":
+                assert public.match(module), f"{path}: {module}"
+
+
+def test_modules_are_short_and_folders_small() -> None:
+    """A file is one concept. The core's top folder has twenty modules at most, others a dozen."""
+    for folder in (ROOT, ADAPTERS):
+        for path in folder.rglob("*.py"):
+            assert len(path.read_text().splitlines()) < 400, path
+        for inside in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+            modules = [path for path in inside.glob("*.py") if path.name != "__init__.py"]
+            assert len(modules) <= (20 if inside == ROOT else 12), inside

@@ -20,7 +20,7 @@ from optimizer_runs import (
     through_a_file,
     train,
 )
-from topkast_torch._inner_state import Start
+from topkast_torch.inner._inner_state import Start
 from torch import nn
 
 import topkast

@@ -19,9 +19,9 @@ from torch import nn
 
 import topkast
 from topkast import Support
-from topkast._distribution import exact_fraction, kept_count
 from topkast.methods import Method, Mixed, Random, Static, TopKAST, View
 from topkast.reference import tie_words
+from topkast.selection._distribution import exact_fraction, kept_count
 from topkast.testing import assert_same_support, sparsities, to_numpy, weights
 
 Tensor = np.ndarray[Any, Any]

@@ -17,8 +17,8 @@ from torch import nn
 
 import topkast
 from topkast import Masks
-from topkast._random import draws, make_key, random_words
 from topkast.reference import tie_words, top_k
+from topkast.selection._random import draws, make_key, random_words
 from topkast.testing import assert_same_support
 
 SHAPE = (40, 50)

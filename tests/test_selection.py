@@ -16,9 +16,9 @@ from libraries import LIBRARIES, Library
 
 import topkast
 from topkast import Masks, Support
-from topkast._distribution import exact_fraction, kept_count
 from topkast.backends.torch import TorchBackend
 from topkast.reference import top_k
+from topkast.selection._distribution import exact_fraction, kept_count
 from topkast.testing import (
     assert_counts,
     assert_forward_view,

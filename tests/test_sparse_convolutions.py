@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from sparse_training import check_gradients
-from topkast_torch import _convolutions
+from topkast_torch.sparse import _convolutions
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

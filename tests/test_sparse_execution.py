@@ -10,7 +10,7 @@ import pytest
 import topkast_torch
 import torch
 from sparse_training import MODELS, OPTIMIZERS, assert_agree, prepare, train
-from topkast_torch import _sparse_layer, _sparsify
+from topkast_torch.sparse import _sparse_layer, _sparsify
 from torch import Tensor, nn
 
 import topkast

@@ -264,7 +264,7 @@ def test_kernels_gather_what_pytorch_gathers(
     """Large tensors are gathered, cleared and written by kernels, if there are some: same bits."""
     runs = []
     for few in (0, 1 << 60):
-        monkeypatch.setattr("topkast_torch._flat._FEW", few)
+        monkeypatch.setattr("topkast_torch.execution._flat._FEW", few)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 50)).to(dtype)
         inner = torch.optim.AdamW(model.named_parameters(), 0.01)

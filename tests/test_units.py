@@ -546,8 +546,12 @@ def test_tensors_large_enough_for_kernels(rng: np.random.Generator, block: Block
         optimizer.step()
         optimizer.zero_grad()
         params, state = tx.step({"w": slope}, state, params)
-        np.testing.assert_allclose(host(topkast.dense_params(optimizer)["w"]), params["w"], atol=1e-5)
-        np.testing.assert_allclose(host(param), topkast.forward_params(params, state)["w"], atol=1e-5)
+        np.testing.assert_allclose(
+            host(topkast.dense_params(optimizer)["w"]), params["w"], atol=1e-5
+        )
+        np.testing.assert_allclose(
+            host(param), topkast.forward_params(params, state)["w"], atol=1e-5
+        )
 
 
 # The life of a PyTorch optimizer -----------------------------------------------------------------

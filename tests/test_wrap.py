@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import topkast
-from topkast import _wrap
+from topkast import _adapters
 
 
 def foreign(package: str) -> Any:
@@ -18,8 +18,8 @@ def foreign(package: str) -> Any:
 
 
 def test_third_party_adapter_is_found_by_the_root_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = EntryPoint("toolkit", "test_wrap:fake_adapter", _wrap.ENTRY_POINTS)
-    monkeypatch.setattr(_wrap, "entry_points", lambda group: [entry])
+    entry = EntryPoint("toolkit", "test_wrap:fake_adapter", _adapters.ENTRY_POINTS)
+    monkeypatch.setattr(_adapters, "entry_points", lambda group: [entry])
     wrapped = topkast.wrap_optimizer(foreign("toolkit"), fwd=0.9, bwd=0.8)
     assert wrapped[1].fwd == 0.9
     derived = type("Mine", (type(foreign("toolkit")),), {"__module__": "my_project"})()
@@ -39,15 +39,15 @@ def test_unknown_framework_names_what_there_is() -> None:
 
 
 def test_missing_adapter_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_wrap, "entry_points", lambda group: [])
+    monkeypatch.setattr(_adapters, "entry_points", lambda group: [])
     inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 2))], 0.1)
     with pytest.raises(topkast.AdapterNotFoundError, match=r"pip install 'topkast\[torch\]'"):
         topkast.wrap_optimizer(inner, fwd=0.5, bwd=0.5)
 
 
 def test_missing_dependency_of_an_adapter_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = EntryPoint("torch", "topkast_not_there:wrap", _wrap.ENTRY_POINTS)
-    monkeypatch.setattr(_wrap, "entry_points", lambda group: [entry])
+    entry = EntryPoint("torch", "topkast_not_there:wrap", _adapters.ENTRY_POINTS)
+    monkeypatch.setattr(_adapters, "entry_points", lambda group: [entry])
     inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 2))], 0.1)
     with pytest.raises(
         topkast.AdapterNotFoundError, match=r"needs topkast_not_there.*'topkast\[torch\]'"

@@ -19,14 +19,20 @@ from topkast import (
     UnsupportedTensorError,
     apply_updates,
 )
-from topkast._age import Betas, corrections, grow
-from topkast._plan import Plan
-from topkast._primitives import Array
-from topkast._random import Ranks
-from topkast._rules import bias_correction, learning_rate
-from topkast._state import Arrays, TopKASTState
-from topkast._step import Step
-from topkast.backends import Backend
+from topkast.adapter import (
+    Array,
+    Arrays,
+    Backend,
+    Betas,
+    Plan,
+    Ranks,
+    Step,
+    TopKASTState,
+    bias_correction,
+    corrections,
+    grow,
+    learning_rate,
+)
 from topkast_cupy._module import MOST_BINS, THREADS, TILE, Module, cuda_module
 
 _MOST_BLOCKS = 2048  # of kernels whose threads stride over all entries

@@ -12,10 +12,7 @@ import numpy as np
 import optax
 
 from topkast import UnsupportedOptimizerError
-from topkast._age import Betas
-from topkast._distribution import Shape
-from topkast._probe import Traits, check_joint, check_permutation
-from topkast._wrapped_rule import WrappedRule
+from topkast.adapter import Betas, Shape, Traits, WrappedRule, check_joint, check_permutation
 from topkast_jax._rule import OptaxRule
 
 Arrays = dict[str, jax.Array]
@@ -53,7 +50,7 @@ class TriedRule(WrappedRule):
         pass  # the adapter has its own reasons to probe, and not to
 
     def probe_joint(self, names: Sequence[str], joint: str) -> None:
-        """See :class:`topkast._wrapped_rule.WrappedRule`."""
+        """See :class:`topkast.functional._wrapped_rule.WrappedRule`."""
         others = self._optax.tree.paths.keys() - set(names)
         self.fixed = {name: np.ones((1, 1)) for name in others}
         try:
@@ -89,7 +86,7 @@ class TriedRule(WrappedRule):
             self.fixed = {}
 
     def observe(self, dimensions: Mapping[str, int]) -> tuple[dict[str, Traits], frozenset[int]]:
-        """See :class:`topkast._wrapped_rule.WrappedRule`."""
+        """See :class:`topkast.functional._wrapped_rule.WrappedRule`."""
         try:
             with jax.ensure_compile_time_eval():
                 pairs = beta_pairs_of(self._optax.tx)

@@ -12,8 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import tree_map_with_path
 
 from topkast import UnsupportedTensorError
-from topkast._primitives import is_traced
-from topkast._tensors import members
+from topkast.adapter import is_traced, members
 from topkast_jax._rule import find_key
 from topkast_jax._tree import Tree
 

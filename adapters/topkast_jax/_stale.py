@@ -13,9 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from topkast import Support
-from topkast._primitives import cond, possibly_true
-from topkast._step import is_due
-from topkast._transform import TopKASTTransform
+from topkast.adapter import TopKASTTransform, cond, is_due, possibly_true
 from topkast_jax._state import TopKASTState, warn_if_stale
 
 Arrays = dict[str, jax.Array]

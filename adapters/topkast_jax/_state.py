@@ -10,9 +10,7 @@ import jax.numpy as jnp
 from jax.tree_util import tree_flatten_with_path
 
 from topkast import MismatchError, Support, WeightsMovedWarning
-from topkast._inspect import Inspection
-from topkast._primitives import is_traced
-from topkast._state import count_bytes, forward_views, inspection
+from topkast.adapter import Inspection, count_bytes, forward_views, inspection, is_traced
 from topkast_jax._rule import find_key
 from topkast_jax._sharding import is_explicit, is_spread, layout_of, run
 from topkast_jax._tree import as_arrays, flatten_weights

@@ -16,9 +16,7 @@ from topkast import (
     UnsupportedOptimizerError,
     UnsupportedTensorError,
 )
-from topkast._options import Options, kept_dense
-from topkast._plan import TensorInfo
-from topkast._transform import TopKASTTransform, apply_updates
+from topkast.adapter import Options, TensorInfo, TopKASTTransform, apply_updates, kept_dense
 from topkast_jax._probe import NotProbedError, TriedRule, describe, refuse_skipping
 from topkast_jax._rule import OptaxRule
 from topkast_jax._sharding import (

@@ -1,11 +1,11 @@
 """Top-KAST for PyTorch: an optimizer around any elementwise ``torch.optim`` optimizer."""
 
-from topkast_torch import _replicas as _replicas
 from topkast_torch._averages import WeightAverage
-from topkast_torch._export import load_forward, save_forward
-from topkast_torch._layers import SparseConv2d, SparseLinear
-from topkast_torch._optimizer import TopKASTOptimizer, wrap
-from topkast_torch._sparsify import ExecutionReport, LayerExecution, densify, sparsify
+from topkast_torch.optimizer._optimizer import TopKASTOptimizer, wrap
+from topkast_torch.sparse import _replicas as _replicas
+from topkast_torch.sparse._export import load_forward, save_forward
+from topkast_torch.sparse._layers import SparseConv2d, SparseLinear
+from topkast_torch.sparse._sparsify import ExecutionReport, LayerExecution, densify, sparsify
 
 __all__ = [
     "ExecutionReport",

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import topkast
 from topkast import MismatchError, OptionError
-from topkast._tensors import RankedTensors
-from topkast_torch._optimizer import TopKASTOptimizer
+from topkast.adapter import RankedTensors
+from topkast_torch.optimizer._optimizer import TopKASTOptimizer
 
 
 class WeightAverage:

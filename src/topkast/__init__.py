@@ -1,8 +1,6 @@
 """Top-KAST: networks that are sparse from the first training step to the last, in any framework."""
 
 from topkast import methods
-from topkast._compact import forward_view, gather, scatter
-from topkast._distribution import densities
 from topkast._errors import (
     AdapterNotFoundError,
     DenseAverageWarning,
@@ -18,13 +16,15 @@ from topkast._errors import (
 from topkast._execution import densify, sparsify, unwrap
 from topkast._exploration import exploration_gradient, exploration_penalty
 from topkast._inspect import Masks, Summary, TensorSummary, dense_params, masks, summary
-from topkast._rules import SGD, Adam, AdamW
-from topkast._selection import select
-from topkast._state import TopKASTState, forward_params
-from topkast._support import Support, migrate
-from topkast._transform import TopKASTTransform, apply_updates
-from topkast._units import Blocks
 from topkast._wrap import wrap_optimizer
+from topkast.functional._rules import SGD, Adam, AdamW
+from topkast.functional._state import TopKASTState, forward_params
+from topkast.functional._transform import TopKASTTransform, apply_updates
+from topkast.selection._compact import forward_view, gather, scatter
+from topkast.selection._distribution import densities
+from topkast.selection._select import select
+from topkast.selection._support import Support, migrate
+from topkast.selection._units import Blocks
 
 __version__ = "0.1.0"
 

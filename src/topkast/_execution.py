@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from topkast._adapters import find_entry, load
 from topkast._errors import AdapterNotFoundError, OptionError
 
 if TYPE_CHECKING:
@@ -78,10 +79,9 @@ def sparsify(
     >>> model(torch.ones(8, 20)).square().mean().backward()
     >>> opt.step()
     """
-    _check(model)
-    from topkast_torch import sparsify as sparsify_torch
-
-    return sparsify_torch(model, optimizer, only=only, auto=auto, example=example)
+    run = _function_for(model, "sparsify")
+    report: ExecutionReport = run(model, optimizer, only=only, auto=auto, example=example)
+    return report
 
 
 @overload
@@ -119,11 +119,11 @@ def densify(model: Any, /) -> Any:
     >>> type(topkast.densify(model)), int((model.weight != 0).sum())
     (<class 'torch.nn.modules.linear.Linear'>, 60)
     """
-    if not isinstance(model, Mapping):
-        _check(model)
-    from topkast_torch import densify as densify_torch
-
-    return densify_torch(model)
+    if isinstance(model, Mapping):
+        entries = (find_entry(value) for value in model.values())
+        entry = next((entry for entry in entries if entry is not None), None)
+        return dict(model) if entry is None else load(entry, "densify")(model)
+    return _function_for(model, "densify")(model)
 
 
 def unwrap(optimizer: Any, /, *, weights: Literal["forward", "dense"] = "forward") -> Optimizer:
@@ -173,10 +173,12 @@ def unwrap(optimizer: Any, /, *, weights: Literal["forward", "dense"] = "forward
     return inner
 
 
-def _check(model: Any) -> None:
-    bases = {f"{base.__module__}.{base.__name__}" for base in type(model).__mro__}
-    if "torch.nn.modules.module.Module" not in bases:
+def _function_for(model: Any, name: str) -> Any:
+    """What the adapter of a model's framework has under a name."""
+    entry = find_entry(model)
+    if entry is None:
         raise AdapterNotFoundError(
-            f"expected a torch.nn.Module, got {type(model).__module__}.{type(model).__qualname__}: "
-            "sparse layers exist for PyTorch"
+            f"no adapter has sparse layers for {type(model).__module__}."
+            f"{type(model).__qualname__}: expected a torch.nn.Module"
         )
+    return load(entry, name)

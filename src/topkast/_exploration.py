@@ -7,7 +7,7 @@ from array_api_compat import array_namespace
 from topkast._errors import OptionError
 from topkast._options import PenaltyKind
 from topkast._primitives import Array
-from topkast._support import Support, weigh
+from topkast.selection._support import Support, weigh
 
 
 def exploration_penalty(

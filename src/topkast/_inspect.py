@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from topkast._compact import scatter
 from topkast._errors import MismatchError
 from topkast._primitives import Array, device
-from topkast._support import Support, in_forward
 from topkast._table import format_table
 from topkast._tensors import RankedTensors
+from topkast.selection._compact import scatter
+from topkast.selection._support import Support, in_forward
 
 
 def find_states(x: Any, method: str = "__topkast_inspect__") -> list[Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from topkast._primitives import Array
-from topkast._support import Support
+from topkast.selection._support import Support
 
 # What the library can show to a method.
 PROVIDED = frozenset({"weights", "random"})

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from topkast._errors import OptionError
 from topkast._method import PROVIDED, Method
-from topkast._units import BlockScore
+from topkast.selection._units import BlockScore
 
 PenaltyKind: TypeAlias = Literal["l2", "l1"]
 Explore: TypeAlias = Literal["magnitude", "random"]

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 
 from topkast._age import Betas, kappa
-from topkast._distribution import Shape
 from topkast._errors import UnsupportedOptimizerError
+from topkast.selection._distribution import Shape
 
 HostArray: TypeAlias = np.ndarray[Any, Any]
 HostArrays: TypeAlias = dict[str, HostArray]

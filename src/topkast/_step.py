@@ -14,7 +14,7 @@ from topkast._age import Betas
 from topkast._exploration import exploration_gradient
 from topkast._options import PenaltyKind
 from topkast._primitives import Array, is_traced
-from topkast._support import Support, restrict_to_active
+from topkast.selection._support import Support, restrict_to_active
 
 _MOST = (1 << 31) - 1  # updates that can be counted: counts are int32
 

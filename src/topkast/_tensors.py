@@ -11,16 +11,16 @@ from typing import NamedTuple
 
 from array_api_compat import array_namespace
 
-from topkast._distribution import Shape, exact_densities, exact_fraction, kept_count
 from topkast._errors import NonFiniteError, OptionError
 from topkast._method import View
 from topkast._options import Options
 from topkast._primitives import Array, device
-from topkast._selection import check_finite, ranked_units
-from topkast._support import Migration, Support, join_layers
-from topkast._units import Blocks, blocks_of
 from topkast.backends import backend_of
 from topkast.methods._chosen import check_chosen, method_of
+from topkast.selection._distribution import Shape, exact_densities, exact_fraction, kept_count
+from topkast.selection._select import check_finite, ranked_units
+from topkast.selection._support import Migration, Support, join_layers
+from topkast.selection._units import Blocks, blocks_of
 
 _JOIN = " + "
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, Unpack, overload
 
+from topkast._adapters import EXTRAS, find_entry, known_packages, load
 from topkast._errors import AdapterNotFoundError, UnsupportedOptimizerError
 from topkast._method import Method
 from topkast._options import (
@@ -18,20 +18,13 @@ from topkast._options import (
     Patterns,
     PenaltyKind,
 )
-from topkast._rules import SGD, Adam
-from topkast._transform import TopKASTTransform
-from topkast._units import BlockScore
+from topkast.functional._rules import SGD, Adam
+from topkast.functional._transform import TopKASTTransform
+from topkast.selection._units import BlockScore
 
 if TYPE_CHECKING:
     from topkast_jax import TopKASTGradientTransformation
     from topkast_torch import TopKASTOptimizer
-
-ENTRY_POINTS = "topkast.adapters"
-
-_EXTRAS = {
-    "torch": "torch",
-    "optax": "jax",
-}  # the extra that installs what an optimizer of this package needs
 
 
 class _OptionsGiven(TypedDict, total=False):
@@ -245,28 +238,15 @@ def _find_adapter(optimizer: Any) -> Callable[[Any, Options], Any]:
         )
     if isinstance(optimizer, TopKASTTransform):
         raise UnsupportedOptimizerError("the rule is wrapped already: use what was returned")
-    roots = [base.__module__.partition(".")[0] for base in type(optimizer).__mro__]
-    adapters = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
-    for root in roots:
-        if root in adapters:
-            try:
-                loaded: Callable[[Any, Options], Any] = adapters[root].load()
-            except ModuleNotFoundError as error:
-                raise AdapterNotFoundError(
-                    f"the adapter for {root} needs {error.name}, which is not installed: "
-                    f"pip install 'topkast[{_EXTRAS.get(root, root)}]'"
-                ) from error
-            return loaded
-    for root in roots:
-        if root in _EXTRAS:
-            raise AdapterNotFoundError(
-                f"the adapter for {root} is not installed: pip install 'topkast[{_EXTRAS[root]}]'"
-            )
+    entry = find_entry(optimizer)
+    if entry is not None:
+        wrap: Callable[[Any, Options], Any] = load(entry)
+        return wrap
     if all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
         return TopKASTTransform  # a rule for plain arrays
     raise AdapterNotFoundError(
         f"no adapter for {type(optimizer).__module__}.{type(optimizer).__qualname__}: expected an "
-        f"optimizer of {', '.join(sorted({*adapters, *_EXTRAS}))} (pip install 'topkast[EXTRA]', "
-        f"one of the extras {', '.join(sorted(_EXTRAS.values()))}), topkast.SGD, topkast.Adam or "
+        f"optimizer of {', '.join(known_packages())} (pip install 'topkast[EXTRA]', "
+        f"one of the extras {', '.join(sorted(EXTRAS.values()))}), topkast.SGD, topkast.Adam or "
         "topkast.AdamW, or a rule of your own with init(params) and update(grads, state, params)"
     )

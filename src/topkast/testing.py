@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from array_api_compat import is_cupy_array
 
-from topkast._distribution import exact_fraction, kept_count
 from topkast._inspect import Masks
 from topkast._primitives import Array
-from topkast._random import make_key, ranks
-from topkast._support import Support
-from topkast._units import BlockScore, blocks_of, unit_scores
+from topkast.selection._distribution import exact_fraction, kept_count
+from topkast.selection._random import make_key, ranks
+from topkast.selection._support import Support
+from topkast.selection._units import BlockScore, blocks_of, unit_scores
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy

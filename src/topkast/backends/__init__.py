@@ -7,6 +7,6 @@ library's package and whose value is a function that returns the backend.
 """
 
 from topkast.backends._base import Backend
-from topkast.backends._find import ENTRY_POINTS, backend_of
+from topkast.backends._find import ENTRY_POINTS, backend_of, load_own
 
-__all__ = ["ENTRY_POINTS", "Backend", "backend_of"]
+__all__ = ["ENTRY_POINTS", "Backend", "backend_of", "load_own"]

@@ -11,7 +11,7 @@ from array_api_compat import device as device_of
 from topkast._errors import NonFiniteError
 
 if TYPE_CHECKING:
-    from topkast._random import Ranks
+    from topkast.selection._random import Ranks
 
 T = TypeVar("T")
 Array = Any
@@ -51,6 +51,10 @@ class Backend:
     def is_traced(self, array: Array) -> bool:
         """Whether `array` stands for values that are not known yet."""
         return False
+
+    def constant(self, array: Array) -> Array:
+        """The same numbers, from which nothing is differentiated."""
+        return array
 
     def zero_count(self, beside: Array) -> Array:
         """A 0-d int32 zero that can be read without waiting for the device of `beside`."""

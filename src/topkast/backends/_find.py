@@ -31,9 +31,15 @@ def load_backend(kind: type[Any]) -> Backend:
             found: Backend = entry.load()()
             return found
         if root in _OWN:
-            own: Backend = importlib.import_module(f"topkast.backends.{_OWN[root]}").BACKEND
-            return own
+            return load_own(_OWN[root])
     return _standard()
+
+
+@functools.cache
+def load_own(name: str) -> Backend:
+    """The backend that a module of this package has."""
+    backend: Backend = importlib.import_module(f"topkast.backends.{name}").BACKEND
+    return backend
 
 
 @functools.cache

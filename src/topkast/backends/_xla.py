@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from topkast._random import Key, random_words
 from topkast.backends._base import Array
+from topkast.selection._random import Key, random_words
 
 T = TypeVar("T")
 

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.tree_util import register_dataclass
 
 from topkast.backends import _xla
 from topkast.backends._base import Array, Backend
+from topkast.selection._support import Support
 
 if TYPE_CHECKING:
-    from topkast._random import Ranks
+    from topkast.selection._random import Ranks
 
 T = TypeVar("T")
 
@@ -40,6 +42,9 @@ class JAXBackend(Backend):
 
     def is_traced(self, array: Array) -> bool:
         return isinstance(array, jax.core.Tracer)
+
+    def constant(self, array: Array) -> Array:
+        return lax.stop_gradient(array)
 
     def cond(self, due: Array, change: Callable[..., T], state: T, *operands: Any) -> T:
         if not self.is_traced(due):
@@ -97,5 +102,8 @@ class JAXBackend(Backend):
         parts = flat.reshape(layers, -1)
         return jax.vmap(choose)(parts, jnp.arange(layers) * parts.shape[1])
 
+
+# A support is data, its indices, in a structure to which |A| and the blocks belong.
+register_dataclass(Support, data_fields=["indices"], meta_fields=["forward", "blocks"])
 
 BACKEND = JAXBackend()

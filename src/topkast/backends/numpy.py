@@ -10,7 +10,7 @@ from topkast.backends import _host
 from topkast.backends._base import Backend
 
 if TYPE_CHECKING:
-    from topkast._random import Ranks
+    from topkast.selection._random import Ranks
 
 Vector = np.ndarray[Any, Any]
 

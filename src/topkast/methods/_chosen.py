@@ -7,9 +7,9 @@ from array_api_compat import array_namespace
 from topkast._errors import MismatchError
 from topkast._method import Method, View
 from topkast._options import Options
-from topkast._support import Support
 from topkast.methods._random import Random
 from topkast.methods._topkast import TopKAST
+from topkast.selection._support import Support
 
 _SHORTHANDS: dict[str, Method] = {"magnitude": TopKAST(), "random": Random()}
 

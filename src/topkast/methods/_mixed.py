@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar
 
-from topkast._distribution import exact_fraction
 from topkast._errors import OptionError
 from topkast._method import Method, View
-from topkast._selection import choose_by_magnitude
-from topkast._support import Support
+from topkast.selection._distribution import exact_fraction
+from topkast.selection._select import choose_by_magnitude
+from topkast.selection._support import Support
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from topkast._method import Method, View
-from topkast._selection import choose_by_magnitude
-from topkast._support import Support
+from topkast.selection._select import choose_by_magnitude
+from topkast.selection._support import Support
 
 
 @dataclass(frozen=True)

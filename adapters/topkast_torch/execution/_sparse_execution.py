@@ -1,0 +1,183 @@
+"""Sparse execution: the values on B are the model's Parameter, and α is nowhere."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topkast import MismatchError, OptionError
+from topkast.adapter import Migration, Options, RankedTensors
+from topkast_torch.execution._execution import Execution, Habits
+from topkast_torch.execution._masked_execution import MaskedExecution
+from topkast_torch.optimizer._ownership import claim, release
+from topkast_torch.sparse._conversion import make_dense
+from topkast_torch.sparse._sparse_layer import SparseLayer
+
+
+class SparseExecution(Execution):
+    """One tensor, the weight of a sparse layer."""
+
+    layer: SparseLayer
+    # During a step
+    _gradient: Tensor | None  # of the loss, while the inner optimizer sees the penalty's added
+
+    @classmethod
+    def of_layer(
+        cls,
+        name: str,
+        layer: SparseLayer,
+        options: Options,
+        habits: Habits,
+        updates: int,
+        steps: int,
+    ) -> SparseExecution:
+        """For a layer that is sparse already: its values, its sets, its sparsities."""
+        if options.distribution == "global":
+            raise OptionError(
+                f"{name} is the weight of a {type(layer).__name__}, whose sets have fixed sizes: "
+                "distribution='global' would move weights from tensor to tensor"
+            )
+        block = options.for_tensor(name).block
+        if block not in (None, (1, 1)):
+            raise OptionError(
+                f"{name} is the weight of a {type(layer).__name__}, which computes with single "
+                f"weights: block={block} has no sparse products yet. Make the model dense by "
+                f"topkast.densify before its optimizer is built, or pass overrides={{{name!r}: "
+                '{"block": None}}'
+            )
+        execution = cls.__new__(cls)
+        forward, size = layer.support.forward, math.prod(layer.weight_shape)
+        density = getattr(layer, "density", forward / size)
+        execution.ranked = RankedTensors(
+            {name: layer.weight_shape}, forward, layer.values.numel(), density
+        )
+        theta = layer.reservoir
+        if theta is None:  # loaded from a file: what lies outside B is not known
+            theta = layer.values.detach().new_zeros(size)
+        execution.values, execution.reservoir = layer.values, theta.to(layer.values)
+        execution.layer, execution.support = layer, layer.support
+        execution._gradient, execution._replaced = None, False
+        execution.start(habits, options, updates, steps)
+        return execution
+
+    @classmethod
+    def of_masked(cls, masked: MaskedExecution, layer: SparseLayer) -> SparseExecution:
+        """Go on from masked execution: the same values, sets and weights."""
+        execution = cls.__new__(cls)
+        for name in Execution.__annotations__:
+            setattr(execution, name, getattr(masked, name))
+        execution.values, execution.layer = layer.values, layer
+        execution._gradient, execution._replaced = None, False
+        execution._take_over()
+        return execution
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_hook": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._take_over()
+
+    def install(self) -> None:
+        self.layer.reservoir = None  # it is here from now on
+        self._take_over()
+
+    def _take_over(self) -> None:
+        claim(self.values, self)
+        self._seen = self.layer.written
+        wanted = self.values.requires_grad
+        self.values.requires_grad_(True)  # hooks of frozen tensors are refused, and stay
+        restrict = _Restrict(weakref.ref(self))
+        self._hook = self.values.register_post_accumulate_grad_hook(restrict)
+        self.values.requires_grad_(wanted)
+        weakref.finalize(self, self._hook.remove)
+
+    def uninstall(self, *, dense: bool) -> None:
+        self.forget()
+        if dense:
+            theta = self.theta().clone().view(self.layer.weight_shape)
+            make_dense(self.layer, theta, same=True)
+        else:
+            self.layer.reservoir = self.theta().clone()
+
+    def forget(self) -> None:
+        self._hook.remove()
+        release(self.values)
+
+    def replaced(self, param: Tensor) -> None:
+        self._replaced = True
+
+    def accept_external_writes(self) -> None:
+        layer, name = self.layer, self.ranked.key
+        values = getattr(layer, "values", None)
+        if values is None:
+            raise MismatchError(
+                f"the layer of {name} was made dense by topkast.densify: its optimizer no longer "
+                "reaches it. To export and train on, densify a copy.deepcopy of the model"
+            )
+        if self._replaced or values is not self.values or values.dtype != self.reservoir.dtype:
+            raise MismatchError(
+                f"the layer of {name} was converted, or given other Parameters, after its "
+                "optimizer was built: convert and move the model first"
+            )
+        if layer.written != self._seen:
+            raise MismatchError(
+                f"{name} was given other sets than its optimizer has, as by model.load_state_dict: "
+                "load the optimizer's state dict too, which holds them all. If it was "
+                "DistributedDataParallel, start all processes with the same weights"
+            )
+
+    def gather_gradient(self) -> Tensor | None:
+        self._gradient = self.values.grad
+        return None if self._gradient is None else self._gradient.view(-1)
+
+    def gradient_buffer(self) -> Tensor:
+        assert self._gradient is not None
+        return torch.empty_like(self._gradient).view(-1)
+
+    def restore_gradient(self) -> None:
+        if self._gradient is not None:
+            self.values.grad = self._gradient
+            self._gradient = None
+
+    def migrate_gradient(self, migration: Migration) -> None:
+        if self.values.grad is not None:  # which may be added to
+            self.values.grad = migration.apply(self.values.grad)
+
+    def write_forward_view(self, *, everywhere: bool = False) -> None:
+        pass  # the model's Parameter is what was updated
+
+    def update_positions(self) -> None:
+        layer: Any = self.layer
+        if isinstance(layer, SparseLayer):  # it may have been made dense
+            layer.set_support(self.support)
+            self._seen = layer.written
+
+    def restrict_state(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        return dict(next(iter(states.values()), {}))
+
+    def held_tensors(self) -> list[Tensor]:
+        return [] if self.values.grad is None else [self.values.grad]
+
+    def held_bytes(self, entries: list[Tensor]) -> int:
+        layer: Any = self.layer
+        own = layer.products.nbytes if isinstance(layer, SparseLayer) else 0
+        return super().held_bytes(entries) + own
+
+
+@dataclass(frozen=True)
+class _Restrict:
+    """Hook that zeroes the gradient on B∖A once exploration has stopped."""
+
+    owner: weakref.ref[SparseExecution]
+
+    def __call__(self, param: Tensor) -> None:
+        owner = self.owner()
+        if owner is not None and not owner.step.exploring and param.grad is not None:
+            param.grad.view(-1)[owner.support.forward :].zero_()

@@ -1,0 +1,504 @@
+"""Top-KAST as a ``torch.optim.Optimizer`` around another one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from topkast import MismatchError, NonFiniteError, UnsupportedOptimizerError
+from topkast.adapter import GROUP_OPTIONS, Inspection, Method, Options, check_any
+from topkast_torch._dense_averages import warn_of_dense_averages
+from topkast_torch.execution._execution import Execution
+from topkast_torch.inner._fresh import REFUSED_ALONE, attributes_of, name_of
+from topkast_torch.inner._inner_state import entries_of, walk
+from topkast_torch.optimizer import _checkpoint
+from topkast_torch.optimizer._callers import is_called_by
+from topkast_torch.optimizer._groups import (
+    Group,
+    WrapperState,
+    check_overlap,
+    prepare,
+    restrict_state,
+)
+from topkast_torch.optimizer._seat import Refusal, clear_state
+from topkast_torch.optimizer._state_view import StateView
+from topkast_torch.sparse._sparse_layer import layer_of
+
+
+class TopKASTOptimizer(torch.optim.Optimizer):
+    r"""A ``torch.optim.Optimizer`` that trains sparse weights; made by ``topkast.wrap_optimizer``.
+
+    Training loops, schedulers, gradient clipping and scalers work unchanged. Between steps the
+    model's Parameters hold the forward view α; the weights θ are here
+    (:func:`topkast.dense_params`). ``p.grad`` vanishes outside B as soon as it is accumulated.
+
+    ``param_groups`` are those of the wrapped optimizer with the options ``fwd``, ``bwd``,
+    ``refresh_every``, ``penalty``, ``penalty_kind``, ``explore``, ``explore_until``,
+    ``distribution``, ``block`` and ``block_score`` added; all but the sparsities, the distribution
+    and the block may change while training.
+    ``state[p]`` is the inner optimizer's, with entries of shape (1, …, \|B\|). Other methods and
+    attributes that the wrapped optimizer has, ``train`` and ``eval`` of schedule-free ones among
+    them, are there too: they act on the values on B, and the model sees what becomes of A.
+
+    Examples
+    --------
+    >>> import torch, topkast
+    >>> model = torch.nn.Sequential(
+    ...     torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 5))
+    >>> opt = topkast.wrap_optimizer(
+    ...     torch.optim.SGD(model.named_parameters(), 0.1, momentum=0.9),
+    ...     fwd=0.9, bwd=0.8, refresh_every=1, dense="2.*")
+    >>> isinstance(opt, torch.optim.Optimizer)
+    True
+    >>> for _ in range(3):
+    ...     opt.zero_grad()
+    ...     model(torch.ones(4, 20)).square().mean().backward()
+    ...     opt.step()
+    >>> [int((p != 0).sum()) for p in model.parameters()]
+    [60, 30, 150, 5]
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer, options: Options) -> None:
+        _check_inner(inner)
+        state = WrapperState(inner, options)
+        outer_options = []
+        for group in inner.param_groups:
+            group_options = options.override(group)
+            state.groups.append(prepare(state, group, group_options))
+            outer_options.append(group_options.for_group())
+        _check_names(state.groups, inner.param_groups, options)
+        check_overlap(state.groups)
+        restricted = [restrict_state(inner.state, group, group.params) for group in state.groups]
+        super().__init__([Parameter(torch.zeros(0))], inner.defaults)
+        del self.__dict__["_early_groups"]
+        # Nothing of the user's was changed so far, and nothing below fails.
+        self._wrapper_state = state
+        state.seat.take(self)
+        clear_state(inner, state.stores)
+        for prepared, values, chosen, entries in zip(
+            state.groups, inner.param_groups, outer_options, restricted, strict=True
+        ):
+            inner.state.update(entries)
+            self._install(prepared, values, chosen)
+
+    @staticmethod
+    def _install(group: Group, values: dict[str, Any], options: Mapping[str, Any]) -> None:
+        values.pop("dense", None)
+        if isinstance(values.get("method"), Method):
+            del values["method"]  # the executions have it: what stays in a group is saved
+        values.update(options)
+        group.checked = tuple(values[name] for name in GROUP_OPTIONS)
+        with torch.no_grad():
+            for execution in group.executions:
+                execution.install()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of the wrapped optimizer, which hold the Parameters of the model."""
+        state = self._begun()
+        if state is not None:
+            groups: list[dict[str, Any]] = state.inner.param_groups
+            return groups
+        # During the constructor of the base class; else a stand-in for this object is asked, whose
+        # own __getattr__ knows more (Lightning makes such of the class alone).
+        try:
+            early: list[dict[str, Any]] = self.__dict__["_early_groups"]
+        except KeyError:
+            raise AttributeError("param_groups") from None
+        return early
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        state = self._begun()
+        if state is not None:
+            state.inner.param_groups = groups
+        else:
+            self.__dict__["_early_groups"] = groups
+
+    def _begun(self) -> WrapperState | None:
+        """The state of the wrapper, None while the base class is being constructed."""
+        state: WrapperState | None = getattr(self, "_wrapper_state", None)
+        return state
+
+    @property
+    def state(self) -> Any:
+        """State of the inner optimizer, by Parameter of the model; a live view."""
+        return StateView(self._wrapper_state)
+
+    @state.setter
+    def state(self, entries: Mapping[Any, Any]) -> None:
+        if self._begun() is not None:  # the constructor of the base class sets an empty one
+            kept = dict(entries)
+            view = self.state
+            for key in list(view):
+                del view[key]
+            view.update(kept)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of the weights in B, and of A and B when a refresh is due.
+
+        A step that raises before the inner optimizer has moved anything leaves all as it was.
+
+        Parameters
+        ----------
+        closure
+            Reevaluates the model and returns the loss, as for any PyTorch optimizer.
+
+        Returns
+        -------
+        object
+            What `closure` returned, or None.
+
+        Raises
+        ------
+        OptionError
+            If an option of a group has a value that it cannot have, or ``fwd``, ``bwd``,
+            ``distribution`` or ``block`` was changed.
+        MismatchError
+            If someone else has written weights outside A, or exchanged Parameters.
+        NonFiniteError
+            If a weight is NaN or infinite when A and B are due to be chosen. The weights have moved
+            then, and no set has changed; mend them and call ``step`` again.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_compiling():
+            _step_uncompiled(self)
+        else:
+            self._step()
+        return loss
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        state = self._wrapper_state
+        pairs = list(self._with_options())
+        for group, values in zip(state.groups, self.param_groups, strict=True):
+            group.check(values, state.options)
+        for execution, _ in pairs:
+            execution.accept_external_writes()
+        moved = any(param.grad is not None for group in state.groups for param in group.params)
+        loaded: list[tuple[Execution, dict[str, Any]]] = []
+        stepped = False
+        try:
+            for execution, values in pairs:
+                loaded.append((execution, values))
+                execution.decide(values, state.updates)
+                execution.load_gradient(state.inner, values)
+            state.seat.step()
+            stepped = True
+        finally:
+            for execution, values in loaded:
+                execution.finish_step(state.inner, values, stepped=stepped)
+        if moved:
+            state.updates += 1
+            self._refresh_if_due(pairs)
+
+    def _refresh_if_due(self, pairs: list[tuple[Execution, dict[str, Any]]]) -> None:
+        state = self._wrapper_state
+        for execution, values in pairs:
+            execution.count_step()
+            execution.decide(values, state.updates)
+        due = [
+            (execution, values)
+            for execution, values in pairs
+            if execution.is_due(values, state.updates) or (state.overdue and execution.refreshes)
+        ]
+        state.overdue = bool(due)  # until it is done
+        for execution, _ in due:
+            execution.check_known(state.inner)
+        try:
+            chosen = [
+                execution.choose(
+                    state.options.override(values | execution.overrides), state.updates
+                )
+                for execution, values in due
+            ]
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"{error}. The weights have moved, and A and B are as before this update: mend the "
+                "weights, and call step again"
+            ) from None
+        for (execution, values), sets in zip(due, chosen, strict=True):
+            execution.adopt(sets, state.inner, values)
+        state.overdue = False
+        if due:
+            state.refreshes += 1
+            # Ever more rarely, since to look takes milliseconds; and until something is found.
+            if state.refreshes.bit_count() == 1 and not state.warned:
+                params = (param for group in state.groups for param in group.params)
+                state.warned = warn_of_dense_averages(params)
+
+    def _with_options(self) -> Iterator[tuple[Execution, dict[str, Any]]]:
+        given, known = len(self.param_groups), len(self._wrapper_state.groups)
+        if given != known:
+            raise MismatchError(
+                f"param_groups has {given} groups, and {known} were given to the optimizer: add "
+                "groups by add_param_group; to take one away, build and wrap another optimizer"
+            )
+        for group, values in zip(self._wrapper_state.groups, self.param_groups, strict=True):
+            for execution in group.executions:
+                yield execution, values
+
+    @torch.no_grad()
+    def _accept_external_writes(self) -> None:
+        """Whoever reads the weights first takes over what someone else wrote into the model.
+
+        What cannot be taken over is for the next step to refuse: asking raises nothing.
+        """
+        for execution in self._wrapper_state.executions:
+            with suppress(MismatchError):
+                execution.accept_external_writes()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, sparsified under the wrapper's options and those that it has of its own.
+
+        Raises
+        ------
+        OptionError, NonFiniteError, UnsupportedTensorError, UnsupportedOptimizerError
+            As ``topkast.wrap_optimizer``; no group is added then.
+        """
+        state = self._begun()
+        if state is None:  # called by the constructor of the base class
+            super().add_param_group(param_group)
+            return
+        options = state.options.override(param_group)
+        _name(param_group, len(state.groups), self.param_groups)
+        super().add_param_group(param_group)  # checks, and fills in defaults
+        try:
+            group = prepare(state, param_group, options)
+            check_overlap([*state.groups, group])
+            self._tell_inner(param_group, group)
+        except Exception:
+            del self.param_groups[len(state.groups) :]
+            raise
+        state.groups.append(group)
+        self._install(group, param_group, options.for_group())
+
+    def _tell_inner(self, param_group: dict[str, Any], group: Group) -> None:
+        """Have an inner optimizer that adds groups in its own way do so, with compact vectors."""
+        inner = self._wrapper_state.inner
+        if type(inner).add_param_group is torch.optim.Optimizer.add_param_group:
+            return
+        self.param_groups.pop()
+        try:
+            with self._wrapper_state.seat.seated():
+                param_group["params"] = group.given()
+                type(inner).add_param_group(inner, param_group)
+        finally:
+            param_group["params"] = group.params
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the inner optimizer on B, options, sets and θ; a snapshot that stays as it is.
+
+        Tensors, numbers, strings and containers of them: ``torch.load`` with
+        ``weights_only=True`` reads it.
+
+        Returns
+        -------
+        dict
+            ``"state"`` and ``"param_groups"`` as of any PyTorch optimizer. What Top-KAST adds is
+            under ``"topkast"`` in the state of each Parameter and in the first group.
+        """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        self._accept_external_writes()
+        with torch.no_grad():
+            state_dict = _checkpoint.save(self._wrapper_state)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            state_dict = after(self, state_dict) or state_dict
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved state; writes the saved forward view into the Parameters.
+
+        Raises
+        ------
+        StateDictError
+            If it is corrupt or fits other tensors or sparsities; nothing is changed then.
+        """
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        with torch.inference_mode(False), torch.no_grad():
+            _checkpoint.load(self._wrapper_state, state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def __topkast_unwrap__(self, weights: Any) -> torch.optim.Optimizer:
+        """See :func:`topkast.unwrap`."""
+        from topkast_torch.optimizer._unwrap import unwrap
+
+        return unwrap(self, weights)
+
+    def retire(self) -> None:
+        """Refuse to act from now on: the inner optimizer has gone its own way."""
+        refusal = Refusal(
+            "this TopKASTOptimizer was ended by topkast.unwrap: use the optimizer that it returned"
+        )
+        for name in REFUSED_ALONE:
+            setattr(self, name, refusal)
+
+    def _find_attribute(self, name: str) -> Any:
+        """What the wrapped optimizer has besides: methods act on the values on B."""
+        state = self.__dict__.get("_wrapper_state")
+        if state is None or name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        try:
+            value = getattr(state.inner, name)
+        except AttributeError:
+            raise AttributeError(
+                f"neither {type(self).__name__} nor the {name_of(state.inner)} in it has an "
+                f"attribute {name!r}"
+            ) from None
+        if not callable(value) or isinstance(value, Refusal):
+            return value
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            self._accept_external_writes()
+            try:
+                with state.seat.seated():
+                    return value(*arguments, **named)
+            finally:
+                with torch.no_grad():
+                    for execution in state.executions:
+                        execution.write_forward_view()
+
+        return call
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._accept_external_writes()
+        return {"defaults": self.defaults, "_wrapper_state": self._wrapper_state}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._wrapper_state = state["_wrapper_state"]
+        super().__setstate__({"defaults": state["defaults"]})
+
+    def __repr__(self) -> str:
+        return (
+            super()
+            .__repr__()
+            .replace(
+                f"{type(self).__name__} (",
+                f"{type(self).__name__} around {name_of(self._wrapper_state.inner)} (",
+                1,
+            )
+        )
+
+    def __topkast_inspect__(self, params: None = None) -> Inspection:
+        self._accept_external_writes()
+        state = self._wrapper_state
+        theta: dict[str, Tensor] = {}
+        held: dict[str, int] = {}
+        model = 0
+        with torch.no_grad():
+            for group in state.groups:
+                for name, param in zip(group.names, group.params, strict=True):
+                    theta[name] = param.detach()
+                    if layer_of(param) is None:  # of sparse layers all is held
+                        model += param.nbytes if name not in group.owner else 2 * param.nbytes
+                    if name not in group.owner:
+                        theta[name] = theta[name].clone()
+                        held[name] = sum(entry.nbytes for entry in (param, *self._entries(param)))
+                for execution in group.executions:
+                    theta |= execution.ranked.unflatten(execution.theta().clone())
+                    held[execution.ranked.key] = execution.held_bytes(
+                        self._entries(execution.values)
+                    )
+        executions = {execution.ranked.key: execution for execution in state.executions}
+        return Inspection(
+            state.updates,
+            theta,
+            {key: execution.ranked for key, execution in executions.items()},
+            {key: execution.support for key, execution in executions.items()},
+            {key: execution.changed for key, execution in executions.items()},
+            held,
+            model,
+        )
+
+    def _entries(self, param: Tensor) -> list[Tensor]:
+        state = self._wrapper_state
+        return [entry for _, entry in walk(entries_of(state.inner, param, state.stores))]
+
+    if not TYPE_CHECKING:  # type checkers are to find misspelt names
+        __getattr__ = _find_attribute
+
+
+_step_uncompiled: Any = torch.compiler.disable(TopKASTOptimizer._step)
+
+
+def wrap(optimizer: Any, options: Options) -> TopKASTOptimizer:
+    """Adapter of ``topkast.wrap_optimizer`` for the package ``torch``."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UnsupportedOptimizerError(
+            f"expected a torch.optim.Optimizer, got {type(optimizer).__qualname__}"
+        )
+    with torch.inference_mode(False):  # whose tensors could not be trained afterwards
+        return TopKASTOptimizer(optimizer, options)
+
+
+def _check_inner(inner: torch.optim.Optimizer) -> None:
+    name = name_of(inner)
+    if isinstance(inner, TopKASTOptimizer) or isinstance(inner.step, Refusal):
+        raise UnsupportedOptimizerError(
+            "this optimizer is wrapped already: go on with the TopKASTOptimizer that "
+            "topkast.wrap_optimizer returned, or end it by topkast.unwrap first"
+        )
+    if is_called_by("_init_local_optimizer", "ZeroRedundancyOptimizer"):
+        raise UnsupportedOptimizerError(
+            "ZeroRedundancyOptimizer has each process step some of the Parameters, and their "
+            f"forward views would be seen in that process alone: wrap the {name} itself, without "
+            "it, in every process. What it keeps is of the size of B as it is"
+        )
+    if hasattr(inner.step, "_wrapped_by_lr_sched"):
+        raise UnsupportedOptimizerError(
+            f"a learning-rate scheduler was built on this {name} and would not reach the wrapper: "
+            "wrap the optimizer first, then build the scheduler on the result"
+        )
+    for attribute, value in attributes_of(inner).items():
+        if isinstance(value, torch.optim.Optimizer):
+            raise UnsupportedOptimizerError(
+                f"{name} holds another optimizer, {name_of(value)}, in its attribute {attribute}: "
+                f"wrap the {name_of(value)} by itself. Where a library put {name} around it "
+                "(Accelerate, ZeroRedundancyOptimizer), call topkast.wrap_optimizer before that "
+                "library's own preparation"
+            )
+    clash = sorted(set(GROUP_OPTIONS) & set(inner.defaults))
+    if clash:
+        raise UnsupportedOptimizerError(
+            f"{name} has options of the names {', '.join(clash)}, which are Top-KAST's in a "
+            "parameter group"
+        )
+
+
+def _check_names(groups: list[Group], param_groups: list[dict[str, Any]], options: Options) -> None:
+    names = [
+        name
+        for group, values in zip(groups, param_groups, strict=True)
+        if "dense" not in values
+        for name in group.names
+    ]
+    options.check_names(names)
+    everything = dict.fromkeys(name for group in groups for name in group.names)
+    sparse = {name for group in groups for name in group.owner}
+    asked = any(values.get("dense") is True for values in param_groups)
+    if not asked:
+        check_any(dict.fromkeys(sparse), everything, options)
+
+
+def _name(param_group: dict[str, Any], number: int, others: list[dict[str, Any]]) -> None:
+    """Give a group's Parameters names, where those of the other groups have some."""
+    params = param_group["params"]
+    if not others or "param_names" not in others[0] or isinstance(params, set):
+        return
+    params = [params] if isinstance(params, Tensor) else list(params)
+    if params and not isinstance(params[0], tuple):
+        names = param_group.pop("param_names", [f"{number}.{one}" for one in range(len(params))])
+        params = list(zip(names, params, strict=True))
+    param_group["params"] = params

@@ -1,0 +1,1 @@
+"""Layers whose weight exists on B alone, and the way there and back."""

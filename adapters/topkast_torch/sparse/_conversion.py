@@ -1,0 +1,48 @@
+"""Layers made sparse in place, and dense again: they and their Parameters stay the same objects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from topkast import Support
+from topkast_torch.sparse._layers import SparseConv2d, SparseLinear
+from topkast_torch.sparse._sparse_layer import SparseLayer, forget, replace_data
+
+SPARSE_FORMS: dict[type[nn.Module], type[SparseLayer]] = {
+    nn.Linear: SparseLinear,
+    nn.Conv2d: SparseConv2d,
+}
+
+
+def make_sparse(
+    module: nn.Module, values: Parameter, support: Support, shape: tuple[int, ...]
+) -> SparseLayer:
+    """Make a module sparse in place: whoever holds it, and its hooks, stay as they are."""
+    sparse = SPARSE_FORMS[type(module)]
+    del module._parameters["weight"]
+    module.__class__ = sparse
+    assert isinstance(module, SparseLayer)
+    bias = module._parameters.pop("bias")
+    module.set_sparse(values, support, tuple(shape))
+    module._parameters["bias"] = bias
+    return module
+
+
+def make_dense(module: SparseLayer, weight: Tensor, *, same: bool) -> None:
+    """Make a sparse layer dense in place, with a weight; its Parameter stays the `same`, or not."""
+    param, bias = module._parameters.pop("values"), module._parameters.pop("bias")
+    assert param is not None
+    for name in ("indices", "active", "reservoir", "weight_shape", "density", "_products"):
+        module.__dict__.pop(name, None)
+    del module._number
+    if same:
+        forget(param)
+        replace_data(param, weight)
+    else:
+        param = Parameter(weight, requires_grad=param.requires_grad)
+    dense: Any = next(one for one, sparse in SPARSE_FORMS.items() if isinstance(module, sparse))
+    module.__class__ = dense
+    module._parameters |= {"weight": param, "bias": bias}

@@ -1,0 +1,171 @@
+"""The forward view alone, as a safetensors file: values on A and where they are."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topkast import MismatchError
+from topkast_torch.sparse._sparse_layer import STRUCTURE, SparseLayer
+
+_FORMAT = "topkast-forward-1"
+_INDICES = (torch.int32, torch.int64)
+_SPARSEST = 1 << 20  # entries of a weight for each value, at most: a file must not claim memory
+
+
+def save_forward(model: nn.Module, path: str | PathLike[str]) -> None:
+    r"""Save what the forward pass of a sparse model sees: of each sparse layer, A alone.
+
+    A sparse weight ``name.weight`` becomes ``name.weight.values``, shape (\|A\|,), and
+    ``name.weight.indices``, its flat C-order indices, ascending, int32 where they fit and int64
+    otherwise. Its shape is in the metadata. Everything else of the state dict is saved as it is.
+
+    Parameters
+    ----------
+    model
+        A model after :func:`topkast.sparsify`.
+    path
+        File to write. Needs the extra ``topkast[safetensors]``.
+
+    Raises
+    ------
+    MismatchError
+        If there is no sparse layer.
+
+    Examples
+    --------
+    >>> import tempfile, torch, topkast_torch
+    >>> layer = topkast_torch.SparseLinear(20, 30, fwd=0.9, bwd=0.8)
+    >>> with tempfile.NamedTemporaryFile() as file:
+    ...     topkast_torch.save_forward(layer, file.name)
+    ...     state = topkast_torch.load_forward(file.name)
+    >>> dense = torch.nn.Linear(20, 30)
+    >>> dense.load_state_dict(state)
+    <All keys matched successfully>
+    """
+    save_file: Any = _safetensors("torch").save_file
+    layers = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, SparseLayer)
+    }
+    if not layers:
+        raise MismatchError("the model has no sparse layer: call topkast.sparsify first")
+    own = {_join(name, part) for name in layers for part in ("values", *STRUCTURE)}
+    tensors: dict[str, Tensor] = {}
+    same: dict[str, str] = {}  # names of what is saved under another name
+    first: dict[Any, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in own:
+            key = tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+            if tensor.numel() and key in first:
+                same[name] = first[key]
+            else:
+                first[key] = name
+                tensors[name] = tensor.detach().contiguous()
+    shapes = {}
+    for name, layer in layers.items():
+        weight = _join(name, "weight")
+        if id(layer) in first:
+            same[weight] = first[id(layer)]
+            continue
+        first[id(layer)] = weight
+        tensors[weight + ".values"] = layer.values.detach().view(-1)[: layer.active_count].clone()
+        tensors[weight + ".indices"] = layer.support.active.clone()
+        shapes[weight] = list(layer.weight_shape)
+    metadata = {"format": _FORMAT, "shapes": json.dumps(shapes), "same": json.dumps(same)}
+    save_file(tensors, path, metadata=metadata)
+
+
+def load_forward(path: str | PathLike[str]) -> dict[str, Tensor]:
+    """The state dict of a dense model from a file of :func:`save_forward`.
+
+    Parameters
+    ----------
+    path
+        The file.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Sparse weights as dense tensors that are zero outside A.
+
+    Raises
+    ------
+    MismatchError
+        If the file is none of :func:`save_forward`, or its indices do not fit its shapes.
+
+    Examples
+    --------
+    See :func:`save_forward`.
+    """
+    safe_open: Any = _safetensors("").safe_open
+    with safe_open(path, framework="pt") as file:
+        metadata: dict[str, Any] = file.metadata() or {}
+        if metadata.get("format") != _FORMAT:
+            raise MismatchError(
+                f"{path} was not written by topkast_torch.save_forward: its format is "
+                f"{metadata.get('format')!r}, expected {_FORMAT!r}"
+            )
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        shapes, same = (_read_object(metadata, name) for name in ("shapes", "same"))
+        for name, shape in shapes.items():
+            tensors[name] = _to_dense(name, shape, tensors)
+        for name, other in same.items():
+            tensors[name] = tensors[other]
+    except (ValueError, KeyError) as error:
+        raise MismatchError(f"{path} is no file of topkast_torch.save_forward: {error}") from error
+    return tensors
+
+
+def _read_object(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
+    content = json.loads(metadata.get(name, "{}" if name == "same" else "null"))
+    if not isinstance(content, dict):
+        raise ValueError(f"its entry {name!r} must be a JSON object, got {content!r}")
+    return content
+
+
+def _to_dense(name: str, shape: Any, tensors: dict[str, Tensor]) -> Tensor:
+    """The dense tensor of values and indices in a file, once it is known that they fit."""
+    values, indices = tensors.pop(name + ".values"), tensors.pop(name + ".indices")
+    if not isinstance(shape, list) or not all(
+        isinstance(length, int) and length >= 0 for length in shape
+    ):
+        raise ValueError(f"the shape of {name} must be a list of lengths, got {shape!r}")
+    size = math.prod(shape)
+    if values.dim() != 1 or indices.shape != values.shape or indices.dtype not in _INDICES:
+        raise ValueError(
+            f"{name} has values of shape {tuple(values.shape)} and indices of {indices.dtype} and "
+            f"shape {tuple(indices.shape)}, expected as many integers as values"
+        )
+    indices = indices.long()
+    ascend = bool((indices[1:] > indices[:-1]).all())
+    if len(indices) and not (ascend and int(indices[0]) >= 0 and int(indices[-1]) < size):
+        raise ValueError(f"the indices of {name} must ascend in [0, {size})")
+    if size > _SPARSEST * max(len(indices), 1):
+        raise ValueError(
+            f"{name} has {len(indices)} values for a weight of shape {tuple(shape)}: a file of "
+            "this size cannot claim a tensor of that"
+        )
+    return values.new_zeros(size).index_copy(0, indices, values).view(shape)
+
+
+def _safetensors(part: str) -> Any:
+    try:
+        return importlib.import_module(f"safetensors.{part}" if part else "safetensors")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "files of forward views need safetensors: pip install 'topkast[safetensors]'"
+        ) from error
+
+
+def _join(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name

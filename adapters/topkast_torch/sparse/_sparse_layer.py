@@ -1,0 +1,347 @@
+"""What a sparse layer is: values on B, where they are, and how both are saved and loaded."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from topkast import MismatchError, SparseExportWarning, Support, select
+from topkast.adapter import exact_fraction
+from topkast_torch.sparse._products import Entries
+from topkast_torch.sparse._read_only import read_only
+
+STRUCTURE = ("indices", "active_count", "shape")  # of a state dict, beside the values
+
+# Of each Parameter with the values of a layer, that layer: all that an optimizer is given of it.
+_LAYERS: Any = WeakTensorKeyDictionary()
+
+
+def layer_of(param: Tensor) -> SparseLayer | None:
+    """The layer whose values on B are this Parameter."""
+    found = _LAYERS.get(param)
+    layer: SparseLayer | None = found() if found is not None else None
+    return layer
+
+
+def _saves_pretrained() -> bool:
+    """Whether Transformers asks for the state dict, for a file that dense models are read from."""
+    frame = sys._getframe() if "transformers" in sys.modules else None
+    while frame is not None:
+        if frame.f_code.co_name == "save_pretrained":
+            return "state_dict" not in frame.f_locals or frame.f_locals["state_dict"] is None
+        frame = frame.f_back
+    return False
+
+
+def forget(param: Tensor) -> None:
+    """A Parameter is no longer that of a sparse layer."""
+    _LAYERS.pop(param, None)
+
+
+def replace_data(param: Parameter, data: Tensor) -> None:
+    """Give a Parameter data of another shape. Its gradient is dropped.
+
+    Between the two it has another dtype, which makes autograd forget the shape that it knew: graphs
+    of earlier passes that are still alive would keep it.
+    """
+    param.grad = None
+    other = torch.float32 if data.dtype == torch.float64 else torch.float64
+    param.data = torch.empty(0, dtype=other, device=data.device)
+    param.data = data
+
+
+class SparseLayer(nn.Module):
+    """What the sparse layers share: values on B, and where they are.
+
+    ``values`` is the only Parameter besides the bias. ``indices`` says where they are in the flat
+    weight, those of A first, of which there are ``active_count``. The state dict holds these and
+    the weight's shape as tensors; they are no buffers, which would be sent and averaged.
+    """
+
+    values: Parameter
+    bias: Parameter | None
+    indices: Tensor
+    active_count: int
+    reservoir: Tensor | None  # all weights, until an optimizer takes them over
+    _products: tuple[Any, tuple[Any, ...]] | None  # and what they were made from
+    _number: int = 0  # of the tensors that the layer was given as its sets
+
+    def set_sparse(self, values: Parameter, support: Support, shape: tuple[int, ...]) -> None:
+        """Take these values, this support, and a weight of this shape."""
+        self.values = values
+        self.weight_shape = tuple(shape)
+        self.reservoir = self._products = None
+        self.set_support(support)
+
+    def set_support(self, support: Support) -> None:
+        """Take other places of the values."""
+        self.indices, self.active_count = support.indices, support.forward
+
+    @property
+    def support(self) -> Support:
+        """Where B is, and what of it is in A."""
+        return Support(self.indices, self.active_count)
+
+    def structure(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the state dict holds beside the values, as tensors; see STRUCTURE."""
+        count, shape = (
+            torch.tensor(number, device="cpu") for number in (self.active_count, self.weight_shape)
+        )
+        return self.indices, count, shape
+
+    @property
+    def weight(self) -> Tensor:
+        """The forward view α as a dense tensor: a copy, whose gradient reaches the values on B.
+
+        Writing to it raises :class:`topkast.MismatchError`, since the layer would not notice.
+        """
+        return read_only(dense_weight(self.values, self.support, self.weight_shape))
+
+    @property
+    def products(self) -> Any:
+        """The products with this layer's weight, made once after each refresh."""
+        made_from = *self.written, self._window
+        if self._products is None or self._products[1] != made_from:
+            check_sets("the layer", self.support, self.weight_shape, self.values.numel())
+            self._products = self._make_products(), made_from
+        return self._products[0]
+
+    @property
+    def written(self) -> tuple[int, ...]:
+        """Changes when someone gives the layer other sets, or writes into them."""
+        return self._number, self.indices._version
+
+    @property
+    def _window(self) -> Any:
+        """What a convolution sees of an image; its attributes may be changed."""
+        return None
+
+    def _make_products(self) -> Any:
+        raise NotImplementedError
+
+    def _entries(self) -> Entries:
+        """Where the weights on B are in the matrix of the products."""
+        places = self._places(self.indices)
+        return Entries(*places, self.active_count, self._matrix_shape())
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        rows, *others = self.weight_shape
+        return rows, math.prod(others)
+
+    def _places(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and columns, in the matrix of the products, of flat indices of the weight."""
+        width = self._matrix_shape()[1]
+        rows = torch.div(indices, width, rounding_mode="floor")
+        return rows, indices - rows * width
+
+    def _check_input(self, inputs: Tensor) -> Tensor:
+        if self.values.dtype not in (torch.float32, torch.float64):
+            raise MismatchError(
+                f"sparse layers are of float32 or float64, and this one was converted to "
+                f"{self.values.dtype}"
+            )
+        if inputs.dtype == self.values.dtype:
+            return inputs
+        if torch.is_autocast_enabled(inputs.device.type):
+            return inputs.to(self.values.dtype)  # there is no product of lower precision
+        raise MismatchError(
+            f"the input of {type(self).__name__} is {inputs.dtype} and its values are "
+            f"{self.values.dtype}: convert the input (under torch.autocast it is done for you)"
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "values":
+            holder = layer_of(value)
+            if holder is not None and holder is not self:
+                raise MismatchError(
+                    "these values belong to another sparse layer: tie weights by using one layer "
+                    "in both places"
+                )
+            _LAYERS[value] = weakref.ref(self)
+        elif name in ("indices", "active_count") and value is not self.__dict__.get(name):
+            self._number += 1
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_products": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if layer_of(self.values) is None:
+            _LAYERS[self.values] = weakref.ref(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if layer_of(self.values) is None:
+            _LAYERS[self.values] = weakref.ref(self)
+        device = self.values.device
+        if device.type != "meta":
+            self.indices = self.indices.to(device)
+            if self.reservoir is not None:
+                self.reservoir = self.reservoir.to(self.values)
+        self._products = None
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if _saves_pretrained():
+            warnings.warn(
+                "save_pretrained saves a model with sparse layers, which from_pretrained cannot "
+                "load: pass state_dict=topkast.densify(model.state_dict())",
+                SparseExportWarning,
+                stacklevel=2,
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, entry in zip(STRUCTURE, self.structure(), strict=True):
+            destination[prefix + name] = entry
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take values and structure, or a dense ``weight`` that vanishes outside A."""
+        merged = dict(state_dict)
+        dense = merged.pop(prefix + "weight", None)
+        structure = [merged.pop(prefix + name, None) for name in STRUCTURE]
+        if prefix + "values" in state_dict or any(entry is not None for entry in structure):
+            support = self._check_structure(prefix, state_dict)
+            indices = support.indices.to(self.indices)
+            if not torch.equal(indices, self.indices):
+                # A new tensor: an optimizer that shares the old one is to notice.
+                self.set_support(Support(indices.clone(), support.forward))
+        elif dense is not None:
+            merged[prefix + "values"] = self._restrict(prefix + "weight", dense)
+        self.reservoir = None  # what lay outside B was that of other weights
+        super()._load_from_state_dict(
+            merged, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _check_structure(self, prefix: str, state_dict: Mapping[str, Any]) -> Support:
+        """The sets in a state dict, if they fit the layer; else :class:`topkast.MismatchError`."""
+        names = [prefix + name for name in ("values", *STRUCTURE)]
+        present = [name for name in names if name in state_dict]
+        if len(present) < len(names):
+            raise MismatchError(
+                f"the state dict has {present} but not {sorted({*names} - {*present})}: values and "
+                "their places belong together"
+            )
+        layer = prefix.rstrip(".") or "the layer"
+        values = state_dict[names[0]]
+        support, shape = read_structure(layer, state_dict, prefix)
+        if not isinstance(values, Tensor):
+            raise MismatchError(f"{names[0]} must be a tensor, got {type(values).__name__}")
+        if shape != self.weight_shape:
+            raise MismatchError(
+                f"{layer}: the state dict has a weight of shape {shape}, the layer "
+                f"{self.weight_shape}"
+            )
+        if values.shape != self.values.shape:
+            raise MismatchError(
+                f"{layer}: the state dict has values of shape {tuple(values.shape)}, the layer "
+                f"{tuple(self.values.shape)}"
+            )
+        check_sets(f"{layer}: the state dict", support, shape, values.numel())
+        if support.forward != self.active_count:
+            raise MismatchError(
+                f"{layer}: the state dict has |A| = {support.forward}, the layer "
+                f"{self.active_count}"
+            )
+        return support
+
+    def _restrict(self, name: str, dense: Tensor) -> Tensor:
+        """The values on B of a dense weight that is zero outside A."""
+        if tuple(dense.shape) != self.weight_shape:
+            raise MismatchError(
+                f"{name} has shape {tuple(dense.shape)}, the layer {self.weight_shape}"
+            )
+        values = self.values.detach().clone().view(-1)
+        current = dense.reshape(-1).index_select(0, self.support.active)
+        if torch.count_nonzero(dense) > torch.count_nonzero(current):
+            raise MismatchError(
+                f"{name} has nonzero weights outside the forward set of the layer that it is "
+                "loaded into. Load the optimizer's state first, which brings the sets; or load it "
+                "into the dense model, then wrap and sparsify"
+            )
+        values[: self.active_count] = current.to(values.dtype)
+        return values.view(self.values.shape)
+
+
+def start(layer: SparseLayer, theta: Tensor, *, fwd: float, bwd: float) -> None:
+    """Give a layer its first values: those on B of the weights `theta`, which it remembers."""
+    support = select(theta, fwd=fwd, bwd=bwd)
+    flat = theta.reshape(-1)
+    shape = (1,) * (theta.dim() - 1) + (support.backward,)
+    values = flat.index_select(0, support.indices)
+    layer.set_sparse(Parameter(values.view(shape)), support, tuple(theta.shape))
+    layer.reservoir = flat.clone()
+    layer.density = float(1 - exact_fraction(fwd))
+
+
+def to_dense(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor:
+    """α as a dense tensor."""
+    dense = values.new_zeros(math.prod(shape))
+    active = values.detach().view(-1)[: support.forward]
+    return dense.index_copy_(0, support.active.long(), active).view(shape)
+
+
+def dense_weight(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor:
+    """:func:`to_dense`, with a gradient on B, as that of the products."""
+    found: Tensor = _Dense.apply(values, support, shape)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Dense(torch.autograd.Function):
+    @staticmethod
+    def forward(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor:
+        return to_dense(values, support, shape)
+
+    @staticmethod
+    def setup_context(context: Any, inputs: Any, output: Tensor) -> None:
+        values, support, _ = inputs
+        context.save_for_backward(support.indices)
+        context.shape = values.shape
+
+    @staticmethod
+    def backward(context: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (indices,) = context.saved_tensors
+        return grad_output.reshape(-1).index_select(0, indices).view(context.shape), None, None
+
+
+def read_structure(
+    layer: str, state_dict: Mapping[str, Any], prefix: str
+) -> tuple[Support, tuple[int, ...]]:
+    """The sets and the shape of a weight in a state dict, as far as they are of the right kind."""
+    for name in STRUCTURE:
+        entry = state_dict[prefix + name]
+        if not isinstance(entry, Tensor):
+            raise MismatchError(f"{prefix + name} must be a tensor, got {type(entry).__name__}")
+        if entry.is_floating_point():
+            raise MismatchError(f"{prefix + name} must be of integers, got {entry.dtype}")
+    indices, count, shape = (state_dict[prefix + name] for name in STRUCTURE)
+    if (count.dim(), shape.dim()) != (0, 1):
+        raise MismatchError(
+            f"{layer}: the state dict has |A| of shape {tuple(count.shape)} and a weight's shape "
+            f"of shape {tuple(shape.shape)}: expected a number and a vector"
+        )
+    return Support(indices, int(count)), tuple(shape.tolist())
+
+
+def check_sets(what: str, support: Support, shape: tuple[int, ...], count: int) -> None:
+    """Raise :class:`topkast.MismatchError` unless sets fit a weight and its number of values."""
+    support.check(math.prod(shape), what)
+    if support.backward != count:
+        raise MismatchError(f"{what} has {support.backward} indices for {count} values")

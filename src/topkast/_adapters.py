@@ -1,0 +1,60 @@
+"""The adapters that are installed: by the package of an optimizer, or of a model."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from topkast._errors import AdapterNotFoundError
+
+# The group of entry points by which packages bring adapters: the package that optimizers come from,
+# and the function that wraps one. What else an adapter can do are functions of the same module.
+ENTRY_POINTS = "topkast.adapters"
+
+# The extra that installs what an optimizer of a package needs.
+EXTRAS = {"torch": "torch", "optax": "jax"}
+
+
+def find_entry(value: Any) -> EntryPoint | None:
+    """The adapter for an optimizer or a model, by the packages of its type and of its bases.
+
+    Raises :class:`topkast.AdapterNotFoundError` where it is one of ours, and not installed.
+    """
+    roots = [base.__module__.partition(".")[0] for base in type(value).__mro__]
+    entries = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    for root in roots:
+        if root in entries:
+            return entries[root]
+    for root in roots:
+        if root in EXTRAS:
+            raise AdapterNotFoundError(
+                f"the adapter for {root} is not installed: pip install 'topkast[{EXTRAS[root]}]'"
+            )
+    return None
+
+
+def load(entry: EntryPoint, function: str | None = None) -> Any:
+    """What an entry point names, or another function of its module.
+
+    Raises :class:`topkast.AdapterNotFoundError` where something that it needs is not installed, or
+    the adapter has no such function.
+    """
+    try:
+        loaded = entry.load()
+        module = importlib.import_module(entry.module)
+    except ModuleNotFoundError as error:
+        raise AdapterNotFoundError(
+            f"the adapter for {entry.name} needs {error.name}, which is not installed: "
+            f"pip install 'topkast[{EXTRAS.get(entry.name, entry.name)}]'"
+        ) from error
+    if function is None:
+        return loaded
+    if not hasattr(module, function):
+        raise AdapterNotFoundError(f"the adapter for {entry.name} has no {function}")
+    return getattr(module, function)
+
+
+def known_packages() -> list[str]:
+    """Packages whose optimizers can be wrapped, or could if an extra were installed."""
+    return sorted({*EXTRAS, *(entry.name for entry in entry_points(group=ENTRY_POINTS))})

@@ -1,0 +1,107 @@
+"""What adapters are made of: the contract for those of this project and for those of others.
+
+An adapter connects one framework's optimizers to the algorithm. It is a module with a function
+``wrap(optimizer, options)``, registered under the entry points ``topkast.adapters`` by the package
+that the optimizers come from; ``sparsify(model, optimizer, ...)`` and ``densify(model)`` are
+optional. It holds the state, and converts containers: the decisions are made here.
+
+- :class:`Options` are checked when the optimizer is wrapped, and know the overrides of each tensor.
+- :class:`RankedTensors` are tensors that share one compact vector; it selects and refreshes.
+- :class:`Step` says what one update does to one tensor (:func:`decide`, :func:`is_due`).
+- :class:`Inspection` is what ``__topkast_inspect__`` returns, which :func:`topkast.summary` shows.
+- :class:`Backend` does what the array-API standard lacks for the arrays of a library.
+- :func:`check_permutation`, :func:`check_joint` and :func:`observe` try the inner optimizer.
+"""
+
+from topkast._age import SETTLED, Betas, corrections, grow, kappa, settled_ages, young_limit
+from topkast._inspect import Inspection
+from topkast._method import Method
+from topkast._options import (
+    FIXED_OPTIONS,
+    GROUP_OPTIONS,
+    Options,
+    check_patterns,
+    check_sparsities,
+    kept_dense,
+    matches,
+)
+from topkast._primitives import Array, cond, is_traced, possibly_true
+from topkast._probe import (
+    HostArray,
+    HostArrays,
+    Traits,
+    beta_pairs,
+    check_joint,
+    check_permutation,
+    observe,
+)
+from topkast._step import Step, decide, is_due
+from topkast._table import format_table
+from topkast._tensors import RankedTensors, Refresh, members, rank_tensors
+from topkast.backends import Backend
+from topkast.functional._plan import Plan, TensorInfo, check_any
+from topkast.functional._rules import bias_correction, learning_rate
+from topkast.functional._state import Arrays, TopKASTState, count_bytes, forward_views, inspection
+from topkast.functional._transform import TopKASTTransform, apply_updates
+from topkast.functional._wrapped_rule import WrappedRule
+from topkast.methods._chosen import method_of
+from topkast.selection._distribution import Shape, exact_fraction
+from topkast.selection._random import Ranks
+from topkast.selection._support import Migration
+
+__all__ = [
+    "FIXED_OPTIONS",
+    "GROUP_OPTIONS",
+    "SETTLED",
+    "Array",
+    "Arrays",
+    "Backend",
+    "Betas",
+    "HostArray",
+    "HostArrays",
+    "Inspection",
+    "Method",
+    "Migration",
+    "Options",
+    "Plan",
+    "RankedTensors",
+    "Ranks",
+    "Refresh",
+    "Shape",
+    "Step",
+    "TensorInfo",
+    "TopKASTState",
+    "TopKASTTransform",
+    "Traits",
+    "WrappedRule",
+    "apply_updates",
+    "beta_pairs",
+    "bias_correction",
+    "check_any",
+    "check_joint",
+    "check_patterns",
+    "check_permutation",
+    "check_sparsities",
+    "cond",
+    "corrections",
+    "count_bytes",
+    "decide",
+    "exact_fraction",
+    "format_table",
+    "forward_views",
+    "grow",
+    "inspection",
+    "is_due",
+    "is_traced",
+    "kappa",
+    "kept_dense",
+    "learning_rate",
+    "matches",
+    "members",
+    "method_of",
+    "observe",
+    "possibly_true",
+    "rank_tensors",
+    "settled_ages",
+    "young_limit",
+]

@@ -1,0 +1,172 @@
+"""The state of a wrapped update rule: what it shows, and the forward view of weights under it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from array_api_compat import array_namespace, is_jax_array
+
+from topkast._errors import MismatchError
+from topkast._inspect import Inspection, find_states
+from topkast._primitives import Array, where
+from topkast._tensors import RankedTensors, members
+from topkast.selection._compact import forward_view, gather, scatter
+from topkast.selection._distribution import Shape
+from topkast.selection._support import Support, in_forward
+
+Arrays = dict[str, Array]
+Params = TypeVar("Params")
+Visit = Callable[[str, Array, Array], Any]  # key, an entry of the state, what it was at first
+
+
+class TopKASTState(NamedTuple):
+    """State of a wrapped update rule.
+
+    Attributes
+    ----------
+    updates
+        Number of updates so far; 0-d int32.
+    supports
+        The sets, by the name of the tensor.
+    changed
+        Entries that the last refresh made active, by the name of the tensor; int32 of shape (1,).
+    ages
+        Updates since each entry of B entered it, int16, by the name of the tensor: for rules of the
+        Adam family, whose entrants would move too fast.
+    inner
+        State of the inner rule, whose arrays cover B alone.
+    """
+
+    updates: Array
+    supports: dict[str, Support]
+    changed: Arrays
+    ages: Arrays
+    inner: Any
+
+    def __topkast_inspect__(self, params: Arrays | None) -> Inspection:
+        if params is None:
+            raise MismatchError("a functional state does not hold the weights: pass params too")
+        held: dict[str, int] = dict.fromkeys({*params, *self.supports}, 0)
+
+        def count(key: str, entry: Array, _: Array) -> Array:
+            held[key] += count_bytes(entry)
+            return entry
+
+        keys = {*self.supports, *params} - {
+            name for key in self.supports for name in members(key, params) if name != key
+        }
+        map_dictionaries(count, self.inner, self.inner, keys)
+        return inspection(self, params, held)
+
+    def __topkast_forward__(self, params: Mapping[str, Array]) -> Arrays:
+        return forward_views(params, self.supports)
+
+
+def inspection(state: Any, params: Arrays, held: Mapping[str, int]) -> Inspection:
+    """What a functional state shows; `held` are the bytes of its inner state, by key."""
+    ranked, total = {}, dict(held)
+    for key, support in state.supports.items():
+        shapes = {name: tuple(params[name].shape) for name in members(key, params)}
+        ranked[key] = _ranked(shapes, support)
+        total[key] += count_bytes(support.indices)
+        if support.blocks is not None and not is_jax_array(support.indices):  # where they are kept
+            total[key] += count_bytes(support.entries)
+        if key in state.ages:
+            total[key] += count_bytes(state.ages[key])
+    # Gradients of all, and forward views of what is sparse, beside the parameters.
+    members_of = {name for one in ranked.values() for name in one.shapes}
+    model = sum(
+        (3 if name in members_of else 2) * count_bytes(array) for name, array in params.items()
+    )
+    return Inspection(
+        int(state.updates), params, ranked, state.supports, state.changed, total, model
+    )
+
+
+def forward_params(params: Params, state: Any, /) -> Params:
+    """The forward view α of every tensor: what the model is to be evaluated at.
+
+    Parameters
+    ----------
+    params
+        θ, by name; in JAX any pytree.
+    state
+        State of the wrapped rule, or of what is around it.
+
+    Returns
+    -------
+    dict of str to array, or a pytree
+        Sparsified tensors with zeros outside A; dense ones as they are.
+
+    Examples
+    --------
+    >>> import numpy as np, topkast
+    >>> tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.75, bwd=0.5)
+    >>> params = {"w": np.asarray([[0.1, -0.9], [0.5, 0.3]])}
+    >>> topkast.forward_params(params, tx.init(params))["w"]
+    array([[ 0. , -0.9],
+           [ 0. ,  0. ]])
+    """
+    views: Any = params
+    for one in find_states(state, "__topkast_forward__"):
+        views = one.__topkast_forward__(views)
+    return views  # type: ignore[no-any-return]
+
+
+def forward_views(params: Mapping[str, Array], supports: Mapping[str, Support]) -> Arrays:
+    """:func:`forward_params`, for parameters by name."""
+    views = dict(params)
+    for key, support in supports.items():
+        shapes = {name: tuple(params[name].shape) for name in members(key, params)}
+        ranked = _ranked(shapes, support)
+        if is_jax_array(support.indices):
+            # Where parameters are spread over devices, XLA puts what is chosen from them there.
+            flags = in_forward(support)
+            active = ranked.unflatten(scatter(flags, support, shape=(ranked.size,), fill=False))
+            views |= {name: where(active[name], params[name], 0.0) for name in shapes}
+        else:
+            values = gather(ranked.flatten(params), support)
+            views |= ranked.unflatten(forward_view(values, support, shape=(ranked.size,)))
+    return views
+
+
+def _ranked(shapes: Mapping[str, Shape], support: Support) -> RankedTensors:
+    """What of the fixed part follows from shapes and a support."""
+    return RankedTensors(
+        shapes, support.forward, support.backward, density=1.0, blocks=support.blocks
+    )
+
+
+def map_dictionaries(visit: Visit, state: Any, fresh: Any, keys: set[str]) -> Any:
+    """Apply `visit` wherever a state mirrors the compact parameters.
+
+    A rule is given a dictionary with the keys `keys`, so that what it keeps per parameter is a
+    dictionary with those keys, however deep in tuples and dictionaries of its own.
+    """
+    if isinstance(state, dict):
+        if state.keys() == keys:
+            return {
+                key: visit(key, entry, fresh[key]) if hasattr(entry, "shape") else entry
+                for key, entry in state.items()
+            }
+        return {key: map_dictionaries(visit, state[key], fresh[key], keys) for key in state}
+    if isinstance(state, (tuple, list)):
+        parts = [
+            map_dictionaries(visit, part, initial, keys)
+            for part, initial in zip(state, fresh, strict=True)
+        ]
+        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
+    return state
+
+
+def count_bytes(array: Array) -> int:
+    size = 1
+    for length in array.shape:
+        size *= length
+    dtype = array.dtype
+    xp = array_namespace(array)
+    if xp.isdtype(dtype, "bool"):
+        return size
+    info = xp.iinfo(dtype) if xp.isdtype(dtype, "integral") else xp.finfo(dtype)
+    return size * int(info.bits) // 8 * (2 if xp.isdtype(dtype, "complex floating") else 1)

@@ -1,0 +1,434 @@
+"""Top-KAST as a pure transform of updates: the loop of the method, once, for named arrays.
+
+        ┌───────────── refresh, every N updates ─────────────┐
+θ ──select──► Support                                        │
+│               │                                            │
+└─gather──► θ_B ──forward_view──► α ──model──► loss          │
+             ▲                                  │            │
+    inner rule ◄── + exploration gradient ◄── ∂L/∂α on B     │
+             └──────────────── updates ──────────────────────┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from array_api_compat import array_namespace, is_jax_array
+
+from topkast._age import grow, scale_young, settled_ages
+from topkast._errors import MismatchError, UnsupportedTensorError
+from topkast._options import Options
+from topkast._primitives import (
+    Array,
+    cond,
+    device,
+    possibly_true,
+)
+from topkast._step import Step, decide, is_due
+from topkast._tensors import RankedTensors
+from topkast.backends import backend_of
+from topkast.functional._plan import Plan, TensorInfo, make_plan
+from topkast.functional._state import Arrays, TopKASTState
+from topkast.functional._wrapped_rule import UpdateRule, WrappedRule
+from topkast.methods._chosen import method_of
+from topkast.selection._compact import gather, scatter
+from topkast.selection._support import Support
+
+_MAX_COUNT = (1 << 31) - 1  # of updates: counts are int32
+
+
+class TopKASTTransform:
+    """A wrapped update rule for plain arrays, with optax's ``init`` and ``update``.
+
+    Made by :func:`topkast.wrap_optimizer` from :class:`topkast.SGD`, :class:`topkast.Adam` or
+    :class:`topkast.AdamW`. Parameters are a flat ``dict[str, array]`` of one array library. The
+    caller holds θ; differentiate the loss at :func:`topkast.forward_params` of it.
+
+    Since ``update`` selects from the weights that result from its updates, it must be the
+    outermost transform: change its updates afterwards, and A and B are those of other weights.
+    """
+
+    def __init__(
+        self, inner: UpdateRule, options: Options, rule: WrappedRule | None = None
+    ) -> None:
+        self.inner = inner
+        self.options = options
+        self._rule = WrappedRule(inner) if rule is None else rule
+        self._plans: dict[Any, Plan] = {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.inner!r}, {self.options!r})"
+
+    def init(self, params: Mapping[str, Array], /) -> TopKASTState:
+        """Choose the first sets, and initialise the inner rule on B.
+
+        Raises :class:`topkast.UnsupportedTensorError` for weights that are not floating-point,
+        :class:`topkast.NonFiniteError` for NaN or infinity in one, and
+        :class:`topkast.OptionError` if nothing is left to sparsify.
+        """
+        plan = self.plan(params)
+        supports = {
+            ranked.key: ranked.select(ranked.flatten(params), plan.options[ranked.key])
+            for ranked in plan.tensors
+        }
+        return TopKASTState(
+            _zero_count(params),
+            supports,
+            {ranked.key: ranked.no_change(supports[ranked.key].indices) for ranked in plan.tensors},
+            {
+                ranked.key: settled_ages(ranked.backward_size, supports[ranked.key].indices)
+                for ranked in plan.tensors
+                if plan.traits[ranked.key].betas is not None
+            },
+            self.inner.init(_compact(plan, params, supports)),
+        )
+
+    def update(
+        self,
+        grads: Mapping[str, Array],
+        state: TopKASTState,
+        params: Mapping[str, Array] | None = None,
+        /,
+        **extra: Any,
+    ) -> tuple[Arrays, TopKASTState]:
+        """Updates for θ from the gradient at the forward view; new sets when a refresh is due.
+
+        `params` is θ. Add the result with :func:`topkast.apply_updates`. Outside B the updates
+        are -0.0, the one number that changes no bit of what it is added to. Further keyword
+        arguments reach the inner rule.
+
+        >>> import numpy as np, topkast
+        >>> tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.75, bwd=0.5, penalty=0.0)
+        >>> params = {"w": np.asarray([[4.0, 3.0], [2.0, 1.0]])}
+        >>> updates, state = tx.update({"w": np.ones((2, 2))}, tx.init(params), params)
+        >>> updates["w"]
+        array([[-0.1, -0.1],
+               [-0. , -0. ]])
+
+        Raises :class:`topkast.MismatchError` if the names, shapes or dtypes of `grads` and
+        `params` are not those of ``init``.
+        """
+        if params is None:
+            raise MismatchError("update needs params: update(grads, state, params)")
+        advance = self._advance(grads, state, params, extra)
+        steps = advance.steps
+        updates = {name: steps[name] for name in params if name in steps}
+        for ranked in advance.plan.tensors:
+            flat = scatter(
+                steps[ranked.key], state.supports[ranked.key], shape=(ranked.size,), fill=-0.0
+            )
+            updates |= ranked.unflatten(flat)
+        updates = {name: updates[name] for name in params}
+        following = advance.following
+        moved = self._refresh_if_due(
+            advance.plan, following, lambda: apply_updates(params, updates)
+        )
+        return updates, moved
+
+    def step(
+        self,
+        grads: Mapping[str, Array],
+        state: TopKASTState,
+        params: Mapping[str, Array],
+        /,
+        **extra: Any,
+    ) -> tuple[Arrays, TopKASTState]:
+        """The next θ and state: :meth:`update` and :func:`topkast.apply_updates` in one.
+
+        It writes the values on B into a copy of θ and never forms updates as large as θ, which
+        is faster; inside ``jax.jit`` with `params` and `state` donated, there is no copy either.
+
+        >>> import numpy as np, topkast
+        >>> tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.75, bwd=0.5, penalty=0.0)
+        >>> params = {"w": np.asarray([[4.0, 3.0], [2.0, 1.0]])}
+        >>> params, state = tx.step({"w": np.ones((2, 2))}, tx.init(params), params)
+        >>> params["w"]
+        array([[3.9, 2.9],
+               [2. , 1. ]])
+
+        Raises as :meth:`update`.
+        """
+        backend = backend_of(next(iter(params.values()), None))
+        if backend.fuses(self.inner) and not extra:
+            plan = self.check(grads, params, state)
+            decided = self._decide(plan, state)
+            weights, inner, ages = backend.step(self.inner, plan, decided, grads, state, params)
+            following = state._replace(updates=_increment(state.updates), inner=inner, ages=ages)
+            return weights, self._refresh_if_due(plan, following, lambda: weights)
+        advance = self._advance(grads, state, params, extra)
+        stepped = apply_updates(advance.values, advance.steps)
+        weights = {name: stepped[name] for name in params if name in stepped}
+        for ranked in advance.plan.tensors:
+            entries = state.supports[ranked.key].entries
+            flat = ranked.flatten(params)
+            values = array_namespace(flat).reshape(stepped[ranked.key], (-1,))
+            flat = backend_of(flat).put(flat, entries, values)
+            weights |= ranked.unflatten(flat)
+        weights = {name: weights[name] for name in params}
+        following = self._refresh_if_due(advance.plan, advance.following, lambda: weights)
+        return weights, following
+
+    def _advance(
+        self,
+        grads: Mapping[str, Array],
+        state: TopKASTState,
+        params: Mapping[str, Array],
+        extra: Mapping[str, Any],
+    ) -> _Advance:
+        """One update of what the inner rule sees."""
+        plan = self.check(grads, params, state)
+        values = _compact(plan, params, state.supports)
+        gradients = _compact(plan, grads, state.supports)
+        decided = self._decide(plan, state)
+        for key, one in decided.items():
+            gradients[key] = one.add_penalty(gradients[key], values[key], state.supports[key])
+        steps, inner = self.inner.update(gradients, state.inner, values, **extra)
+        steps = dict(steps)
+        updates = _increment(state.updates)
+        steps, inner = self._scale_young(plan, decided, state, updates, steps, inner)
+        for key, one in decided.items():
+            steps[key] = one.restrict(steps[key], state.supports[key])
+        ages = {key: grow(age) for key, age in state.ages.items()}
+        following = state._replace(updates=updates, inner=inner, ages=ages)
+        return _Advance(plan, values, steps, following)
+
+    def _decide(self, plan: Plan, state: TopKASTState) -> dict[str, Step]:
+        """What the next update does to each tensor, by its key."""
+        return {
+            ranked.key: decide(
+                penalty=plan.options[ranked.key].penalty,
+                kind=plan.options[ranked.key].penalty_kind,
+                density=ranked.density,
+                ascends=plan.traits[ranked.key].ascends,
+                explore_until=plan.options[ranked.key].explore_until,
+                updates=state.updates,
+                betas=plan.traits[ranked.key].betas,
+            )
+            for ranked in plan.tensors
+        }
+
+    def _scale_young(
+        self,
+        plan: Plan,
+        decided: Mapping[str, Step],
+        state: TopKASTState,
+        updates: Array,
+        steps: Arrays,
+        inner: Any,
+    ) -> tuple[Arrays, Any]:
+        """Steps, and those of copies of the tensors in the inner state: young entries slowed."""
+        for key, ages in state.ages.items():
+            betas = decided[key].betas
+            if betas is not None:
+                steps[key] = scale_young(steps[key], ages, updates, betas)
+        if not plan.copies or not state.ages:
+            return steps, inner
+        numbers = iter(range(_MAX_COUNT))
+
+        def scale(key: str, entry: Array, before: Array) -> Array:
+            if next(numbers) not in plan.copies or key not in state.ages:
+                return entry
+            betas = decided[key].betas
+            assert betas is not None
+            return before + scale_young(entry - before, state.ages[key], updates, betas)
+
+        return steps, self._rule.map_entries(scale, inner, state.inner, steps.keys())
+
+    def compact(self, arrays: Mapping[str, Array], supports: Mapping[str, Support]) -> Arrays:
+        """What the inner rule sees of arrays like the parameters: those on B, and dense ones."""
+        return _compact(self.plan(arrays), arrays, supports)
+
+    def check_finite(self, params: Mapping[str, Array]) -> None:
+        """Raise :class:`topkast.NonFiniteError` for NaN or infinity in what is sparsified."""
+        for ranked in self.plan(params).tensors:
+            ranked.check_finite(params)
+
+    def check(
+        self, grads: Mapping[str, Array], params: Mapping[str, Array], state: TopKASTState
+    ) -> Plan:
+        """Raise :class:`topkast.MismatchError` unless these belong together."""
+        _check_same(grads, params)
+        plan = self.plan(params)
+        _check_plan(plan, state)
+        return plan
+
+    def plan(self, params: Mapping[str, Array]) -> Plan:
+        """What is sparsified, in what numbers; made once for parameters of the same shapes."""
+        if not params:
+            raise MismatchError("params is empty")
+        for name, array in params.items():
+            if not array_namespace(array).isdtype(
+                array.dtype, ("real floating", "complex floating")
+            ):
+                raise UnsupportedTensorError(f"{name}: weights must be floats, got {array.dtype}")
+            backend_of(array).check(name, array)
+        _check_together(params)
+        signature = tuple(
+            (name, tuple(array.shape), str(array.dtype)) for name, array in params.items()
+        )
+        if signature not in self._plans:
+            tensors = {
+                name: TensorInfo(tuple(array.shape), array.dtype) for name, array in params.items()
+            }
+            self._plans[signature] = make_plan(tensors, self.options, self._rule)
+        return self._plans[signature]
+
+    def _refresh_if_due(
+        self, plan: Plan, state: TopKASTState, moved: Callable[[], Arrays]
+    ) -> TopKASTState:
+        """`state`, or the one with sets chosen from the weights that `moved` returns."""
+        changing = [one for one in plan.tensors if method_of(plan.options[one.key]).refreshes]
+        intervals = {plan.options[one.key].refresh_every for one in changing}
+        for interval in sorted(intervals):
+            due = is_due(interval, state.updates)
+            if possibly_true(due):
+                chosen = [
+                    one for one in changing if plan.options[one.key].refresh_every == interval
+                ]
+
+                def refresh(
+                    state: TopKASTState, params: Arrays, chosen: list[RankedTensors] = chosen
+                ) -> TopKASTState:
+                    return self._refresh(plan, chosen, state, params)
+
+                state = cond(due, refresh, state, moved())
+        return state
+
+    def _refresh(
+        self, plan: Plan, chosen: list[RankedTensors], state: TopKASTState, params: Arrays
+    ) -> TopKASTState:
+        """New sets for some tensors, and what the inner rule keeps carried over to them."""
+        outcome = {
+            ranked.key: ranked.refresh(
+                ranked.flatten(params),
+                state.supports[ranked.key],
+                plan.options[ranked.key],
+                state.updates,
+            )
+            for ranked in chosen
+        }
+        supports = state.supports | {key: new.support for key, new in outcome.items()}
+        # What the rule would have initialised: zeros nearly always, and right otherwise.
+        fresh = self.inner.init(_compact(plan, params, supports))
+        shapes = {ranked.key: ranked.compact_shape for ranked in chosen}
+
+        def carry(key: str, entry: Array, initial: Array) -> Array:
+            if key not in shapes or tuple(entry.shape) != shapes[key]:
+                return entry
+            return outcome[key].migration.apply(entry, initial)
+
+        return state._replace(
+            supports=supports,
+            changed=state.changed | {key: new.changed for key, new in outcome.items()},
+            ages=state.ages
+            | {
+                key: new.migration.apply(state.ages[key])
+                for key, new in outcome.items()
+                if key in state.ages
+            },
+            inner=self._rule.map_entries(carry, state.inner, fresh, plan.keys(params)),
+        )
+
+
+@dataclass
+class _Advance:
+    """One update: what the inner rule saw, what it would add to it, and the next state."""
+
+    plan: Plan
+    values: Arrays
+    steps: Arrays
+    following: TopKASTState
+
+
+def apply_updates(params: Mapping[str, Array], updates: Mapping[str, Array], /) -> Arrays:
+    """The parameters with the updates added, in the dtype of the parameters.
+
+    Parameters
+    ----------
+    params, updates
+        Arrays by name, of equal shapes.
+
+    Returns
+    -------
+    dict of str to array
+
+    Examples
+    --------
+    >>> import numpy as np, topkast
+    >>> topkast.apply_updates({"w": np.asarray([1.0, 2.0])}, {"w": np.asarray([0.5, -0.0])})
+    {'w': array([1.5, 2. ])}
+    """
+    return {
+        name: array_namespace(param).astype(param + updates[name], param.dtype)
+        for name, param in params.items()
+    }
+
+
+def _compact(plan: Plan, arrays: Mapping[str, Array], supports: Mapping[str, Support]) -> Arrays:
+    """What the inner rule sees: dense tensors as they are, the others on B."""
+    inside = plan.inside
+    compact = {name: array for name, array in arrays.items() if name not in inside}
+    for ranked in plan.tensors:
+        values = gather(ranked.flatten(arrays), supports[ranked.key])
+        compact[ranked.key] = array_namespace(values).reshape(values, ranked.compact_shape)
+    return compact
+
+
+def _zero_count(params: Mapping[str, Array]) -> Array:
+    first = next(iter(params.values()))
+    return backend_of(first).zero_count(first)
+
+
+def _increment(count: Array) -> Array:
+    """One more, or the same at the end of the integers: a count must not turn negative."""
+    xp = array_namespace(count)
+    return xp.where(count < xp.iinfo(count.dtype).max, count + 1, count)
+
+
+def _check_same(grads: Mapping[str, Array], params: Mapping[str, Array]) -> None:
+    if grads.keys() != params.keys():
+        odd = sorted(grads.keys() ^ params.keys())
+        raise MismatchError(f"grads and params have different names: {odd} are in one alone")
+    for name, grad in grads.items():
+        param = params[name]
+        _check_together({name: param, f"the gradient of {name}": grad})
+        xp = array_namespace(param)
+        real = [xp.isdtype(array.dtype, "real floating") for array in (grad, param)]
+        if tuple(grad.shape) != tuple(param.shape) or real[0] != real[1]:
+            raise MismatchError(
+                f"{name}: the gradient is {grad.dtype}{tuple(grad.shape)}, the parameter "
+                f"{param.dtype}{tuple(param.shape)}"
+            )
+
+
+def _check_together(arrays: Mapping[str, Array]) -> None:
+    """Raise :class:`MismatchError` unless all are of one library and on one device."""
+    (first, one), *others = arrays.items()
+    for name, other in others:
+        try:
+            array_namespace(one, other)
+        except TypeError:
+            kinds = [f"{type(array).__module__}.{type(array).__name__}" for array in (one, other)]
+            raise MismatchError(f"{first} is a {kinds[0]} and {name} a {kinds[1]}") from None
+        if not is_jax_array(one) and device(one) != device(other):
+            raise MismatchError(f"{first} is on {device(one)} and {name} on {device(other)}")
+
+
+def _check_plan(plan: Plan, state: TopKASTState) -> None:
+    expected = {ranked.key: (ranked.forward, ranked.backward) for ranked in plan.tensors}
+    given = {key: (support.forward, support.backward) for key, support in state.supports.items()}
+    if expected != given:
+        raise MismatchError(
+            f"params differ from those given to init: |A| and |B| by tensor would be {expected}, "
+            f"the state has {given}"
+        )
+    for ranked in plan.tensors:
+        blocks = state.supports[ranked.key].blocks
+        if blocks != ranked.blocks:
+            raise MismatchError(
+                f"{ranked.key} has units of {ranked.blocks or 'single weights'} here, and of "
+                f"{blocks or 'single weights'} in the state: wrap with the `block` that the state "
+                "was made with, or init anew"
+            )

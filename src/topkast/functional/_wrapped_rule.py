@@ -1,0 +1,172 @@
+"""The rule inside a transform: what it keeps per tensor, and what trials of it show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from topkast._age import Betas
+from topkast._primitives import Array
+from topkast._probe import (
+    HostArray,
+    HostArrays,
+    Traits,
+    beta_pairs,
+    check_joint,
+    check_permutation,
+    observe,
+)
+from topkast.functional._state import Arrays, Visit, map_dictionaries
+from topkast.selection._distribution import Shape
+
+
+class UpdateRule(Protocol):
+    """What can be wrapped: optax's two functions, on a dictionary of arrays.
+
+    A rule whose state keeps entries per parameter elsewhere than in dictionaries with the keys of
+    the parameters has a third function, ``map_entries(visit, state, fresh)``, which returns the
+    state with ``visit(key, entry, initial)`` in the place of each such entry; `fresh` is a state
+    as ``init`` returns it. A rule of the Adam family has its factors as ``betas``; one with
+    ``elementwise = True`` is not probed.
+    """
+
+    def init(self, params: Any, /) -> Any: ...
+
+    def update(self, updates: Any, state: Any, params: Any = None, /) -> tuple[Any, Any]: ...
+
+
+class WrappedRule:
+    """An update rule as the loop sees it.
+
+    Parameters
+    ----------
+    rule
+        The rule.
+    asarray
+        Makes an array of the library that the rule works on.
+    """
+
+    def __init__(
+        self, rule: UpdateRule, asarray: Callable[[HostArray], Array] = np.asarray
+    ) -> None:
+        self._rule, self.asarray = rule, asarray
+        self.fixed: HostArrays = {}  # tensors that are there in trials, and not tried
+
+    def init(self, params: Arrays) -> Any:
+        """The first state of a trial."""
+        return self._rule.init(params)
+
+    def update(self, grads: Arrays, state: Any, params: Arrays) -> tuple[Arrays, Any]:
+        """One step of a trial."""
+        steps, state = self._rule.update(grads, state, params)
+        return steps, state
+
+    def map_entries(self, visit: Visit, state: Any, fresh: Any, keys: Collection[str]) -> Any:
+        """Apply `visit` to what the rule keeps per parameter: its own way, or by `keys`."""
+        if hasattr(self._rule, "map_entries"):
+            return self._rule.map_entries(visit, state, fresh)
+        return map_dictionaries(visit, state, fresh, set(keys))
+
+    def probe(self, shapes: Mapping[str, Shape]) -> None:
+        """Raise :class:`topkast.UnsupportedOptimizerError` unless the rule is elementwise."""
+        if not getattr(self._rule, "elementwise", False):
+            check_permutation(self._start, shapes, type(self._rule).__name__)
+
+    def probe_joint(self, names: Sequence[str], joint: str) -> None:
+        """Raise :class:`topkast.UnsupportedOptimizerError` if the rule normalises by tensor."""
+        if not getattr(self._rule, "elementwise", False):
+            check_joint(self._start, names, joint, type(self._rule).__name__)
+
+    def observe(self, dimensions: Mapping[str, int]) -> tuple[dict[str, Traits], frozenset[int]]:
+        """How the rule moves tensors, and which entries of its state are copies of them.
+
+        `dimensions` are the numbers of dimensions of all tensors that it is given, by key.
+        """
+        pairs = beta_pairs(getattr(self._rule, "betas", ()))
+        return self.observe_with(dict.fromkeys(dimensions, pairs), dimensions)
+
+    def observe_with(
+        self, candidates: Mapping[str, list[Betas]], dimensions: Mapping[str, int]
+    ) -> tuple[dict[str, Traits], frozenset[int]]:
+        """The same, for pairs of betas by key."""
+        trials: list[_RuleTrial] = []
+
+        def start(params: HostArrays) -> _RuleTrial:
+            trials.append(self._start(params))
+            return trials[-1]
+
+        return observe(start, candidates, dimensions), trials[0].copies
+
+    def _start(self, params: HostArrays) -> _RuleTrial:
+        return _RuleTrial(self, params)
+
+
+class _RuleTrial:
+    """A run of an update rule on tensors of its own; see :class:`topkast._probe.Trial`."""
+
+    def __init__(self, wrapped: WrappedRule, params: HostArrays) -> None:
+        self._wrapped = wrapped
+        self._params = self._arrays(params | wrapped.fixed)
+        self._state = wrapped.init(self._params)
+        # Which of the entries visited, by number, started as a copy of its tensor.
+        self.copies = self._find_copies()
+
+    def step(self, grads: HostArrays) -> list[HostArrays]:
+        grads = grads | {key: np.ones_like(array) for key, array in self._wrapped.fixed.items()}
+        steps, state = self._wrapped.update(self._arrays(grads), self._state, self._params)
+        tried = self._params.keys() - self._wrapped.fixed.keys()
+        moved = [{key: np.asarray(steps[key], dtype=np.float64) for key in tried}]
+
+        def compare(number: int, key: str, entry: Array, earlier: Array) -> None:
+            if number in self.copies:
+                step = np.asarray(entry, np.float64) - np.asarray(earlier, np.float64)
+                moved.append({key: step})
+
+        self._visit(compare, state, self._state)
+        self._state = state
+        self._params = {key: param + steps[key] for key, param in self._params.items()}
+        return moved
+
+    def renew(self, entrants: HostArray) -> None:
+        fresh = self._wrapped.init(self._params)
+
+        def start(key: str, entry: Array, initial: Array) -> Array:
+            if key not in self._params or tuple(entry.shape) != self._params[key].shape:
+                return entry
+            new = np.asarray(entry).copy().reshape(-1)
+            new[entrants] = np.asarray(initial).reshape(-1)[entrants]
+            return self._wrapped.asarray(new.reshape(entry.shape))
+
+        self._state = self._wrapped.map_entries(start, self._state, fresh, self._params)
+
+    def _find_copies(self) -> frozenset[int]:
+        copies: list[int] = []
+
+        def compare(number: int, key: str, entry: Array, _: Array) -> None:
+            if np.array_equal(np.asarray(entry), np.asarray(self._params[key])):
+                copies.append(number)
+
+        self._visit(compare, self._state, self._state)
+        return frozenset(copies)
+
+    def _visit(
+        self, look: Callable[[int, str, Array, Array], None], state: Any, other: Any
+    ) -> None:
+        numbers = iter(range(1 << 30))
+
+        def visit(key: str, entry: Array, second: Array) -> Array:
+            number = next(numbers)
+            if key in self._params and tuple(entry.shape) == self._params[key].shape:
+                look(number, key, entry, second)
+            return entry
+
+        self._wrapped.map_entries(visit, state, other, self._params)
+
+    def _arrays(self, arrays: Mapping[str, HostArray]) -> Arrays:
+        converted = {
+            id(array): self._wrapped.asarray(np.asarray(array, np.float32))
+            for array in arrays.values()
+        }
+        return {key: converted[id(array)] for key, array in arrays.items()}

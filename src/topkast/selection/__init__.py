@@ -1,0 +1,1 @@
+"""Which entries are in A and B: how they are ranked and counted, and vectors over B."""

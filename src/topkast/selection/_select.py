@@ -1,0 +1,212 @@
+"""Selection of the forward set A and the backward set B by magnitude."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from array_api_compat import array_namespace
+
+from topkast._errors import NonFiniteError, UnsupportedTensorError
+from topkast._method import View
+from topkast._options import Explore, check_block, check_block_score, check_sparsities
+from topkast._primitives import Array, asarray_like, device, is_traced, take
+from topkast.backends import backend_of
+from topkast.selection._distribution import exact_fraction, kept_count
+from topkast.selection._random import BITS, Ranks, draws, make_key
+from topkast.selection._support import Support, width
+from topkast.selection._units import Blocks, BlockScore, blocks_of, modulus, unit_scores
+
+
+def select(
+    params: Array,
+    /,
+    *,
+    fwd: float,
+    bwd: float,
+    explore: Explore = "magnitude",
+    block: tuple[int, int] | None = None,
+    block_score: BlockScore = "sum",
+    seed: int = 0,
+    name: str = "",
+) -> Support:
+    r"""Choose A and B: the largest magnitudes of a tensor, in exact numbers.
+
+    .. math:: A = \mathrm{TopK}(|\theta|, D), \quad B = \mathrm{TopK}(|\theta|, D + M),
+       \quad D = 1 - \mathtt{fwd}, \quad D + M = 1 - \mathtt{bwd}
+
+    :math:`|A| = \max(1, n - \lfloor \mathtt{fwd} \cdot n \rfloor)` and likewise for B. Equal
+    magnitudes rank by a hash of (`seed`, `name`, flat index), which differs for each: both sets
+    are unique, nested and the same in every library, and those of a constant tensor are a random
+    subset, spread over all its rows.
+
+    Parameters
+    ----------
+    params
+        A tensor of any shape and real or complex floating dtype; n is its size.
+    fwd, bwd
+        Forward and backward sparsity, ``0 <= bwd <= fwd < 1``.
+    explore
+        ``"magnitude"``, or ``"random"``: B∖A is then drawn uniformly from what is not in A.
+    block
+        Rows and columns of a unit: whole blocks of the tensor as a matrix (first axis × all
+        others) are chosen, and n is their number. None: single weights.
+    block_score
+        What a block is ranked by: the ``"sum"`` of the magnitudes of its weights, or the
+        ``"max"``.
+    seed
+        Of the hash and of the random draw.
+    name
+        Of the tensor: tensors of one size and of different names break ties differently.
+
+    Returns
+    -------
+    Support
+        In the library and on the device of `params`.
+
+    Raises
+    ------
+    OptionError
+        If the sparsities are not as above, if `block` is not two positive integers or does not
+        divide the matrix, or for another score.
+    NonFiniteError
+        If an entry is NaN or infinite. Inside ``jax.jit``, where values cannot be inspected, NaN
+        ranks last instead, and the counts stay exact.
+
+    Examples
+    --------
+    >>> import numpy as np, topkast
+    >>> theta = np.asarray([[0.1, -0.9, 0.5, 0.0], [0.3, 0.2, -0.7, 0.25]])
+    >>> support = topkast.select(theta, fwd=0.75, bwd=0.5)
+    >>> support.active, support.exploring
+    (array([1, 6], dtype=int32), array([2, 4], dtype=int32))
+
+    Of four blocks of 2 × 1 the second has the largest sum of magnitudes, and the third follows:
+
+    >>> support = topkast.select(theta, fwd=0.75, bwd=0.5, block=(2, 1))
+    >>> support.active, support.exploring
+    (array([2], dtype=int32), array([1], dtype=int32))
+    >>> support.entries
+    array([2, 6, 1, 5], dtype=int32)
+
+    References
+    ----------
+    Top-KAST, sections 2.1 and 2.2; table 1 for the random choice.
+    """
+    check_sparsities(fwd, bwd)
+    check_block_score(block_score)
+    flat = array_namespace(params).reshape(params, (-1,))
+    blocks = blocks_of(name or "params", tuple(params.shape), check_block(block))
+    with ranked_units(flat, blocks, block_score) as scores:
+        forward, backward = (
+            kept_count(scores.shape[0], 1 - exact_fraction(one)) for one in (fwd, bwd)
+        )
+        view = View(scores, forward, backward, seed, name)
+        support = choose_by_magnitude(view, backward if explore == "magnitude" else forward)
+    return support.in_blocks(blocks)
+
+
+@contextmanager
+def ranked_units(flat: Array, blocks: Blocks | None, score: BlockScore) -> Iterator[Array]:
+    """What the units of a tensor (n,) are ranked by: its weights, or the scores of its blocks.
+
+    A :class:`NonFiniteError` raised meanwhile counts weights, not blocks.
+    """
+    if blocks is None:
+        yield flat
+        return
+    check_size(flat)
+    try:
+        yield unit_scores(flat, blocks, score)
+    except NonFiniteError:
+        check_finite(flat)
+        raise
+
+
+def choose_by_magnitude(view: View, count: int) -> Support:
+    """Sets whose first `count` entries, A among them, are the largest; the rest of B is drawn."""
+    flat = view.weights
+    if array_namespace(flat).isdtype(flat.dtype, "complex floating"):
+        flat = modulus(flat)
+    if count == view.backward:
+        return _on_host(_by_magnitude, flat, view)
+    return _on_host(lambda work, view: _draw(work, view, count), flat, view)
+
+
+def choose_at_random(view: View) -> Support:
+    """Both sets drawn uniformly."""
+    return _on_host(_draw_both, view.weights, view)
+
+
+def _on_host(choose: Callable[[Array, View], Support], flat: Array, view: View) -> Support:
+    """The sets, found by NumPy where the weights are in its reach."""
+    xp = array_namespace(flat)
+    check_size(flat)
+    dtype = width(xp, flat.shape[0])
+    if view.backward == 0:
+        return Support(xp.zeros(0, dtype=dtype, device=device(flat)), 0)
+    host = backend_of(flat).host(flat)
+    support = choose(flat if host is None else host, view)
+    if host is None:
+        return support.narrowed(flat.shape[0])
+    return Support(asarray_like(support.indices, flat, dtype), support.forward)
+
+
+def check_size(flat: Array) -> None:
+    """Raise :class:`UnsupportedTensorError` for a vector that is too long for its library."""
+    xp = array_namespace(flat)
+    dtype = backend_of(flat).index_dtype(flat)
+    if flat.shape[0] > min(int(xp.iinfo(dtype).max), 1 << 32):
+        raise UnsupportedTensorError(
+            f"{flat.shape[0]} entries are too many for one tensor with indices of {dtype} (in JAX, "
+            "enable 64 bits; at most 2**32)"
+        )
+
+
+def _by_magnitude(work: Array, view: View) -> Support:
+    """The largest magnitudes."""
+    ranks = Ranks(make_key(view.seed, view.name, "ties"), view.first)
+    backend = backend_of(work)
+    return Support(backend.largest_first(work, view.forward, view.backward, ranks), view.forward)
+
+
+def _draw(flat: Array, view: View, count: int) -> Support:
+    """`count` entries by magnitude, then the largest of random words that all lie below theirs."""
+    xp, backend = array_namespace(flat), backend_of(flat)
+    ties = Ranks(make_key(view.seed, view.name, "ties"), view.first)
+    in_forward = kept = backend.largest_flags(flat, view.forward, ties)
+    if count > view.forward:
+        kept = backend.largest_flags(flat, count, ties)
+    words = _words(flat, view)
+    above_all = xp.asarray(1 << BITS, dtype=words.dtype, device=device(words))
+    words = xp.where(kept, above_all, words)
+    flags = backend.largest_flags(words, view.backward, ties)
+    indices = backend.true_indices(flags, view.backward)
+    return Support.split(indices, take(in_forward, indices), view.forward)
+
+
+def _draw_both(flat: Array, view: View) -> Support:
+    """The largest of random words: those of B, and among them those of A."""
+    backend = backend_of(flat)
+    ties = Ranks(make_key(view.seed, view.name, "ties"), view.first)
+    words = _words(flat, view)
+    return Support(backend.largest_first(words, view.forward, view.backward, ties), view.forward)
+
+
+def _words(flat: Array, view: View) -> Array:
+    """A random word for each entry (n,); integers of 30 bits."""
+    xp = array_namespace(flat)
+    dtype = backend_of(flat).index_dtype(flat)
+    positions = xp.arange(flat.shape[0], dtype=dtype, device=device(flat))
+    key = make_key(view.seed, view.name, "draws")
+    return draws(positions + view.first, key, view.draw)
+
+
+def check_finite(array: Array) -> None:
+    """Raise :class:`NonFiniteError` for NaN or infinity, where values can be inspected."""
+    if not is_traced(array):
+        xp = array_namespace(array)
+        bad = int(xp.sum(xp.astype(~xp.isfinite(array), xp.int32)))
+        if bad:
+            raise NonFiniteError(f"{bad} of {math.prod(array.shape)} entries are NaN or infinite")

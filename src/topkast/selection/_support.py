@@ -1,0 +1,334 @@
+"""The sets A and B of a tensor, and how a vector over B follows when they change."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from array_api_compat import array_namespace, is_jax_array
+
+from topkast._errors import MismatchError
+from topkast._primitives import Array, Namespace, device, is_traced
+from topkast.backends import backend_of, load_own
+from topkast.selection._units import Blocks
+
+
+@dataclass(frozen=True)
+class Support:
+    r"""The sets of one tensor: the units of B, those of A first.
+
+    A unit is a weight, or a block of weights. Every vector over B (values, gradient, moments) holds
+    unit by unit in this order, so that its first `forward_size` entries are what the forward pass
+    sees, and the others what explores.
+
+    Attributes
+    ----------
+    indices
+        Numbers of the units of B, of shape (\|B\|,): those of A ascending, then those of B∖A
+        ascending. Of single weights they are the flat (C-order) indices. int32 where the tensor has
+        fewer than 2³¹ units, else int64.
+    forward
+        \|A\|, in units.
+    blocks
+        How the tensor is cut into blocks; None where units are single weights.
+
+    Examples
+    --------
+    >>> import numpy as np, topkast
+    >>> support = topkast.Support.of(active=np.asarray([2, 5]), exploring=np.asarray([0, 3]))
+    >>> support.indices
+    array([2, 5, 0, 3])
+    >>> support.active, support.exploring
+    (array([2, 5]), array([0, 3]))
+
+    Of a 4 × 4 matrix in blocks of 2 × 2, A is the last block and B∖A the first:
+
+    >>> blocks = topkast.Blocks(rows=2, columns=2, height=4, width=4)
+    >>> support = topkast.Support(np.asarray([3, 0], np.int32), 1, blocks)
+    >>> support.entries
+    array([10, 11, 14, 15,  0,  1,  4,  5], dtype=int32)
+    """
+
+    indices: Array
+    forward: int
+    blocks: Blocks | None = None
+
+    def __post_init__(self) -> None:
+        if "jax" in sys.modules:
+            load_own("jax")  # to which a support is a pytree
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: part for name, part in self.__dict__.items() if name != "_entries"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    @classmethod
+    def of(cls, active: Array, exploring: Array) -> Support:
+        r"""From the ascending indices of A (\|A\|,) and of B∖A, arrays of one library."""
+        xp = array_namespace(active, exploring)
+        return cls(xp.concat([active, exploring]), active.shape[0])
+
+    @classmethod
+    def split(cls, indices: Array, in_forward: Array, forward: int) -> Support:
+        r"""From ascending indices of B (\|B\|,) and flags (\|B\|,) of the \|A\| that are in A."""
+        return cls(backend_of(indices).flagged_first(indices, in_forward, forward), forward)
+
+    @property
+    def backward(self) -> int:
+        r"""\|B\|, in units."""
+        size: int = self.indices.shape[0]
+        return size
+
+    @property
+    def active(self) -> Array:
+        r"""Units of A, ascending (\|A\|,)."""
+        return self.indices[: self.forward]
+
+    @property
+    def exploring(self) -> Array:
+        r"""Units of B∖A, ascending (\|B\| − \|A\|,)."""
+        return self.indices[self.forward :]
+
+    @property
+    def forward_size(self) -> int:
+        r"""Number of weights in A: where vectors over B go over from A to B∖A."""
+        return self.forward * self._unit_size
+
+    @property
+    def backward_size(self) -> int:
+        r"""Number of weights in B: the length of vectors over B."""
+        return self.backward * self._unit_size
+
+    @property
+    def entries(self) -> Array:
+        """Flat (C-order) indices of the weights in B (backward_size,): unit by unit, A's first.
+
+        Those of a block stand row by row.
+        """
+        if self.blocks is None:
+            return self.indices
+        if is_jax_array(self.indices):  # what is traced must not outlive the trace
+            return self.blocks.entries(self.indices)
+        if "_entries" not in self.__dict__:
+            self.__dict__["_entries"] = self.blocks.entries(self.indices)
+        entries: Array = self.__dict__["_entries"]
+        return entries
+
+    @property
+    def active_entries(self) -> Array:
+        """Flat (C-order) indices of the weights in A (forward_size,), in the order of `entries`."""
+        return self.entries[: self.forward_size]
+
+    @property
+    def exploring_entries(self) -> Array:
+        """Flat (C-order) indices of the weights in B∖A, in the order of `entries`."""
+        return self.entries[self.forward_size :]
+
+    @property
+    def _unit_size(self) -> int:
+        return 1 if self.blocks is None else self.blocks.size
+
+    def in_blocks(self, blocks: Blocks | None) -> Support:
+        """The same units, as blocks of a tensor, or as single weights."""
+        return self if blocks is self.blocks else replace(self, blocks=blocks)
+
+    def check(self, size: int, what: str) -> None:
+        """Raise :class:`topkast.MismatchError` unless these are sets of a tensor of that size.
+
+        Where values cannot be inspected, inside ``jax.jit``, the shape alone is checked.
+
+        Parameters
+        ----------
+        size
+            Number of entries of the tensor.
+        what
+            The subject of the message.
+        """
+        indices = self.indices
+        if self.blocks is not None:
+            size = self._count_blocks(size, what)
+        xp = array_namespace(indices)
+        if not xp.isdtype(indices.dtype, "signed integer") or len(indices.shape) != 1:
+            raise MismatchError(
+                f"{what} has indices of {indices.dtype} and shape {tuple(indices.shape)}: "
+                "expected one vector of signed integers"
+            )
+        count: Any = self.forward  # of whatever type was given
+        if not isinstance(count, int) or not 0 <= count <= self.backward:
+            raise MismatchError(
+                f"{what} has |A| = {self.forward!r} and |B| = {self.backward}: A is in B"
+            )
+        if is_traced(indices) or not self.backward:
+            return
+        ordered = xp.sort(indices)
+        if int(ordered[0]) < 0 or int(ordered[-1]) >= size:
+            raise MismatchError(f"{what} has indices outside of [0, {size})")
+        if bool(xp.any(ordered[1:] == ordered[:-1])):
+            raise MismatchError(f"{what} has an index twice")
+        for name, part in (("A", self.active), ("B∖A", self.exploring)):
+            if bool(xp.any(part[1:] < part[:-1])):
+                raise MismatchError(f"{what} has indices of {name} that do not ascend")
+
+    def _count_blocks(self, size: int, what: str) -> int:
+        blocks = self.blocks
+        assert blocks is not None
+        if blocks.height * blocks.width != size:
+            raise MismatchError(
+                f"{what} has blocks of a matrix of {blocks.height} × {blocks.width}: the tensor "
+                f"has {size} entries"
+            )
+        return blocks.count
+
+    def narrowed(self, size: int) -> Support:
+        """The same with indices as wide as a tensor of that many units needs."""
+        xp = array_namespace(self.indices)
+        return replace(self, indices=xp.astype(self.indices, width(xp, size), copy=False))
+
+
+def width(xp: Namespace, size: int) -> Any:
+    """The dtype of indices into a tensor of that size, or of numbers of that many units."""
+    return xp.int32 if size < 1 << 31 else xp.int64
+
+
+def join_layers(indices: Array, forward: int, size: int) -> Support:
+    """The sets of a tensor of some size from those of its layers.
+
+    Of each layer there are the indices (layers, k), the first `forward` of them those of its A.
+    """
+    xp = array_namespace(indices)
+    layers = indices.shape[0]
+    dtype = width(xp, size)
+    firsts = xp.arange(layers, dtype=dtype, device=device(indices)) * (size // layers)
+    indices = xp.astype(indices, dtype) + firsts[:, None]
+    parts = indices[:, :forward], indices[:, forward:]
+    return Support.of(*(xp.reshape(part, (-1,)) for part in parts))
+
+
+def in_forward(support: Support) -> Array:
+    r"""Flags (backward_size,) of the weights in B that are in A: the first ones."""
+    xp = array_namespace(support.indices)
+    numbers = xp.arange(support.backward_size, dtype=xp.int32, device=device(support.indices))
+    return numbers < support.forward_size
+
+
+def weigh(values: Array, support: Support, on_active: float, on_exploring: float) -> Array:
+    r"""`values` (shape (1, …, \|B\|)) times one number on A and another one on B∖A."""
+    xp = array_namespace(values)
+    if backend_of(values).by_elements:
+        weights = xp.where(in_forward(support), on_active, on_exploring)
+        return xp.reshape(xp.astype(weights, values.real.dtype), values.shape) * values
+    flat, split = xp.reshape(values, (-1,)), support.forward_size
+    weighed = xp.concat([flat[:split] * on_active, flat[split:] * on_exploring])
+    return xp.reshape(weighed, values.shape)
+
+
+def restrict_to_active(
+    values: Array, support: Support, exploring: Array | bool, fill: float
+) -> Array:
+    r"""`values` (shape (1, …, \|B\|)), with `fill` on B∖A unless `exploring`."""
+    if exploring is True:
+        return values
+    xp = array_namespace(values)
+    if backend_of(values).by_elements:
+        kept = xp.reshape(in_forward(support) | exploring, values.shape)
+        return xp.where(kept, values, xp.full((), fill, dtype=values.dtype))
+    if exploring:
+        return values
+    flat, split = xp.reshape(values, (-1,)), support.forward_size
+    filled = xp.full_like(flat[split:], fill)
+    return xp.reshape(xp.concat([flat[:split], filled]), values.shape)
+
+
+class Migration(NamedTuple):
+    r"""How the entries of vectors over B move when the sets change.
+
+    Attributes
+    ----------
+    source
+        For each weight of the new B its position in the old one; integers (backward_size,).
+    survives
+        Whether it was there at all; booleans (backward_size,).
+    """
+
+    source: Array
+    survives: Array
+
+    @classmethod
+    def between(cls, old: Support, new: Support, size: int | None = None) -> Migration:
+        """From one support to the next, of one tensor, whose size saves time where it is known."""
+        if old.blocks != new.blocks:
+            raise MismatchError(
+                f"the units changed: from {old.blocks or 'weights'} to {new.blocks or 'weights'}"
+            )
+        if new.blocks is None:
+            return cls._between_units(old, new, size)
+        source, survives = cls._between_units(old, new, new.blocks.count)
+        return cls(new.blocks.positions(source), new.blocks.repeat(survives))
+
+    @classmethod
+    def _between_units(cls, old: Support, new: Support, size: int | None) -> Migration:
+        if size is None:
+            size = 1 + max(_largest(old), _largest(new))
+        backend = backend_of(old.indices)
+        return cls(*backend.positions(old.indices, old.forward, new.indices, new.forward, size))
+
+    def apply(self, entry: Array, fresh: Array | float = 0.0) -> Array:
+        r"""`entry` (shape (1, …, \|B\|), any dtype) on the new B, `fresh` for what enters it."""
+        xp = array_namespace(entry)
+        flat = xp.reshape(entry, (-1,))
+        if isinstance(fresh, (int, float)):
+            fresh = xp.full((), fresh, dtype=entry.dtype, device=device(entry))
+        else:
+            fresh = xp.astype(xp.reshape(fresh, (-1,)), entry.dtype)
+        moved = xp.where(self.survives, xp.take(flat, self.source), fresh)
+        return xp.reshape(moved, entry.shape)
+
+    def entered_forward(self, old: Support, new: Support) -> Array:
+        """Flags (forward_size,) of the weights in the new A that were not in the old one."""
+        split = new.forward_size
+        source, survives = self.source[:split], self.survives[:split]
+        return ~survives | (source >= old.forward_size)
+
+
+def migrate(entry: Array, old: Support, new: Support, /, *, fresh: Array | float = 0.0) -> Array:
+    """Carry a vector over B from one support to the next.
+
+    Entries of indices that stay in B keep their bits, those of indices that leave are dropped.
+
+    Parameters
+    ----------
+    entry
+        One value per index of ``old.entries``, of any dtype: a moment, say.
+    old, new
+        The supports before and after a refresh.
+    fresh
+        Value for indices that enter B: a number, or an array like `entry`.
+
+    Returns
+    -------
+    array
+        Shape and dtype of `entry`, in the order of ``new.entries``.
+
+    Raises
+    ------
+    MismatchError
+        If the units of the two supports are cut differently.
+
+    Examples
+    --------
+    >>> import numpy as np, topkast
+    >>> old = topkast.Support.of(np.asarray([0, 5]), np.asarray([2]))
+    >>> new = topkast.Support.of(np.asarray([2, 3]), np.asarray([5]))
+    >>> topkast.migrate(np.asarray([10.0, 20.0, 30.0]), old, new)
+    array([30.,  0., 20.])
+    """
+    return Migration.between(old, new).apply(entry, fresh)
+
+
+def _largest(support: Support) -> int:
+    """The largest index, -1 where there is none."""
+    parts = [part for part in (support.active, support.exploring) if part.shape[0]]
+    return max((int(part[-1]) for part in parts), default=-1)

@@ -1,0 +1,200 @@
+"""Units: what is ranked is a weight, or a block of weights of the tensor seen as a matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from topkast._errors import OptionError
+from topkast._primitives import Array, asarray_like, cond, device, possibly_true
+from topkast.backends import backend_of
+
+BlockScore: TypeAlias = Literal["sum", "max"]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a tensor is cut into blocks, which are numbered row by row of blocks.
+
+    The tensor is seen as a matrix: its first axis × all others. Of a stacked tensor each layer is
+    such a matrix, and they stand one below the other.
+
+    Attributes
+    ----------
+    rows, columns
+        Of a block.
+    height, width
+        Rows and columns of the matrix: multiples of those of a block.
+
+    Raises
+    ------
+    OptionError
+        If blocks do not divide the matrix.
+
+    Examples
+    --------
+    >>> import numpy as np, topkast
+    >>> blocks = topkast.Blocks(rows=2, columns=2, height=4, width=6)
+    >>> blocks.count, blocks.size
+    (6, 4)
+    >>> blocks.entries(np.asarray([4], np.int32))  # the middle block of the lower row of blocks
+    array([14, 15, 20, 21], dtype=int32)
+    """
+
+    rows: int
+    columns: int
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if self.height % self.rows or self.width % self.columns:
+            raise OptionError(
+                f"blocks of {self.rows} × {self.columns} do not divide a matrix of {self.height} × "
+                f"{self.width}"
+            )
+
+    @property
+    def size(self) -> int:
+        """Number of weights in a block."""
+        return self.rows * self.columns
+
+    @property
+    def count(self) -> int:
+        """Number of blocks in the tensor."""
+        return self.height * self.width // self.size
+
+    def entries(self, units: Array) -> Array:
+        """Flat (C-order) indices of the weights in some blocks (k,): block by block, row by row.
+
+        int32 (k · rows · columns,) where the tensor has fewer than 2³¹ entries, else int64.
+        """
+        xp = array_namespace(units)
+        units = self._widen(units)
+        across = self.width // self.columns
+        above = units // across
+        first = above * (self.rows * self.width) + (units - above * across) * self.columns
+        down, right = (_count_up(n, units) for n in (self.rows, self.columns))
+        inside = xp.reshape(down[:, None] * self.width + right[None, :], (1, -1))
+        return xp.reshape(first[:, None] + inside, (-1,))
+
+    def positions(self, of_units: Array) -> Array:
+        """Positions of weights in a vector over B, from those of their units (k,) among units."""
+        xp = array_namespace(of_units)
+        of_units = self._widen(of_units)
+        inside = _count_up(self.size, of_units)
+        return xp.reshape(of_units[:, None] * self.size + inside[None, :], (-1,))
+
+    def _widen(self, numbers: Array) -> Array:
+        """Numbers of units as wide as numbers of weights need to be."""
+        xp = array_namespace(numbers)
+        dtype = xp.int32 if self.height * self.width < 1 << 31 else xp.int64
+        return xp.astype(numbers, dtype, copy=False)
+
+    def repeat(self, of_units: Array) -> Array:
+        """Values of units (k,), each as often as its block has weights."""
+        xp = array_namespace(of_units)
+        shape = (of_units.shape[0], self.size)
+        return xp.reshape(xp.broadcast_to(of_units[:, None], shape), (-1,))
+
+
+def _count_up(n: int, beside: Array) -> Array:
+    xp = array_namespace(beside)
+    return xp.arange(n, dtype=beside.dtype, device=device(beside))
+
+
+def blocks_of(
+    name: str, shape: tuple[int, ...], block: tuple[int, int] | None, *, stacked: bool = False
+) -> Blocks | None:
+    """The blocks of a tensor; None where units are single weights.
+
+    Raises :class:`topkast.OptionError` if `block` does not divide the matrix, of a `stacked`
+    tensor that of a layer.
+    """
+    if block is None or block == (1, 1):
+        return None
+    layers, matrix = (shape[0], shape[1:]) if stacked else (1, shape)
+    height, width, (rows, columns) = matrix[0] if matrix else 1, math.prod(matrix[1:]), block
+    if height % rows or width % columns:
+        which = "the matrix of each of its layers" if stacked else "its matrix"
+        raise OptionError(
+            f"{name}: block={block} does not divide {which}, {height} × {width} (first axis × all "
+            f"others). Choose another block, keep the tensor dense by dense={name!r}, or rank its "
+            f'single weights by overrides={{{name!r}: {{"block": None}}}}'
+        )
+    return Blocks(rows, columns, height * layers, width)
+
+
+def unit_scores(flat: Array, blocks: Blocks, score: BlockScore) -> Array:
+    """Scores (blocks.count,) of the units of a tensor (n,): sums or maxima of magnitudes.
+
+    In the dtype of the magnitudes; float32 for half precision. NaN in a unit makes its score NaN.
+    The order of the additions is fixed, so that all libraries round alike: neighbouring rows are
+    added, then neighbouring sums, until one row is left; and so are its columns. Where a sum
+    overflows, the scores are those of weights scaled down by a power of two.
+    """
+    flat = backend_of(flat).constant(flat)
+    host = backend_of(flat).host(flat)
+    scores = _scores(flat if host is None else host, blocks, score)
+    return scores if host is None else asarray_like(scores, flat)
+
+
+def _scores(flat: Array, blocks: Blocks, score: BlockScore) -> Array:
+    xp = array_namespace(flat)
+    magnitudes = modulus(flat)
+    if xp.finfo(magnitudes.dtype).bits < 32:
+        magnitudes = xp.astype(magnitudes, xp.float32)
+    if score == "max":
+        return _reduce(magnitudes, blocks, xp.maximum)
+
+    def add(first: Array, second: Array) -> Array:
+        return first + second
+
+    with np.errstate(over="ignore"):
+        scores = _reduce(magnitudes, blocks, add)
+
+    def scaled(_: Array, magnitudes: Array) -> Array:
+        return _reduce(magnitudes * 0.5 ** math.ceil(math.log2(blocks.size)), blocks, add)
+
+    overflow = xp.any(xp.isinf(scores))
+    return cond(overflow, scaled, scores, magnitudes) if possibly_true(overflow) else scores
+
+
+def _reduce(array: Array, blocks: Blocks, combine: Callable[[Array, Array], Array]) -> Array:
+    """The values (n,) of each block, combined pair by pair: first its rows, then its columns."""
+    xp = array_namespace(array)
+    rows = _fold(xp.reshape(array, (-1, blocks.rows, blocks.width)), 1, combine)
+    columns = _fold(
+        xp.reshape(rows, (-1, blocks.width // blocks.columns, blocks.columns)), 2, combine
+    )
+    return xp.reshape(columns, (-1,))
+
+
+def _fold(array: Array, axis: int, combine: Callable[[Array, Array], Array]) -> Array:
+    """An array of three dimensions, combined along one of them until its length is 1."""
+    xp = array_namespace(array)
+    while (length := array.shape[axis]) > 1:
+        first, second, last = (
+            array[(*(slice(None),) * axis, chosen, ...)]
+            for chosen in (slice(0, length - 1, 2), slice(1, length, 2), slice(length - 1, length))
+        )
+        array = combine(first, second)
+        if length % 2:  # the odd one out waits for the next turn
+            array = xp.concat([array, last], axis=axis)
+    return array
+
+
+def modulus(flat: Array) -> Array:
+    """Magnitudes of numbers; of a quarter of them where that of a complex one would overflow."""
+    xp = array_namespace(flat)
+    moduli = xp.abs(flat)
+    if not xp.isdtype(flat.dtype, "complex floating"):
+        return moduli
+    overflow = xp.any(xp.isinf(moduli) & xp.isfinite(xp.real(flat)) & xp.isfinite(xp.imag(flat)))
+    if not possibly_true(overflow):
+        return moduli
+    return xp.where(overflow, xp.abs(flat * 0.25), moduli)
