@@ -26,9 +26,9 @@ HOOKS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
-# What a wrapped optimizer refuses to do alone; see _seat.py.
+# What a wrapped optimizer refuses to do alone; see optimizer/_seat.py.
 REFUSED_ALONE = ("step", "state_dict", "load_state_dict", "add_param_group")
-# In a group, what is none of the optimizer's own options; see also _checkpoint.py.
+# In a group, what is none of the optimizer's own options; see also optimizer/_load.py.
 _NO_OPTIONS = {"params", "param_names", "topkast", "dense", *GROUP_OPTIONS}
 # The group of a fresh optimizer after some steps, by optimizer.
 _COUNTED: WeakKeyDictionary[torch.optim.Optimizer, dict[str, Any]] = WeakKeyDictionary()

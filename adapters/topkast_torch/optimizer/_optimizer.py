@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from topkast import MismatchError, NonFiniteError, UnsupportedOptimizerError
-from topkast.adapter import GROUP_OPTIONS, Inspection, Method, Options, check_any
-from topkast_torch._dense_averages import warn_of_dense_averages
+from topkast import MismatchError, UnsupportedOptimizerError
+from topkast.adapter import GROUP_OPTIONS, Inspection, Method, Options
 from topkast_torch.execution._execution import Execution
-from topkast_torch.inner._fresh import REFUSED_ALONE, attributes_of, name_of
+from topkast_torch.inner._fresh import REFUSED_ALONE, name_of
 from topkast_torch.inner._inner_state import entries_of, walk
-from topkast_torch.optimizer import _checkpoint
-from topkast_torch.optimizer._callers import is_called_by
+from topkast_torch.optimizer._checks import check_inner, check_names, name_params
 from topkast_torch.optimizer._groups import (
     Group,
     WrapperState,
@@ -25,6 +23,9 @@ from topkast_torch.optimizer._groups import (
     prepare,
     restrict_state,
 )
+from topkast_torch.optimizer._load import load
+from topkast_torch.optimizer._loop import step
+from topkast_torch.optimizer._save import save
 from topkast_torch.optimizer._seat import Refusal, clear_state
 from topkast_torch.optimizer._state_view import StateView
 from topkast_torch.sparse._sparse_layer import layer_of
@@ -64,14 +65,14 @@ class TopKASTOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, inner: torch.optim.Optimizer, options: Options) -> None:
-        _check_inner(inner)
+        check_inner(inner)
         state = WrapperState(inner, options)
         outer_options = []
         for group in inner.param_groups:
             group_options = options.override(group)
             state.groups.append(prepare(state, group, group_options))
             outer_options.append(group_options.for_group())
-        _check_names(state.groups, inner.param_groups, options)
+        check_names(state.groups, inner.param_groups, options)
         check_overlap(state.groups)
         restricted = [restrict_state(inner.state, group, group.params) for group in state.groups]
         super().__init__([Parameter(torch.zeros(0))], inner.defaults)
@@ -181,59 +182,7 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         pairs = list(self._with_options())
         for group, values in zip(state.groups, self.param_groups, strict=True):
             group.check(values, state.options)
-        for execution, _ in pairs:
-            execution.accept_external_writes()
-        moved = any(param.grad is not None for group in state.groups for param in group.params)
-        loaded: list[tuple[Execution, dict[str, Any]]] = []
-        stepped = False
-        try:
-            for execution, values in pairs:
-                loaded.append((execution, values))
-                execution.decide(values, state.updates)
-                execution.load_gradient(state.inner, values)
-            state.seat.step()
-            stepped = True
-        finally:
-            for execution, values in loaded:
-                execution.finish_step(state.inner, values, stepped=stepped)
-        if moved:
-            state.updates += 1
-            self._refresh_if_due(pairs)
-
-    def _refresh_if_due(self, pairs: list[tuple[Execution, dict[str, Any]]]) -> None:
-        state = self._wrapper_state
-        for execution, values in pairs:
-            execution.count_step()
-            execution.decide(values, state.updates)
-        due = [
-            (execution, values)
-            for execution, values in pairs
-            if execution.is_due(values, state.updates) or (state.overdue and execution.refreshes)
-        ]
-        state.overdue = bool(due)  # until it is done
-        for execution, _ in due:
-            execution.check_known(state.inner)
-        try:
-            chosen = [
-                execution.choose(
-                    state.options.override(values | execution.overrides), state.updates
-                )
-                for execution, values in due
-            ]
-        except NonFiniteError as error:
-            raise NonFiniteError(
-                f"{error}. The weights have moved, and A and B are as before this update: mend the "
-                "weights, and call step again"
-            ) from None
-        for (execution, values), sets in zip(due, chosen, strict=True):
-            execution.adopt(sets, state.inner, values)
-        state.overdue = False
-        if due:
-            state.refreshes += 1
-            # Ever more rarely, since to look takes milliseconds; and until something is found.
-            if state.refreshes.bit_count() == 1 and not state.warned:
-                params = (param for group in state.groups for param in group.params)
-                state.warned = warn_of_dense_averages(params)
+        step(state, pairs)
 
     def _with_options(self) -> Iterator[tuple[Execution, dict[str, Any]]]:
         given, known = len(self.param_groups), len(self._wrapper_state.groups)
@@ -269,7 +218,7 @@ class TopKASTOptimizer(torch.optim.Optimizer):
             super().add_param_group(param_group)
             return
         options = state.options.override(param_group)
-        _name(param_group, len(state.groups), self.param_groups)
+        name_params(param_group, len(state.groups), self.param_groups)
         super().add_param_group(param_group)  # checks, and fills in defaults
         try:
             group = prepare(state, param_group, options)
@@ -310,7 +259,7 @@ class TopKASTOptimizer(torch.optim.Optimizer):
             before(self)
         self._accept_external_writes()
         with torch.no_grad():
-            state_dict = _checkpoint.save(self._wrapper_state)
+            state_dict = save(self._wrapper_state)
         for after in self._optimizer_state_dict_post_hooks.values():
             state_dict = after(self, state_dict) or state_dict
         return state_dict
@@ -327,7 +276,7 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         with torch.inference_mode(False), torch.no_grad():
-            _checkpoint.load(self._wrapper_state, state_dict)
+            load(self._wrapper_state, state_dict)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -441,64 +390,3 @@ def wrap(optimizer: Any, options: Options) -> TopKASTOptimizer:
         )
     with torch.inference_mode(False):  # whose tensors could not be trained afterwards
         return TopKASTOptimizer(optimizer, options)
-
-
-def _check_inner(inner: torch.optim.Optimizer) -> None:
-    name = name_of(inner)
-    if isinstance(inner, TopKASTOptimizer) or isinstance(inner.step, Refusal):
-        raise UnsupportedOptimizerError(
-            "this optimizer is wrapped already: go on with the TopKASTOptimizer that "
-            "topkast.wrap_optimizer returned, or end it by topkast.unwrap first"
-        )
-    if is_called_by("_init_local_optimizer", "ZeroRedundancyOptimizer"):
-        raise UnsupportedOptimizerError(
-            "ZeroRedundancyOptimizer has each process step some of the Parameters, and their "
-            f"forward views would be seen in that process alone: wrap the {name} itself, without "
-            "it, in every process. What it keeps is of the size of B as it is"
-        )
-    if hasattr(inner.step, "_wrapped_by_lr_sched"):
-        raise UnsupportedOptimizerError(
-            f"a learning-rate scheduler was built on this {name} and would not reach the wrapper: "
-            "wrap the optimizer first, then build the scheduler on the result"
-        )
-    for attribute, value in attributes_of(inner).items():
-        if isinstance(value, torch.optim.Optimizer):
-            raise UnsupportedOptimizerError(
-                f"{name} holds another optimizer, {name_of(value)}, in its attribute {attribute}: "
-                f"wrap the {name_of(value)} by itself. Where a library put {name} around it "
-                "(Accelerate, ZeroRedundancyOptimizer), call topkast.wrap_optimizer before that "
-                "library's own preparation"
-            )
-    clash = sorted(set(GROUP_OPTIONS) & set(inner.defaults))
-    if clash:
-        raise UnsupportedOptimizerError(
-            f"{name} has options of the names {', '.join(clash)}, which are Top-KAST's in a "
-            "parameter group"
-        )
-
-
-def _check_names(groups: list[Group], param_groups: list[dict[str, Any]], options: Options) -> None:
-    names = [
-        name
-        for group, values in zip(groups, param_groups, strict=True)
-        if "dense" not in values
-        for name in group.names
-    ]
-    options.check_names(names)
-    everything = dict.fromkeys(name for group in groups for name in group.names)
-    sparse = {name for group in groups for name in group.owner}
-    asked = any(values.get("dense") is True for values in param_groups)
-    if not asked:
-        check_any(dict.fromkeys(sparse), everything, options)
-
-
-def _name(param_group: dict[str, Any], number: int, others: list[dict[str, Any]]) -> None:
-    """Give a group's Parameters names, where those of the other groups have some."""
-    params = param_group["params"]
-    if not others or "param_names" not in others[0] or isinstance(params, set):
-        return
-    params = [params] if isinstance(params, Tensor) else list(params)
-    if params and not isinstance(params[0], tuple):
-        names = param_group.pop("param_names", [f"{number}.{one}" for one in range(len(params))])
-        params = list(zip(names, params, strict=True))
-    param_group["params"] = params

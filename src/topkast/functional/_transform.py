@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from array_api_compat import array_namespace, is_jax_array
+from array_api_compat import array_namespace
 
 from topkast._age import grow, scale_young, settled_ages
 from topkast._errors import MismatchError, UnsupportedTensorError
@@ -23,12 +23,12 @@ from topkast._options import Options
 from topkast._primitives import (
     Array,
     cond,
-    device,
     possibly_true,
 )
 from topkast._step import Step, decide, is_due
 from topkast._tensors import RankedTensors
 from topkast.backends import backend_of
+from topkast.functional._checks import check_plan, check_same, check_together
 from topkast.functional._plan import Plan, TensorInfo, make_plan
 from topkast.functional._state import Arrays, TopKASTState
 from topkast.functional._wrapped_rule import UpdateRule, WrappedRule
@@ -249,9 +249,9 @@ class TopKASTTransform:
         self, grads: Mapping[str, Array], params: Mapping[str, Array], state: TopKASTState
     ) -> Plan:
         """Raise :class:`topkast.MismatchError` unless these belong together."""
-        _check_same(grads, params)
+        check_same(grads, params)
         plan = self.plan(params)
-        _check_plan(plan, state)
+        check_plan(plan, state)
         return plan
 
     def plan(self, params: Mapping[str, Array]) -> Plan:
@@ -264,7 +264,7 @@ class TopKASTTransform:
             ):
                 raise UnsupportedTensorError(f"{name}: weights must be floats, got {array.dtype}")
             backend_of(array).check(name, array)
-        _check_together(params)
+        check_together(params)
         signature = tuple(
             (name, tuple(array.shape), str(array.dtype)) for name, array in params.items()
         )
@@ -385,50 +385,3 @@ def _increment(count: Array) -> Array:
     """One more, or the same at the end of the integers: a count must not turn negative."""
     xp = array_namespace(count)
     return xp.where(count < xp.iinfo(count.dtype).max, count + 1, count)
-
-
-def _check_same(grads: Mapping[str, Array], params: Mapping[str, Array]) -> None:
-    if grads.keys() != params.keys():
-        odd = sorted(grads.keys() ^ params.keys())
-        raise MismatchError(f"grads and params have different names: {odd} are in one alone")
-    for name, grad in grads.items():
-        param = params[name]
-        _check_together({name: param, f"the gradient of {name}": grad})
-        xp = array_namespace(param)
-        real = [xp.isdtype(array.dtype, "real floating") for array in (grad, param)]
-        if tuple(grad.shape) != tuple(param.shape) or real[0] != real[1]:
-            raise MismatchError(
-                f"{name}: the gradient is {grad.dtype}{tuple(grad.shape)}, the parameter "
-                f"{param.dtype}{tuple(param.shape)}"
-            )
-
-
-def _check_together(arrays: Mapping[str, Array]) -> None:
-    """Raise :class:`MismatchError` unless all are of one library and on one device."""
-    (first, one), *others = arrays.items()
-    for name, other in others:
-        try:
-            array_namespace(one, other)
-        except TypeError:
-            kinds = [f"{type(array).__module__}.{type(array).__name__}" for array in (one, other)]
-            raise MismatchError(f"{first} is a {kinds[0]} and {name} a {kinds[1]}") from None
-        if not is_jax_array(one) and device(one) != device(other):
-            raise MismatchError(f"{first} is on {device(one)} and {name} on {device(other)}")
-
-
-def _check_plan(plan: Plan, state: TopKASTState) -> None:
-    expected = {ranked.key: (ranked.forward, ranked.backward) for ranked in plan.tensors}
-    given = {key: (support.forward, support.backward) for key, support in state.supports.items()}
-    if expected != given:
-        raise MismatchError(
-            f"params differ from those given to init: |A| and |B| by tensor would be {expected}, "
-            f"the state has {given}"
-        )
-    for ranked in plan.tensors:
-        blocks = state.supports[ranked.key].blocks
-        if blocks != ranked.blocks:
-            raise MismatchError(
-                f"{ranked.key} has units of {ranked.blocks or 'single weights'} here, and of "
-                f"{blocks or 'single weights'} in the state: wrap with the `block` that the state "
-                "was made with, or init anew"
-            )
