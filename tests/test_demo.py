@@ -31,7 +31,8 @@ from topkast_demo.settings import FRAMEWORKS, OPTIMIZERS, Settings
 from topkast_demo.tasks import DigitsTask, TextTask
 from topkast_demo.torch_models import build
 from topkast_demo.train import train
-from topkast_demo.trainer import Trainer, find_trainer
+from topkast_demo.trainer import Trainer
+from topkast_demo.trainers import find_trainer
 
 PLOTS = ("learning_curves.png", "mask_change.png", "reservoir.png")
 SMALL = MLP((20, 30, 5))

@@ -10,7 +10,7 @@ from topkast_demo.report import format_report, write_report
 from topkast_demo.settings import FRAMEWORKS, Settings
 from topkast_demo.tasks import load_task
 from topkast_demo.train import train
-from topkast_demo.trainer import find_trainer
+from topkast_demo.trainers import find_trainer
 
 
 def compare(settings: Settings, folder: Path) -> None:

@@ -17,7 +17,8 @@ from topkast_demo.measure import Memory, Size, measure_memory, measure_sizes
 from topkast_demo.methods import LABELS
 from topkast_demo.settings import Settings
 from topkast_demo.tasks import Task
-from topkast_demo.trainer import Batch, Trainer, find_trainer
+from topkast_demo.trainer import Batch, Trainer
+from topkast_demo.trainers import find_trainer
 
 EVALUATIONS = 10
 

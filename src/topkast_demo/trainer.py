@@ -68,14 +68,3 @@ class Trainer(ABC):
     @abstractmethod
     def total_bytes(self) -> int:
         """Bytes of weights, gradients and all that the optimizer holds."""
-
-
-def find_trainer(framework: str) -> type[Trainer]:
-    """The trainer of that framework: the one place that imports it."""
-    if framework == "jax":
-        from topkast_demo.jax_trainer import JaxTrainer
-
-        return JaxTrainer
-    from topkast_demo.torch_trainer import TorchTrainer
-
-    return TorchTrainer

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from array_api_compat import array_namespace
 from array_api_compat import device as device_of
 
 from topkast._errors import NonFiniteError
 
-if TYPE_CHECKING:
-    from topkast.selection._random import Ranks
-
 T = TypeVar("T")
 Array = Any
 Host = Any  # numpy.ndarray
+
+
+class Ranks(Protocol):
+    """The rank of each entry among those of equal magnitude; see ``topkast.selection._random``."""
+
+    @property
+    def key(self) -> tuple[int, int, int, int]: ...
+
+    @property
+    def first(self) -> Array | int: ...
+
+    @property
+    def indices(self) -> Array | None: ...
+
+    def __call__(self, positions: Array) -> Array:
+        """Ranks at some positions (k,), the largest first; int64 of 32 bits, all different."""
+
+    def at(self, indices: Array) -> Ranks:
+        """Those of the entries at some positions (k,)."""
 
 
 class Backend:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,8 @@ from jax import lax
 from jax.tree_util import register_dataclass
 
 from topkast.backends import _xla
-from topkast.backends._base import Array, Backend
+from topkast.backends._base import Array, Backend, Ranks
 from topkast.selection._support import Support
-
-if TYPE_CHECKING:
-    from topkast.selection._random import Ranks
 
 T = TypeVar("T")
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from topkast.backends import _host
-from topkast.backends._base import Backend
-
-if TYPE_CHECKING:
-    from topkast.selection._random import Ranks
+from topkast.backends._base import Backend, Ranks
 
 Vector = np.ndarray[Any, Any]
 

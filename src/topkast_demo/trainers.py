@@ -1,0 +1,16 @@
+"""The trainer of each framework."""
+
+from __future__ import annotations
+
+from topkast_demo.trainer import Trainer
+
+
+def find_trainer(framework: str) -> type[Trainer]:
+    """The trainer of that framework: the one place that imports it."""
+    if framework == "jax":
+        from topkast_demo.jax_trainer import JaxTrainer
+
+        return JaxTrainer
+    from topkast_demo.torch_trainer import TorchTrainer
+
+    return TorchTrainer
