@@ -38,7 +38,7 @@ from topkast._probe import (
 from topkast._step import Step, decide, is_due
 from topkast._table import format_table
 from topkast._tensors import RankedTensors, Refresh, members, rank_tensors
-from topkast.backends import Backend
+from topkast.backends import Backend, Ranks
 from topkast.functional._plan import Plan, TensorInfo, check_any
 from topkast.functional._rules import bias_correction, learning_rate
 from topkast.functional._state import Arrays, TopKASTState, count_bytes, forward_views, inspection
@@ -46,7 +46,6 @@ from topkast.functional._transform import TopKASTTransform, apply_updates
 from topkast.functional._wrapped_rule import WrappedRule
 from topkast.methods._chosen import method_of
 from topkast.selection._distribution import Shape, exact_fraction
-from topkast.selection._random import Ranks
 from topkast.selection._support import Migration
 
 __all__ = [

@@ -6,7 +6,7 @@ of a library which is not here is found by an entry point ``topkast.backends``, 
 library's package and whose value is a function that returns the backend.
 """
 
-from topkast.backends._base import Backend
+from topkast.backends._base import Backend, Ranks
 from topkast.backends._find import ENTRY_POINTS, backend_of, load_own
 
-__all__ = ["ENTRY_POINTS", "Backend", "backend_of", "load_own"]
+__all__ = ["ENTRY_POINTS", "Backend", "Ranks", "backend_of", "load_own"]
