@@ -93,6 +93,14 @@ def write(path: Path, result: Mapping[str, Any]) -> None:
     print(f"\nwritten to {path}", file=sys.stderr)
 
 
+def _version(package: str) -> str:
+    """Of an installed package; of a module that is imported, where it goes by another name."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return str(getattr(sys.modules.get(package), "__version__", "not installed"))
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -103,10 +111,3 @@ def _processor() -> str:
         if names:
             return names[0] + (", AVX-512" if "avx512f" in text else "")
     return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
