@@ -3,8 +3,10 @@
 SpMM is the output ``A · X``; its transpose the input gradient ``Aᵀ · dY``; SDDMM the gradient on B,
 ``dY · Xᵀ``. Square float32 layers, random sets, four products in a row. "SpMM, one column" is the
 same with all entries in one column, whose activations stay in the first cache: what the loop could
-do if memory cost nothing. Then a convolution, forward and backward, by the number of images; and
-what two pools of threads would cost: a dense product and a sparse one in turn, against each alone.
+do if memory cost nothing. "layouts" are the milliseconds that a refresh spends on making them, and
+"bytes" what they hold for each entry of B, beside its index. Then a convolution, forward and
+backward, by the number of images; and what two pools of threads would cost: a dense product and a
+sparse one in turn, against each alone.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 from _harness import Timing, arguments, environment, interleave, table, write
 
 import topkast
-from topkast.kernels import arrange, multiply, sampled_product, tile_width
+from topkast.kernels import LinearProducts, find_row_starts, make_row_layout, multiply
 
 SPARSITIES = [(0.8, 0.5), (0.9, 0.8), (0.95, 0.9), (0.98, 0.95)]
 IN_A_ROW = 4
@@ -32,50 +34,55 @@ class Case:
 
     def __init__(self, size: int, batch: int, pair: tuple[float, float]) -> None:
         rng = np.random.default_rng(0)
-        self.backward = np.sort(
-            rng.choice(size**2, size**2 - int(pair[1] * size**2), replace=False)
-        )
-        forward = size**2 - int(pair[0] * size**2)
-        place = np.sort(rng.choice(len(self.backward), forward, replace=False)).astype(np.int32)
-        row, column = (part.astype(np.int32) for part in np.divmod(self.backward, size))
-        shape = (size, size)
-        self.spmm_layout = arrange(row[place], column[place], place, shape=shape)
-        self.transposed_layout = arrange(column[place], row[place], place, shape=shape)
-        everywhere = np.arange(len(row), dtype=np.int32)
-        self.sddmm_layout = arrange(row, column, everywhere, shape=shape, runs=True)
-        width = tile_width(batch, np.float32)
+        backward, forward = (size**2 - int(sparsity * size**2) for sparsity in reversed(pair))
+        chosen = rng.choice(size**2, backward, replace=False).astype(np.int32)
+        parts = np.sort(chosen[:forward]), np.sort(chosen[forward:])
+        self.size, self.forward = size, forward
+        self.indices = torch.from_numpy(np.concatenate(parts)).numpy()
+        self.products = self.make_products()
+        _, _, width = self.products.packed_shape((batch, size), np.float32)
         tiles = -(-batch // width)
-        self.values, self.gradient = aligned(len(row)), aligned(len(row))
+        self.values, self.gradient = aligned(backward), aligned(backward)
         self.x, self.y = aligned(tiles, size, width), aligned(tiles, size, width)
         self.out = aligned(batch, size)
         self.flops = {
             "SpMM": 2 * forward * batch,
             "SpMM of the transpose": 2 * forward * batch,
-            "SDDMM": 2 * len(row) * batch,
+            "SDDMM": 2 * backward * batch,
             "dense": 2 * size**2 * batch,
         }
         self.weight, self.columns = torch.randn(size, size), torch.randn(size, batch)
         self.slope = torch.randn(size, batch)
-        self.a = csr(row[place], column[place], self.values[place], size)
-        self.b = csr(row, column, np.zeros(len(row), np.float32), size)
+        self.a = csr(parts[0], self.values[:forward], size)
+        self.b = csr(np.sort(chosen), np.zeros(backward, np.float32), size)
+
+    def make_products(self) -> LinearProducts:
+        return LinearProducts(self.indices, self.forward, shape=(self.size, self.size))
 
     def sides(self) -> dict[str, Callable[[], Any]]:
-        rows, layout = self.columns.t().contiguous(), self.spmm_layout
-        nowhere = np.zeros_like(layout.columns), np.zeros_like(layout.segment_columns)
-        one = replace(layout, columns=nowhere[0], segment_columns=nowhere[1])
+        rows, products = self.columns.t().contiguous(), self.products
+        shape = self.size, self.size
+        starts = find_row_starts(self.indices, slice(self.forward), shape=shape)
+        layout = make_row_layout(self.indices, starts, shape=shape, pitch=self.size)
+        one = replace(layout, columns=np.zeros_like(self.indices), pitch=0)
         return {
             "dense": lambda: self.weight @ self.columns,
-            "SpMM": partial(multiply, self.spmm_layout, self.values, self.x, self.out),
+            "SpMM": partial(products.forward, self.values, self.x, self.out),
             "SpMM of the transpose": partial(
-                multiply, self.transposed_layout, self.values, self.x, self.out
+                products.input_gradient, self.values, self.y, self.out
             ),
             "SpMM, one column": partial(multiply, one, self.values, self.x, self.out),
-            "SDDMM": partial(sampled_product, self.sddmm_layout, self.y, self.x, self.gradient),
+            "SDDMM": partial(products.weight_gradient, self.y, self.x, self.gradient),
             "SpMM, PyTorch": lambda: self.a @ self.columns,
             "SDDMM, PyTorch": lambda: torch.sparse.sampled_addmm(
                 self.b, self.slope, rows, beta=0.0
             ),
         }
+
+    def layouts(self) -> dict[str, float]:
+        """Milliseconds of making the layouts, and bytes of them for each entry of B."""
+        timing = interleave({"layouts": self.make_products}, rounds=5)["layouts"]
+        return {"ms": timing.median, "bytes": self.products.nbytes / len(self.indices)}
 
 
 def aligned(*shape: int) -> np.ndarray[Any, Any]:
@@ -83,7 +90,8 @@ def aligned(*shape: int) -> np.ndarray[Any, Any]:
     return torch.randn(*shape).numpy()
 
 
-def csr(row: Any, column: Any, values: Any, size: int) -> torch.Tensor:
+def csr(indices: Any, values: Any, size: int) -> torch.Tensor:
+    row, column = np.divmod(indices, size)
     starts = torch.from_numpy(np.searchsorted(row, np.arange(size + 1)))
     places = torch.from_numpy(column.astype(np.int64))
     with warnings.catch_warnings():
@@ -107,21 +115,20 @@ def measure(size: int, batch: int, rounds: int) -> list[dict[str, Any]]:
         speeds = {
             name: flops_of(case, name) / timing.median / 1e6 for name, timing in timings.items()
         }
-        rows.append([f"{pair[0]}/{pair[1]}", *(f"{speed:.0f}" for speed in speeds.values())])
+        layouts = case.layouts()
+        cells = (
+            *(f"{speed:.0f}" for speed in speeds.values()),
+            *map("{:.1f}".format, layouts.values()),
+        )
+        rows.append([f"{pair[0]}/{pair[1]}", *cells])
+        of = {"size": size, "batch": batch, "fwd": pair[0], "bwd": pair[1]}
+        records.append({**of, "kernel": "layouts", **layouts})
         records += [
-            {
-                "size": size,
-                "batch": batch,
-                "fwd": pair[0],
-                "bwd": pair[1],
-                "kernel": name,
-                "gflops": speeds[name],
-                **vars(timing),
-            }
+            {**of, "kernel": name, "gflops": speeds[name], **vars(timing)}
             for name, timing in timings.items()
         ]
     print(f"\n{size} × {size}, batch {batch}, GFLOP/s\n")
-    print(table(["fwd/bwd", *speeds], rows), flush=True)
+    print(table(["fwd/bwd", *speeds, "layouts, ms", "bytes"], rows), flush=True)
     return records
 
 

@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 
 from topkast.kernels import (
     Bands,
+    ConvolutionProducts,
     Grid,
-    Layout,
-    arrange,
+    RowLayout,
     convolve,
+    find_row_starts,
     from_planes,
     lanes_of,
+    make_layout,
+    make_row_layout,
     sampled_correlation,
     shift,
     to_planes,
@@ -40,7 +43,7 @@ class Problem:
         weight = rng.standard_normal((self.rows, self.channels, *grid.size)).astype(dtype)
         chance = rng.random(weight.shape)
         self.on_b, self.on_a = chance < density, chance < density / 2
-        self.values = weight[self.on_b]
+        self.dense_values = weight
         self.weight = weight * self.on_a
         self.images = rng.standard_normal((self.batch, self.channels, *grid.extent)).astype(dtype)
         self.slope = rng.standard_normal((self.batch, self.rows, *grid.places)).astype(dtype)
@@ -69,19 +72,29 @@ class Problem:
         """The same, from the kernels; whatever they do not write themselves is not a number."""
         grid, weights = self.grid, math.prod(self.grid.size)
         planes = self.channels * grid.planes
-        row, column = (
-            place.astype(np.int32) for place in np.nonzero(self.on_b.reshape(self.rows, -1))
+        on_a, on_b = self.on_a.ravel(), self.on_b.ravel()
+        active, exploring = (
+            np.flatnonzero(flags).astype(np.int32) for flags in (on_a, on_b & ~on_a)
         )
-        active = np.flatnonzero(self.on_a[self.on_b]).astype(np.int32)
-
-        def layout(rows: Array, columns: Array, shape: tuple[int, int]) -> Layout:
-            return arrange(rows[active], columns[active], active, shape=shape, most_rows=7)
-
+        indices = np.concatenate([active, exploring])
         shape = self.rows, self.channels * weights
-        forward = layout(row, column, shape)
-        transposed = layout(*grid.transpose(row, column), (planes, self.rows * weights))
-        everywhere = np.arange(len(row), dtype=np.int32)
-        backward = arrange(row, column, everywhere, shape=shape, runs=True, most_rows=2)
+        values = self.dense_values.ravel()[indices]
+
+        def layout(part: slice, max_rows: int) -> RowLayout:
+            starts = find_row_starts(indices, part, shape=shape)
+            return make_row_layout(
+                indices, starts, shape=shape, pitch=shape[1], block=5, max_rows=max_rows
+            )
+
+        forward = layout(slice(len(active)), 7)
+        parts = [layout(part, 2) for part in (slice(len(active)), slice(len(active), None))]
+        row, column = (place.astype(np.int32) for place in np.divmod(active, shape[1]))
+        transposed = make_layout(
+            *grid.transpose(row, column),
+            np.arange(len(active), dtype=np.int32),
+            shape=(planes, self.rows * weights),
+            max_rows=7,
+        )
         seen, seeing = grid.seen(self.channels), grid.seeing(self.rows)
 
         x = self.nothing(planes, grid.length)
@@ -90,24 +103,25 @@ class Problem:
         to_planes(self.slope, y, grid.of_slopes, threads=threads)
 
         out, found = self.nothing(self.rows, grid.count), np.full_like(self.slope, np.nan)
-        ordered = self.values[forward.order]
-        convolve(shift(forward, seen), ordered, x, out, bias=self.bias, threads=threads)
+        convolve(shift(forward, seen), values, x, out, bias=self.bias, threads=threads)
         from_planes(out, found, grid.of_output, threads=threads)
         out, for_images = self.nothing(planes, grid.pixels), np.full_like(self.images, np.nan)
-        ordered = self.values[transposed.order]
+        ordered = values[transposed.order]
         convolve(shift(transposed, seeing), ordered, y, out, threads=threads)
         from_planes(out, for_images, grid.of_images, threads=threads)
-        for_values = np.full_like(self.values, np.nan)
+        for_values = np.full_like(values, np.nan)
+        first, second = (shift(part, seen) for part in parts)
         sampled_correlation(
-            shift(backward, seen),
+            first,
             y,
             x,
             for_values,
             places=grid.count,
             lead=grid.reach,
+            other=second,
             threads=threads,
         )
-        return found, for_images, for_values
+        return found, for_images, for_values[np.argsort(indices)]
 
     def nothing(self, planes: int, length: int) -> Array:
         lanes = lanes_of(self.dtype)
@@ -153,6 +167,54 @@ def test_the_products_are_those_of_pytorch(
         np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_the_products_of_a_convolution(groups: int, dtype: Any) -> None:
+    rng = np.random.default_rng(groups)
+    window: dict[str, Any] = {"size": (3, 2), "dilation": (1, 2), "stride": (2, 1)}
+    images = rng.standard_normal((5, 8, 9, 7))
+    weight = rng.standard_normal((12, 8 // groups, 3, 2))
+    chosen = rng.permutation(weight.size)[: weight.size // 2]
+    active, exploring = np.sort(chosen[: weight.size // 4]), np.sort(chosen[weight.size // 4 :])
+    indices = np.concatenate([active, exploring]).astype(dtype)
+    values, sparse = weight.ravel()[indices], np.zeros_like(weight)
+    sparse.reshape(-1)[active] = values[: len(active)]
+    inputs, weights = (torch.from_numpy(array).requires_grad_() for array in (images, sparse))
+    options = {"stride": window["stride"], "dilation": window["dilation"], "groups": groups}
+    expected: Any = torch.nn.functional.conv2d(
+        torch.nn.functional.pad(inputs, (0, 1, 1, 1)), weights, **options
+    )
+    slope = rng.standard_normal(expected.shape)
+    grads = torch.autograd.grad(expected, [inputs, weights], torch.from_numpy(slope))
+
+    products = ConvolutionProducts(
+        indices,
+        len(active),
+        shape=(12, 8 * 6),
+        margins=((1, 1), (0, 1)),
+        groups=groups,
+        **window,
+    )
+    shape = images.shape
+    packed = np.full(products.packed_shape(shape, images.dtype), np.nan)
+    products.pack(images, packed)
+    packed_slope = np.full(products.packed_gradient_shape(shape, images.dtype), np.nan)
+    products.pack_gradient(slope, packed_slope, shape=shape)
+    output, for_images = np.full(products.output_shape(shape), np.nan), np.full(shape, np.nan)
+    for_values = np.full(len(indices), np.nan)
+    products.forward(values, packed, output, shape=shape)
+    products.input_gradient(values, packed_slope, for_images, shape=shape)
+    products.weight_gradient(packed_slope, packed, for_values, shape=shape)
+    np.testing.assert_allclose(output, expected.detach().numpy(), rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(for_images, grads[0].numpy(), rtol=1e-11, atol=1e-11)
+    on_b = grads[1].numpy().ravel()[indices]
+    np.testing.assert_allclose(for_values, on_b, rtol=1e-11, atol=1e-11)
+    with pytest.raises(ValueError, match="values must be contiguous"):
+        products.input_gradient(values[:9], packed_slope, for_images, shape=shape)
+    with pytest.raises(TypeError, match="float32 or float64"):
+        products.input_gradient(values.astype(np.float32), packed_slope, for_images, shape=shape)
+
+
 def test_images_larger_than_what_is_transposed_at_a_time() -> None:
     grid = Grid((70, 90), size=(3, 2), stride=(2, 1), margins=((1, 1), (0, 1)))
     problem = Problem(grid, (18, 2, 3), 0.5, np.float64)
@@ -182,10 +244,9 @@ class TestBadInput:
     def setup_method(self) -> None:
         self.lanes = lanes_of("float32")
         place = np.arange(2, dtype=np.int32)
-        layout = arrange(0 * place, place, place, shape=(1, 2))
-        self.runs = shift(
-            arrange(0 * place, place, place, shape=(1, 2), runs=True), np.asarray([0, 9])
-        )
+        row_layout = make_row_layout(place, np.asarray([0, 2]), shape=(1, 2))
+        self.by_rows = shift(row_layout, np.asarray([0, 9]))
+        layout = make_layout(0 * place, place, place, shape=(1, 2))
         self.shifted = shift(layout, np.asarray([0, 9]))
         self.values = np.ones(2, np.float32)
         self.x, self.out = self.planes(2, 8), self.planes(1, 4)
@@ -249,28 +310,30 @@ class TestBadInput:
             to_planes(images[:, :, ::-1], planes, placement)
 
     def test_layouts(self) -> None:
-        with pytest.raises(ValueError, match="where runs start alone"):
-            _ = self.runs.layout.order
         place = np.arange(2, dtype=np.int32)
-        for most_rows in (0, -1):
+        for max_rows in (0, -1):
             with pytest.raises(ValueError, match="must be positive"):
-                arrange(place, place, place, shape=(2, 2), most_rows=most_rows)
+                make_layout(place, place, place, shape=(2, 2), max_rows=max_rows)
 
     def test_distances(self) -> None:
         for table in ([0], [0, -1], [0, 1 << 31]):
             with pytest.raises(ValueError, match="expected 2 distances"):
                 shift(self.shifted.layout, np.asarray(table))
+        for shifts in (np.zeros(1, np.int32), np.zeros(2)):
+            with pytest.raises(ValueError, match="expected 2 distances"):
+                shift(self.by_rows.layout, np.asarray([0, 9]), shifts=shifts)
 
     def test_what_lies_beyond_the_planes(self) -> None:
-        convolve(self.shifted, self.values, self.x, self.out)
+        for shifted in (self.shifted, self.by_rows):
+            convolve(shifted, self.values, self.x, self.out)
+            with pytest.raises(ValueError, match="sees beyond"):
+                convolve(shifted, self.values, self.x, self.planes(1, 8))
         with pytest.raises(ValueError, match="sees beyond"):
-            convolve(self.shifted, self.values, self.x, self.planes(1, 8))
-        with pytest.raises(ValueError, match="sees beyond"):
-            sampled_correlation(self.runs, self.planes(1, 8), self.x, self.values, places=8)
+            sampled_correlation(self.by_rows, self.planes(1, 8), self.x, self.values, places=8)
         for lead in (-1, 5):
             with pytest.raises(ValueError, match="are not in planes of"):
                 sampled_correlation(
-                    self.runs, self.planes(1, 8), self.x, self.values, places=4, lead=lead
+                    self.by_rows, self.planes(1, 8), self.x, self.values, places=4, lead=lead
                 )
 
     def test_shapes_and_dtypes(self) -> None:
@@ -292,6 +355,6 @@ class TestBadInput:
         with pytest.raises(TypeError, match="x is float64"):
             convolve(self.shifted, self.values, self.x.astype(np.float64), self.out)
         with pytest.raises(ValueError, match="must be contiguous and of"):
-            sampled_correlation(self.runs, self.planes(2, 8), self.x, self.values, places=4)
-        with pytest.raises(ValueError, match="runs=True"):
+            sampled_correlation(self.by_rows, self.planes(2, 8), self.x, self.values, places=4)
+        with pytest.raises(TypeError, match="make_row_layout"):
             sampled_correlation(self.shifted, self.planes(1, 8), self.x, self.values, places=4)

@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 
 import topkast
-from topkast.kernels import _convolutions, _layout, _packing, _planes, _pool, _products
+from topkast.kernels import (
+    _arguments,
+    _arrange,
+    _convolutions,
+    _gather,
+    _packing,
+    _planes,
+    _pool,
+    _products,
+    _sampling,
+)
 from topkast.kernels._compile import FolderLocator
 from topkast.testing import assert_same_support
 
@@ -65,20 +75,67 @@ def test_the_cache_notices_edits_of_every_file(copied: Path) -> None:
     code = """
 from pathlib import Path
 from kernels import _compile
-find = _compile._sources.__wrapped__
+find, folder = _compile._sources.__wrapped__, Path(_compile.__file__).parent
 stamps = [find()]
-for path in Path(_compile.__file__).parent.glob("*.py"):
+for path in folder.glob("*.py"):
     path.write_text(path.read_text() + "# edited\\n")
     stamps.append(find())
+for name in ("_new.py", "new.py", "__init__.py", "new.txt"):
+    assert not (folder / name).exists()
+    (folder / name).write_text("")
+    stamps.append(find())
+(folder / "new.py").rename(folder / "renamed.py")
+stamps.append(find())
+(folder / "_new.py").unlink()
+stamps.append(find())
 print(len(stamps), len(set(stamps)))
 """
-    count = 1 + len(list((copied / "kernels").glob("*.py")))
+    count = 1 + len(list((copied / "kernels").glob("*.py"))) + 4 + 2
     assert run(code, copied) == f"{count} {count}\n"
+
+
+def test_a_file_that_is_added_makes_the_next_process_compile(copied: Path) -> None:
+    """What is cached belongs to the folder as it was."""
+    (copied / "kernels/odd.py").write_text("""
+from kernels._compile import can_cache, compiled
+
+assert can_cache()
+
+@compiled
+def double(x):
+    return 2 * x
+
+print(double(21), sum(double.stats.cache_hits.values()))
+""")
+    code = "import kernels.odd"
+    assert [run(code, copied) for _ in range(2)] == ["42 0\n", "42 1\n"]
+    (copied / "kernels/new.py").write_text("")
+    assert [run(code, copied) for _ in range(2)] == ["42 0\n", "42 1\n"]
+
+
+def test_arguments_of_kernels_go_by_name() -> None:
+    """One more or one less cannot take the place of another."""
+    slots = _arguments.slots("first", "second")
+    assert slots.names == ("ticket", "thread", "first", "second")
+    record = _arguments.fill(slots, second=2, first=1, thread=0, ticket=0)
+    assert record.tolist() == [0, 0, 1, 2]
+    for wrong in ({"first": 1}, {"first": 1, "third": 3}, {"first": 1, "second": 2, "third": 3}):
+        with pytest.raises(TypeError, match=r"second|third"):
+            _arguments.fill(slots, ticket=0, thread=0, **wrong)
+
+
+def test_kernels_need_neither_pytorch_nor_an_adapter() -> None:
+    code = """
+import sys
+import topkast.kernels
+print(sorted({"torch", "jax", "topkast_torch", "topkast_jax", "topkast_cupy"} & {*sys.modules}))
+"""
+    assert run(code, PACKAGE.parent) == "[]\n"
 
 
 def test_entry_points_are_cached_by_that_stamp() -> None:
     """The functions that they are made of are compiled into them."""
-    modules = _convolutions, _layout, _packing, _planes, _products
+    modules = _arrange, _convolutions, _gather, _packing, _planes, _products, _sampling
     entries = [value for module in modules for value in vars(module).values()]
     cached = [one for one in entries if hasattr(getattr(one, "_cache", None), "_impl")]
     assert {"_single", "_double"} <= {one.__name__[-7:] for one in cached}

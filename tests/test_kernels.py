@@ -17,10 +17,15 @@ from hypothesis import strategies as st
 
 from topkast.kernels import (
     Layout,
+    LinearProducts,
+    RowLayout,
     _layout,
-    arrange,
     compress,
+    find_columns,
+    find_row_starts,
     gather,
+    make_layout,
+    make_row_layout,
     multiply,
     pack,
     put,
@@ -33,7 +38,10 @@ DTYPES = [np.float32, np.float64]
 
 
 class Problem:
-    """A sparse matrix, whose compact vector is shuffled or in order, and dense activations."""
+    """A sparse matrix, whose compact vector is shuffled or in order, and dense activations.
+
+    By row, the compact vector has two parts, as those of A and of B∖A.
+    """
 
     def __init__(
         self, shape: tuple[int, int], batch: int, density: float, dtype: Any, seed: int
@@ -48,13 +56,37 @@ class Problem:
         self.values = rng.standard_normal(len(self.rows)).astype(dtype)
         self.dense = np.zeros(shape, dtype)
         self.dense[self.rows, self.columns] = self.values[self.order]
+        flat = np.flatnonzero(mask).astype(np.int32)
+        in_first = rng.random(len(flat)) < (0.5, 0.0, 1.0, 0.1)[seed % 4]
+        self.indices = np.concatenate([flat[in_first], flat[~in_first]])
+        self.first = int(in_first.sum())
+        self.dense_first = np.zeros(shape, dtype)
+        self.dense_first.reshape(-1)[self.indices[: self.first]] = self.values[: self.first]
         self.x = rng.standard_normal((batch, shape[1])).astype(dtype)
         self.y = rng.standard_normal((batch, shape[0])).astype(dtype)
         self.bias = rng.standard_normal(shape[0]).astype(dtype)
 
-    def layout(self, *, runs: bool = False) -> Layout:
-        order = np.arange(len(self.rows), dtype=np.int32) if runs else self.order
-        return arrange(self.rows, self.columns, order, shape=self.shape, runs=runs)
+    def layout(self) -> Layout:
+        return make_layout(self.rows, self.columns, self.order, shape=self.shape)
+
+    def row_layouts(self, **options: Any) -> tuple[RowLayout, RowLayout]:
+        columns, pitch = find_columns(self.indices, shape=self.shape)
+        parts = (
+            find_row_starts(self.indices, part, shape=self.shape)
+            for part in (slice(self.first), slice(self.first, None))
+        )
+        first, second = (
+            make_row_layout(
+                columns, starts, shape=self.shape, **{"pitch": pitch, "block": 97} | options
+            )
+            for starts in parts
+        )
+        return first, second
+
+    def gradient(self) -> Array:
+        """The weight gradient on both parts."""
+        found: Array = (self.y.T @ self.x).ravel()[self.indices]
+        return found
 
 
 def tiles_of(rows: Array) -> Array:
@@ -83,12 +115,70 @@ def test_multiply(problem: Problem) -> None:
 
 
 @given(problems)
-def test_sampled_product(problem: Problem) -> None:
-    layout = problem.layout(runs=True)
-    out = np.full(len(problem.rows), np.nan, problem.x.dtype)
-    sampled_product(layout, tiles_of(problem.y), tiles_of(problem.x), out)
-    expected = (problem.y.T @ problem.x)[problem.rows, problem.columns]
+def test_multiply_by_rows(problem: Problem) -> None:
+    out = np.full((problem.batch, problem.shape[0]), np.nan, problem.x.dtype)
+    layout, _ = problem.row_layouts()
+    multiply(layout, problem.values, tiles_of(problem.x), out, bias=problem.bias)
+    expected = problem.x @ problem.dense_first.T + problem.bias
     np.testing.assert_allclose(out, expected, **tolerance(problem))
+
+
+@given(problems)
+def test_sampled_product(problem: Problem) -> None:
+    x, y = tiles_of(problem.x), tiles_of(problem.y)
+    first, second = problem.row_layouts()
+    out, apart = (np.full(len(problem.rows), np.nan, problem.x.dtype) for _ in range(2))
+    sampled_product(first, y, x, out, other=second)
+    np.testing.assert_allclose(out, problem.gradient(), **tolerance(problem))
+    for layout in problem.row_layouts(block=3):
+        sampled_product(layout, y, x, apart)
+    np.testing.assert_array_equal(apart, out)
+
+
+@given(problems, st.sampled_from([np.int32, np.int64]))
+def test_the_products_of_a_linear_layer(problem: Problem, dtype: Any) -> None:
+    indices = problem.indices.astype(dtype)
+    products = LinearProducts(indices, problem.first, shape=problem.shape)
+    x, y = (
+        np.full(products.packed_shape(rows.shape, rows.dtype), np.nan, rows.dtype)
+        for rows in (problem.x, problem.y)
+    )
+    products.pack(problem.x, x)
+    products.pack(problem.y, y)
+    output, for_input = np.full_like(problem.y, np.nan), np.full_like(problem.x, np.nan)
+    for_values = np.full_like(problem.values, np.nan)
+    products.forward(problem.values, x, output, bias=problem.bias)
+    products.input_gradient(problem.values, y, for_input)
+    products.weight_gradient(y, x, for_values)
+    expected = problem.x @ problem.dense_first.T + problem.bias
+    np.testing.assert_allclose(output, expected, **tolerance(problem))
+    np.testing.assert_allclose(for_input, problem.y @ problem.dense_first, **tolerance(problem))
+    np.testing.assert_allclose(for_values, problem.gradient(), **tolerance(problem))
+
+
+@pytest.mark.parametrize("pair", [(0.9, 0.8), (0.95, 0.9), (0.98, 0.95)])
+def test_a_linear_layer_holds_no_more_than_four_bytes_an_entry(pair: tuple[float, float]) -> None:
+    """Beside the indices, in the layouts of all three products."""
+    size, rng = 1024, np.random.default_rng(0)
+    chosen = rng.permutation(size**2)[: round((1 - pair[1]) * size**2)].astype(np.int32)
+    forward = round((1 - pair[0]) * size**2)
+    indices = np.concatenate([np.sort(chosen[:forward]), np.sort(chosen[forward:])])
+    products = LinearProducts(indices, forward, shape=(size, size))
+    assert products.nbytes <= 4 * len(indices)
+    wide = LinearProducts(indices.astype(np.int64), forward, shape=(size, size))
+    assert wide.nbytes == products.nbytes + 4 * len(indices)  # columns of their own
+
+
+def test_a_batch_of_nothing_has_no_gradient() -> None:
+    problem = Problem((8, 9), 0, 0.5, np.float32, 1)
+    products = LinearProducts(problem.indices, problem.first, shape=problem.shape)
+    x, y = (
+        np.empty(products.packed_shape(rows.shape, rows.dtype), rows.dtype)
+        for rows in (problem.x, problem.y)
+    )
+    out = np.full_like(problem.values, np.nan)
+    products.weight_gradient(y, x, out)
+    assert not out.any()
 
 
 def tolerance(problem: Problem) -> dict[str, Any]:
@@ -98,30 +188,63 @@ def tolerance(problem: Problem) -> dict[str, Any]:
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
-    problem = Problem((300, 200), 300, 0.1, np.float32, 1)
+    problem = Problem((300, 200), 300, 0.1, np.float32, 4)
     x, y = tiles_of(problem.x), tiles_of(problem.y)
+    first, second = problem.row_layouts()
 
     def products(count: int) -> tuple[Array, ...]:
-        out = np.empty((300, 300), np.float32)
+        out, other = np.empty((300, 300), np.float32), np.empty((300, 300), np.float32)
         gradient = np.empty(len(problem.rows), np.float32)
         multiply(problem.layout(), problem.values, x, out, threads=count)
-        sampled_product(problem.layout(runs=True), y, x, gradient, threads=count)
-        return out, gradient
+        multiply(first, problem.values, x, other, threads=count)
+        sampled_product(first, y, x, gradient, other=second, threads=count)
+        return out, other, gradient
 
     for found, expected in zip(products(threads), products(1), strict=True):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_blocks_wider_than_the_numbers_of_columns_in_them() -> None:
-    """Columns are counted from the start of their block, in 16 bits."""
-    assert _layout._MOST_BLOCK == 1 << 16
+def test_how_rows_are_cut_into_chunks_changes_no_bit() -> None:
+    problem = Problem((300, 200), 300, 0.1, np.float32, 4)
+    x, y = tiles_of(problem.x), tiles_of(problem.y)
+    results = []
+    for max_rows in (1, 7, 300):
+        first, second = problem.row_layouts(max_rows=max_rows)
+        out, gradient = np.empty((300, 300), np.float32), np.empty(len(problem.rows), np.float32)
+        multiply(first, problem.values, x, out)
+        sampled_product(first, y, x, gradient, other=second)
+        results.append((out, gradient))
+    for found in results[1:]:
+        for array, expected in zip(found, results[0], strict=True):
+            np.testing.assert_array_equal(array, expected)
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_blocks_wider_than_the_numbers_of_columns_in_them(by_rows: bool) -> None:
+    """Columns of a block, and the length of a segment, are counted in 16 bits."""
+    assert _layout._MAX_BLOCK == (1 << 16) - 1
     columns = np.asarray([5, 70_000, 199_999], np.int32)
     rows = np.zeros(3, np.int32)
-    layout = arrange(rows, columns, np.arange(3, dtype=np.int32), shape=(1, 200_000))
+    shape = 1, 200_000
+    layout = (
+        make_row_layout(columns, np.asarray([0, 3]), shape=shape)
+        if by_rows
+        else make_layout(rows, columns, np.arange(3, dtype=np.int32), shape=shape)
+    )
     x = tiles_of(np.arange(200_000, dtype=np.float64)[None])
     out = np.empty((1, 1))
     multiply(layout, np.asarray([1.0, 2.0, 4.0]), x, out)
     assert out[0, 0] == 5 + 2 * 70_000 + 4 * 199_999
+
+
+def test_segments_as_long_as_their_numbers_allow() -> None:
+    size = 140_000
+    columns = np.arange(size, dtype=np.int32)
+    layout = make_row_layout(columns, np.asarray([0, size]), shape=(1, size), block=65_535)
+    assert layout.segment_lengths.tolist() == [65_535, 65_535, size - 2 * 65_535]
+    out = np.empty((1, 1))
+    multiply(layout, np.ones(size), tiles_of(np.ones((1, size))), out)
+    assert out[0, 0] == size
 
 
 @given(st.integers(1, 150), st.integers(1, 90), st.sampled_from(DTYPES), st.sampled_from([16, 64]))
@@ -134,10 +257,15 @@ def test_pack(batch: int, features: int, dtype: Any, width: int) -> None:
     assert not columns[:, batch:].any()
 
 
-def test_a_copied_layout_works_without_the_original() -> None:
-    problem = Problem((60, 40), 20, 0.3, np.float64, 1)
-    layouts = [copy.deepcopy(problem.layout()), pickle.loads(pickle.dumps(problem.layout()))]
-    used = problem.layout()
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_a_copied_layout_works_without_the_original(by_rows: bool) -> None:
+    problem = Problem((60, 40), 20, 0.3, np.float64, 4)
+
+    def make() -> Layout | RowLayout:
+        return problem.row_layouts()[0] if by_rows else problem.layout()
+
+    layouts = [copy.deepcopy(make()), pickle.loads(pickle.dumps(make()))]
+    used = make()
     x, out = tiles_of(problem.x), np.empty((20, 60))
     multiply(used, problem.values, x, out)  # which remembers where its arrays are
     layouts.append(copy.deepcopy(used))
@@ -146,15 +274,17 @@ def test_a_copied_layout_works_without_the_original() -> None:
         found = np.full_like(out, np.nan)
         multiply(layout, problem.values, x, found)
         np.testing.assert_array_equal(found, out)
-        arrays = layout._arrays
-        assert layout._numbers[3:] == tuple(array.ctypes.data for array in arrays)
+        known = dict(zip(_layout.LAYOUT.names or (), layout._record, strict=True))
+        for name, number in known.items():
+            array = getattr(layout, name, None)
+            assert not isinstance(array, np.ndarray) or array.ctypes.data == number
 
 
 class TestBadInput:
     """The kernels trust addresses: what does not fit must not reach them."""
 
     def setup_method(self) -> None:
-        self.problem = Problem((8, 9), 3, 0.5, np.float32, 1)
+        self.problem = Problem((8, 9), 3, 0.5, np.float32, 4)
         self.x, self.y = tiles_of(self.problem.x), tiles_of(self.problem.y)
         self.out = np.empty((3, 8), np.float32)
 
@@ -173,10 +303,13 @@ class TestBadInput:
             with pytest.raises(ValueError, match=r"must be contiguous and of|a tile cannot"):
                 multiply(layout, compact, x, out, bias=bias)
         rows = np.zeros((self.x.shape[0] * self.x.shape[2] + 1, layout.rows), np.float32)
-        with pytest.raises(ValueError, match="rows from 1 tiles of"):
+        with pytest.raises(ValueError, match="rows do not fit 1 tiles of"):
             multiply(layout, values, self.x, rows)
+        first, second = self.problem.row_layouts()
         with pytest.raises(ValueError, match="must be contiguous and of"):
-            sampled_product(self.problem.layout(runs=True), self.x, self.x, values.copy())
+            sampled_product(first, self.x, self.x, values.copy())
+        with pytest.raises(ValueError, match="must be contiguous and of"):
+            sampled_product(first, self.y, self.x, values[1:].copy(), other=second)
 
     def test_dtypes(self) -> None:
         layout, values = self.problem.layout(), self.problem.values
@@ -186,10 +319,57 @@ class TestBadInput:
             multiply(layout, values.astype(np.float16), self.x, self.out)
 
     def test_layouts_for_the_other_product(self) -> None:
-        with pytest.raises(ValueError, match="runs=False"):
-            multiply(self.problem.layout(runs=True), self.problem.values, self.x, self.out)
-        with pytest.raises(ValueError, match="runs=True"):
-            sampled_product(self.problem.layout(), self.y, self.x, self.problem.values.copy())
+        layout: Any = self.problem.layout()
+        with pytest.raises(TypeError, match="make_row_layout"):
+            sampled_product(layout, self.y, self.x, self.problem.values.copy())
+
+    def test_layouts_that_are_cut_differently(self) -> None:
+        first, _ = self.problem.row_layouts()
+        for options in ({"block": 4}, {"max_rows": 3}):
+            _, second = self.problem.row_layouts(**options)
+            with pytest.raises(ValueError, match="the same chunks and blocks"):
+                sampled_product(first, self.y, self.x, self.problem.values.copy(), other=second)
+
+    def test_columns_that_are_overwritten(self) -> None:
+        layout = make_row_layout(self.problem.indices, *self.row_starts(), shape=(8, 9), pitch=9)
+        values = self.problem.values
+        multiply(layout, values, self.x, self.out)
+        for place, index in ((layout.start, -1), (layout.stop - 1, 72)):
+            layout = make_row_layout(
+                self.problem.indices.copy(), *self.row_starts(), shape=(8, 9), pitch=9
+            )
+            layout.columns[place] = index
+            with pytest.raises(ValueError, match="were overwritten"):
+                multiply(layout, values, self.x, self.out)
+            with pytest.raises(ValueError, match="were overwritten"):
+                sampled_product(layout, self.y, self.x, values.copy())
+
+    def row_starts(self) -> tuple[Array]:
+        first = slice(self.problem.first)
+        return (find_row_starts(self.problem.indices, first, shape=(8, 9)),)
+
+    def test_columns(self) -> None:
+        columns, starts = np.asarray([1, 3, 8], np.int32), np.asarray([0, 2, 2, 3])
+        make_row_layout(columns, starts, shape=(3, 4), pitch=4)
+        for wrong in ([3, 1, 8], [1, 1, 8], [-1, 3, 8], [1, 4, 8], [1, 3, 7], [1, 3, 12]):
+            with pytest.raises(ValueError, match="must ascend in"):
+                make_row_layout(np.asarray(wrong, np.int32), starts, shape=(3, 4), pitch=4)
+        for dtype in (np.int32, np.int64):
+            for wrong in ([3, 1, 8], [1, 1, 8], [-1, 3, 8], [1, 3, 12]):
+                for forward in (0, 3):
+                    with pytest.raises(ValueError, match="must ascend in"):
+                        LinearProducts(np.asarray(wrong, dtype), forward, shape=(3, 4))
+        for edges in ([0, 2, 3], [0, 2, 1, 3], [0, 2, 2, 4], [-1, 2, 2, 3]):
+            with pytest.raises(ValueError, match="ascending positions"):
+                make_row_layout(columns, np.asarray(edges), shape=(3, 4), pitch=4)
+        with pytest.raises(TypeError, match="int32"):
+            make_row_layout(columns.astype(np.int64), starts, shape=(3, 4), pitch=4)
+        for vector in (columns[None], np.zeros(6, np.int32)[::2]):
+            with pytest.raises(ValueError, match="contiguous vector"):
+                make_row_layout(vector, starts, shape=(3, 4), pitch=4)
+        for options in ({"pitch": 3}, {"block": 0}, {"block": 1 << 16}, {"max_rows": 0}):
+            with pytest.raises(ValueError, match=r"pitch|a block has|max_rows"):
+                make_row_layout(columns, starts, shape=(3, 4), **{"pitch": 4} | options)
 
     def test_packing(self) -> None:
         with pytest.raises(ValueError, match="cannot pack"):
@@ -199,11 +379,11 @@ class TestBadInput:
 
     def test_places(self) -> None:
         place = np.zeros(1, np.int32)
-        for rows, columns, source in ((5, 0, 0), (-1, 0, 0), (0, 9, 0), (0, 0, -1)):
+        for rows, columns, index in ((5, 0, 0), (-1, 0, 0), (0, 9, 0), (0, 0, -1)):
             with pytest.raises(ValueError, match=r"must lie in|must not be negative"):
-                arrange(place + rows, place + columns, place + source, shape=(5, 9))
-        with pytest.raises(ValueError, match="1 rows, 2 columns"):
-            arrange(place, np.zeros(2, np.int32), place, shape=(5, 9))
+                make_layout(place + rows, place + columns, place + index, shape=(5, 9))
+        with pytest.raises(ValueError, match="got 1 rows, 2 columns"):
+            make_layout(place, np.zeros(2, np.int32), place, shape=(5, 9))
 
     def test_what_is_read_only_is_not_written(self) -> None:
         self.out.flags.writeable = False
@@ -219,9 +399,9 @@ def test_they_run_without_pytorch() -> None:
     code = """
 import os, sys
 import numpy as np
-from topkast.kernels import arrange, multiply
+from topkast.kernels import make_layout, multiply
 place = np.arange(500, dtype=np.int32)
-layout = arrange(place, place, place, shape=(500, 500))
+layout = make_layout(place, place, place, shape=(500, 500))
 x = np.ones((1, 500, 16), np.float32)
 out = np.empty((16, 500), np.float32)
 multiply(layout, place.astype(np.float32), x, out, threads=3)
@@ -245,27 +425,29 @@ features = binding.FeatureMap()
 features.update({features})
 binding.get_host_cpu_features = lambda: features
 import numpy as np
-from topkast.kernels import _vector, arrange, multiply, pack, sampled_product, tile_width
+from topkast.kernels import LinearProducts, _vector
 assert _vector.VECTOR_BYTES == {32 if features else 16}
 rng = np.random.default_rng(0)
-rows, columns = (part.astype(np.int32) for part in np.nonzero(rng.random((70, 90)) < 0.3))
-order = np.arange(len(rows), dtype=np.int32)
-values = rng.standard_normal(len(rows)).astype(np.float32)
-dense = np.zeros((70, 90), np.float32)
-dense[rows, columns] = values
-for batch in (1, 9, 200):
-    x, y = (rng.standard_normal((batch, size)).astype(np.float32) for size in (90, 70))
-    width = tile_width(batch, np.float32)
-    tiles = [np.empty((-(-batch // width), part.shape[1], width), np.float32) for part in (x, y)]
-    pack(x, tiles[0])
-    pack(y, tiles[1])
-    out = np.empty((batch, 70), np.float32)
-    multiply(arrange(rows, columns, order, shape=(70, 90)), values, tiles[0], out)
-    np.testing.assert_allclose(out, x @ dense.T, atol=1e-4)
-    found = np.empty_like(values)
-    layout = arrange(rows, columns, order, shape=(70, 90), runs=True)
-    sampled_product(layout, tiles[1], tiles[0], found)
-    np.testing.assert_allclose(found, (y.T @ x)[rows, columns], atol=1e-4)
+chosen = rng.permutation(70 * 90)[:1900].astype(np.int32)
+indices = np.concatenate([np.sort(chosen[:800]), np.sort(chosen[800:])])
+products = LinearProducts(indices, 800, shape=(70, 90))
+for dtype in (np.float32, np.float64):
+    values = rng.standard_normal(len(indices)).astype(dtype)
+    dense = np.zeros((70, 90), dtype)
+    dense.reshape(-1)[indices[:800]] = values[:800]
+    for batch in (1, 9, 200):
+        rows = [rng.standard_normal((batch, size)).astype(dtype) for size in (90, 70)]
+        x, y = (np.empty(products.packed_shape(part.shape, dtype), dtype) for part in rows)
+        products.pack(rows[0], x)
+        products.pack(rows[1], y)
+        out, back = np.empty((batch, 70), dtype), np.empty((batch, 90), dtype)
+        products.forward(values, x, out)
+        np.testing.assert_allclose(out, rows[0] @ dense.T, atol=1e-4)
+        products.input_gradient(values, y, back)
+        np.testing.assert_allclose(back, rows[1] @ dense, atol=1e-4)
+        found = np.empty_like(values)
+        products.weight_gradient(y, x, found)
+        np.testing.assert_allclose(found, (rows[1].T @ rows[0]).ravel()[indices], atol=1e-4)
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_kernel_convolutions import Grid, Problem, lanes_of
 for batch, dtype in ((1, np.float32), (3, np.float64), (40, np.float32)):

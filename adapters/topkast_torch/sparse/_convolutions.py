@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import fold, pad, unfold
 
-from topkast_torch.sparse._products import Entries, TorchProducts, has_kernels, narrow, numpy_name
+from topkast_torch.sparse._products import Entries, Guarded, TorchProducts, has_kernels, numpy_name
 
 _UNFOLDED = 1 << 20  # entries of unfolded images at a time: what second caches hold
-_SIZES = 4  # of images for which distances are remembered
 
 Pair = tuple[int, int]
 
@@ -84,154 +81,67 @@ def make_convolution(
 ) -> Convolution:
     """A convolution with the entries that `find` returns; their columns are of all groups."""
     entries = find()
-    kind = _OnPlanes if has_kernels(entries.rows.device, dtype) else _Unfolded
+    kind = _OnPlanes if has_kernels(entries.indices.device, dtype) else _Unfolded
     return kind(entries, find, window)
 
 
-class _Distances(NamedTuple):
-    """The layouts of the three products, for images of one size."""
-
-    forward: Any
-    transposed: Any
-    backward: list[Any]
-
-
 class _OnPlanes:
-    """Without unfolding: each weight looks at a fixed distance from the place of the output."""
+    """By ``topkast.kernels.ConvolutionProducts``, which works on the memory of these tensors."""
 
     def __init__(self, entries: Entries, find: Callable[[], Entries], window: Window) -> None:
-        from topkast.kernels import arrange
+        from topkast.kernels import ConvolutionProducts
 
-        self._find, shape = find, entries.shape
-        self._window = window
-        self._rows, self._channels = shape[0], shape[1] // math.prod(window.size)
-        grid = _grid(window.span, window._replace(margins=((0, 0), (0, 0))), 1, 1)
-        row, column = (narrow(tensor).numpy() for tensor in (entries.rows, entries.columns))
-        place = np.arange(len(row), dtype=np.int32)
-        active, _ = entries.parts
-        across, down, there = row[active], column[active], place[active]
-        self._planes = self._channels * grid.planes
-        turned = self._planes, self._rows * math.prod(window.size)
-        # Of A, threads share the places, and all rows can be one chunk; of B they share the rows.
-        fewer = max(1, min(32, self._rows // torch.get_num_threads()))
-        self._forward = arrange(across, down, there, shape=shape, most_rows=256)
-        plane, opposite = grid.transpose(across, down)
-        self._transposed = arrange(plane, opposite, there, shape=turned, most_rows=256)
-        self._backward = [
-            arrange(row[part], column[part], place[part], shape=shape, runs=True, most_rows=fewer)
-            for part in entries.parts
-        ]
-        self._orders = [
-            torch.from_numpy(layout.order) for layout in (self._forward, self._transposed)
-        ]
-        self._distances: dict[Any, _Distances] = {}
+        self._find, self._window = find, window
+        self._guard = Guarded(entries)
+        self._products = ConvolutionProducts(
+            self._guard.array,
+            entries.active_count,
+            shape=entries.shape,
+            groups=entries.groups,
+            **window._asdict(),
+        )
 
     def pack(self, images: Tensor) -> Tensor:
-        from topkast.kernels import to_planes
-
-        grid = self._grid_of(images.shape, images.dtype)
-        packed = _planes(images, grid, self._planes, grid.length)
-        to_planes(images.contiguous().numpy(), packed.numpy(), grid.of_images)
+        shape = self._products.packed_shape(images.shape, numpy_name(images.dtype))
+        packed = images.new_empty(shape)
+        self._products.pack(images.contiguous().numpy(), packed.numpy())
         return packed
 
     def pack_gradient(self, slope: Tensor, shape: torch.Size) -> Tensor:
-        from topkast.kernels import to_planes
-
-        grid = self._grid_of(shape, slope.dtype)
-        packed = _planes(slope, grid, self._rows, grid.slope_length)
-        to_planes(slope.contiguous().numpy(), packed.numpy(), grid.of_slopes)
+        packed_shape = self._products.packed_gradient_shape(shape, numpy_name(slope.dtype))
+        packed = slope.new_empty(packed_shape)
+        self._products.pack_gradient(slope.contiguous().numpy(), packed.numpy(), shape=shape)
         return packed
 
     def forward(
         self, values: Tensor, packed: Tensor, bias: Tensor | None, shape: torch.Size
     ) -> Tensor:
-        from topkast.kernels import convolve, from_planes
-
-        grid = self._grid_of(shape, packed.dtype)
-        out = packed.new_empty(len(packed), self._rows, grid.count, packed.shape[3])
-        ordered = values.index_select(0, self._orders[0])
+        self._guard.check()
+        output = packed.new_empty(self._products.output_shape(shape))
         given = None if bias is None else bias.numpy()
-        shifted = self._at(grid).forward
-        convolve(shifted, ordered.numpy(), packed.numpy(), out.numpy(), bias=given)
-        found = packed.new_empty(shape[0], self._rows, *grid.places)
-        from_planes(out.numpy(), found.numpy(), grid.of_output)
-        return found
+        self._products.forward(
+            values.numpy(), packed.numpy(), output.numpy(), shape=shape, bias=given
+        )
+        return output
 
     def input_gradient(self, values: Tensor, slope: Tensor, shape: torch.Size) -> Tensor:
-        from topkast.kernels import convolve, from_planes
-
-        grid = self._grid_of(shape, slope.dtype)
-        out = slope.new_empty(len(slope), self._planes, grid.pixels, slope.shape[3])
-        ordered = values.index_select(0, self._orders[1])
-        convolve(self._at(grid).transposed, ordered.numpy(), slope.numpy(), out.numpy())
-        found = slope.new_empty(shape)
-        from_planes(out.numpy(), found.numpy(), grid.of_images)
-        return found
+        self._guard.check()
+        gradient = slope.new_empty(shape)
+        self._products.input_gradient(values.numpy(), slope.numpy(), gradient.numpy(), shape=shape)
+        return gradient
 
     def weight_gradient(
         self, slope: Tensor, packed: Tensor, out: Tensor, shape: torch.Size
     ) -> None:
-        from topkast.kernels import sampled_correlation
-
-        grid = self._grid_of(shape, slope.dtype)
-        for shifted in self._at(grid).backward:
-            sampled_correlation(
-                shifted,
-                slope.numpy(),
-                packed.numpy(),
-                out.numpy(),
-                places=grid.count,
-                lead=grid.reach,
-            )
+        self._guard.check()
+        self._products.weight_gradient(slope.numpy(), packed.numpy(), out.numpy(), shape=shape)
 
     def on_backward_set(self) -> Convolution:
         return _Unfolded(self._find(), self._find, self._window, everywhere=True)
 
     @property
     def nbytes(self) -> int:
-        layouts = self._forward, self._transposed, *self._backward
-        shifts = [
-            part.shifts
-            for found in self._distances.values()
-            for part in (found.forward, found.transposed, *found.backward)
-        ]
-        return sum(part.nbytes for part in (*layouts, *shifts))
-
-    def _grid_of(self, shape: torch.Size, dtype: torch.dtype) -> Any:
-        from topkast.kernels import lanes_of
-
-        return _grid((shape[2], shape[3]), self._window, shape[0], lanes_of(numpy_name(dtype)))
-
-    def _at(self, grid: Any) -> _Distances:
-        """The distances in images of some size; those of the last few are remembered."""
-        from topkast.kernels import shift
-
-        found = self._distances.get(grid)
-        if found is None:
-            seen, seeing = grid.seen(self._channels), grid.seeing(self._rows)
-            found = _Distances(
-                shift(self._forward, seen),
-                shift(self._transposed, seeing),
-                [shift(layout, seen) for layout in self._backward],
-            )
-            for oldest in list(self._distances)[: 1 - _SIZES]:
-                self._distances.pop(oldest, None)
-            self._distances[grid] = found
-        return found
-
-
-@functools.lru_cache(maxsize=256)
-def _grid(extent: Pair, window: Window, batch: int, lanes: int) -> Any:
-    from topkast.kernels import Grid
-
-    return Grid(extent, *window).for_batch(batch, lanes)
-
-
-def _planes(images: Tensor, grid: Any, planes: int, length: int) -> Tensor:
-    from topkast.kernels import lanes_of
-
-    lanes = lanes_of(numpy_name(images.dtype))
-    return images.new_empty(-(-len(images) * grid.bands // lanes), planes, length, lanes)
+        return self._products.nbytes
 
 
 class _Unfolded:

@@ -13,7 +13,7 @@ from topkast import MismatchError, UnsupportedTensorError
 from topkast.adapter import check_sparsities
 from topkast_torch.sparse._convolutions import Convolution, Window, make_convolution
 from topkast_torch.sparse._functions import convolve, multiply
-from topkast_torch.sparse._products import Products, make_products
+from topkast_torch.sparse._products import Entries, Products, make_products
 from topkast_torch.sparse._sparse_layer import SparseLayer, start
 
 
@@ -172,15 +172,9 @@ class SparseConv2d(SparseLayer):
     def _make_products(self) -> Convolution:
         return make_convolution(self._entries, self._window, self.values.dtype)
 
-    def _matrix_shape(self) -> tuple[int, int]:
-        rows, width = super()._matrix_shape()
-        return rows, width * self.groups
-
-    def _places(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        width = super()._matrix_shape()[1]
-        rows = torch.div(indices, width, rounding_mode="floor")
-        group = torch.div(rows * self.groups, self.out_channels, rounding_mode="floor")
-        return rows, indices - rows * width + group * width
+    def _entries(self) -> Entries:
+        rows, width = self._matrix_shape()
+        return Entries(self.indices, self.active_count, (rows, width * self.groups), self.groups)
 
 
 def _describe(layer: SparseLayer) -> str:

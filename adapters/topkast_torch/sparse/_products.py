@@ -7,13 +7,12 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from topkast import UnsupportedTensorError
+from topkast import MismatchError, UnsupportedTensorError
 
 
 class Products(Protocol):
@@ -42,27 +41,37 @@ class Products(Protocol):
 
 
 class Entries(NamedTuple):
-    """Where the entries of a matrix are: `rows` and `columns` of B, those of A first.
+    """Where the entries of a matrix are: flat indices of B in a weight, those of A first.
 
-    Of A, of which there are `active_count`, and of B∖A they are by row, then column; `shape` is
-    the matrix's.
+    Of A, of which there are `active_count`, and of B∖A the indices ascend. `shape` is the matrix's,
+    (rows, width); of its `groups` of rows, each has as many columns of its own.
     """
 
-    rows: Tensor
-    columns: Tensor
+    indices: Tensor
     active_count: int
     shape: tuple[int, int]
+    groups: int = 1
 
     @property
     def parts(self) -> tuple[slice, slice]:
         """Where A and B∖A are in vectors over B."""
-        return slice(self.active_count), slice(self.active_count, len(self.rows))
+        return slice(self.active_count), slice(self.active_count, len(self.indices))
+
+    def rows_and_columns(self) -> tuple[Tensor, Tensor]:
+        """Row and column of each entry in the matrix."""
+        height, width = self.shape[0], self.shape[1] // self.groups
+        rows = torch.div(self.indices, width, rounding_mode="floor")
+        columns = self.indices - rows * width
+        if self.groups == 1:
+            return rows, columns
+        group = torch.div(rows * self.groups, height, rounding_mode="floor")
+        return rows, columns + group * width
 
 
 def make_products(find: Callable[[], Entries], dtype: torch.dtype) -> Products:
     """Products for the entries that `find` returns, now and whenever they are needed again."""
     entries = find()
-    kind = _CompiledProducts if has_kernels(entries.rows.device, dtype) else TorchProducts
+    kind = _CompiledProducts if has_kernels(entries.indices.device, dtype) else TorchProducts
     return kind(entries, find)
 
 
@@ -83,62 +92,64 @@ def numpy_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class _CompiledProducts:
-    def __init__(self, entries: Entries, find: Callable[[], Entries]) -> None:
-        from topkast.kernels import arrange
+class Guarded:
+    """Indices that kernels read at each product: they must not be written to in between."""
 
-        self._find, shape = find, entries.shape
-        row, column = (narrow(tensor).numpy() for tensor in (entries.rows, entries.columns))
-        place = np.arange(len(row), dtype=np.int32)
-        active, _ = entries.parts
-        across, down, there = row[active], column[active], place[active]
-        self._forward = arrange(across, down, there, shape=shape)
-        self._transposed = arrange(down, across, there, shape=shape[::-1])
-        self._backward = [
-            arrange(row[part], column[part], place[part], shape=shape, runs=True)
-            for part in entries.parts
-        ]
+    def __init__(self, entries: Entries) -> None:
+        self._indices = entries.indices
+        self._version = self._indices._version
+        self.array = narrow(self._indices).numpy()
+
+    def check(self) -> None:
+        """Raise :class:`topkast.MismatchError` if somebody has written to them."""
+        if self._indices._version != self._version:
+            raise MismatchError(
+                "the indices of a sparse layer were written to between its forward and its "
+                "backward pass: assign a new tensor to `indices` instead"
+            )
+
+
+class _CompiledProducts:
+    """By ``topkast.kernels.LinearProducts``, which works on the memory of these tensors."""
+
+    def __init__(self, entries: Entries, find: Callable[[], Entries]) -> None:
+        from topkast.kernels import LinearProducts
+
+        self._find, self._shape = find, entries.shape
+        self._guard = Guarded(entries)
+        self._products = LinearProducts(
+            self._guard.array, entries.active_count, shape=entries.shape
+        )
 
     def pack(self, activations: Tensor) -> Tensor:
-        """(tiles, features, width), with zeros behind the batch."""
-        from topkast.kernels import pack, tile_width
-
         batch, features = activations.shape
-        width = tile_width(batch, numpy_name(activations.dtype))
-        packed = activations.new_empty(-(-batch // width), features, width)
-        pack(activations.contiguous().numpy(), packed.numpy())
+        shape = self._products.packed_shape((batch, features), numpy_name(activations.dtype))
+        packed = activations.new_empty(shape)
+        self._products.pack(activations.contiguous().numpy(), packed.numpy())
         return packed
 
     def forward(self, values: Tensor, x: Tensor, bias: Tensor | None, batch: int) -> Tensor:
-        return self._multiply(self._forward, values, x, bias, batch)
+        self._guard.check()
+        output = x.new_empty(batch, self._shape[0])
+        given = None if bias is None else bias.numpy()
+        self._products.forward(values.numpy(), x.numpy(), output.numpy(), bias=given)
+        return output
 
     def input_gradient(self, values: Tensor, slope: Tensor, batch: int) -> Tensor:
-        return self._multiply(self._transposed, values, slope, None, batch)
+        gradient = slope.new_empty(batch, self._shape[1])
+        self._products.input_gradient(values.numpy(), slope.numpy(), gradient.numpy())
+        return gradient
 
     def weight_gradient(self, slope: Tensor, x: Tensor, out: Tensor) -> None:
-        from topkast.kernels import sampled_product
-
-        for layout in self._backward:
-            sampled_product(layout, slope.numpy(), x.numpy(), out.numpy())
+        self._guard.check()
+        self._products.weight_gradient(slope.numpy(), x.numpy(), out.numpy())
 
     def on_backward_set(self) -> Products:
         return TorchProducts(self._find(), self._find, everywhere=True)
 
     @property
     def nbytes(self) -> int:
-        layouts = self._forward, self._transposed, *self._backward
-        return sum(layout.nbytes for layout in layouts)
-
-    @staticmethod
-    def _multiply(
-        layout: Any, values: Tensor, x: Tensor, bias: Tensor | None, batch: int
-    ) -> Tensor:
-        from topkast.kernels import multiply
-
-        found = x.new_empty(batch, layout.rows)
-        given = None if bias is None else bias.numpy()
-        multiply(layout, values.numpy(), x.numpy(), found.numpy(), bias=given)
-        return found
+        return self._products.nbytes
 
 
 class TorchProducts:
@@ -151,7 +162,7 @@ class TorchProducts:
         self, entries: Entries, find: Callable[[], Entries], *, everywhere: bool = False
     ) -> None:
         self._find, self.shape = find, entries.shape
-        rows, columns = entries.rows, entries.columns
+        rows, columns = entries.rows_and_columns()
         self._parts = entries.parts
         self._places = [
             (_row_starts(rows[part], self.shape[0]), columns[part]) for part in self._parts
@@ -198,13 +209,13 @@ class TorchProducts:
 
 
 def narrow(tensor: Tensor) -> Tensor:
-    """Indices as int32, which the kernels read; refused where they would not fit."""
+    """Indices of B; refused where int32 could not number them, as the kernels do."""
     if len(tensor) >= 1 << 31:
         raise UnsupportedTensorError(
             f"{len(tensor)} weights of one layer in B are more than the kernels can number: keep "
             "the layer masked (topkast.sparsify(..., only=...))"
         )
-    return tensor.int()
+    return tensor
 
 
 def _row_starts(rows: Tensor, height: int) -> Tensor:

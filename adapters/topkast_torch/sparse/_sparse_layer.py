@@ -130,18 +130,11 @@ class SparseLayer(nn.Module):
 
     def _entries(self) -> Entries:
         """Where the weights on B are in the matrix of the products."""
-        places = self._places(self.indices)
-        return Entries(*places, self.active_count, self._matrix_shape())
+        return Entries(self.indices, self.active_count, self._matrix_shape())
 
     def _matrix_shape(self) -> tuple[int, int]:
         rows, *others = self.weight_shape
         return rows, math.prod(others)
-
-    def _places(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and columns, in the matrix of the products, of flat indices of the weight."""
-        width = self._matrix_shape()[1]
-        rows = torch.div(indices, width, rounding_mode="floor")
-        return rows, indices - rows * width
 
     def _check_input(self, inputs: Tensor) -> Tensor:
         if self.values.dtype not in (torch.float32, torch.float64):

@@ -22,10 +22,12 @@ _FOLDER = Path(__file__).parent
 
 @functools.cache
 def _sources() -> str:
-    """A hash of all files of this folder."""
+    """A hash of all files of this folder, their names among it."""
     digest = hashlib.sha256()
-    for path in sorted(_FOLDER.glob("*.py")):
-        digest.update(path.read_bytes())
+    for path in sorted(path for path in _FOLDER.iterdir() if path.is_file()):
+        contents = path.read_bytes()
+        digest.update(f"{path.name}\0{len(contents)}\0".encode())
+        digest.update(contents)
     return digest.hexdigest()
 
 

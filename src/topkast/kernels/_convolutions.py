@@ -8,19 +8,35 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
+from topkast.kernels._arguments import THREAD, check, empty, slots, start, vector
 from topkast.kernels._compile import kernel
-from topkast.kernels._layout import Layout, Vector
+from topkast.kernels._layout import LAYOUT, Layout, RowLayout, Vector
 from topkast.kernels._pool import default_threads
-from topkast.kernels._products import check, integers, sample, start
+from topkast.kernels._sampling import sample
 from topkast.kernels._vector import (
     VECTOR_BYTES,
     as_pointer,
     copy_run,
-    shifted_sum_1,
-    shifted_sum_2,
-    shifted_sum_4,
-    shifted_sum_8,
+    row_product_1,
+    row_product_2,
+    row_product_4,
+    row_product_8,
     take_ticket,
+)
+
+_CONVOLVE = slots(
+    "layout",
+    "shifts",
+    "values",
+    "x",
+    "out",
+    "bias",
+    "scratch",
+    "chunk",
+    "slabs",
+    "slab_length",
+    "places",
+    "at_a_time",
 )
 
 
@@ -31,20 +47,21 @@ class Shifted:
     Attributes
     ----------
     layout
-        The entries, in the order of the kernels.
+        The entries.
     shifts
-        Of each entry, vectors from the place of the output to what it is multiplied by; int32
-        (entries,).
+        Vectors from the place of the output to what an entry is multiplied by; int32. Of a
+        :class:`RowLayout` those of each entry of the compact vector, of a :class:`Layout` in the
+        order of that (entries,).
     farthest
         The largest.
     """
 
-    layout: Layout
+    layout: RowLayout | Layout
     shifts: Vector
     farthest: int
 
 
-def shift(layout: Layout, table: Vector, /) -> Shifted:
+def shift(layout: RowLayout | Layout, table: Vector, /, *, shifts: Vector | None = None) -> Shifted:
     """Give each column of a layout its distance.
 
     Parameters
@@ -53,6 +70,8 @@ def shift(layout: Layout, table: Vector, /) -> Shifted:
         Its columns are planes, and weights that look at them.
     table
         Vectors, none negative; integers (layout.width,).
+    shifts
+        Those of another :class:`RowLayout` of the same columns, to be shared.
 
     Raises
     ------
@@ -62,9 +81,8 @@ def shift(layout: Layout, table: Vector, /) -> Shifted:
     Examples
     --------
     >>> import numpy as np
-    >>> from topkast.kernels import arrange, shift
-    >>> place = np.arange(2, dtype=np.int32)
-    >>> diagonal = arrange(place, place, place, shape=(2, 2))
+    >>> from topkast.kernels import make_row_layout, shift
+    >>> diagonal = make_row_layout(np.arange(2, dtype=np.int32), np.arange(3), shape=(2, 2))
     >>> shift(diagonal, np.asarray([5, 7])).shifts
     array([5, 7], dtype=int32)
     """
@@ -72,8 +90,18 @@ def shift(layout: Layout, table: Vector, /) -> Shifted:
         table.size and not 0 <= table.min() <= table.max() < 1 << 31
     ):
         raise ValueError(f"expected {layout.width} distances of 31 bits, got {table}")
-    lengths = np.diff(layout.segment_starts)
-    shifts = table[np.repeat(layout.segment_columns, lengths) + layout.columns].astype(np.int32)
+    narrow = table.astype(np.int32)
+    if isinstance(layout, RowLayout):
+        if shifts is None:
+            columns = layout.columns % layout.pitch if layout.pitch else layout.columns
+            shifts = narrow[columns]
+        elif shifts.shape != layout.columns.shape or shifts.dtype != np.int32:
+            raise ValueError(f"expected {len(layout.columns)} distances, int32, got {shifts}")
+        return Shifted(layout, shifts, int(shifts[layout.start : layout.stop].max(initial=0)))
+    firsts = np.diff(layout.block_segments).reshape(-1, layout.blocks)
+    blocks = np.repeat(np.tile(np.arange(layout.blocks), len(firsts)), firsts.ravel())
+    columns = np.repeat(blocks * layout.block, layout.segment_lengths) + layout.columns
+    shifts = narrow[columns]
     return Shifted(layout, shifts, int(shifts.max(initial=0)))
 
 
@@ -94,7 +122,8 @@ def convolve(
     shifted
         The entries of the matrix.
     values
-        Of each entry, in the order of the layout: ``compact[layout.order]``; float32 or float64.
+        Of each entry of its ``shifts``: the compact vector for a :class:`RowLayout`, and
+        ``compact[layout.order]`` for a :class:`Layout`; float32 or float64.
     x
         (slabs, planes, length, lanes), contiguous; see :func:`to_planes`.
     out
@@ -112,9 +141,9 @@ def convolve(
     Examples
     --------
     >>> import numpy as np
-    >>> from topkast.kernels import arrange, convolve, lanes_of, shift
-    >>> place = np.arange(2, dtype=np.int32)
-    >>> both = shift(arrange(0 * place, place, place, shape=(1, 2)), np.asarray([0, 2]))
+    >>> from topkast.kernels import convolve, lanes_of, make_row_layout, shift
+    >>> layout = make_row_layout(np.arange(2, dtype=np.int32), np.asarray([0, 2]), shape=(1, 2))
+    >>> both = shift(layout, np.asarray([0, 2]))
     >>> x = np.zeros((1, 1, 8, lanes_of("float32")), "float32")
     >>> x[0, 0, :, 0] = range(8)
     >>> out = np.empty((1, 1, 4, x.shape[3]), "float32")
@@ -134,27 +163,24 @@ def convolve(
     )
     _check_reach(shifted, x, places)
     at_a_time = _at_a_time(places)
-    chunk = int(layout.chunk_rows[1]) if layout.rows else 0
-    count = threads or default_threads()
-    scratch = np.empty((count * chunk * at_a_time + 1, lanes), dtype=values.dtype)
+    threads = threads or default_threads()
     start(
-        _convolve_single if values.dtype == np.float32 else _convolve_double,
-        layout,
-        (
-            shifted.shifts,
-            slabs,
-            planes * length,
-            places,
-            at_a_time,
-            values,
-            x,
-            out,
-            0 if bias is None else bias,
-            scratch,
-            chunk,
-            0,
-        ),
-        count,
+        (_convolve_single, _convolve_double),
+        values.dtype,
+        threads,
+        _CONVOLVE,
+        layout=layout._record,
+        shifts=shifted.shifts,
+        values=values,
+        x=x,
+        out=out,
+        bias=0 if bias is None else bias,
+        scratch=empty((threads * layout.chunk * at_a_time, lanes), values.dtype),
+        chunk=layout.chunk,
+        slabs=slabs,
+        slab_length=planes * length,
+        places=places,
+        at_a_time=at_a_time,
     )
 
 
@@ -167,6 +193,7 @@ def sampled_correlation(
     *,
     places: int,
     lead: int = 0,
+    other: Shifted | None = None,
     threads: int | None = None,
 ) -> None:
     """``out[k] = Σ y[row, lead + place] · x[shifts[k] + place]`` over all places, for each entry.
@@ -174,8 +201,7 @@ def sampled_correlation(
     Parameters
     ----------
     shifted
-        The entries wanted; its layout's segments must be runs of `out`
-        (``arrange(..., runs=True)``).
+        The entries wanted, in a :class:`RowLayout`.
     y, x
         (slabs, layout.rows, slope_length, lanes) and (slabs, planes, length, lanes), contiguous.
     out
@@ -184,6 +210,8 @@ def sampled_correlation(
         Their number, a power of two or a multiple of 8.
     lead
         Where the first one is in `y`.
+    other
+        More entries wanted, as in :func:`sampled_product`.
     threads
         As for :func:`multiply`.
 
@@ -195,9 +223,8 @@ def sampled_correlation(
     Examples
     --------
     >>> import numpy as np
-    >>> from topkast.kernels import arrange, lanes_of, sampled_correlation, shift
-    >>> place = np.arange(2, dtype=np.int32)
-    >>> layout = arrange(0 * place, place, place, shape=(1, 2), runs=True)
+    >>> from topkast.kernels import lanes_of, make_row_layout, sampled_correlation, shift
+    >>> layout = make_row_layout(np.arange(2, dtype=np.int32), np.asarray([0, 2]), shape=(1, 2))
     >>> x = np.zeros((1, 1, 8, lanes_of("float32")), "float32")
     >>> x[0, 0, :, 0] = range(8)
     >>> out = np.empty(2, "float32")
@@ -205,23 +232,40 @@ def sampled_correlation(
     >>> out  # 0 · 0 + 1 · 1, and 0 · 2 + 1 · 3
     array([1., 3.], dtype=float32)
     """
-    layout = shifted.layout
-    slabs, _, length, lanes = x.shape
-    slope_length = y.shape[2]
+    slabs, planes, length, _ = x.shape
+    slope_length, layouts = y.shape[2], []
+    for one in (shifted,) if other is None else (shifted, other):
+        if not isinstance(one.layout, RowLayout):
+            raise TypeError("sampled_correlation needs layouts of make_row_layout")
+        layouts.append(one.layout)
     check(
         out.dtype,
         ("x", x, x.shape),
-        ("y", y, (slabs, layout.rows, slope_length, lanes)),
-        ("out", out, (max(out.size, layout.extent),)),
+        ("y", y, (slabs, layouts[0].rows, slope_length, x.shape[3])),
+        ("out", out, (max(out.size, *(layout.stop for layout in layouts)),)),
     )
-    if len(layout.source) != len(layout.segment_rows):
-        raise ValueError("sampled_correlation needs a layout of arrange(..., runs=True)")
-    _check_reach(shifted, x, places)
+    for one in (shifted,) if other is None else (shifted, other):
+        _check_reach(one, x, places)
     if lead < 0 or lead + places > slope_length:
         raise ValueError(f"{places} places from {lead} are not in planes of {slope_length}")
-    lengths = x.shape[1] * length, slope_length
-    at_a_time = _at_a_time(places)
-    sample(layout, shifted.shifts, slabs, *lengths, lead, places, at_a_time, x, y, out, threads)
+    sample(
+        layouts[0],
+        None if other is None else layouts[1],
+        threads,
+        out,
+        columns=shifted.shifts,
+        other_columns=0 if other is None else other.shifts,
+        pitch=0,
+        stride=VECTOR_BYTES,
+        x=x,
+        y=y,
+        slabs=slabs,
+        slab_length=planes * length,
+        plane_length=slope_length,
+        lead=lead,
+        places=places,
+        at_a_time=_at_a_time(places),
+    )
 
 
 def _check_reach(shifted: Shifted, x: Vector, places: int) -> None:
@@ -242,24 +286,18 @@ def _at_a_time(places: int) -> int:
 
 
 @njit  # type: ignore[untyped-decorator]
-def _convolve(address: Any, kind: Any) -> None:
-    numbers = carray(as_pointer(address), 23, np.int64)
-    chunks, rows, shifts = numbers[1], numbers[2], numbers[11]
-    slabs, slab_length, places, at_a_time = numbers[12], numbers[13], numbers[14], numbers[15]
-    values, x, out = numbers[16], numbers[17], numbers[18]
-    bias_at, scratch, chunk_size = numbers[19], numbers[20], numbers[21]
-    zero = kind(0)
-    chunk_rows = integers(numbers[9], chunks + 1)
-    chunk_segments = integers(numbers[10], chunks + 1)
-    segments = chunk_segments[chunks]
-    segment_rows = integers(numbers[6], segments)
-    starts = integers(numbers[8], segments + 1)
-    bias = carray(as_pointer(bias_at), rows, kind)
+def _convolve(address: Any, dtype: Any) -> None:
+    arguments = carray(as_pointer(address), 1, _CONVOLVE)[0]
+    layout = carray(as_pointer(arguments.layout), 1, LAYOUT)[0]
+    slabs, places, at_a_time = arguments.slabs, arguments.places, arguments.at_a_time
+    chunks, rows = layout.chunks, layout.rows
+    chunk_rows = vector(layout.chunk_rows, chunks + 1, np.int32)
+    bias = vector(arguments.bias, rows, dtype)
     tile_bytes = at_a_time * VECTOR_BYTES
     width = tile_bytes // bias.itemsize
-    slot = take_ticket(address + 22 * 8)
-    own = -(-scratch // VECTOR_BYTES) * VECTOR_BYTES + slot * chunk_size * tile_bytes
-    part = carray(as_pointer(own), (chunk_size, width), kind)
+    thread = take_ticket(address + THREAD)
+    own = arguments.scratch + thread * arguments.chunk * tile_bytes
+    part = carray(as_pointer(own), (arguments.chunk, width), dtype)
     tiles = places // at_a_time
     while True:
         item = take_ticket(address)
@@ -269,22 +307,39 @@ def _convolve(address: Any, kind: Any) -> None:
         slab, tile = place // tiles, place % tiles
         first, last = chunk_rows[chunk], chunk_rows[chunk + 1]
         for row in range(first, last):
-            part[row - first] = bias[row] if bias_at else zero
-        here = x + slab * slab_length * VECTOR_BYTES + tile * tile_bytes
-        for segment in range(chunk_segments[chunk], chunk_segments[chunk + 1]):
-            start, stop = starts[segment], starts[segment + 1]
-            target = own + (segment_rows[segment] - first) * tile_bytes
-            if at_a_time == 8:
-                shifted_sum_8(zero, values, shifts, start, stop, here, target)
-            elif at_a_time == 4:
-                shifted_sum_4(zero, values, shifts, start, stop, here, target)
-            elif at_a_time == 2:
-                shifted_sum_2(zero, values, shifts, start, stop, here, target)
-            else:
-                shifted_sum_1(zero, values, shifts, start, stop, here, target)
-        there = out + ((slab * rows + first) * places + tile * at_a_time) * VECTOR_BYTES
+            part[row - first] = bias[row] if arguments.bias else dtype(0)
+        x = arguments.x + slab * arguments.slab_length * VECTOR_BYTES + tile * tile_bytes
+        _add(arguments, layout, chunk, x, own, dtype)
+        target = arguments.out + ((slab * rows + first) * places + tile * at_a_time) * VECTOR_BYTES
         for row in range(last - first):
-            copy_run(zero, own + row * tile_bytes, there + row * places * VECTOR_BYTES, width)
+            source = own + row * tile_bytes
+            copy_run(dtype(0), source, target + row * places * VECTOR_BYTES, width)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _add(arguments: Any, layout: Any, chunk: Any, x: Any, out: Any, dtype: Any) -> None:
+    """Add the products of a chunk."""
+    zero, stride, at_a_time = dtype(0), VECTOR_BYTES, arguments.at_a_time
+    values, shifts = arguments.values, arguments.shifts
+    edges = vector(layout.block_segments, layout.chunks * layout.blocks + 1, np.int32)
+    begin, end = edges[chunk * layout.blocks], edges[(chunk + 1) * layout.blocks]
+    segment_rows = vector(layout.segment_rows, end, np.uint16)
+    lengths = vector(layout.segment_lengths, end, np.uint16)
+    starts = vector(layout.segment_starts, end, np.int32)
+    in_order = layout.segment_starts == 0
+    stop = np.int64(vector(layout.chunk_entries, layout.chunks + 1, np.int32)[chunk])
+    for segment in range(begin, end):
+        start = stop if in_order else np.int64(starts[segment])
+        stop = start + lengths[segment]
+        target = out + segment_rows[segment] * at_a_time * VECTOR_BYTES
+        if at_a_time == 8:
+            row_product_8(zero, values, shifts, start, stop, x, stride, target)
+        elif at_a_time == 4:
+            row_product_4(zero, values, shifts, start, stop, x, stride, target)
+        elif at_a_time == 2:
+            row_product_2(zero, values, shifts, start, stop, x, stride, target)
+        else:
+            row_product_1(zero, values, shifts, start, stop, x, stride, target)
 
 
 _KERNEL = types.void(types.intp)

@@ -10,12 +10,23 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
+from topkast.kernels._arguments import Vector, slots, start, vector
 from topkast.kernels._compile import kernel
-from topkast.kernels._layout import Vector
-from topkast.kernels._pool import run
 from topkast.kernels._vector import as_pointer, take_ticket
 
 _CHUNK = 1 << 14  # entries that a thread takes at a time: what the first two caches hold
+
+_MOVE = slots("flat", "size", "indices", "values", "count")
+_COMPRESS = slots(
+    "flat",
+    "size",
+    "indices",
+    "values",
+    "count",
+    "other_indices",
+    "other_values",
+    "other_count",
+)
 
 
 def gather(flat: Vector, indices: Vector, out: Vector, /, *, threads: int | None = None) -> None:
@@ -48,7 +59,7 @@ def gather(flat: Vector, indices: Vector, out: Vector, /, *, threads: int | None
     array([1., 3.])
     """
     _check(flat, (indices, out))
-    _start(_gather_single, _gather_double, threads, flat, (indices, out))
+    take(flat, indices, out, threads)
 
 
 def put(flat: Vector, indices: Vector, values: Vector, /, *, threads: int | None = None) -> None:
@@ -64,7 +75,7 @@ def put(flat: Vector, indices: Vector, values: Vector, /, *, threads: int | None
     array([1., 0., 3.])
     """
     _check(flat, (indices, values))
-    _start(_put_single, _put_double, threads, flat, (indices, values))
+    _run((_put_single, _put_double), flat, indices, values, threads)
 
 
 def compress(flat: Vector, *parts: tuple[Vector, Vector], threads: int | None = None) -> None:
@@ -98,8 +109,26 @@ def compress(flat: Vector, *parts: tuple[Vector, Vector], threads: int | None = 
         _check(flat, part)
     if len(parts) == 1:
         parts = (*parts, (parts[0][0][:0], parts[0][1][:0]))
-    first, second = parts
-    _start(_compress_single, _compress_double, threads, flat, first, second)
+    (indices, values), (other_indices, other_values) = parts
+    start(
+        (_compress_single, _compress_double),
+        flat.dtype,
+        threads,
+        _COMPRESS,
+        flat=flat,
+        size=len(flat),
+        indices=indices,
+        values=values,
+        count=len(indices),
+        other_indices=other_indices,
+        other_values=other_values,
+        other_count=len(other_indices),
+    )
+
+
+def take(flat: Vector, indices: Vector, out: Vector, threads: int | None = None) -> None:
+    """:func:`gather` without checks, of indices in any order."""
+    _run((_gather_single, _gather_double), flat, indices, out, threads)
 
 
 def _check(flat: Vector, part: tuple[Vector, Vector]) -> None:
@@ -117,22 +146,28 @@ def _check(flat: Vector, part: tuple[Vector, Vector]) -> None:
         raise ValueError(f"indices must ascend in [0, {len(flat)})")
 
 
-def _start(
-    single: Any, double: Any, threads: int | None, flat: Vector, *parts: tuple[Vector, Vector]
+def _run(
+    kernels: tuple[Any, Any], flat: Vector, indices: Vector, values: Vector, threads: int | None
 ) -> None:
-    numbers = [0, flat.ctypes.data, len(flat)]
-    for indices, values in parts:
-        numbers += [indices.ctypes.data, values.ctypes.data, len(indices)]
-    chosen = single if flat.dtype == np.float32 else double
-    run(chosen, np.asarray(numbers, dtype=np.int64), threads)
+    start(
+        kernels,
+        flat.dtype,
+        threads,
+        _MOVE,
+        flat=flat,
+        size=len(flat),
+        indices=indices,
+        values=values,
+        count=len(indices),
+    )
 
 
 @njit  # type: ignore[untyped-decorator]
-def _move(address: Any, kind: Any, reading: bool) -> None:
-    numbers = carray(as_pointer(address), 6, np.int64)
-    flat = carray(as_pointer(numbers[1]), numbers[2], kind)
-    indices = carray(as_pointer(numbers[3]), numbers[5], np.int32)
-    values = carray(as_pointer(numbers[4]), numbers[5], kind)
+def _move(address: Any, dtype: Any, reading: bool) -> None:
+    arguments = carray(as_pointer(address), 1, _MOVE)[0]
+    flat = vector(arguments.flat, arguments.size, dtype)
+    indices = vector(arguments.indices, arguments.count, np.int32)
+    values = vector(arguments.values, arguments.count, dtype)
     while True:
         start = take_ticket(address) * _CHUNK
         if start >= len(indices):
@@ -145,13 +180,13 @@ def _move(address: Any, kind: Any, reading: bool) -> None:
 
 
 @njit  # type: ignore[untyped-decorator]
-def _compress(address: Any, kind: Any) -> None:
-    numbers = carray(as_pointer(address), 9, np.int64)
-    flat = carray(as_pointer(numbers[1]), numbers[2], kind)
-    first = carray(as_pointer(numbers[3]), numbers[5], np.int32)
-    second = carray(as_pointer(numbers[6]), numbers[8], np.int32)
-    first_values = carray(as_pointer(numbers[4]), numbers[5], kind)
-    second_values = carray(as_pointer(numbers[7]), numbers[8], kind)
+def _compress(address: Any, dtype: Any) -> None:
+    arguments = carray(as_pointer(address), 1, _COMPRESS)[0]
+    flat = vector(arguments.flat, arguments.size, dtype)
+    first = vector(arguments.indices, arguments.count, np.int32)
+    second = vector(arguments.other_indices, arguments.other_count, np.int32)
+    first_values = vector(arguments.values, arguments.count, dtype)
+    second_values = vector(arguments.other_values, arguments.other_count, dtype)
     while True:
         start = take_ticket(address) * _CHUNK
         if start >= len(flat):

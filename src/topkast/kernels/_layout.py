@@ -2,111 +2,273 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from topkast.kernels._compile import compiled
+from topkast.kernels._arguments import fill, record_of
+from topkast.kernels._arrange import arrange, arrange_rows
 from topkast.kernels._pool import default_threads
 from topkast.kernels._vector import AHEAD
 
 Vector = np.ndarray[Any, Any]
 
-_LEAST_BLOCK = 96  # columns: their rows of a tile of 128 floats fill a first cache of 48 KiB
-_MOST_BLOCK = 1 << 16  # what a uint16 can tell apart
+LAYOUT = record_of(
+    "chunks",
+    "blocks",
+    "block",
+    "rows",
+    "width",
+    "pitch",
+    "columns",
+    "value_index",
+    "chunk_rows",
+    "chunk_entries",
+    "block_segments",
+    "segment_rows",
+    "segment_lengths",
+    "segment_starts",
+)
+
+_MIN_BLOCK = 96  # columns: their rows of a tile of 128 floats fill a first cache of 48 KiB
+_MAX_BLOCK = (1 << 16) - 1  # segments are no longer, and a uint16 holds their length
+_MAX_CHUNK = 1 << 16  # rows that a uint16 can tell apart
 _SEGMENT = 12  # entries that a segment should have at least, for its loop to be worth starting
-_RUN = 24  # the same where they are summed in groups
+_ROW_SEGMENT = 20  # the same where they are summed in groups, and lie apart from the segment before
 _CHUNK = 512  # rows at most, whose part of the output stays in the second cache
 _CHUNKS = 4  # for each thread, at least: some have more to do than others
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
-    """Entries of a sparse matrix (`rows` × `width`), ordered for the caches.
+class Segments:
+    """Entries of a sparse matrix (`rows` × `width`), cut into segments for the caches.
 
     The rows are cut into chunks, which threads take one by one; the columns into blocks. A segment
-    is what a row has in a block. Chunk by chunk and block by block the segments follow each other,
-    the short ones first: so all entries are read in one stream, the rows of the other matrix that
-    a block needs stay in the first cache, and the length of a loop is that of the loop before.
+    holds the entries of one row inside one block. Chunk by chunk and block by block the segments
+    follow each other, the short ones first: so the rows of the other matrix that a block needs stay
+    in the first cache, and the length of a loop is that of the loop before.
 
     Attributes
     ----------
-    source
-        Where each entry is in the vector that the matrix is compacted to, int32, (entries,) and
-        some zeros, since the kernels look ahead; or, where segments are runs of that vector, where
-        each of these starts, (segments,).
-    columns
-        Column of each entry in its block; uint16 (entries,).
-    segment_rows, segment_columns, segment_starts
-        Row of each segment, first column of its block, and its first entry; int32 (segments,),
-        (segments,) and (segments + 1,).
-    chunk_rows, chunk_segments
-        First row and first segment of each chunk; int32 (chunks + 1,).
+    chunk_rows
+        First row of each chunk; int32 (chunks + 1,).
+    chunk_entries
+        First entry of each chunk; int32 (chunks + 1,).
+    block_segments
+        First segment of each block of each chunk; int32 (chunks · blocks + 1,).
+    segment_rows
+        Row of each segment, counted from the first one of its chunk; uint16 (segments,).
+    segment_lengths
+        Entries of each segment; uint16 (segments,).
+    block
+        Columns of a block.
     rows, width
         Size of the matrix.
+    """
+
+    chunk_rows: Vector
+    chunk_entries: Vector
+    block_segments: Vector
+    segment_rows: Vector
+    segment_lengths: Vector
+    block: int
+    rows: int
+    width: int
+
+    @property
+    def chunk(self) -> int:
+        """Rows of the largest chunk."""
+        return int(self.chunk_rows[1]) if self.rows else 0
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks of columns."""
+        return -(-max(self.width, 1) // self.block)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays that the layout does not share with others."""
+        arrays = (getattr(self, field.name) for field in fields(self))
+        return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
+
+    @cached_property
+    def _record(self) -> Vector:
+        """What the kernels read: sizes and addresses."""
+        absent = dict.fromkeys(("pitch", "columns", "value_index", "segment_starts"), 0)
+        known = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = absent | known | {"chunks": len(self.chunk_rows) - 1, "blocks": self.blocks}
+        return fill(LAYOUT, **{name: values[name] for name in LAYOUT.names or ()})
+
+    def __reduce__(self) -> Any:  # a copy has other addresses
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True, eq=False)
+class RowLayout(Segments):
+    """A layout of entries that the compact vector holds by row, then by column.
+
+    It keeps nothing for each entry: their values are runs of the compact vector, and their columns
+    are read where they are anyway.
+
+    Attributes
+    ----------
+    segment_starts
+        Position in the compact vector of the first entry of each segment; int32 (segments,).
+    columns
+        Of each entry of the compact vector, ``row · pitch + column``; int32, not copied.
+    pitch
+        0 where columns are given as they are, or the width where they are flat indices.
+    """
+
+    segment_starts: Vector
+    columns: Vector
+    pitch: int
+
+    @property
+    def start(self) -> int:
+        """Position in the compact vector of the first entry."""
+        return int(self.chunk_entries[0])
+
+    @property
+    def stop(self) -> int:
+        """Position in the compact vector behind the last entry."""
+        return int(self.chunk_entries[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays, without `columns`."""
+        return super().nbytes - self.columns.nbytes
+
+    def check(self) -> None:
+        """Raise ValueError if someone wrote other columns into the array that was given."""
+        last = self.pitch * (self.rows - 1) + self.width
+        start, stop = self.start, self.stop
+        if stop > start and not (self.columns[start] >= 0 and self.columns[stop - 1] < last):
+            raise ValueError(
+                "the columns of a layout were overwritten: make a new one for new columns"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Layout(Segments):
+    """A layout of entries that lie anywhere in the compact vector, such as those of a transpose.
+
+    Attributes
+    ----------
+    value_index
+        Where each entry is in the compact vector, int32, (entries,) and some zeros, since the
+        kernels look ahead.
+    columns
+        Column of each entry in its block; uint16 (entries,).
     extent
         Length that the compact vector must have at least.
     """
 
-    source: Vector
+    value_index: Vector
     columns: Vector
-    segment_rows: Vector
-    segment_columns: Vector
-    segment_starts: Vector
-    chunk_rows: Vector
-    chunk_segments: Vector
-    rows: int
-    width: int
     extent: int
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(array.nbytes for array in self._arrays)
-
-    @property
     def order(self) -> Vector:
-        """Where each entry is in the compact vector; int32 (entries,).
-
-        Raises ValueError for a layout by runs.
-        """
-        if len(self.source) != len(self.columns) + AHEAD:
-            raise ValueError("a layout of arrange(..., runs=True) keeps where runs start alone")
-        return self.source[: len(self.columns)]
-
-    @property
-    def _arrays(self) -> tuple[Vector, ...]:
-        return (
-            self.source,
-            self.columns,
-            self.segment_rows,
-            self.segment_columns,
-            self.segment_starts,
-            self.chunk_rows,
-            self.chunk_segments,
-        )
-
-    @cached_property
-    def _numbers(self) -> tuple[int, ...]:
-        """What the kernels are told: sizes and addresses."""
-        addresses = [array.ctypes.data for array in self._arrays]
-        return len(self.chunk_rows) - 1, self.rows, self.width, *addresses
-
-    def __reduce__(self) -> Any:  # a copy has other addresses
-        return type(self), (*self._arrays, self.rows, self.width, self.extent)
+        """Where each entry is in the compact vector; int32 (entries,)."""
+        return self.value_index[: len(self.columns)]
 
 
-def arrange(
-    rows: Vector,
+def make_row_layout(
     columns: Vector,
-    source: Vector,
+    row_starts: Vector,
     /,
     *,
     shape: tuple[int, int],
-    runs: bool = False,
-    most_rows: int | None = None,
+    pitch: int = 0,
+    block: int | None = None,
+    max_rows: int | None = None,
+) -> RowLayout:
+    """The layout of entries that the compact vector holds by row, then by column.
+
+    Parameters
+    ----------
+    columns
+        Of each entry of the compact vector, ``row · pitch + column``; int32, contiguous. It is
+        kept, not copied, and must not be written to while the layout is used.
+    row_starts
+        Position in the compact vector of the first entry of each row; integers (rows + 1,). What
+        lies outside of them does not belong to the matrix.
+    shape
+        Of the matrix.
+    pitch
+        0 where `columns` are columns; the width where they are flat indices.
+    block
+        Columns of a block; by default so many that segments are worth their loops.
+    max_rows
+        Of a chunk; by default so few that there are some chunks for each thread, and that the
+        output of one stays in a cache. No result depends on it.
+
+    Raises
+    ------
+    TypeError
+        For columns that are not int32.
+    ValueError
+        If the columns of a row do not ascend in [0, width), or another argument is out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from topkast.kernels import make_row_layout
+    >>> indices, row_starts = np.asarray([1, 3, 8], np.int32), np.asarray([0, 2, 2, 3])
+    >>> layout = make_row_layout(indices, row_starts, shape=(3, 4), pitch=4)
+    >>> layout.segment_lengths.sum(), layout.start, layout.stop
+    (np.uint64(3), 0, 3)
+    """
+    height, width = shape
+    if columns.dtype != np.int32:
+        raise TypeError(f"columns must be int32, got {columns.dtype}")
+    if columns.ndim != 1 or not columns.flags.c_contiguous:
+        raise ValueError(f"columns must be a contiguous vector, got one of shape {columns.shape}")
+    if pitch not in (0, width):
+        raise ValueError(f"pitch must be 0 or the width, {width}, got {pitch}")
+    starts = np.ascontiguousarray(row_starts, dtype=np.int64)
+    steps = np.diff(starts)
+    if starts.shape != (height + 1,) or (
+        height and (starts[0] < 0 or starts[-1] > len(columns) or steps.min() < 0)
+    ):
+        raise ValueError(
+            f"row_starts must be {height + 1} ascending positions in [0, {len(columns)}]"
+        )
+    entries = int(starts[-1] - starts[0]) if height else 0
+    chunks = _chunks(height, max_rows)
+    used = row_block(entries, shape) if block is None else block
+    if not 1 <= used <= _MAX_BLOCK:
+        raise ValueError(f"a block has from 1 to {_MAX_BLOCK} columns, got {used}")
+    valid, *arrays = arrange_rows(columns, starts, pitch, width, chunks, used)
+    if not valid:
+        raise ValueError(f"the columns of a row must ascend in [0, {width})")
+    chunk_entries, block_segments, segment_rows, segment_lengths, segment_starts = arrays
+    return RowLayout(
+        chunks,
+        chunk_entries,
+        block_segments,
+        segment_rows,
+        segment_lengths,
+        used,
+        height,
+        width,
+        segment_starts,
+        columns,
+        pitch,
+    )
+
+
+def make_layout(
+    rows: Vector,
+    columns: Vector,
+    value_index: Vector,
+    /,
+    *,
+    shape: tuple[int, int],
+    max_rows: int | None = None,
 ) -> Layout:
     """The layout of a matrix with entries at `rows` and `columns`.
 
@@ -114,129 +276,69 @@ def arrange(
     ----------
     rows, columns
         Place of each entry; int32 (entries,). Those of one row keep their order within a block.
-    source
+    value_index
         Where each entry is in the compact vector; int32 (entries,).
-    shape
-        Of the matrix.
-    most_rows
-        Of a chunk; by default so few that there are some chunks for each thread, and that the
-        output of one stays in a cache. No result depends on it.
-    runs
-        Keep of `source` where each segment starts, since it is a run of the compact vector: that
-        has all entries by row, then by column.
-
-    Returns
-    -------
-    Layout
+    shape, max_rows
+        As for :func:`make_row_layout`.
 
     Raises
     ------
     ValueError
-        If the arrays differ in length, a place lies outside of `shape`, `most_rows` is not
-        positive, or `source` has no such runs.
+        If the arrays differ in length, an entry lies outside of `shape`, `max_rows` is out of
+        range, or an index is negative.
 
     Examples
     --------
     >>> import numpy as np
-    >>> from topkast.kernels import arrange
+    >>> from topkast.kernels import make_layout
     >>> rows, columns = np.asarray([[0, 0, 2], [1, 3, 0]], np.int32)
-    >>> arrange(rows, columns, np.arange(3, dtype=np.int32), shape=(3, 4)).segment_rows
-    array([0, 2], dtype=int32)
+    >>> layout = make_layout(rows, columns, np.arange(3, dtype=np.int32), shape=(3, 4))
+    >>> layout.order, layout.columns
+    (array([0, 1, 2], dtype=int32), array([1, 3, 0], dtype=uint16))
     """
     height, width = shape
     entries = len(rows)
-    if not len(columns) == len(source) == entries:
-        raise ValueError(f"{entries} rows, {len(columns)} columns, {len(source)} sources")
+    if not len(columns) == len(value_index) == entries:
+        raise ValueError(
+            "each entry has a row, a column and an index of its value: got "
+            f"{entries} rows, {len(columns)} columns and {len(value_index)} indices"
+        )
     for name, place, size in (("rows", rows, height), ("columns", columns, width)):
         if entries and not 0 <= place.min() <= place.max() < size:
             raise ValueError(f"{name} must lie in [0, {size})")
-    if most_rows is not None and most_rows < 1:
-        raise ValueError(f"most_rows must be positive, got {most_rows}")
-    if entries and source.min() < 0:
-        raise ValueError("source must not be negative")
-    density = entries / max(height * width, 1)
-    wanted = int((_RUN if runs else _SEGMENT) / density) if density else width
-    block = max(_LEAST_BLOCK, min(_MOST_BLOCK, wanted))
-    chunk = most_rows or max(1, min(_CHUNK, height // (_CHUNKS * default_threads())))
-    starts = np.append(np.arange(0, height, chunk, dtype=np.int32), np.int32(height))
-    blocks = -(-max(width, 1) // block)
-    found: tuple[Vector, ...] = _arrange(rows, columns, source, starts, blocks, block)
-    kept, places, segment_rows, segment_columns, segment_starts, chunk_segments = found
-    if runs:
-        if not _are_runs(kept, segment_starts):
-            raise ValueError(
-                "runs=True needs entries by row, then by column: the positions of those that one "
-                "row has in a block of columns must follow each other in `source`"
-            )
-        kept = kept[segment_starts[:-1]]
-    extent = int(source.max(initial=-1)) + 1
+    if entries and value_index.min() < 0:
+        raise ValueError("value_index must not be negative")
+    chunks, block = _chunks(height, max_rows), _block(entries, shape, _SEGMENT)
+    found = arrange(rows, columns, value_index, chunks, block, width, AHEAD)
+    chunk_entries, block_segments, segment_rows, segment_lengths, kept, places = found
     return Layout(
-        kept,
-        places,
+        chunks,
+        chunk_entries,
+        block_segments,
         segment_rows,
-        segment_columns,
-        segment_starts,
-        starts,
-        chunk_segments,
+        segment_lengths,
+        block,
         height,
         width,
-        extent,
+        kept,
+        places,
+        int(value_index.max(initial=-1)) + 1,
     )
 
 
-@compiled
-def _are_runs(source: Vector, segment_starts: Vector) -> bool:
-    for segment in range(len(segment_starts) - 1):
-        for entry in range(segment_starts[segment] + 1, segment_starts[segment + 1]):
-            if source[entry] != source[entry - 1] + 1:
-                return False
-    return True
+def row_block(entries: int, shape: tuple[int, int]) -> int:
+    """Columns of a block of a :class:`RowLayout` with so many entries."""
+    return _block(entries, shape, _ROW_SEGMENT)
 
 
-@compiled
-def _arrange(
-    rows: Vector, columns: Vector, source: Vector, chunk_rows: Vector, blocks: int, block: int
-) -> Any:
-    height, chunks = chunk_rows[-1], len(chunk_rows) - 1
-    counts = np.zeros((blocks, height), dtype=np.int32)
-    for entry in range(len(rows)):
-        counts[columns[entry] // block, rows[entry]] += 1
-    segments = 0
-    for count in counts.flat:
-        segments += count > 0
-    segment_rows = np.empty(segments, dtype=np.int32)
-    segment_columns = np.empty(segments, dtype=np.int32)
-    segment_starts = np.empty(segments + 1, dtype=np.int32)
-    chunk_segments = np.empty(chunks + 1, dtype=np.int32)
-    following = np.empty((blocks, height), dtype=np.int32)  # place of a row's next entry
-    segment, first = 0, 0
-    for chunk in range(chunks):
-        chunk_segments[chunk] = segment
-        start, stop = chunk_rows[chunk], chunk_rows[chunk + 1]
-        for place in range(blocks):
-            for row in start + np.argsort(counts[place, start:stop], kind="mergesort"):
-                if counts[place, row]:
-                    segment_rows[segment] = row
-                    segment_columns[segment] = place * block
-                    segment_starts[segment] = first
-                    following[place, row] = first
-                    first += counts[place, row]
-                    segment += 1
-    chunk_segments[chunks] = segment
-    segment_starts[segment] = first
-    ordered_source = np.zeros(len(source) + AHEAD, dtype=np.int32)
-    ordered_columns = np.empty(len(columns), dtype=np.uint16)
-    for entry in range(len(rows)):
-        place, row = columns[entry] // block, rows[entry]
-        target = following[place, row]
-        ordered_source[target] = source[entry]
-        ordered_columns[target] = columns[entry] - place * block
-        following[place, row] += 1
-    return (
-        ordered_source,
-        ordered_columns,
-        segment_rows,
-        segment_columns,
-        segment_starts,
-        chunk_segments,
-    )
+def _block(entries: int, shape: tuple[int, int], segment: int) -> int:
+    height, width = shape
+    wanted = segment * height * width // entries if entries else width
+    return max(_MIN_BLOCK, min(_MAX_BLOCK, wanted))
+
+
+def _chunks(height: int, max_rows: int | None) -> Vector:
+    if max_rows is not None and not 1 <= max_rows <= _MAX_CHUNK:
+        raise ValueError(f"max_rows must be positive, and {_MAX_CHUNK} at most, got {max_rows}")
+    chunk = max_rows or max(1, min(_CHUNK, height // (_CHUNKS * default_threads())))
+    return np.append(np.arange(0, height, chunk, dtype=np.int32), np.int32(height))

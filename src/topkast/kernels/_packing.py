@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
+from topkast.kernels._arguments import Vector, slots, transform
 from topkast.kernels._compile import kernel
-from topkast.kernels._layout import Vector
-from topkast.kernels._pool import transform
 from topkast.kernels._vector import VECTOR_BYTES, as_pointer, take_ticket, transpose_block
 
 _BAND = 128  # features that are packed at a time: what the first two caches hold
+
+_PACK = slots("source", "target", "count", "batch", "features", "width")
 
 
 def pack(rows: Vector, tiles: Vector, /, *, threads: int | None = None) -> None:
@@ -44,7 +45,17 @@ def pack(rows: Vector, tiles: Vector, /, *, threads: int | None = None) -> None:
     count, height, width = tiles.shape
     if height != features or count != -(-batch // width):
         raise ValueError(f"cannot pack {rows.shape} into {tiles.shape}")
-    transform(_pack_single, _pack_double, rows, tiles, (count, batch, features, width), threads)
+    transform(
+        (_pack_single, _pack_double),
+        rows,
+        tiles,
+        threads,
+        _PACK,
+        count=count,
+        batch=batch,
+        features=features,
+        width=width,
+    )
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -70,11 +81,12 @@ def transpose(source: Any, target: Any) -> None:
 
 
 @njit  # type: ignore[untyped-decorator]
-def _pack(address: Any, kind: Any) -> None:
-    numbers = carray(as_pointer(address), 7, np.int64)
-    count, batch, features, width = numbers[3], numbers[4], numbers[5], numbers[6]
-    rows = carray(as_pointer(numbers[1]), (batch, features), kind)
-    tiles = carray(as_pointer(numbers[2]), (count, features, width), kind)
+def _pack(address: Any, dtype: Any) -> None:
+    arguments = carray(as_pointer(address), 1, _PACK)[0]
+    count, batch = arguments.count, arguments.batch
+    features, width = arguments.features, arguments.width
+    rows = carray(as_pointer(arguments.source), (batch, features), dtype)
+    tiles = carray(as_pointer(arguments.target), (count, features, width), dtype)
     while True:
         tile = take_ticket(address)
         if tile >= count:

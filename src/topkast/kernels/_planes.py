@@ -13,14 +13,39 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
+from topkast.kernels._arguments import THREAD, Vector, empty, slots, transform, vector
 from topkast.kernels._compile import kernel
 from topkast.kernels._grid import Placement
-from topkast.kernels._layout import Vector
 from topkast.kernels._packing import transpose
-from topkast.kernels._pool import default_threads, transform
+from topkast.kernels._pool import default_threads
 from topkast.kernels._vector import VECTOR_BYTES, as_pointer, copy_run, take_ticket
 
 _PIXELS = 2048  # that are transposed at a time: what the second cache holds
+
+_EXCHANGE = slots(
+    "source",
+    "target",
+    "slabs",
+    "planes",
+    "length",
+    "lanes",
+    "batch",
+    "channels",
+    "height",
+    "width",
+    "down",
+    "across",
+    "top",
+    "left",
+    "pitch",
+    "lead",
+    "bands",
+    "band_step",
+    "band_rows",
+    "phases",
+    "max_rows",
+    "scratch",
+)
 
 
 def lanes_of(dtype: Any) -> int:
@@ -141,36 +166,49 @@ def _move(
         )
     rows = max(1, min(height, _PIXELS // width))
     used = threads or default_threads()
-    scratch = np.empty((used * rows * width + 1) * lanes, dtype=images.dtype)
-    arguments = (
-        *planes.shape,
-        *images.shape,
-        *stride,
-        *margin,
-        pitch,
-        lead,
-        *bands,
-        phases.ctypes.data,
-        rows,
-        scratch.ctypes.data,
-        0,
+    transform(
+        kernels,
+        source,
+        target,
+        used,
+        _EXCHANGE,
+        slabs=slabs,
+        planes=count,
+        length=length,
+        lanes=lanes,
+        batch=batch,
+        channels=channels,
+        height=height,
+        width=width,
+        down=stride[0],
+        across=stride[1],
+        top=margin[0],
+        left=margin[1],
+        pitch=pitch,
+        lead=lead,
+        bands=bands.number,
+        band_step=bands.step,
+        band_rows=bands.rows,
+        phases=phases,
+        max_rows=rows,
+        scratch=empty((used * rows * width, lanes), images.dtype),
     )
-    transform(*kernels, source, target, arguments, used)
 
 
 @njit  # type: ignore[untyped-decorator]
-def _exchange(address: Any, kind: Any, spread: bool) -> None:
-    numbers = carray(as_pointer(address), 24, np.int64)
-    images_at, planes_at = (numbers[1], numbers[2]) if spread else (numbers[2], numbers[1])
-    slabs, count, length, lanes = numbers[3], numbers[4], numbers[5], numbers[6]
-    batch, channels, height, width = numbers[7], numbers[8], numbers[9], numbers[10]
-    top, bands, band_rows = numbers[13], numbers[17], numbers[19]
-    most = numbers[21]
-    slot = take_ticket(address + 23 * 8)
-    own = -(-numbers[22] // VECTOR_BYTES) * VECTOR_BYTES + slot * most * width * VECTOR_BYTES
-    pixels = carray(as_pointer(own), (most * width, lanes), kind)
-    images = carray(as_pointer(images_at), (batch, channels * height * width), kind)
-    planes = carray(as_pointer(planes_at), (slabs * count, length * lanes), kind)
+def _exchange(address: Any, dtype: Any, spread: bool) -> None:
+    arguments = carray(as_pointer(address), 1, _EXCHANGE)[0]
+    images_at = arguments.source if spread else arguments.target
+    planes_at = arguments.target if spread else arguments.source
+    slabs, count, length = arguments.slabs, arguments.planes, arguments.length
+    lanes, batch, channels = arguments.lanes, arguments.batch, arguments.channels
+    height, width, bands = arguments.height, arguments.width, arguments.bands
+    most = arguments.max_rows
+    thread = take_ticket(address + THREAD)
+    own = arguments.scratch + thread * most * width * VECTOR_BYTES
+    pixels = carray(as_pointer(own), (most * width, lanes), dtype)
+    images = carray(as_pointer(images_at), (batch, channels * height * width), dtype)
+    planes = carray(as_pointer(planes_at), (slabs * count, length * lanes), dtype)
     each = count // max(channels, 1)
     while True:
         item = take_ticket(address)
@@ -188,13 +226,13 @@ def _exchange(address: Any, kind: Any, spread: bool) -> None:
         if bands > 1:
             if not spread:
                 images[first // bands : last // bands, begin : begin + height * width] = 0
-            for row in range(band_rows):
+            for row in range(arguments.band_rows):
                 if spread:
-                    _exchange_bands(numbers, images, pixels, first, last, begin, row, True)
-                    _exchange_rows(numbers, there, own, row, 1, kind, True)
+                    _exchange_bands(arguments, images, pixels, first, last, begin, row, True)
+                    _exchange_rows(arguments, there, own, row, 1, dtype, True)
                 else:
-                    _exchange_rows(numbers, there, own, row, 1, kind, False)
-                    _exchange_bands(numbers, images, pixels, first, last, begin, row, False)
+                    _exchange_rows(arguments, there, own, row, 1, dtype, False)
+                    _exchange_bands(arguments, images, pixels, first, last, begin, row, False)
             continue
         for row in range(0, height, most):
             rows = min(most, height - row)
@@ -202,27 +240,22 @@ def _exchange(address: Any, kind: Any, spread: bool) -> None:
             some = pixels[: rows * width, : last - first]
             if spread:
                 transpose(part, some)
-                _exchange_rows(numbers, there, own, top + row, rows, kind, True)
+                _exchange_rows(arguments, there, own, arguments.top + row, rows, dtype, True)
             else:
-                _exchange_rows(numbers, there, own, top + row, rows, kind, False)
+                _exchange_rows(arguments, there, own, arguments.top + row, rows, dtype, False)
                 transpose(some, part)
 
 
 @njit  # type: ignore[untyped-decorator]
 def _exchange_rows(
-    numbers: Any, planes: Any, pixels: Any, first: Any, rows: Any, kind: Any, spread: bool
+    arguments: Any, planes: Any, pixels: Any, first: Any, rows: Any, dtype: Any, spread: bool
 ) -> None:
     """Move rows, from the one that is the `first` with margins, between pixels and planes."""
-    length, lanes, width = numbers[5], numbers[6], numbers[10]
-    down, across, left, pitch, lead = (
-        numbers[11],
-        numbers[12],
-        numbers[14],
-        numbers[15],
-        numbers[16],
-    )
-    phases = carray(as_pointer(numbers[20]), down * across, np.int64)
-    zero, run = kind(0), width if across == 1 else 1
+    length, lanes, width = arguments.length, arguments.lanes, arguments.width
+    down, across, left = arguments.down, arguments.across, arguments.left
+    pitch, lead = arguments.pitch, arguments.lead
+    phases = vector(arguments.phases, down * across, np.int64)
+    zero, run = dtype(0), width if across == 1 else 1
     for row in range(first, first + rows):
         line = planes + (lead + row // down * pitch) * VECTOR_BYTES
         for column in range(left, left + width, run):
@@ -230,7 +263,7 @@ def _exchange_rows(
             here = pixels + ((row - first) * width + column - left) * VECTOR_BYTES
             there = line + (plane * length + column // across) * VECTOR_BYTES
             if not spread and plane < 0:
-                carray(as_pointer(here), run * lanes, kind)[:] = 0
+                vector(here, run * lanes, dtype)[:] = 0
             elif not spread:
                 copy_run(zero, there, here, run * lanes)
             elif plane >= 0:
@@ -239,7 +272,7 @@ def _exchange_rows(
 
 @njit  # type: ignore[untyped-decorator]
 def _exchange_bands(
-    numbers: Any,
+    arguments: Any,
     images: Any,
     pixels: Any,
     first: Any,
@@ -249,7 +282,8 @@ def _exchange_bands(
     spread: bool,
 ) -> None:
     """Move a row of each band between images and pixels: copied there, added here."""
-    height, width, top, bands, step = numbers[9], numbers[10], numbers[13], numbers[17], numbers[18]
+    height, width, top = arguments.height, arguments.width, arguments.top
+    bands, step = arguments.bands, arguments.band_step
     for lane in range(last - first):
         image, place = (first + lane) // bands, (first + lane) % bands * step + row - top
         outside = place < 0 or place >= height

@@ -57,29 +57,6 @@ def _wait_for(others: list[Future[None]]) -> None:
         other.result()
 
 
-def transform(
-    single: Any,
-    double: Any,
-    source: np.ndarray[Any, Any],
-    target: np.ndarray[Any, Any],
-    numbers: tuple[int, ...],
-    threads: int | None,
-) -> None:
-    """Run a kernel for float32 or float64 that writes all of `target` from `source`.
-
-    Its arguments are a counter, the addresses of the two, and `numbers`.
-    """
-    if source.dtype != target.dtype or source.dtype not in (np.float32, np.float64):
-        raise TypeError(f"expected float32 or float64, got {source.dtype} and {target.dtype}")
-    if not (source.flags.c_contiguous and target.flags.c_contiguous):
-        raise ValueError("both arrays must be contiguous")
-    if not target.flags.writeable:
-        raise ValueError("the target is read-only: pass a writable array")
-    addresses = source.ctypes.data, target.ctypes.data
-    kernel = single if source.dtype == np.float32 else double
-    run(kernel, np.asarray([0, *addresses, *numbers], dtype=np.int64), threads)
-
-
 def default_threads() -> int:
     """As many as PyTorch uses, or one for each core."""
     torch = sys.modules.get("torch")

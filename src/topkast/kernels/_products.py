@@ -7,31 +7,33 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
+from topkast.kernels._arguments import THREAD, check, empty, slots, start, vector
 from topkast.kernels._compile import kernel
-from topkast.kernels._layout import Layout, Vector
+from topkast.kernels._layout import LAYOUT, Layout, RowLayout, Vector
 from topkast.kernels._packing import transpose
-from topkast.kernels._pool import default_threads, run
+from topkast.kernels._pool import default_threads
+from topkast.kernels._sampling import SEGMENTS_AHEAD, sample
 from topkast.kernels._vector import (
-    AHEAD,
     VECTOR_BYTES,
     as_pointer,
-    dot_products_1,
-    dot_products_2,
-    dot_products_4,
-    dot_products_8,
+    indexed_product_1,
+    indexed_product_2,
+    indexed_product_4,
+    indexed_product_8,
+    prefetch,
     row_product_1,
     row_product_2,
     row_product_4,
     row_product_8,
-    shifted_dots_1,
-    shifted_dots_2,
-    shifted_dots_4,
-    shifted_dots_8,
     take_ticket,
 )
 
 _BAND = 16  # columns that are transposed at a time: as many pages are written to
 _OVERHEAD = 3  # what an entry costs in a tile, besides its vectors, in vectors
+
+_MULTIPLY = slots(
+    "layout", "values", "x", "out", "bias", "scratch", "chunk", "tiles", "registers", "batch"
+)
 
 
 def tile_width(columns: int, dtype: Any) -> int:
@@ -66,7 +68,7 @@ def tile_width(columns: int, dtype: Any) -> int:
 
 
 def multiply(
-    layout: Layout,
+    layout: RowLayout | Layout,
     values: Vector,
     x: Vector,
     out: Vector,
@@ -80,7 +82,7 @@ def multiply(
     Parameters
     ----------
     layout
-        Of W; its ``source`` points into `values`.
+        Of W, whose entries are in `values`.
     values
         Compact vector, float32 or float64.
     x
@@ -101,9 +103,9 @@ def multiply(
     Examples
     --------
     >>> import numpy as np
-    >>> from topkast.kernels import arrange, multiply, tile_width
-    >>> place = np.arange(2, dtype=np.int32)
-    >>> diagonal = arrange(place, place, place, shape=(2, 2))
+    >>> from topkast.kernels import make_row_layout, multiply, tile_width
+    >>> columns = np.arange(2, dtype=np.int32)
+    >>> diagonal = make_row_layout(columns, np.arange(3), shape=(2, 2))
     >>> x = np.ones((1, 2, tile_width(1, "float32")), dtype="float32")
     >>> out = np.empty((1, 2), dtype="float32")
     >>> multiply(diagonal, np.asarray([2, 3], dtype="float32"), x, out)
@@ -111,59 +113,60 @@ def multiply(
     array([[2., 3.]], dtype=float32)
     """
     tiles, _, width = x.shape
-    columns = len(out)
-    if columns > tiles * width:
-        raise ValueError(f"{columns} rows from {tiles} tiles of {width}")
+    batch, dtype = len(out), values.dtype
+    if batch > tiles * width:
+        raise ValueError(f"{batch} rows do not fit {tiles} tiles of {width}")
     check(
-        values.dtype,
-        ("values", values, (max(values.size, layout.extent),)),
+        dtype,
+        ("values", values, (max(values.size, extent_of(layout)),)),
         ("x", x, (tiles, layout.width, width)),
-        ("out", out, (columns, layout.rows)),
+        ("out", out, (batch, layout.rows)),
         *([] if bias is None else [("bias", bias, (layout.rows,))]),
     )
-    if len(layout.source) != len(layout.columns) + AHEAD:
-        raise ValueError("multiply needs a layout of arrange(..., runs=False)")
-    chunk = int(layout.chunk_rows[1]) if layout.rows else 0
-    count = threads or default_threads()
-    scratch = np.empty((count * chunk + 1, width), dtype=values.dtype)
+    if isinstance(layout, RowLayout):
+        layout.check()
+    threads = threads or default_threads()
     start(
-        _multiply_single if values.dtype == np.float32 else _multiply_double,
-        layout,
-        (
-            tiles,
-            _registers(width, values.dtype),
-            values,
-            x,
-            out,
-            columns,
-            0 if bias is None else bias,
-            scratch,
-            chunk,
-            0,
-        ),
-        count,
+        (_multiply_single, _multiply_double),
+        dtype,
+        threads,
+        _MULTIPLY,
+        layout=layout._record,
+        values=values,
+        x=x,
+        out=out,
+        bias=0 if bias is None else bias,
+        scratch=empty((threads * layout.chunk, width), dtype),
+        chunk=layout.chunk,
+        tiles=tiles,
+        registers=_registers(width, dtype),
+        batch=batch,
     )
 
 
 def sampled_product(
-    layout: Layout,
+    layout: RowLayout,
     y: Vector,
     x: Vector,
     out: Vector,
     /,
     *,
+    other: RowLayout | None = None,
     threads: int | None = None,
 ) -> None:
-    """``out = (y · xᵀ)[row, column]`` for the entries of a layout, and no others.
+    """``out = (y · xᵀ)[row, column]`` for the entries of a layout or of two, and no others.
 
     Parameters
     ----------
     layout
-        The entries wanted; its segments must be runs of `out` (``arrange(..., runs=True)``).
+        The entries wanted.
     y, x
         Packed, (tiles, layout.rows, width) and (tiles, layout.width, width), contiguous.
     out
         Compact vector.
+    other
+        More entries wanted, of the same compact vector: those of B∖A, say. It must be cut into
+        the same chunks and blocks, so that both find the same activations in the caches.
     threads
         As for :func:`multiply`.
 
@@ -175,9 +178,9 @@ def sampled_product(
     Examples
     --------
     >>> import numpy as np
-    >>> from topkast.kernels import arrange, sampled_product, tile_width
-    >>> place = np.arange(2, dtype=np.int32)
-    >>> diagonal = arrange(place, place, place, shape=(2, 2), runs=True)
+    >>> from topkast.kernels import make_row_layout, sampled_product, tile_width
+    >>> columns = np.arange(2, dtype=np.int32)
+    >>> diagonal = make_row_layout(columns, np.arange(3), shape=(2, 2))
     >>> x = np.zeros((1, 2, tile_width(1, "float32")), dtype="float32")
     >>> x[0, :, 0] = [2, 3]
     >>> out = np.empty(2, dtype="float32")
@@ -186,43 +189,41 @@ def sampled_product(
     array([4., 9.], dtype=float32)
     """
     tiles, _, width = x.shape
+    extent = max(extent_of(layout), 0 if other is None else extent_of(other))
     check(
         out.dtype,
         ("x", x, (tiles, layout.width, width)),
         ("y", y, (tiles, layout.rows, width)),
-        ("out", out, (max(out.size, layout.extent),)),
+        ("out", out, (max(out.size, extent),)),
     )
-    if len(layout.source) != len(layout.segment_rows):
-        raise ValueError("sampled_product needs a layout of arrange(..., runs=True)")
     count = _registers(width, out.dtype)
-    sample(layout, 0, tiles, layout.width * count, count, 0, count, count, x, y, out, threads)
+    for one in (layout,) if other is None else (layout, other):
+        if not isinstance(one, RowLayout):
+            raise TypeError("sampled_product needs layouts of make_row_layout")
+        one.check()
+    sample(
+        layout,
+        other,
+        threads,
+        out,
+        columns=layout.columns,
+        other_columns=0 if other is None else other.columns,
+        pitch=layout.pitch,
+        stride=count * VECTOR_BYTES,
+        x=x,
+        y=y,
+        slabs=tiles,
+        slab_length=layout.width * count,
+        plane_length=count,
+        lead=0,
+        places=count,
+        at_a_time=count,
+    )
 
 
-def sample(layout: Layout, shifts: Any, *arguments: Any) -> None:
-    """Run the kernel: the tiles of :func:`sampled_product` are slabs of planes one tile long.
-
-    The arguments are, in vectors where they are lengths: slabs, length of a slab of x, length of a
-    plane of y, where its first place is, places, places at a time, x, y, out, and threads.
-    """
-    *numbers, out, threads = arguments
-    kernel = _sample_single if out.dtype == np.float32 else _sample_double
-    start(kernel, layout, (shifts, *numbers, out), threads)
-
-
-def check(dtype: Any, *arrays: tuple[str, Vector, tuple[int, ...]]) -> None:
-    """The kernels trust addresses: whatever they get must be as large as they think."""
-    if dtype not in (np.float32, np.float64):
-        raise TypeError(f"products are of float32 or float64, got {dtype}")
-    for name, array, shape in arrays:
-        if array.dtype != dtype:
-            raise TypeError(f"{name} is {array.dtype}, the compact vector {dtype}")
-        if name == "out" and not array.flags.writeable:
-            raise ValueError("out is read-only")
-        if array.shape != shape or not array.flags.c_contiguous:
-            raise ValueError(
-                f"{name} must be contiguous and of shape {shape}, got {array.shape} with strides "
-                f"{array.strides}"
-            )
+def extent_of(layout: RowLayout | Layout) -> int:
+    """Length that the compact vector must have at least."""
+    return layout.stop if isinstance(layout, RowLayout) else layout.extent
 
 
 def _registers(width: int, dtype: Any) -> int:
@@ -232,122 +233,103 @@ def _registers(width: int, dtype: Any) -> int:
     return registers
 
 
-def start(kernel: Any, layout: Layout, arguments: tuple[Any, ...], threads: int | None) -> None:
-    """Hand a kernel numbers and the addresses of arrays, which live until it returns."""
-    numbers = [
-        argument.ctypes.data if isinstance(argument, np.ndarray) else argument
-        for argument in arguments
-    ]
-    run(kernel, np.asarray([0, *layout._numbers, *numbers], dtype=np.int64), threads)
-
-
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def integers(address: Any, count: Any) -> Any:
-    return carray(as_pointer(address), count, np.int32)
-
-
 @njit  # type: ignore[untyped-decorator]
-def _multiply(address: Any, kind: Any) -> None:
-    numbers = carray(as_pointer(address), 21, np.int64)
-    chunks, rows, width = numbers[1], numbers[2], numbers[3]
-    sources, columns = numbers[4], numbers[5]
-    tiles, registers, values = numbers[11], numbers[12], numbers[13]
-    x, out, extent, bias_at = numbers[14], numbers[15], numbers[16], numbers[17]
-    scratch, chunk_size = numbers[18], numbers[19]
-    zero = kind(0)
-    chunk_rows = integers(numbers[9], chunks + 1)
-    chunk_segments = integers(numbers[10], chunks + 1)
-    segments = chunk_segments[chunks]
-    segment_rows = integers(numbers[6], segments)
-    segment_columns = integers(numbers[7], segments)
-    starts = integers(numbers[8], segments + 1)
-    bias = carray(as_pointer(bias_at), rows, kind)
-    size = bias.itemsize
+def _multiply(address: Any, dtype: Any) -> None:
+    arguments = carray(as_pointer(address), 1, _MULTIPLY)[0]
+    layout = carray(as_pointer(arguments.layout), 1, LAYOUT)[0]
+    registers, batch, tiles = arguments.registers, arguments.batch, arguments.tiles
+    chunks, rows = layout.chunks, layout.rows
+    chunk_rows = vector(layout.chunk_rows, chunks + 1, np.int32)
+    bias = vector(arguments.bias, rows, dtype)
     tile_bytes = registers * VECTOR_BYTES
-    lanes = tile_bytes // size
-    turned = carray(as_pointer(out), (extent, rows), kind)
+    lanes = tile_bytes // bias.itemsize
+    output = carray(as_pointer(arguments.out), (batch, rows), dtype)
     # A thread computes its part of the output in memory of its own, to be transposed.
-    slot = take_ticket(address + 20 * 8)
-    own = -(-scratch // VECTOR_BYTES) * VECTOR_BYTES + slot * chunk_size * tile_bytes
+    thread = take_ticket(address + THREAD)
+    own = arguments.scratch + thread * arguments.chunk * tile_bytes
     while True:
         item = take_ticket(address)
         if item >= tiles * chunks:
             break
-        place, chunk = item // chunks, item % chunks
+        tile, chunk = item // chunks, item % chunks
         first, last = chunk_rows[chunk], chunk_rows[chunk + 1]
-        part = carray(as_pointer(own), (last - first, lanes), kind)
+        part = carray(as_pointer(own), (last - first, lanes), dtype)
         for row in range(first, last):
-            part[row - first] = bias[row] if bias_at else zero
-        tile_x = x + place * width * tile_bytes
-        for segment in range(chunk_segments[chunk], chunk_segments[chunk + 1]):
-            start, stop = starts[segment], starts[segment + 1]
-            tile = tile_x + segment_columns[segment] * tile_bytes
-            target = own + (segment_rows[segment] - first) * tile_bytes
-            if registers == 8:
-                row_product_8(zero, values, sources, columns, start, stop, tile, target)
-            elif registers == 4:
-                row_product_4(zero, values, sources, columns, start, stop, tile, target)
-            elif registers == 2:
-                row_product_2(zero, values, sources, columns, start, stop, tile, target)
-            else:
-                row_product_1(zero, values, sources, columns, start, stop, tile, target)
-        there = min(lanes, extent - place * lanes)
-        for column in range(0, there, _BAND):
-            stop = min(there, column + _BAND)
-            target_rows = turned[place * lanes + column : place * lanes + stop, first:last]
-            transpose(part[:, column:stop], target_rows)
+            part[row - first] = bias[row] if arguments.bias else dtype(0)
+        tile_x = arguments.x + tile * layout.width * tile_bytes
+        if layout.value_index:
+            _add_indexed(layout, chunk, arguments.values, tile_x, registers, own, dtype)
+        else:
+            _add_rows(layout, chunk, first, arguments.values, tile_x, registers, own, dtype)
+        present = min(lanes, batch - tile * lanes)
+        for column in range(0, present, _BAND):
+            stop = min(present, column + _BAND)
+            target = output[tile * lanes + column : tile * lanes + stop, first:last]
+            transpose(part[:, column:stop], target)
 
 
 @njit  # type: ignore[untyped-decorator]
-def _sample(address: Any, kind: Any) -> None:
-    numbers = carray(as_pointer(address), 21, np.int64)
-    chunks, rows, columns, shifts = numbers[1], numbers[2], numbers[5], numbers[11]
-    slabs, slab_length, slope_length = numbers[12], numbers[13], numbers[14]
-    lead, places, at_a_time = numbers[15], numbers[16], numbers[17]
-    x, y, out_at = numbers[18], numbers[19], numbers[20]
-    zero = kind(0)
-    chunk_segments = integers(numbers[10], chunks + 1)
-    segments = chunk_segments[chunks]
-    sources = integers(numbers[4], segments)
-    segment_rows = integers(numbers[6], segments)
-    segment_columns = integers(numbers[7], segments)
-    starts = integers(numbers[8], segments + 1)
-    size = carray(as_pointer(out_at), 1, kind).itemsize
-    tile_bytes, plane_bytes = at_a_time * VECTOR_BYTES, slope_length * VECTOR_BYTES
-    tiles = places // at_a_time
-    while True:
-        chunk = take_ticket(address)
-        if chunk >= chunks:
-            break
-        first, last = chunk_segments[chunk], chunk_segments[chunk + 1]
-        for segment in range(first, last):
-            length = starts[segment + 1] - starts[segment]
-            carray(as_pointer(out_at + sources[segment] * size), length, kind)[:] = zero
-        for item in range(slabs * tiles):
-            slab, tile = item // tiles, item % tiles
-            tile_x = x + slab * slab_length * VECTOR_BYTES + tile * tile_bytes
-            tile_y = y + slab * rows * plane_bytes + lead * VECTOR_BYTES + tile * tile_bytes
-            for segment in range(first, last):
-                start, stop = starts[segment], starts[segment + 1]
-                row = tile_y + segment_rows[segment] * plane_bytes
-                source = tile_x + segment_columns[segment] * tile_bytes
-                target = out_at + sources[segment] * size
-                if at_a_time == 8 and shifts:
-                    shifted_dots_8(zero, shifts, start, stop, tile_x, row, target)
-                elif at_a_time == 8:
-                    dot_products_8(zero, columns, start, stop, source, row, target)
-                elif at_a_time == 4 and shifts:
-                    shifted_dots_4(zero, shifts, start, stop, tile_x, row, target)
-                elif at_a_time == 4:
-                    dot_products_4(zero, columns, start, stop, source, row, target)
-                elif at_a_time == 2 and shifts:
-                    shifted_dots_2(zero, shifts, start, stop, tile_x, row, target)
-                elif at_a_time == 2:
-                    dot_products_2(zero, columns, start, stop, source, row, target)
-                elif shifts:
-                    shifted_dots_1(zero, shifts, start, stop, tile_x, row, target)
-                else:
-                    dot_products_1(zero, columns, start, stop, source, row, target)
+def _add_rows(
+    layout: Any,
+    chunk: Any,
+    first: Any,
+    values: Any,
+    tile_x: Any,
+    registers: Any,
+    out: Any,
+    dtype: Any,
+) -> None:
+    """Add the products of a chunk of a RowLayout, whose first row is `first`."""
+    zero, stride, columns = dtype(0), registers * VECTOR_BYTES, layout.columns
+    row_bytes = layout.pitch * stride
+    edges = vector(layout.block_segments, layout.chunks * layout.blocks + 1, np.int32)
+    begin, end = edges[chunk * layout.blocks], edges[(chunk + 1) * layout.blocks]
+    segment_rows = vector(layout.segment_rows, end, np.uint16)
+    lengths = vector(layout.segment_lengths, end, np.uint16)
+    starts = vector(layout.segment_starts, end, np.int32)
+    for segment in range(begin, end):
+        later = min(segment + SEGMENTS_AHEAD, end - 1)
+        prefetch(np.int32(0), columns, starts[later], starts[later] + lengths[later])
+        prefetch(zero, values, starts[later], starts[later] + lengths[later])
+        row, start = segment_rows[segment], starts[segment]
+        stop = start + lengths[segment]
+        x, target = tile_x - (first + row) * row_bytes, out + row * stride
+        if registers == 8:
+            row_product_8(zero, values, columns, start, stop, x, stride, target)
+        elif registers == 4:
+            row_product_4(zero, values, columns, start, stop, x, stride, target)
+        elif registers == 2:
+            row_product_2(zero, values, columns, start, stop, x, stride, target)
+        else:
+            row_product_1(zero, values, columns, start, stop, x, stride, target)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _add_indexed(
+    layout: Any, chunk: Any, values: Any, tile_x: Any, registers: Any, out: Any, dtype: Any
+) -> None:
+    """Add the products of a chunk of a Layout."""
+    zero, stride = dtype(0), registers * VECTOR_BYTES
+    index, columns = layout.value_index, layout.columns
+    edges = vector(layout.block_segments, layout.chunks * layout.blocks + 1, np.int32)
+    segments = edges[(chunk + 1) * layout.blocks]
+    segment_rows = vector(layout.segment_rows, segments, np.uint16)
+    lengths = vector(layout.segment_lengths, segments, np.uint16)
+    start = np.int64(vector(layout.chunk_entries, layout.chunks + 1, np.int32)[chunk])
+    for block in range(layout.blocks):
+        at = chunk * layout.blocks + block
+        x = tile_x + block * layout.block * stride
+        for segment in range(edges[at], edges[at + 1]):
+            stop, target = start + lengths[segment], out + segment_rows[segment] * stride
+            if registers == 8:
+                indexed_product_8(zero, values, index, columns, start, stop, x, target)
+            elif registers == 4:
+                indexed_product_4(zero, values, index, columns, start, stop, x, target)
+            elif registers == 2:
+                indexed_product_2(zero, values, index, columns, start, stop, x, target)
+            else:
+                indexed_product_1(zero, values, index, columns, start, stop, x, target)
+            start = stop
 
 
 _KERNEL = types.void(types.intp)
@@ -361,13 +343,3 @@ def _multiply_single(address: Any) -> None:
 @kernel(_KERNEL)
 def _multiply_double(address: Any) -> None:
     _multiply(address, np.float64)
-
-
-@kernel(_KERNEL)
-def _sample_single(address: Any) -> None:
-    _sample(address, np.float32)
-
-
-@kernel(_KERNEL)
-def _sample_double(address: Any) -> None:
-    _sample(address, np.float64)

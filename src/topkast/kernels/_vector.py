@@ -83,10 +83,9 @@ class _Emitter:
         fma = cgutils.get_or_insert_function(self.builder.module, kind, name)
         return self.builder.call(fma, [first, second, third])
 
-    def row(self, start: Any, number: Any, registers: int) -> Any:
-        """Address of a row of a tile."""
-        width = ir.Constant(_INT64, registers * VECTOR_BYTES)
-        return self.builder.add(start, self.builder.mul(number, width))
+    def row(self, start: Any, number: Any, stride: Any) -> Any:
+        """Address of a row, from that of row 0."""
+        return self.builder.add(start, self.builder.mul(number, stride))
 
     def accumulate(self, entry: Any, start: Any, stop: Any, out: Any, registers: int) -> None:
         """Add to `out` the product of scalar and row, as `entry` names them, of each entry."""
@@ -127,6 +126,18 @@ class _Emitter:
             )
         return total
 
+    def add(self, vector: Any, count: int, address: Any, adding: Any) -> None:
+        """Add the first `count` lanes to as many numbers at an address, or to zeros."""
+        first = 0
+        while first < count:
+            lanes = 1 << ((count - first).bit_length() - 1)
+            part = self.shuffle(vector, vector, list(range(first, first + lanes)))
+            target = self.builder.add(address, ir.Constant(_INT64, first * self.size))
+            zeros = ir.Constant(part.type, None)
+            present = self.builder.select(adding, self.load(target, 0, part.type), zeros)
+            self.store(self.builder.fadd(present, part), target, 0)
+            first += lanes
+
     def _pointer(self, address: Any, place: int, kind: Any) -> Any:
         shifted = self.builder.add(address, ir.Constant(_INT64, place * VECTOR_BYTES))
         return self.builder.inttoptr(shifted, kind.as_pointer())
@@ -135,19 +146,17 @@ class _Emitter:
 def _row_product(registers: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def row_product(  # type: ignore[no-untyped-def]
-        _, zero, values, sources, columns, start, stop, x, out
+        _, zero, values, columns, start, stop, x, stride, out
     ) -> Any:
-        """out[:] += Σ values[sources[k]] · x[columns[k]], k from start to stop."""
+        """out[:] += Σ values[k] · x[columns[k]], k from start to stop; columns int32."""
 
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _, values, sources, columns, start, stop, x, out = arguments
+            _, values, columns, start, stop, x, stride, out = arguments
             emitter = _Emitter(builder, signature.args[0])
 
             def entry(k: Any) -> tuple[Any, Any]:
-                later = builder.add(k, ir.Constant(_INT64, AHEAD))
-                emitter.prefetch(values, emitter.position(sources, later))
-                value = emitter.element(values, emitter.position(sources, k), emitter.scalar)
-                return value, emitter.row(x, emitter.index(columns, k), registers)
+                value = emitter.element(values, k, emitter.scalar)
+                return value, emitter.row(x, emitter.position(columns, k), stride)
 
             emitter.accumulate(entry, start, stop, out, registers)
             return context.get_dummy_value()
@@ -157,51 +166,57 @@ def _row_product(registers: int) -> Any:
     return row_product
 
 
-def _shifted_sum(registers: int) -> Any:
+def _indexed_product(registers: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
-    def shifted_sum(  # type: ignore[no-untyped-def]
-        _, zero, values, shifts, start, stop, x, out
+    def indexed_product(  # type: ignore[no-untyped-def]
+        _, zero, values, value_index, columns, start, stop, x, out
     ) -> Any:
-        """out[:] += Σ values[k] · x[shifts[k] :], k from start to stop; shifts in vectors."""
+        """out[:] += Σ values[value_index[k]] · x[columns[k]], k from start to stop.
+
+        The columns are uint16, and those of a tile as wide as `out`.
+        """
 
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _, values, shifts, start, stop, x, out = arguments
+            _, values, value_index, columns, start, stop, x, out = arguments
             emitter = _Emitter(builder, signature.args[0])
+            stride = ir.Constant(_INT64, registers * VECTOR_BYTES)
 
             def entry(k: Any) -> tuple[Any, Any]:
-                value = emitter.element(values, k, emitter.scalar)
-                return value, emitter.row(x, emitter.position(shifts, k), 1)
+                later = builder.add(k, ir.Constant(_INT64, AHEAD))
+                emitter.prefetch(values, emitter.position(value_index, later))
+                value = emitter.element(values, emitter.position(value_index, k), emitter.scalar)
+                return value, emitter.row(x, emitter.index(columns, k), stride)
 
             emitter.accumulate(entry, start, stop, out, registers)
             return context.get_dummy_value()
 
-        return types.void(zero, *[types.intp] * 6), emit
+        return types.void(zero, *[types.intp] * 7), emit
 
-    return shifted_sum
+    return indexed_product
 
 
-def _dot_products(registers: int, shifted: bool = False) -> Any:
-    """With columns of a tile (uint16), or, if `shifted`, with distances in vectors (int32)."""
-
+def _dot_products(registers: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def dot_products(  # type: ignore[no-untyped-def]
-        _, zero, columns, start, stop, x, y, out
+        _, zero, columns, start, stop, x, stride, y, out, fresh
     ) -> Any:
-        """out[k - start] += y · x[columns[k]], k from start to stop."""
+        """out[k] += y · x[columns[k]], k from start to stop; columns int32.
+
+        If `fresh` is not 0, `out` counts as zeros, whatever it holds.
+        """
 
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _, columns, start, stop, x, y, out = arguments
+            _, columns, start, stop, x, stride, y, out, fresh = arguments
             emitter = _Emitter(builder, signature.args[0])
-
-            def row(entry: Any) -> Any:
-                if shifted:
-                    return emitter.row(x, emitter.position(columns, entry), 1)
-                return emitter.row(x, emitter.index(columns, entry), registers)
+            adding = builder.icmp_signed("==", fresh, ir.Constant(_INT64, 0))
 
             def several(first: Any, count: int) -> None:
                 """So many entries at once, which share what they load of y."""
+                entries = [
+                    builder.add(first, ir.Constant(_INT64, member)) for member in range(count)
+                ]
                 rows = [
-                    row(builder.add(first, ir.Constant(_INT64, member))) for member in range(count)
+                    emitter.row(x, emitter.position(columns, entry), stride) for entry in entries
                 ]
                 sums: list[Any] = [ir.Constant(emitter.vector, [0.0] * emitter.lanes)] * count
                 for place in range(registers):
@@ -210,41 +225,46 @@ def _dot_products(registers: int, shifted: bool = False) -> Any:
                         emitter.multiply_add(shared, emitter.load(row, place), total)
                         for row, total in zip(rows, sums, strict=True)
                     ]
+                wanted = 1 << (count - 1).bit_length()
+                sums += [ir.Constant(emitter.vector, None)] * (wanted - count)
                 found = emitter.sums(sums)
                 size = ir.Constant(_INT64, emitter.size)
-                target = builder.add(out, builder.mul(builder.sub(first, start), size))
-                emitter.store(builder.fadd(emitter.load(target, 0, found.type), found), target, 0)
+                emitter.add(found, count, builder.add(out, builder.mul(first, size)), adding)
 
-            done = start
-            for count in _GROUPS:
-                size = ir.Constant(_INT64, count)
-                groups = builder.sdiv(builder.sub(stop, done), size)
-                with cgutils.for_range(builder, groups) as loop:
-                    several(builder.add(done, builder.mul(loop.index, size)), count)
-                done = builder.add(done, builder.mul(groups, size))
+            size = ir.Constant(_INT64, _GROUP)
+            groups = builder.sdiv(builder.sub(stop, start), size)
+            with cgutils.for_range(builder, groups) as loop:
+                several(builder.add(start, builder.mul(loop.index, size)), _GROUP)
+            done = builder.add(start, builder.mul(groups, size))
+            end = builder.append_basic_block("end")
+            others = builder.switch(builder.sub(stop, done), end)
+            for count in range(1, _GROUP):  # what is left is one group, too
+                block = builder.append_basic_block(f"last_{count}")
+                others.add_case(ir.Constant(_INT64, count), block)
+                builder.position_at_end(block)
+                several(done, count)
+                builder.branch(end)
+            builder.position_at_end(end)
             return context.get_dummy_value()
 
-        return types.void(zero, *[types.intp] * 6), emit
+        return types.void(zero, *[types.intp] * 8), emit
 
     return dot_products
 
 
-# row_product(zero, values, sources, columns, start, stop, x, out), by the width of a tile.
+# Entries whose products are summed together: as many as a vector of doubles has lanes.
+_GROUP = VECTOR_BYTES // 8
+
+# row_product(zero, values, columns, start, stop, x, stride, out), by the vectors of `out`.
 row_product_1, row_product_2, row_product_4, row_product_8 = map(_row_product, (1, 2, 4, 8))
 
-# shifted_sum(zero, values, shifts, start, stop, x, out), by places at a time.
-shifted_sum_1, shifted_sum_2, shifted_sum_4, shifted_sum_8 = map(_shifted_sum, (1, 2, 4, 8))
-
-# Entries whose products are summed together: at most as many as a vector of doubles has lanes.
-_GROUPS = [count for count in (8, 4, 1) if count <= VECTOR_BYTES // 8]
-
-# dot_products(zero, columns, start, stop, x, y, out), by the width of a tile.
-dot_products_1, dot_products_2, dot_products_4, dot_products_8 = map(_dot_products, (1, 2, 4, 8))
-
-# shifted_dots(zero, shifts, start, stop, x, y, out), by places at a time.
-shifted_dots_1, shifted_dots_2, shifted_dots_4, shifted_dots_8 = (
-    _dot_products(places, shifted=True) for places in (1, 2, 4, 8)
+# indexed_product(zero, values, value_index, columns, start, stop, x, out), by the width of a tile.
+indexed_product_1, indexed_product_2, indexed_product_4, indexed_product_8 = map(
+    _indexed_product, (1, 2, 4, 8)
 )
+
+# dot_products(zero, columns, start, stop, x, stride, y, out, fresh), by the vectors of `y`.
+dot_products_1, dot_products_2, dot_products_4, dot_products_8 = map(_dot_products, (1, 2, 4, 8))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -291,6 +311,20 @@ def copy_run(_, zero, source, target, count) -> Any:  # type: ignore[no-untyped-
             start = builder.mul(loop.index, ir.Constant(_INT64, VECTOR_BYTES))
             value = emitter.load(builder.add(source, start), 0)
             emitter.store(value, builder.add(target, start), 0)
+        return context.get_dummy_value()
+
+    return types.void(zero, *[types.intp] * 3), emit
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(_, zero, address, start, stop) -> Any:  # type: ignore[no-untyped-def]
+    """Ask for the first and the last one of the numbers from `start` to `stop` of an array."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, address, start, stop = arguments
+        emitter = _Emitter(builder, signature.args[0])
+        emitter.prefetch(address, start)
+        emitter.prefetch(address, builder.sub(stop, ir.Constant(_INT64, 1)))
         return context.get_dummy_value()
 
     return types.void(zero, *[types.intp] * 3), emit

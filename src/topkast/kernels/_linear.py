@@ -1,0 +1,101 @@
+"""The three products of a sparse linear layer, on NumPy buffers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from topkast.kernels._arguments import Vector
+from topkast.kernels._columns import find_columns, find_row_starts, rows_and_columns
+from topkast.kernels._layout import make_layout, make_row_layout, row_block
+from topkast.kernels._packing import pack
+from topkast.kernels._products import multiply, sampled_product, tile_width
+
+
+class LinearProducts:
+    r"""Products with a sparse weight W (rows × width), whose values on B are one vector.
+
+    In that vector, and in `indices`, the entries of A come first. Beside these, 6 bytes are held
+    for each entry of A and about half a byte for each of B: the forward product and the weight
+    gradient read columns from `indices`, which therefore must not be written to.
+
+    Parameters
+    ----------
+    indices
+        Flat indices of B in W, (\|B\|,), those of A ascending, then those of B∖A ascending; int32,
+        or int64, of which columns are kept.
+    forward
+        \|A\|.
+    shape
+        (rows, width).
+
+    Raises
+    ------
+    ValueError
+        If the indices of A or of B∖A do not ascend, or lie outside of the weight.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from topkast.kernels import LinearProducts
+    >>> products = LinearProducts(np.asarray([0, 3, 1], np.int32), 2, shape=(2, 2))
+    >>> values, x = np.asarray([2, 3, 9], "float32"), np.asarray([[1, 10]], "float32")
+    >>> packed = np.empty(products.packed_shape(x.shape, x.dtype), x.dtype)
+    >>> products.pack(x, packed)
+    >>> out = np.empty((1, 2), x.dtype)
+    >>> products.forward(values, packed, out)
+    >>> out
+    array([[ 2., 30.]], dtype=float32)
+    >>> gradient = np.empty_like(values)
+    >>> products.weight_gradient(packed, packed, gradient)
+    >>> gradient
+    array([  1., 100.,  10.], dtype=float32)
+    """
+
+    def __init__(self, indices: Vector, forward: int, /, *, shape: tuple[int, int]) -> None:
+        columns, pitch = find_columns(indices, shape=shape)
+        self._kept = columns.nbytes if columns is not indices else 0
+        parts = slice(forward), slice(forward, len(indices))
+        active, exploring = (find_row_starts(indices, part, shape=shape) for part in parts)
+        block = row_block(forward, shape)
+        self._active, self._exploring = (
+            make_row_layout(columns, starts, shape=shape, pitch=pitch, block=block)
+            for starts in (active, exploring)
+        )
+        row, column = rows_and_columns(columns, pitch, active)
+        order = np.arange(forward, dtype=np.int32)
+        self._transposed = make_layout(column, row, order, shape=shape[::-1])
+
+    @staticmethod
+    def packed_shape(shape: tuple[int, int], dtype: Any) -> tuple[int, int, int]:
+        """Shape of packed activations (batch, features): (tiles, features, width)."""
+        batch, features = shape
+        width = tile_width(batch, dtype)
+        return -(-batch // width), features, width
+
+    @staticmethod
+    def pack(activations: Vector, out: Vector) -> None:
+        """Write activations, or a gradient of the output, as the products read them."""
+        pack(activations, out)
+
+    def forward(
+        self, values: Vector, x: Vector, out: Vector, *, bias: Vector | None = None
+    ) -> None:
+        """Write the output ``x · Wᵀ + bias`` with W on A, (batch, rows)."""
+        multiply(self._active, values, x, out, bias=bias)
+
+    def input_gradient(self, values: Vector, gradient: Vector, out: Vector) -> None:
+        """Write the gradient ``gradient · W`` with W on A, (batch, width)."""
+        multiply(self._transposed, values, gradient, out)
+
+    def weight_gradient(self, gradient: Vector, x: Vector, out: Vector) -> None:
+        r"""Write ``gradientᵀ · x`` on B, (\|B\|,)."""
+        other = self._exploring if self._exploring.stop > self._exploring.start else None
+        sampled_product(self._active, gradient, x, out, other=other)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held beside the indices."""
+        layouts = self._active, self._exploring, self._transposed
+        return self._kept + sum(layout.nbytes for layout in layouts)
