@@ -57,15 +57,19 @@ class Young:
     def _find(self, group: Mapping[str, Any] | None) -> None:
         """Positions of the entries that are young, or have not been stepped at all."""
         betas = self.betas(group or {})
-        limit = 1 if betas is None else young_limit(betas)
-        self._positions = _true_positions(self.ages < limit)
+        self._limit = 1 if betas is None else young_limit(betas)
+        positions = _true_positions(self.ages < self._limit)
+        # To find them again is cheaper than to hold them, but on an accelerator it would wait.
+        self._any_young = len(positions) > 0
+        self._positions = positions[:0].clone() if self.ages.device.type == "cpu" else positions
+        self._young = self._positions  # during a step
         self._entrants = self.ages.new_empty(0, dtype=torch.int32)
         if not self._habits.layout.starts_suffice:
             self._entrants = _true_positions(self.ages == 0)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of ages, and of the positions of young entries."""
+        """Bytes of ages, and of positions that are held."""
         return sum(part.nbytes for part in (self.ages, self._positions, self._entrants))
 
     def betas(self, group: Mapping[str, Any]) -> Betas | None:
@@ -88,12 +92,13 @@ class Young:
         """Remember what is to be scaled after the step, and step entrants by themselves."""
         self._old = []
         self._first = None
-        if not self._positions.numel():
+        if not self._any_young:
             return
         if betas is not None:
-            self._old = [
-                flat.index_select(0, self._positions) for flat in self._moving(inner, values)
-            ]
+            self._young = self._positions
+            if self.ages.device.type == "cpu":
+                self._young = _true_positions(self.ages < self._limit)
+            self._old = [flat.index_select(0, self._young) for flat in self._moving(inner, values)]
         if not self._habits.layout.starts_suffice and not self.since and self._entrants.numel():
             self._first = self._step_entrants(inner, group, values)
 
@@ -107,16 +112,16 @@ class Young:
         """Scale the displacement of young entries; `steps` are those before this one."""
         if self._old and betas is not None:
             factors = self._factors(betas, steps + 1, values.device)
-            ages = self.ages.index_select(0, self._positions).int() + (self.since + 1)
+            ages = self.ages.index_select(0, self._young).int() + (self.since + 1)
             ages.clamp_(max=len(factors) - 1)
             share = factors.index_select(0, ages)
             for old, flat in zip(self._old, self._moving(inner, values), strict=False):
-                new = flat.index_select(0, self._positions)
+                new = flat.index_select(0, self._young)
                 weight = share.to(new.real.dtype if new.is_complex() else new.dtype)
-                flat.index_copy_(0, self._positions.long(), _interpolate(old, new, weight))
+                flat.index_copy_(0, self._young.long(), _interpolate(old, new, weight))
         if self._first is not None:
             self._adopt_first(inner, values)
-        self._old, self._first = [], None
+        self._old, self._first, self._young = [], None, self._positions
 
     @staticmethod
     def _factors(betas: Betas, steps: int, device: torch.device) -> Tensor:
