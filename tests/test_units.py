@@ -151,6 +151,15 @@ def test_sums_that_overflow_still_rank(any_library: Library) -> None:
     assert 1 in to_numpy(choose(any_library.asarray(theta)).active)
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_empty_tensors_have_empty_sets(library: Library, shape: tuple[int, int]) -> None:
+    theta = library.asarray(np.zeros(shape, np.float32))
+    for score in SCORES:
+        support = topkast.select(theta, fwd=0.5, bwd=0.5, block=(2, 2), block_score=score)
+        assert (support.forward, support.backward_size) == (0, 0)
+        assert topkast.gather(theta, support).shape == (0,)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_errors_count_weights(any_library: Library, bad: float) -> None:
     theta = np.ones((4, 6), np.float32)
@@ -723,8 +732,9 @@ def test_a_shape_that_blocks_do_not_divide() -> None:
         tx: Any = topkast.wrap_optimizer(rule, fwd=0.9, bwd=0.8, block=(2, 3))
         with pytest.raises(OptionError, match=message):
             tx.init(params)
-    with pytest.raises(OptionError, match="do not divide a matrix of 4 × 16"):
-        Blocks(2, 3, 4, 16)
+    for sides in ((2, 3), (0, 4)):
+        with pytest.raises(OptionError, match="do not divide a matrix of 4 × 16"):
+            Blocks(*sides, 4, 16)
 
 
 def test_sparse_execution_has_no_blocks_yet() -> None:
