@@ -82,7 +82,7 @@ def select(
     >>> support.active, support.exploring
     (array([1, 6], dtype=int32), array([2, 4], dtype=int32))
 
-    Of four blocks of 2 × 1 the second has the largest sum of magnitudes, and the third follows:
+    Of four blocks of 2 × 1 the third has the largest sum of magnitudes, and the second follows:
 
     >>> support = topkast.select(theta, fwd=0.75, bwd=0.5, block=(2, 1))
     >>> support.active, support.exploring

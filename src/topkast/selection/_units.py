@@ -34,7 +34,7 @@ class Blocks:
     Raises
     ------
     OptionError
-        If blocks do not divide the matrix.
+        If blocks have no weights, or do not divide the matrix.
 
     Examples
     --------
@@ -52,7 +52,9 @@ class Blocks:
     width: int
 
     def __post_init__(self) -> None:
-        if self.height % self.rows or self.width % self.columns:
+        if min(self.rows, self.columns) < 1 or (
+            self.height % self.rows or self.width % self.columns
+        ):
             raise OptionError(
                 f"blocks of {self.rows} × {self.columns} do not divide a matrix of {self.height} × "
                 f"{self.width}"
@@ -167,10 +169,9 @@ def _scores(flat: Array, blocks: Blocks, score: BlockScore) -> Array:
 def _reduce(array: Array, blocks: Blocks, combine: Callable[[Array, Array], Array]) -> Array:
     """The values (n,) of each block, combined pair by pair: first its rows, then its columns."""
     xp = array_namespace(array)
-    rows = _fold(xp.reshape(array, (-1, blocks.rows, blocks.width)), 1, combine)
-    columns = _fold(
-        xp.reshape(rows, (-1, blocks.width // blocks.columns, blocks.columns)), 2, combine
-    )
+    down, across = blocks.height // blocks.rows, blocks.width // blocks.columns
+    rows = _fold(xp.reshape(array, (down, blocks.rows, blocks.width)), 1, combine)
+    columns = _fold(xp.reshape(rows, (down, across, blocks.columns)), 2, combine)
     return xp.reshape(columns, (-1,))
 
 
