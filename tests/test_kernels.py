@@ -14,87 +14,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_problems import DTYPES, Array, Problem, tiles_of
 
 from topkast.kernels import (
     Layout,
     LinearProducts,
     RowLayout,
     _layout,
-    compress,
-    find_columns,
-    find_row_starts,
-    gather,
     make_layout,
     make_row_layout,
     multiply,
     pack,
-    put,
     sampled_product,
-    tile_width,
 )
-
-Array = np.ndarray[Any, Any]
-DTYPES = [np.float32, np.float64]
-
-
-class Problem:
-    """A sparse matrix, whose compact vector is shuffled or in order, and dense activations.
-
-    By row, the compact vector has two parts, as those of A and of B∖A.
-    """
-
-    def __init__(
-        self, shape: tuple[int, int], batch: int, density: float, dtype: Any, seed: int
-    ) -> None:
-        rng = np.random.default_rng(seed)
-        mask = rng.random(shape) < density
-        if mask.size and seed % 3 == 0:
-            mask[rng.integers(shape[0])] = seed % 2  # an empty row, or a full one
-        self.shape, self.batch = shape, batch
-        self.rows, self.columns = (place.astype(np.int32) for place in np.nonzero(mask))
-        self.order = rng.permutation(len(self.rows)).astype(np.int32)
-        self.values = rng.standard_normal(len(self.rows)).astype(dtype)
-        self.dense = np.zeros(shape, dtype)
-        self.dense[self.rows, self.columns] = self.values[self.order]
-        flat = np.flatnonzero(mask).astype(np.int32)
-        in_first = rng.random(len(flat)) < (0.5, 0.0, 1.0, 0.1)[seed % 4]
-        self.indices = np.concatenate([flat[in_first], flat[~in_first]])
-        self.first = int(in_first.sum())
-        self.dense_first = np.zeros(shape, dtype)
-        self.dense_first.reshape(-1)[self.indices[: self.first]] = self.values[: self.first]
-        self.x = rng.standard_normal((batch, shape[1])).astype(dtype)
-        self.y = rng.standard_normal((batch, shape[0])).astype(dtype)
-        self.bias = rng.standard_normal(shape[0]).astype(dtype)
-
-    def layout(self) -> Layout:
-        return make_layout(self.rows, self.columns, self.order, shape=self.shape)
-
-    def row_layouts(self, **options: Any) -> tuple[RowLayout, RowLayout]:
-        columns, pitch = find_columns(self.indices, shape=self.shape)
-        parts = (
-            find_row_starts(self.indices, part, shape=self.shape)
-            for part in (slice(self.first), slice(self.first, None))
-        )
-        first, second = (
-            make_row_layout(
-                columns, starts, shape=self.shape, **{"pitch": pitch, "block": 97} | options
-            )
-            for starts in parts
-        )
-        return first, second
-
-    def gradient(self) -> Array:
-        """The weight gradient on both parts."""
-        found: Array = (self.y.T @ self.x).ravel()[self.indices]
-        return found
-
-
-def tiles_of(rows: Array) -> Array:
-    width = tile_width(len(rows), rows.dtype)
-    tiles = np.full((-(-len(rows) // width), rows.shape[1], width), np.nan, rows.dtype)
-    pack(rows, tiles)
-    return tiles
-
 
 problems = st.builds(
     Problem,
@@ -280,120 +212,6 @@ def test_a_copied_layout_works_without_the_original(by_rows: bool) -> None:
             assert not isinstance(array, np.ndarray) or array.ctypes.data == number
 
 
-class TestBadInput:
-    """The kernels trust addresses: what does not fit must not reach them."""
-
-    def setup_method(self) -> None:
-        self.problem = Problem((8, 9), 3, 0.5, np.float32, 4)
-        self.x, self.y = tiles_of(self.problem.x), tiles_of(self.problem.y)
-        self.out = np.empty((3, 8), np.float32)
-
-    def test_shapes(self) -> None:
-        layout, values = self.problem.layout(), self.problem.values
-        narrow = np.zeros((1, 9, self.x.shape[2] - 1), np.float32)
-        for x, out, compact, bias in (
-            (self.x[:, 1:].copy(), self.out, values, None),
-            (self.x, self.out[:, 1:].copy(), values, None),
-            (self.x, self.out[:, ::-1], values, None),
-            (self.x, self.out, values[1:].copy(), None),
-            (self.x, self.out, values, np.zeros(7, np.float32)),
-            (self.x[:, ::-1], self.out, values, None),
-            (narrow, self.out, values, None),
-        ):
-            with pytest.raises(ValueError, match=r"must be contiguous and of|a tile cannot"):
-                multiply(layout, compact, x, out, bias=bias)
-        rows = np.zeros((self.x.shape[0] * self.x.shape[2] + 1, layout.rows), np.float32)
-        with pytest.raises(ValueError, match="rows do not fit 1 tiles of"):
-            multiply(layout, values, self.x, rows)
-        first, second = self.problem.row_layouts()
-        with pytest.raises(ValueError, match="must be contiguous and of"):
-            sampled_product(first, self.x, self.x, values.copy())
-        with pytest.raises(ValueError, match="must be contiguous and of"):
-            sampled_product(first, self.y, self.x, values[1:].copy(), other=second)
-
-    def test_dtypes(self) -> None:
-        layout, values = self.problem.layout(), self.problem.values
-        with pytest.raises(TypeError, match="x is float64"):
-            multiply(layout, values, self.x.astype(np.float64), self.out)
-        with pytest.raises(TypeError, match="float32 or float64"):
-            multiply(layout, values.astype(np.float16), self.x, self.out)
-
-    def test_layouts_for_the_other_product(self) -> None:
-        layout: Any = self.problem.layout()
-        with pytest.raises(TypeError, match="make_row_layout"):
-            sampled_product(layout, self.y, self.x, self.problem.values.copy())
-
-    def test_layouts_that_are_cut_differently(self) -> None:
-        first, _ = self.problem.row_layouts()
-        for options in ({"block": 4}, {"max_rows": 3}):
-            _, second = self.problem.row_layouts(**options)
-            with pytest.raises(ValueError, match="the same chunks and blocks"):
-                sampled_product(first, self.y, self.x, self.problem.values.copy(), other=second)
-
-    def test_columns_that_are_overwritten(self) -> None:
-        layout = make_row_layout(self.problem.indices, *self.row_starts(), shape=(8, 9), pitch=9)
-        values = self.problem.values
-        multiply(layout, values, self.x, self.out)
-        for place, index in ((layout.start, -1), (layout.stop - 1, 72)):
-            layout = make_row_layout(
-                self.problem.indices.copy(), *self.row_starts(), shape=(8, 9), pitch=9
-            )
-            layout.columns[place] = index
-            with pytest.raises(ValueError, match="were overwritten"):
-                multiply(layout, values, self.x, self.out)
-            with pytest.raises(ValueError, match="were overwritten"):
-                sampled_product(layout, self.y, self.x, values.copy())
-
-    def row_starts(self) -> tuple[Array]:
-        first = slice(self.problem.first)
-        return (find_row_starts(self.problem.indices, first, shape=(8, 9)),)
-
-    def test_columns(self) -> None:
-        columns, starts = np.asarray([1, 3, 8], np.int32), np.asarray([0, 2, 2, 3])
-        make_row_layout(columns, starts, shape=(3, 4), pitch=4)
-        for wrong in ([3, 1, 8], [1, 1, 8], [-1, 3, 8], [1, 4, 8], [1, 3, 7], [1, 3, 12]):
-            with pytest.raises(ValueError, match="must ascend in"):
-                make_row_layout(np.asarray(wrong, np.int32), starts, shape=(3, 4), pitch=4)
-        for dtype in (np.int32, np.int64):
-            for wrong in ([3, 1, 8], [1, 1, 8], [-1, 3, 8], [1, 3, 12]):
-                for forward in (0, 3):
-                    with pytest.raises(ValueError, match="must ascend in"):
-                        LinearProducts(np.asarray(wrong, dtype), forward, shape=(3, 4))
-        for edges in ([0, 2, 3], [0, 2, 1, 3], [0, 2, 2, 4], [-1, 2, 2, 3]):
-            with pytest.raises(ValueError, match="ascending positions"):
-                make_row_layout(columns, np.asarray(edges), shape=(3, 4), pitch=4)
-        with pytest.raises(TypeError, match="int32"):
-            make_row_layout(columns.astype(np.int64), starts, shape=(3, 4), pitch=4)
-        for vector in (columns[None], np.zeros(6, np.int32)[::2]):
-            with pytest.raises(ValueError, match="contiguous vector"):
-                make_row_layout(vector, starts, shape=(3, 4), pitch=4)
-        for options in ({"pitch": 3}, {"block": 0}, {"block": 1 << 16}, {"max_rows": 0}):
-            with pytest.raises(ValueError, match=r"pitch|a block has|max_rows"):
-                make_row_layout(columns, starts, shape=(3, 4), **{"pitch": 4} | options)
-
-    def test_packing(self) -> None:
-        with pytest.raises(ValueError, match="cannot pack"):
-            pack(self.problem.x, self.x[:, 1:].copy())
-        with pytest.raises(TypeError, match="float32 or float64"):
-            pack(self.problem.x, self.x.astype(np.float64))
-
-    def test_places(self) -> None:
-        place = np.zeros(1, np.int32)
-        for rows, columns, index in ((5, 0, 0), (-1, 0, 0), (0, 9, 0), (0, 0, -1)):
-            with pytest.raises(ValueError, match=r"must lie in|must not be negative"):
-                make_layout(place + rows, place + columns, place + index, shape=(5, 9))
-        with pytest.raises(ValueError, match="got 1 rows, 2 columns"):
-            make_layout(place, np.zeros(2, np.int32), place, shape=(5, 9))
-
-    def test_what_is_read_only_is_not_written(self) -> None:
-        self.out.flags.writeable = False
-        with pytest.raises(ValueError, match="read-only"):
-            multiply(self.problem.layout(), self.problem.values, self.x, self.out)
-        self.x.flags.writeable = False
-        with pytest.raises(ValueError, match="read-only"):
-            pack(self.problem.x, self.x)
-
-
 def test_they_run_without_pytorch() -> None:
     """On Python's threads, in the child of a process that has used them too."""
     code = """
@@ -458,60 +276,3 @@ for batch, dtype in ((1, np.float32), (3, np.float64), (40, np.float32)):
 """
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=200, env=environment)
-
-
-@st.composite
-def sets(draw: st.DrawFn) -> tuple[Array, Array, Array]:
-    """A vector of one chunk or several, and two sets of its indices, of which one may be empty."""
-    size = draw(st.sampled_from([1, 7, 16_384, 16_385, 70_001]))
-    rng = np.random.default_rng(draw(st.integers(0, 999)))
-    flat = rng.standard_normal(size).astype(draw(st.sampled_from(DTYPES)))
-    shares = draw(st.sampled_from([(0.8, 0.1, 0.1), (0.0, 0.0, 1.0), (1.0, 0.0, 0.0)]))
-    kinds = rng.choice(3, size, p=shares)
-    first, second = (np.flatnonzero(kinds == kind).astype(np.int32) for kind in (1, 2))
-    return flat, first, second
-
-
-@given(problem=sets())
-def test_entries_are_gathered_written_and_kept(problem: tuple[Array, Array, Array]) -> None:
-    flat, *parts = problem
-    outs = [np.full(len(part), np.nan, flat.dtype) for part in parts]
-    for part, out in zip(parts, outs, strict=True):
-        gather(flat, part, out)
-        np.testing.assert_array_equal(out, flat[part])
-        written, expected = flat.copy(), flat.copy()
-        put(written, part, -out)
-        expected[part] = -out
-        np.testing.assert_array_equal(written, expected)
-    for used in (parts, parts[:1]):
-        kept, expected = flat.copy(), np.zeros_like(flat)
-        for part in used:
-            expected[part] = flat[part]
-        found = [np.full(len(part), np.nan, flat.dtype) for part in used]
-        compress(kept, *zip(used, found, strict=True))
-        np.testing.assert_array_equal(kept, expected)
-        for part, out in zip(used, found, strict=True):
-            np.testing.assert_array_equal(out, flat[part])
-
-
-@pytest.mark.parametrize("function", [gather, put, lambda flat, *part: compress(flat, part)])
-def test_gathering_refuses_what_it_cannot_do(function: Any) -> None:
-    flat, indices, values = np.ones(9), np.asarray([0, 4, 8], np.int32), np.ones(3)
-    changes: list[Any] = [
-        (flat.astype(np.float16), indices, values),
-        (flat, indices, values.astype(np.float32)),
-        (flat, indices.astype(np.int64), values),
-    ]
-    for change in changes:
-        with pytest.raises(TypeError, match=r"float|int32"):
-            function(*change)
-    changes = [
-        (flat[::2], indices, values),
-        (flat, indices[:2], values),
-        (flat, indices + 1, values),
-        (flat, indices - 1, values),
-        (flat.reshape(3, 3), indices, values),
-    ]
-    for change in changes:
-        with pytest.raises(ValueError, match=r"contiguous|indices"):
-            function(*change)

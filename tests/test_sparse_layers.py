@@ -49,6 +49,32 @@ def test_a_layer_under_a_plain_optimizer_keeps_its_mask() -> None:
     assert torch.equal(layer.weight != 0, before)
 
 
+def test_bookkeeping_of_a_linear_layer() -> None:
+    """The kernels need at most 4 bytes for each entry of B, beside its index."""
+    pytest.importorskip("numba")
+    for fwd, bwd in ((0.9, 0.8), (0.95, 0.9)):
+        layer = topkast_torch.SparseLinear(1024, 512, fwd=fwd, bwd=bwd)
+        assert layer.products.nbytes <= 4 * layer.values.numel()
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_indices_that_are_written_to_between_the_passes(kind: str) -> None:
+    """The kernels read them where they are, and would go astray."""
+    pytest.importorskip("numba")
+    layer: Any = topkast_torch.SparseLinear(20, 30, fwd=0.8, bwd=0.6)
+    inputs = torch.randn(4, 20)
+    if kind == "convolution":
+        model = nn.Sequential(nn.Conv2d(4, 6, 3))
+        opt = torch.optim.SGD(model.named_parameters(), 0.1)
+        topkast.sparsify(model, topkast.wrap_optimizer(opt, fwd=0.8, bwd=0.6))
+        layer, inputs = model[0], torch.randn(2, 4, 6, 6)
+    loss = layer(inputs).sum()
+    layer.indices[: layer.active_count] = torch.arange(layer.active_count, dtype=torch.int32)
+    with pytest.raises(topkast.MismatchError, match="written to between"):
+        loss.backward()
+    layer.indices = layer.support.indices.clone()
+
+
 class TestInputs:
     def test_other_precision_is_refused_but_under_autocast(self) -> None:
         layer = topkast_torch.SparseLinear(6, 9, fwd=0.8, bwd=0.6)
