@@ -14,17 +14,16 @@ import pytest
 
 import topkast
 from topkast.kernels import (
-    _arguments,
     _arrange,
     _convolutions,
     _gather,
     _packing,
     _planes,
-    _pool,
     _products,
     _sampling,
 )
-from topkast.kernels._compile import FolderLocator
+from topkast.kernels.runtime import _arguments, _pool
+from topkast.kernels.runtime._compile import FolderLocator
 from topkast.testing import assert_same_support
 
 PACKAGE = Path(topkast.__file__).parent
@@ -52,9 +51,10 @@ def copied(tmp_path: Path) -> Path:
 
 
 def test_without_a_folder_for_the_cache_each_process_compiles(copied: Path) -> None:
-    (copied / "kernels/__pycache__").write_text("in the way, even of an administrator")
+    for folder in ("kernels", "kernels/runtime"):
+        (copied / folder / "__pycache__").write_text("in the way, even of an administrator")
     (copied / "kernels/odd.py").write_text("""
-from kernels._compile import can_cache, compiled, kernel
+from kernels.runtime._compile import can_cache, compiled, kernel
 
 assert not can_cache()
 
@@ -74,13 +74,13 @@ def test_the_cache_notices_edits_of_every_file(copied: Path) -> None:
     """Kernels are made of functions of several files."""
     code = """
 from pathlib import Path
-from kernels import _compile
-find, folder = _compile._sources.__wrapped__, Path(_compile.__file__).parent
+from kernels.runtime import _compile
+find, folder = _compile._sources.__wrapped__, Path(_compile.__file__).parent.parent
 stamps = [find()]
-for path in folder.glob("*.py"):
+for path in folder.rglob("*.py"):
     path.write_text(path.read_text() + "# edited\\n")
     stamps.append(find())
-for name in ("_new.py", "new.py", "__init__.py", "new.txt"):
+for name in ("_new.py", "new.py", "__init__.py", "new.txt", "runtime/new.py"):
     assert not (folder / name).exists()
     (folder / name).write_text("")
     stamps.append(find())
@@ -90,14 +90,14 @@ stamps.append(find())
 stamps.append(find())
 print(len(stamps), len(set(stamps)))
 """
-    count = 1 + len(list((copied / "kernels").glob("*.py"))) + 4 + 2
+    count = 1 + len(list((copied / "kernels").rglob("*.py"))) + 5 + 2
     assert run(code, copied) == f"{count} {count}\n"
 
 
 def test_a_file_that_is_added_makes_the_next_process_compile(copied: Path) -> None:
     """What is cached belongs to the folder as it was."""
     (copied / "kernels/odd.py").write_text("""
-from kernels._compile import can_cache, compiled
+from kernels.runtime._compile import can_cache, compiled
 
 assert can_cache()
 

@@ -243,7 +243,8 @@ features = binding.FeatureMap()
 features.update({features})
 binding.get_host_cpu_features = lambda: features
 import numpy as np
-from topkast.kernels import LinearProducts, _vector
+from topkast.kernels import LinearProducts
+from topkast.kernels.runtime import _vector
 assert _vector.VECTOR_BYTES == {32 if features else 16}
 rng = np.random.default_rng(0)
 chosen = rng.permutation(70 * 90)[:1900].astype(np.int32)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from topkast.kernels._compile import compiled
+from topkast.kernels.runtime._compile import compiled
 
 Vector = np.ndarray[Any, Any]
 

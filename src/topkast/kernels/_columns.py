@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from topkast.kernels._arguments import Vector
+from topkast.kernels.runtime._arguments import Vector
 
 
 def find_columns(

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
-from topkast.kernels._arguments import THREAD, check, empty, slots, start, vector
-from topkast.kernels._compile import kernel
 from topkast.kernels._layout import LAYOUT, Layout, RowLayout, Vector
-from topkast.kernels._pool import default_threads
 from topkast.kernels._sampling import sample
-from topkast.kernels._vector import (
+from topkast.kernels.runtime._arguments import THREAD, check, empty, slots, start, vector
+from topkast.kernels.runtime._compile import kernel
+from topkast.kernels.runtime._pool import default_threads
+from topkast.kernels.runtime._vector import (
     VECTOR_BYTES,
     as_pointer,
     copy_run,

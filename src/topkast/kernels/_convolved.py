@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from topkast.kernels._arguments import Vector, empty
 from topkast.kernels._columns import find_columns, find_row_starts, rows_and_columns
 from topkast.kernels._convolutions import Shifted, convolve, sampled_correlation, shift
 from topkast.kernels._gather import take
 from topkast.kernels._grid import Grid, Pair
 from topkast.kernels._layout import make_layout, make_row_layout
 from topkast.kernels._planes import from_planes, lanes_of, to_planes
-from topkast.kernels._pool import default_threads
+from topkast.kernels.runtime._arguments import Vector, empty
+from topkast.kernels.runtime._pool import default_threads
 
 _SIZES = 4  # of images for which distances are remembered
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
-from topkast.kernels._arguments import Vector, slots, start, vector
-from topkast.kernels._compile import kernel
-from topkast.kernels._vector import as_pointer, take_ticket
+from topkast.kernels.runtime._arguments import Vector, slots, start, vector
+from topkast.kernels.runtime._compile import kernel
+from topkast.kernels.runtime._vector import as_pointer, take_ticket
 
 _CHUNK = 1 << 14  # entries that a thread takes at a time: what the first two caches hold
 

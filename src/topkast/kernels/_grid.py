@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from topkast.kernels._arguments import Vector
+from topkast.kernels.runtime._arguments import Vector
 
 Pair = tuple[int, int]
 

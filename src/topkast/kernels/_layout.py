@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from topkast.kernels._arguments import fill, record_of
 from topkast.kernels._arrange import arrange, arrange_rows
-from topkast.kernels._pool import default_threads
-from topkast.kernels._vector import AHEAD
+from topkast.kernels.runtime._arguments import fill, record_of
+from topkast.kernels.runtime._pool import default_threads
+from topkast.kernels.runtime._vector import AHEAD
 
 Vector = np.ndarray[Any, Any]
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from topkast.kernels._arguments import Vector
 from topkast.kernels._columns import find_columns, find_row_starts, rows_and_columns
 from topkast.kernels._layout import make_layout, make_row_layout, row_block
 from topkast.kernels._packing import pack
 from topkast.kernels._products import multiply, sampled_product, tile_width
+from topkast.kernels.runtime._arguments import Vector
 
 
 class LinearProducts:

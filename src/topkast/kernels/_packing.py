@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
-from topkast.kernels._arguments import Vector, slots, transform
-from topkast.kernels._compile import kernel
-from topkast.kernels._vector import VECTOR_BYTES, as_pointer, take_ticket, transpose_block
+from topkast.kernels.runtime._arguments import Vector, slots, transform
+from topkast.kernels.runtime._compile import kernel
+from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer, take_ticket, transpose_block
 
 _BAND = 128  # features that are packed at a time: what the first two caches hold
 

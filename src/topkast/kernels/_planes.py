@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
-from topkast.kernels._arguments import THREAD, Vector, empty, slots, transform, vector
-from topkast.kernels._compile import kernel
 from topkast.kernels._grid import Placement
 from topkast.kernels._packing import transpose
-from topkast.kernels._pool import default_threads
-from topkast.kernels._vector import VECTOR_BYTES, as_pointer, copy_run, take_ticket
+from topkast.kernels.runtime._arguments import THREAD, Vector, empty, slots, transform, vector
+from topkast.kernels.runtime._compile import kernel
+from topkast.kernels.runtime._pool import default_threads
+from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer, copy_run, take_ticket
 
 _PIXELS = 2048  # that are transposed at a time: what the second cache holds
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
-from topkast.kernels._arguments import slots, start, vector
-from topkast.kernels._compile import kernel
 from topkast.kernels._layout import LAYOUT, RowLayout, Vector
-from topkast.kernels._vector import (
+from topkast.kernels.runtime._arguments import slots, start, vector
+from topkast.kernels.runtime._compile import kernel
+from topkast.kernels.runtime._vector import (
     VECTOR_BYTES,
     as_pointer,
     dot_products_1,

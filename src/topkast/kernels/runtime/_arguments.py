@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from topkast.kernels._pool import run
-from topkast.kernels._vector import VECTOR_BYTES, as_pointer
+from topkast.kernels.runtime._pool import run
+from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer
 
 Vector = np.ndarray[Any, Any]
 

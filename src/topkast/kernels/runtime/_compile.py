@@ -17,22 +17,24 @@ from typing import Any
 import numba
 from numba.core import caching
 
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parent.parent  # all kernels
 
 
 @functools.cache
 def _sources() -> str:
-    """A hash of all files of this folder, their names among it."""
+    """A hash of all files of the kernels' folder and of those inside, their names among it."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in _FOLDER.iterdir() if path.is_file()):
+    files = [path for path in _FOLDER.rglob("*") if path.is_file()]
+    for path in sorted(path for path in files if path.parent.name != "__pycache__"):
         contents = path.read_bytes()
-        digest.update(f"{path.name}\0{len(contents)}\0".encode())
+        name = path.relative_to(_FOLDER).as_posix()
+        digest.update(f"{name}\0{len(contents)}\0".encode())
         digest.update(contents)
     return digest.hexdigest()
 
 
 class FolderLocator(caching._CacheLocator):  # type: ignore[misc]
-    """Where numba would keep a function of this folder, with a stamp of the whole folder."""
+    """Where numba would keep a function of the kernels, with a stamp of the whole folder."""
 
     def __init__(self, locator: Any) -> None:
         self._locator = locator
@@ -48,7 +50,7 @@ class FolderLocator(caching._CacheLocator):  # type: ignore[misc]
 
     @classmethod
     def from_function(cls, py_func: Any, py_file: str) -> Any:
-        if Path(py_file).parent != _FOLDER:
+        if _FOLDER not in Path(py_file).parents:
             return None
         for standard in caching.CacheImpl._locator_classes:
             if standard is not cls:
