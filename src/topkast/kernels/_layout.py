@@ -77,7 +77,7 @@ class Segments:
     rows: int
     width: int
 
-    @property
+    @cached_property
     def chunk(self) -> int:
         """Rows of the largest chunk."""
         return int(self.chunk_rows[1]) if self.rows else 0
@@ -126,12 +126,12 @@ class RowLayout(Segments):
     columns: Vector
     pitch: int
 
-    @property
+    @cached_property
     def start(self) -> int:
         """Position in the compact vector of the first entry."""
         return int(self.chunk_entries[0])
 
-    @property
+    @cached_property
     def stop(self) -> int:
         """Position in the compact vector behind the last entry."""
         return int(self.chunk_entries[-1])
@@ -140,6 +140,11 @@ class RowLayout(Segments):
     def nbytes(self) -> int:
         """Bytes of the arrays, without `columns`."""
         return super().nbytes - self.columns.nbytes
+
+    @cached_property
+    def cut(self) -> tuple[Any, ...]:
+        """Equal for layouts that are cut into the same chunks and blocks."""
+        return self.rows, self.width, self.block, self.pitch, self.chunk_rows.tobytes()
 
     def check(self) -> None:
         """Raise ValueError if someone wrote other columns into the array that was given."""

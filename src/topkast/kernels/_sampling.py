@@ -70,15 +70,8 @@ def sample(
     ValueError
         If the two are cut differently.
     """
-    if other is not None:
-        cut, same = (
-            (one.rows, one.width, one.block, one.pitch, one.chunk_rows.tobytes())
-            for one in (layout, other)
-        )
-        if cut != same:
-            raise ValueError(
-                "both layouts must be of one shape, cut into the same chunks and blocks"
-            )
+    if other is not None and other.cut != layout.cut:
+        raise ValueError("both layouts must be of one shape, cut into the same chunks and blocks")
     start(
         (_sample_single, _sample_double),
         out.dtype,

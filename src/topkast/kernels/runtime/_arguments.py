@@ -6,6 +6,7 @@ argument that is added, moved or forgotten cannot take the place of another.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -39,10 +40,15 @@ def fill(dtype: np.dtype[Any], /, **values: Any) -> Vector:
         Unless `values` name each slot of `dtype`, and nothing else.
     """
     names = dtype.names or ()
-    if len(values) != len(names) or any(name not in values for name in names):
+    try:
+        ordered = [values[name] for name in names]
+    except KeyError:
+        ordered = []
+    if not len(ordered) == len(values) == len(names):
         wrong = sorted({*names} ^ {*values})
         raise TypeError(f"a record of {names} was given without, or with too many of, {wrong}")
-    return np.asarray([_number(values[name]) for name in names], dtype=np.int64)
+    numbers = [one if isinstance(one, int) else one.ctypes.data for one in ordered]
+    return np.asarray(numbers, dtype=np.int64)
 
 
 def start(
@@ -54,8 +60,8 @@ def start(
     **values: Any,
 ) -> None:
     """Run the kernel for float32 or the one for float64 on the arguments that `values` name."""
-    record = fill(slots, ticket=0, thread=0, **values)
-    run(kernels[0] if dtype == np.float32 else kernels[1], record, threads)
+    values["ticket"] = values["thread"] = 0
+    run(kernels[0] if dtype == np.float32 else kernels[1], fill(slots, **values), threads)
 
 
 def transform(
@@ -96,16 +102,8 @@ def check(dtype: Any, *arrays: tuple[str, Vector, tuple[int, ...]]) -> None:
 def empty(shape: tuple[int, ...], dtype: Any) -> Vector:
     """An array that begins at a multiple of a vector's length, as those of PyTorch do."""
     dtype = np.dtype(dtype)
-    count = int(np.prod(shape, dtype=np.int64))
-    memory = np.empty(count * dtype.itemsize + VECTOR_BYTES, dtype=np.uint8)
-    first = -_number(memory) % VECTOR_BYTES
-    array: Vector = memory[first : first + count * dtype.itemsize].view(dtype).reshape(shape)
-    return array
-
-
-def _number(value: Any) -> int:
-    number: int = value.__array_interface__["data"][0] if isinstance(value, np.ndarray) else value
-    return number
+    memory = np.empty(math.prod(shape) * dtype.itemsize + VECTOR_BYTES, dtype=np.uint8)
+    return np.ndarray(shape, dtype, memory, -memory.ctypes.data % VECTOR_BYTES)
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
