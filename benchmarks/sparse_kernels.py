@@ -52,7 +52,7 @@ class Case:
             "dense": 2 * size**2 * batch,
         }
         self.weight, self.columns = torch.randn(size, size), torch.randn(size, batch)
-        self.slope = torch.randn(size, batch)
+        self.grad_output = torch.randn(size, batch)
         self.a = csr(parts[0], self.values[:forward], size)
         self.b = csr(np.sort(chosen), np.zeros(backward, np.float32), size)
 
@@ -75,7 +75,7 @@ class Case:
             "SDDMM": partial(products.weight_gradient, self.y, self.x, self.gradient),
             "SpMM, PyTorch": lambda: self.a @ self.columns,
             "SDDMM, PyTorch": lambda: torch.sparse.sampled_addmm(
-                self.b, self.slope, rows, beta=0.0
+                self.b, self.grad_output, rows, beta=0.0
             ),
         }
 

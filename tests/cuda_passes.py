@@ -86,27 +86,27 @@ def scatter(blocks: int, indices: Vector, values: Vector, count: int, out: Vecto
 
 
 def sgd(blocks: int, *arguments: Any) -> None:
-    indices, params, values, slopes, live = _read(*arguments[:9])
+    indices, params, values, gradients, live = _read(*arguments[:9])
     velocity, new_velocity, lr, momentum, nesterov, decay = arguments[9:]
     real = values.dtype.type
-    slopes = slopes + real(decay) * values
+    gradients = gradients + real(decay) * values
     if velocity is not None:
-        moved = _load(velocity.reshape(-1)) * real(momentum) + slopes
+        moved = _load(velocity.reshape(-1)) * real(momentum) + gradients
         new_velocity.reshape(-1)[...] = moved
-        slopes = slopes + moved * real(momentum) if nesterov else moved
-    params[indices[live]] = (values - real(lr) * slopes)[live]
+        gradients = gradients + moved * real(momentum) if nesterov else moved
+    params[indices[live]] = (values - real(lr) * gradients)[live]
 
 
 def adam(blocks: int, *arguments: Any) -> None:
-    indices, params, values, slopes, live = _read(*arguments[:9])
+    indices, params, values, gradients, live = _read(*arguments[:9])
     mean, new_mean, square, new_square, ages, limit, factors, factor, *others = arguments[9:]
     lr, scale, root, *others = others
     beta1, beta2, eps, decay, decoupled = others
     real = values.dtype.type
     if not decoupled:
-        slopes = slopes + real(decay) * values
-    average = _load(mean.reshape(-1)) * real(beta1) + slopes * real(1 - beta1)
-    spread = _load(square.reshape(-1)) * real(beta2) + slopes * slopes * real(1 - beta2)
+        gradients = gradients + real(decay) * values
+    average = _load(mean.reshape(-1)) * real(beta1) + gradients * real(1 - beta1)
+    spread = _load(square.reshape(-1)) * real(beta2) + gradients * gradients * real(1 - beta2)
     new_mean.reshape(-1)[...] = average
     new_square.reshape(-1)[...] = spread
     moved = values - real(scale) * (average / (np.sqrt(spread) / real(root) + real(eps)))
@@ -134,9 +134,9 @@ def _read(
     values = _load(params[indices])
     active = np.arange(count) < forward
     weights = np.where(active, on_active, on_inactive).astype(values.dtype)
-    slopes = _load(gradients[indices]) + weights * (np.sign(values) if l1 else values)
+    gradients = _load(gradients[indices]) + weights * (np.sign(values) if l1 else values)
     live = active | bool(exploring)
-    return indices, params, values, np.where(live, slopes, values.dtype.type(0)), live
+    return indices, params, values, np.where(live, gradients, values.dtype.type(0)), live
 
 
 def _load(values: Vector) -> Vector:

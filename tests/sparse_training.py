@@ -111,10 +111,10 @@ def check_gradients(layer: Any, inputs: Tensor, dense: Callable[..., Tensor]) ->
     weight = layer.weight.requires_grad_()
     expected = dense(inputs, weight, layer.bias)
     torch.testing.assert_close(found, expected)
-    slope = torch.randn_like(found)
+    grad_output = torch.randn_like(found)
     given = [tensor for tensor in (inputs, layer.bias) if tensor is not None]
-    grads = torch.autograd.grad(found, [layer.values, *given], slope)
-    dense_grads = torch.autograd.grad(expected, [weight, *given], slope)
+    grads = torch.autograd.grad(found, [layer.values, *given], grad_output)
+    dense_grads = torch.autograd.grad(expected, [weight, *given], grad_output)
     on_b = dense_grads[0].reshape(-1)[layer.indices].view(layer.values.shape)
     torch.testing.assert_close(grads, (on_b, *dense_grads[1:]))
 

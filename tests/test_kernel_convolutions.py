@@ -46,7 +46,7 @@ class Problem:
         self.dense_values = weight
         self.weight = weight * self.on_a
         self.images = rng.standard_normal((self.batch, self.channels, *grid.extent)).astype(dtype)
-        self.slope = rng.standard_normal((self.batch, self.rows, *grid.places)).astype(dtype)
+        self.grad_output = rng.standard_normal((self.batch, self.rows, *grid.places)).astype(dtype)
         self.bias = rng.standard_normal(self.rows).astype(dtype)
 
     def expected(self) -> tuple[Array, Array, Array]:
@@ -64,7 +64,7 @@ class Problem:
             dilation=self.grid.dilation,
         )
         for_images, for_weight = torch.autograd.grad(
-            found, [images, weight], torch.from_numpy(self.slope)
+            found, [images, weight], torch.from_numpy(self.grad_output)
         )
         return found.detach().numpy(), for_images.numpy(), for_weight.numpy()[self.on_b]
 
@@ -99,10 +99,10 @@ class Problem:
 
         x = self.nothing(planes, grid.length)
         to_planes(self.images, x, grid.of_images, threads=threads)
-        y = self.nothing(self.rows, grid.slope_length)
-        to_planes(self.slope, y, grid.of_slopes, threads=threads)
+        y = self.nothing(self.rows, grid.gradient_length)
+        to_planes(self.grad_output, y, grid.of_gradients, threads=threads)
 
-        out, found = self.nothing(self.rows, grid.count), np.full_like(self.slope, np.nan)
+        out, found = self.nothing(self.rows, grid.count), np.full_like(self.grad_output, np.nan)
         convolve(shift(forward, seen), values, x, out, bias=self.bias, threads=threads)
         from_planes(out, found, grid.of_output, threads=threads)
         out, for_images = self.nothing(planes, grid.pixels), np.full_like(self.images, np.nan)
@@ -184,8 +184,8 @@ def test_the_products_of_a_convolution(groups: int, dtype: Any) -> None:
     expected: Any = torch.nn.functional.conv2d(
         torch.nn.functional.pad(inputs, (0, 1, 1, 1)), weights, **options
     )
-    slope = rng.standard_normal(expected.shape)
-    grads = torch.autograd.grad(expected, [inputs, weights], torch.from_numpy(slope))
+    grad_output = rng.standard_normal(expected.shape)
+    grads = torch.autograd.grad(expected, [inputs, weights], torch.from_numpy(grad_output))
 
     products = ConvolutionProducts(
         indices,
@@ -199,7 +199,7 @@ def test_the_products_of_a_convolution(groups: int, dtype: Any) -> None:
     packed = np.full(products.packed_shape(shape, images.dtype), np.nan)
     products.pack(images, packed)
     packed_slope = np.full(products.packed_gradient_shape(shape, images.dtype), np.nan)
-    products.pack_gradient(slope, packed_slope, shape=shape)
+    products.pack_gradient(grad_output, packed_slope, shape=shape)
     output, for_images = np.full(products.output_shape(shape), np.nan), np.full(shape, np.nan)
     for_values = np.full(len(indices), np.nan)
     products.forward(values, packed, output, shape=shape)

@@ -82,11 +82,13 @@ class TestImages:
         ]
         outputs = [layer(images) for images in batches]  # more sizes than are remembered
         for images, found in zip(batches, outputs, strict=True):
-            expected, slope = dense(images), torch.randn_like(found)
+            expected, grad_output = dense(images), torch.randn_like(found)
             torch.testing.assert_close(found, expected)
             wanted = [images, layer.values]
-            gradients = torch.autograd.grad(found, wanted, slope)
-            torch.testing.assert_close(gradients, torch.autograd.grad(expected, wanted, slope))
+            gradients = torch.autograd.grad(found, wanted, grad_output)
+            torch.testing.assert_close(
+                gradients, torch.autograd.grad(expected, wanted, grad_output)
+            )
 
     def test_what_is_remembered_of_them_is_bounded(self) -> None:
         layer, _ = convolution()
@@ -127,9 +129,9 @@ class TestImages:
         images = torch.randn(2, 4, 9, 9, requires_grad=True)
         found = layer(images)
         assert found.grad_fn.saved_tensors[0] is None
-        slope = torch.randn_like(found)
-        (gradient,) = torch.autograd.grad(found, images, slope)
-        (expected,) = torch.autograd.grad(dense(images), images, slope)
+        grad_output = torch.randn_like(found)
+        (gradient,) = torch.autograd.grad(found, images, grad_output)
+        (expected,) = torch.autograd.grad(dense(images), images, grad_output)
         torch.testing.assert_close(gradient, expected)
 
     def test_checkpointing(self, backend: str) -> None:

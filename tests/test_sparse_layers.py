@@ -100,9 +100,9 @@ class TestInputs:
         layer = topkast_torch.SparseLinear(6, 9, fwd=0.8, bwd=0.6)
         inputs = torch.randn(shape, requires_grad=True)
         found = layer(inputs)
-        (slope,) = torch.autograd.grad(found.view(-1).sum(), inputs)
+        (grad_output,) = torch.autograd.grad(found.view(-1).sum(), inputs)
         assert found.is_contiguous()
-        assert slope.is_contiguous()
+        assert grad_output.is_contiguous()
 
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks
     def test_compiled_models(self) -> None:

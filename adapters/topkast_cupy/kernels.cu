@@ -222,7 +222,7 @@ __device__ inline Value store(Real value) { return value; }
 // An entry of B: its weight, the gradient of the loss and of the exploration penalty, and whether it
 // moves. `on_active` and `on_inactive` are the penalty's coefficient times its weights.
 struct Entry {
-    Real value, slope;
+    Real value, gradient;
     bool live;
 };
 
@@ -252,13 +252,13 @@ extern "C" __global__ void sgd(
         int64 i = indices[k];
         Entry entry =
             read(params[i], gradients[i], k < forward, on_active, on_inactive, l1, exploring);
-        Real slope = entry.slope + (Real)decay * entry.value;
+        Real gradient = entry.gradient + (Real)decay * entry.value;
         if (velocity) {
-            Real moved = load(velocity[k]) * factor + slope;
+            Real moved = load(velocity[k]) * factor + gradient;
             new_velocity[k] = store(moved);
-            slope = nesterov ? slope + moved * factor : moved;
+            gradient = nesterov ? gradient + moved * factor : moved;
         }
-        if (entry.live) params[i] = store(entry.value - rate * slope);
+        if (entry.live) params[i] = store(entry.value - rate * gradient);
     }
 }
 
@@ -280,9 +280,9 @@ extern "C" __global__ void adam(
         int64 i = indices[k];
         Entry entry =
             read(params[i], gradients[i], k < forward, on_active, on_inactive, l1, exploring);
-        Real slope = decoupled ? entry.slope : entry.slope + (Real)decay * entry.value;
-        Real average = load(mean[k]) * first + slope * other_first;
-        Real spread = load(square[k]) * second + slope * slope * other_second;
+        Real gradient = decoupled ? entry.gradient : entry.gradient + (Real)decay * entry.value;
+        Real average = load(mean[k]) * first + gradient * other_first;
+        Real spread = load(square[k]) * second + gradient * gradient * other_second;
         new_mean[k] = store(average);
         new_square[k] = store(spread);
         Real moved = entry.value - rate * (average / (sqrt(spread) / divisor + (Real)eps));

@@ -148,8 +148,8 @@ class TopKAST:
         # loss += l2(fwd_params) + l2(just_bwd_set) / (X / 100): X is the density in per cent
         density = 1 - self.fwd
         weight = np.where(self.forward, 1, np.where(self.backward, 1 / density, 0))
-        slope = self.theta if self.penalty_kind == "l2" else np.sign(self.theta)
-        gradient = gradient + (self.penalty * weight).astype(self.theta.dtype) * slope
+        direction = self.theta if self.penalty_kind == "l2" else np.sign(self.theta)
+        gradient = gradient + (self.penalty * weight).astype(self.theta.dtype) * direction
         # bwd_params = bwd_params - grad(loss, bwd_params)
         change = self.rule.change(self.theta, np.where(self.backward, gradient, 0))
         self.updates, self.age = self.updates + 1, self.age + 1

@@ -54,18 +54,18 @@ class Convolution(Protocol):
 
     def pack(self, images: Tensor) -> Tensor: ...
 
-    def pack_gradient(self, slope: Tensor, shape: torch.Size) -> Tensor: ...
+    def pack_gradient(self, grad_output: Tensor, shape: torch.Size) -> Tensor: ...
 
     def forward(
         self, values: Tensor, packed: Tensor, bias: Tensor | None, shape: torch.Size
     ) -> Tensor:
         """The output with the weight on A, (images, rows, height', width')."""
 
-    def input_gradient(self, values: Tensor, slope: Tensor, shape: torch.Size) -> Tensor:
+    def input_gradient(self, values: Tensor, grad_output: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of the images, with the weight on A."""
 
     def weight_gradient(
-        self, slope: Tensor, packed: Tensor, out: Tensor, shape: torch.Size
+        self, grad_output: Tensor, packed: Tensor, out: Tensor, shape: torch.Size
     ) -> None:
         """Write the gradient of the weight on B into `out` (|B|,)."""
 
@@ -107,10 +107,10 @@ class _OnPlanes:
         self._products.pack(images.contiguous().numpy(), packed.numpy())
         return packed
 
-    def pack_gradient(self, slope: Tensor, shape: torch.Size) -> Tensor:
-        packed_shape = self._products.packed_gradient_shape(shape, numpy_name(slope.dtype))
-        packed = slope.new_empty(packed_shape)
-        self._products.pack_gradient(slope.contiguous().numpy(), packed.numpy(), shape=shape)
+    def pack_gradient(self, grad_output: Tensor, shape: torch.Size) -> Tensor:
+        packed_shape = self._products.packed_gradient_shape(shape, numpy_name(grad_output.dtype))
+        packed = grad_output.new_empty(packed_shape)
+        self._products.pack_gradient(grad_output.contiguous().numpy(), packed.numpy(), shape=shape)
         return packed
 
     def forward(
@@ -124,17 +124,21 @@ class _OnPlanes:
         )
         return output
 
-    def input_gradient(self, values: Tensor, slope: Tensor, shape: torch.Size) -> Tensor:
+    def input_gradient(self, values: Tensor, grad_output: Tensor, shape: torch.Size) -> Tensor:
         self._guard.check()
-        gradient = slope.new_empty(shape)
-        self._products.input_gradient(values.numpy(), slope.numpy(), gradient.numpy(), shape=shape)
+        gradient = grad_output.new_empty(shape)
+        self._products.input_gradient(
+            values.numpy(), grad_output.numpy(), gradient.numpy(), shape=shape
+        )
         return gradient
 
     def weight_gradient(
-        self, slope: Tensor, packed: Tensor, out: Tensor, shape: torch.Size
+        self, grad_output: Tensor, packed: Tensor, out: Tensor, shape: torch.Size
     ) -> None:
         self._guard.check()
-        self._products.weight_gradient(slope.numpy(), packed.numpy(), out.numpy(), shape=shape)
+        self._products.weight_gradient(
+            grad_output.numpy(), packed.numpy(), out.numpy(), shape=shape
+        )
 
     def on_backward_set(self) -> Convolution:
         return _Unfolded(self._find(), self._find, self._window, everywhere=True)
@@ -165,8 +169,8 @@ class _Unfolded:
         padded = pad(images, (left, right, top, bottom))
         return padded.view_as(padded)  # autograd wants an object of its own
 
-    def pack_gradient(self, slope: Tensor, shape: torch.Size) -> Tensor:
-        return slope
+    def pack_gradient(self, grad_output: Tensor, shape: torch.Size) -> Tensor:
+        return grad_output
 
     def forward(
         self, values: Tensor, packed: Tensor, bias: Tensor | None, shape: torch.Size
@@ -179,11 +183,11 @@ class _Unfolded:
             target.copy_(_unflatten(product, target).unflatten(2, target.shape[2:]))
         return found
 
-    def input_gradient(self, values: Tensor, slope: Tensor, shape: torch.Size) -> Tensor:
+    def input_gradient(self, values: Tensor, grad_output: Tensor, shape: torch.Size) -> Tensor:
         (top, bottom), (left, right) = self._window.margins
         height, width = shape[2] + top + bottom, shape[3] + left + right
-        found = slope.new_empty(shape)
-        for part, target in self._parts(shape, slope, found):
+        found = grad_output.new_empty(shape)
+        for part, target in self._parts(shape, grad_output, found):
             rows = _as_rows(part)
             unfolded = self._products.input_gradient(values, rows, len(rows))
             pieces = _unflatten(unfolded, part)
@@ -192,11 +196,11 @@ class _Unfolded:
         return found
 
     def weight_gradient(
-        self, slope: Tensor, packed: Tensor, out: Tensor, shape: torch.Size
+        self, grad_output: Tensor, packed: Tensor, out: Tensor, shape: torch.Size
     ) -> None:
         out.zero_()
         some = torch.empty_like(out)
-        for part, rise in self._parts(shape, packed, slope):
+        for part, rise in self._parts(shape, packed, grad_output):
             self._products.weight_gradient(_as_rows(rise), self._unfold(part), some)
             out += some
 

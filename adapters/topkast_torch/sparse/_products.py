@@ -27,11 +27,11 @@ class Products(Protocol):
     def forward(self, values: Tensor, x: Tensor, bias: Tensor | None, batch: int) -> Tensor:
         """The output ``x · Wᵀ + bias`` with W on A, as (batch, rows)."""
 
-    def input_gradient(self, values: Tensor, slope: Tensor, batch: int) -> Tensor:
-        """The gradient ``slope · W`` with W on A, as (batch, width)."""
+    def input_gradient(self, values: Tensor, grad_output: Tensor, batch: int) -> Tensor:
+        """The gradient ``grad_output · W`` with W on A, as (batch, width)."""
 
-    def weight_gradient(self, slope: Tensor, x: Tensor, out: Tensor) -> None:
-        """Write the gradient ``slopeᵀ · x`` on B into `out` (|B|,)."""
+    def weight_gradient(self, grad_output: Tensor, x: Tensor, out: Tensor) -> None:
+        """Write the gradient ``grad_outputᵀ · x`` on B into `out` (|B|,)."""
 
     def on_backward_set(self) -> Products:
         """The same products with W on all of B."""
@@ -135,14 +135,14 @@ class _CompiledProducts:
         self._products.forward(values.numpy(), x.numpy(), output.numpy(), bias=given)
         return output
 
-    def input_gradient(self, values: Tensor, slope: Tensor, batch: int) -> Tensor:
-        gradient = slope.new_empty(batch, self._shape[1])
-        self._products.input_gradient(values.numpy(), slope.numpy(), gradient.numpy())
+    def input_gradient(self, values: Tensor, grad_output: Tensor, batch: int) -> Tensor:
+        gradient = grad_output.new_empty(batch, self._shape[1])
+        self._products.input_gradient(values.numpy(), grad_output.numpy(), gradient.numpy())
         return gradient
 
-    def weight_gradient(self, slope: Tensor, x: Tensor, out: Tensor) -> None:
+    def weight_gradient(self, grad_output: Tensor, x: Tensor, out: Tensor) -> None:
         self._guard.check()
-        self._products.weight_gradient(slope.numpy(), x.numpy(), out.numpy())
+        self._products.weight_gradient(grad_output.numpy(), x.numpy(), out.numpy())
 
     def on_backward_set(self) -> Products:
         return TorchProducts(self._find(), self._find, everywhere=True)
@@ -185,19 +185,19 @@ class TorchProducts:
         found: Tensor = torch.stack(products).sum(0).t() if len(products) > 1 else products[0].t()
         return (found if bias is None else found + bias).contiguous()
 
-    def input_gradient(self, values: Tensor, slope: Tensor, batch: int) -> Tensor:
+    def input_gradient(self, values: Tensor, grad_output: Tensor, batch: int) -> Tensor:
         ordered = values.index_select(0, self._by_column)
         weight = _matrix(self._transposed, ordered, self.shape[::-1])
-        found: Tensor = (weight @ slope.t()).t().contiguous()
+        found: Tensor = (weight @ grad_output.t()).t().contiguous()
         return found
 
-    def weight_gradient(self, slope: Tensor, x: Tensor, out: Tensor) -> None:
+    def weight_gradient(self, grad_output: Tensor, x: Tensor, out: Tensor) -> None:
         out.zero_()
-        if not len(slope):  # MKL refuses a product over nothing
+        if not len(grad_output):  # MKL refuses a product over nothing
             return
         for places, part in zip(self._places, self._parts, strict=True):
             where = _matrix(places, torch.zeros_like(out[part]), self.shape)
-            out[part] += torch.sparse.sampled_addmm(where, slope.t(), x, beta=0.0).values()
+            out[part] += torch.sparse.sampled_addmm(where, grad_output.t(), x, beta=0.0).values()
 
     def on_backward_set(self) -> Products:
         return TorchProducts(self._find(), self._find, everywhere=True)

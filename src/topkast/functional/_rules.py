@@ -91,19 +91,21 @@ class SGD:
     ) -> tuple[Arrays, SGDState]:
         """What to add to the parameters, and the next state."""
         lr = learning_rate(self.lr, state.step)
-        slopes = _with_decay(grads, params, self.weight_decay)
+        gradients = _with_decay(grads, params, self.weight_decay)
         velocity: Arrays = {}
         if self.momentum:
             velocity = {
-                name: state.velocity[name] * self.momentum + slope for name, slope in slopes.items()
+                name: state.velocity[name] * self.momentum + gradient
+                for name, gradient in gradients.items()
             }
             if self.nesterov:
-                slopes = {
-                    name: slope + velocity[name] * self.momentum for name, slope in slopes.items()
+                gradients = {
+                    name: gradient + velocity[name] * self.momentum
+                    for name, gradient in gradients.items()
                 }
             else:
-                slopes = velocity
-        steps = {name: -lr * slope for name, slope in slopes.items()}
+                gradients = velocity
+        steps = {name: -lr * gradient for name, gradient in gradients.items()}
         return steps, SGDState(state.step + 1, velocity)
 
 
@@ -169,13 +171,13 @@ class Adam:
         lr = learning_rate(self.lr, state.step)
         step = state.step + 1
         beta1, beta2 = self.betas
-        slopes = dict(grads) if self.decoupled else _with_decay(grads, params, self.weight_decay)
+        gradients = dict(grads) if self.decoupled else _with_decay(grads, params, self.weight_decay)
         mean, square, steps = {}, {}, {}
-        for name, slope in slopes.items():
-            xp = array_namespace(slope)
-            real = _real_dtype(slope)
-            mean[name] = state.mean[name] * beta1 + slope * (1 - beta1)
-            squared = _by_part(lambda part: part * part, slope)
+        for name, gradient in gradients.items():
+            xp = array_namespace(gradient)
+            real = _real_dtype(gradient)
+            mean[name] = state.mean[name] * beta1 + gradient * (1 - beta1)
+            squared = _by_part(lambda part: part * part, gradient)
             square[name] = state.square[name] * beta2 + squared * (1 - beta2)
             scale = lr / bias_correction(beta1, step, real)
             root = array_namespace(step).sqrt(bias_correction(beta2, step, real))

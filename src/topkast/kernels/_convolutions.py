@@ -17,11 +17,11 @@ from topkast.kernels.runtime._vector import (
     VECTOR_BYTES,
     as_pointer,
     copy_run,
+    fetch_add,
     row_product_1,
     row_product_2,
     row_product_4,
     row_product_8,
-    take_ticket,
 )
 
 _CONVOLVE = slots(
@@ -203,7 +203,7 @@ def sampled_correlation(
     shifted
         The entries wanted, in a :class:`RowLayout`.
     y, x
-        (slabs, layout.rows, slope_length, lanes) and (slabs, planes, length, lanes), contiguous.
+        (slabs, layout.rows, gradient_length, lanes) and (slabs, planes, length, lanes), contiguous.
     out
         Compact vector.
     places
@@ -233,7 +233,7 @@ def sampled_correlation(
     array([1., 3.], dtype=float32)
     """
     slabs, planes, length, _ = x.shape
-    slope_length, layouts = y.shape[2], []
+    gradient_length, layouts = y.shape[2], []
     for one in (shifted,) if other is None else (shifted, other):
         if not isinstance(one.layout, RowLayout):
             raise TypeError("sampled_correlation needs layouts of make_row_layout")
@@ -241,13 +241,13 @@ def sampled_correlation(
     check(
         out.dtype,
         ("x", x, x.shape),
-        ("y", y, (slabs, layouts[0].rows, slope_length, x.shape[3])),
+        ("y", y, (slabs, layouts[0].rows, gradient_length, x.shape[3])),
         ("out", out, (max(out.size, *(layout.stop for layout in layouts)),)),
     )
     for one in (shifted,) if other is None else (shifted, other):
         _check_reach(one, x, places)
-    if lead < 0 or lead + places > slope_length:
-        raise ValueError(f"{places} places from {lead} are not in planes of {slope_length}")
+    if lead < 0 or lead + places > gradient_length:
+        raise ValueError(f"{places} places from {lead} are not in planes of {gradient_length}")
     sample(
         layouts[0],
         None if other is None else layouts[1],
@@ -261,7 +261,7 @@ def sampled_correlation(
         y=y,
         slabs=slabs,
         slab_length=planes * length,
-        plane_length=slope_length,
+        plane_length=gradient_length,
         lead=lead,
         places=places,
         at_a_time=_at_a_time(places),
@@ -295,12 +295,12 @@ def _convolve(address: Any, dtype: Any) -> None:
     bias = vector(arguments.bias, rows, dtype)
     tile_bytes = at_a_time * VECTOR_BYTES
     width = tile_bytes // bias.itemsize
-    thread = take_ticket(address + THREAD)
+    thread = fetch_add(address + THREAD)
     own = arguments.scratch + thread * arguments.chunk * tile_bytes
     part = carray(as_pointer(own), (arguments.chunk, width), dtype)
     tiles = places // at_a_time
     while True:
-        item = take_ticket(address)
+        item = fetch_add(address)
         if item >= slabs * tiles * chunks:
             break
         chunk, place = item % chunks, item // chunks

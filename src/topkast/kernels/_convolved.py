@@ -128,7 +128,7 @@ class ConvolutionProducts:
     def packed_gradient_shape(self, shape: Shape, dtype: Any) -> tuple[int, int, int, int]:
         """Shape of a packed gradient of the output for images of some shape."""
         grid = self._grid_of(shape, dtype)
-        return _planes(shape[0], self._rows, grid.slope_length, grid, dtype)
+        return _planes(shape[0], self._rows, grid.gradient_length, grid, dtype)
 
     def pack(self, images: Vector, out: Vector) -> None:
         """Write images as the products read them."""
@@ -136,7 +136,7 @@ class ConvolutionProducts:
 
     def pack_gradient(self, gradient: Vector, out: Vector, *, shape: Shape) -> None:
         """Write a gradient of the output, for images of some shape, as the products read it."""
-        to_planes(gradient, out, self._grid_of(shape, gradient.dtype).of_slopes)
+        to_planes(gradient, out, self._grid_of(shape, gradient.dtype).of_gradients)
 
     def forward(
         self,

@@ -12,7 +12,7 @@ from numba import carray, njit, types
 
 from topkast.kernels.runtime._arguments import Vector, slots, start, vector
 from topkast.kernels.runtime._compile import kernel
-from topkast.kernels.runtime._vector import as_pointer, take_ticket
+from topkast.kernels.runtime._vector import as_pointer, fetch_add
 
 _CHUNK = 1 << 14  # entries that a thread takes at a time: what the first two caches hold
 
@@ -169,7 +169,7 @@ def _move(address: Any, dtype: Any, reading: bool) -> None:
     indices = vector(arguments.indices, arguments.count, np.int32)
     values = vector(arguments.values, arguments.count, dtype)
     while True:
-        start = take_ticket(address) * _CHUNK
+        start = fetch_add(address) * _CHUNK
         if start >= len(indices):
             break
         for k in range(start, min(start + _CHUNK, len(indices))):
@@ -188,7 +188,7 @@ def _compress(address: Any, dtype: Any) -> None:
     first_values = vector(arguments.values, arguments.count, dtype)
     second_values = vector(arguments.other_values, arguments.other_count, dtype)
     while True:
-        start = take_ticket(address) * _CHUNK
+        start = fetch_add(address) * _CHUNK
         if start >= len(flat):
             break
         stop = min(start + _CHUNK, len(flat))

@@ -63,9 +63,9 @@ class Grid:
     """Where on its planes a convolution finds what a place of its output sees.
 
     Places and pixels are counted row by row, with one width for both: a row of the output is
-    followed by places that see the end of one row and the start of the next, and are dropped. In
-    the gradient of a weight their slope is zero; pixels that are not finite make it NaN all the
-    same, of weights too that never saw them.
+    followed by places that see the end of one row and the start of the next, and are dropped. Their
+    gradient is zero in that of a weight; pixels that are not finite make it NaN all the same, of
+    weights too that never saw them.
 
     Parameters
     ----------
@@ -141,7 +141,7 @@ class Grid:
         return Placement(self.width, self._output_bands)
 
     @property
-    def of_slopes(self) -> Placement:
+    def of_gradients(self) -> Placement:
         """How the gradient of the output becomes planes, with :attr:`reach` zeros before it."""
         return self.of_output._replace(lead=self.reach)
 
@@ -202,11 +202,11 @@ class Grid:
         return ((first + self.plane) * self.length + self.shifts).ravel()
 
     def seeing(self, rows: int) -> Vector:
-        """From a pixel, how far it is to the slope at the place that sees it through each weight.
+        """From a pixel, how far the gradient of the place is that sees it through each weight.
 
-        int64 (rows · weights,), for planes of slopes with :attr:`reach` zeros before them.
+        int64 (rows · weights,), for planes of grad_outputs with :attr:`reach` zeros before them.
         """
-        first = np.arange(rows)[:, None] * self.slope_length
+        first = np.arange(rows)[:, None] * self.gradient_length
         return (first + self.reach - self.shifts).ravel()
 
     def transpose(self, rows: Vector, columns: Vector) -> tuple[Vector, Vector]:
@@ -235,7 +235,7 @@ class Grid:
         return _spread(max(self.pixels, self.count + self.reach))
 
     @property
-    def slope_length(self) -> int:
+    def gradient_length(self) -> int:
         """Vectors of a plane of the output's gradient, with :attr:`reach` zeros before it."""
         return _spread(self.reach + max(self.pixels, self.count))
 

@@ -9,7 +9,7 @@ from numba import carray, njit, types
 
 from topkast.kernels.runtime._arguments import Vector, slots, transform
 from topkast.kernels.runtime._compile import kernel
-from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer, take_ticket, transpose_block
+from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer, fetch_add, transpose_block
 
 _BAND = 128  # features that are packed at a time: what the first two caches hold
 
@@ -88,7 +88,7 @@ def _pack(address: Any, dtype: Any) -> None:
     rows = carray(as_pointer(arguments.source), (batch, features), dtype)
     tiles = carray(as_pointer(arguments.target), (count, features, width), dtype)
     while True:
-        tile = take_ticket(address)
+        tile = fetch_add(address)
         if tile >= count:
             break
         first = tile * width

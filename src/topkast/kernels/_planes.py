@@ -18,7 +18,7 @@ from topkast.kernels._packing import transpose
 from topkast.kernels.runtime._arguments import THREAD, Vector, empty, slots, transform, vector
 from topkast.kernels.runtime._compile import kernel
 from topkast.kernels.runtime._pool import default_threads
-from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer, copy_run, take_ticket
+from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer, copy_run, fetch_add
 
 _PIXELS = 2048  # that are transposed at a time: what the second cache holds
 
@@ -73,7 +73,7 @@ def to_planes(
         (slabs, channels · planes of each, length, lanes), contiguous, with as many slabs of lanes
         as the images, or their bands, need.
     placement
-        ``grid.of_images`` of a :class:`Grid`, or ``grid.of_slopes``.
+        ``grid.of_images`` of a :class:`Grid`, or ``grid.of_gradients``.
     threads
         As for :func:`multiply`.
 
@@ -204,14 +204,14 @@ def _exchange(address: Any, dtype: Any, spread: bool) -> None:
     lanes, batch, channels = arguments.lanes, arguments.batch, arguments.channels
     height, width, bands = arguments.height, arguments.width, arguments.bands
     most = arguments.max_rows
-    thread = take_ticket(address + THREAD)
+    thread = fetch_add(address + THREAD)
     own = arguments.scratch + thread * most * width * VECTOR_BYTES
     pixels = carray(as_pointer(own), (most * width, lanes), dtype)
     images = carray(as_pointer(images_at), (batch, channels * height * width), dtype)
     planes = carray(as_pointer(planes_at), (slabs * count, length * lanes), dtype)
     each = count // max(channels, 1)
     while True:
-        item = take_ticket(address)
+        item = fetch_add(address)
         if item >= slabs * channels:
             break
         slab, channel = item // channels, item % channels

@@ -16,6 +16,7 @@ from topkast.kernels.runtime._pool import default_threads
 from topkast.kernels.runtime._vector import (
     VECTOR_BYTES,
     as_pointer,
+    fetch_add,
     indexed_product_1,
     indexed_product_2,
     indexed_product_4,
@@ -25,7 +26,6 @@ from topkast.kernels.runtime._vector import (
     row_product_2,
     row_product_4,
     row_product_8,
-    take_ticket,
 )
 
 _BAND = 16  # columns that are transposed at a time: as many pages are written to
@@ -245,10 +245,10 @@ def _multiply(address: Any, dtype: Any) -> None:
     lanes = tile_bytes // bias.itemsize
     output = carray(as_pointer(arguments.out), (batch, rows), dtype)
     # A thread computes its part of the output in memory of its own, to be transposed.
-    thread = take_ticket(address + THREAD)
+    thread = fetch_add(address + THREAD)
     own = arguments.scratch + thread * arguments.chunk * tile_bytes
     while True:
-        item = take_ticket(address)
+        item = fetch_add(address)
         if item >= tiles * chunks:
             break
         tile, chunk = item // chunks, item % chunks

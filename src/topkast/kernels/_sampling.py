@@ -17,8 +17,8 @@ from topkast.kernels.runtime._vector import (
     dot_products_2,
     dot_products_4,
     dot_products_8,
+    fetch_add,
     prefetch,
-    take_ticket,
 )
 
 SEGMENTS_AHEAD = 4  # whose columns and values are asked for before they are used
@@ -95,7 +95,7 @@ def _sample(address: Any, dtype: Any) -> None:
     plane_bytes, tile_bytes = arguments.plane_length * VECTOR_BYTES, at_a_time * VECTOR_BYTES
     tiles, blocks = arguments.places // at_a_time, layout.blocks
     while True:
-        chunk = take_ticket(address)
+        chunk = fetch_add(address)
         if chunk >= layout.chunks:
             break
         if slabs == 0:

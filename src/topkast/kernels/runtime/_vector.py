@@ -331,7 +331,7 @@ def prefetch(_, zero, address, start, stop) -> Any:  # type: ignore[no-untyped-d
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def take_ticket(_: Any, address: Any) -> Any:
+def fetch_add(_: Any, address: Any) -> Any:
     """The int64 at `address`, which is counted up: no two threads are given the same."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
