@@ -608,17 +608,6 @@ def test_a_state_dict_of_other_blocks_is_refused(block: Block | None) -> None:
     assert_alike(before, other.state_dict())
 
 
-def test_a_state_dict_from_before_there_were_blocks_loads() -> None:
-    model, optimizer = make_torch(block=None)
-    train_torch(model, optimizer, range(4))
-    saved = optimizer.state_dict()
-    for group in saved["param_groups"]:
-        del group["block"], group["block_score"]
-    _, other = make_torch(block=None)
-    other.load_state_dict(saved)
-    assert_alike(optimizer.state_dict(), other.state_dict())
-
-
 def test_exploration_stops() -> None:
     model, optimizer = make_torch(explore_until=2, refresh_every=100)
     train_torch(model, optimizer, range(2))
