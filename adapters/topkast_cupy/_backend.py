@@ -137,7 +137,7 @@ class CuPyBackend(Backend):
         return copy
 
     def positions(
-        self, old: Array, old_split: int, new: Array, new_split: int, size: int
+        self, old: Array, old_split: int, new: Array, new_split: int, size: int | None
     ) -> tuple[Array, Array]:
         """See :class:`topkast.backends.Backend`; by a table as long as the tensor."""
         table = self.xp.full((size,), -1, dtype=np.int32)

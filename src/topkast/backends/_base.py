@@ -170,12 +170,13 @@ class Backend:
         return array_namespace(keys).sort(keys)[keys.shape[0] - count]
 
     def positions(
-        self, old: Array, old_split: int, new: Array, new_split: int, size: int
+        self, old: Array, old_split: int, new: Array, new_split: int, size: int | None
     ) -> tuple[Array, Array]:
         """Where each of the indices `new` (k,) is in `old` (k,), and flags of those that are.
 
         Both are two ascending parts, of which the second begins at the split, of indices below
-        `size`. Where one is nowhere, any position below k is returned for it.
+        `size`, which is None where they are traced and it is not known. Where one is nowhere, any
+        position below k is returned for it.
         """
         xp = array_namespace(old, new)
         source, found = xp.zeros_like(new), xp.zeros_like(new, dtype=xp.bool)

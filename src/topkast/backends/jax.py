@@ -84,8 +84,10 @@ class JAXBackend(Backend):
         return jnp.where(jnp.isnan(flat), jnp.asarray(-1, dtype=integer), bits)
 
     def positions(
-        self, old: Array, old_split: int, new: Array, new_split: int, size: int
+        self, old: Array, old_split: int, new: Array, new_split: int, size: int | None
     ) -> tuple[Array, Array]:
+        if size is None:
+            return super().positions(old, old_split, new, new_split, size)
         numbers = jnp.arange(old.shape[0], dtype=jnp.int32, device=self.device(old))
         table = jnp.full((size,), -1, dtype=jnp.int32, device=self.device(old))
         source = self.take(self.put(table, old, numbers), new)

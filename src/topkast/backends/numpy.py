@@ -41,7 +41,7 @@ class NumPyBackend(Backend):
         return _host.largest_flags(flat, count, ranks)
 
     def positions(
-        self, old: Vector, old_split: int, new: Vector, new_split: int, size: int
+        self, old: Vector, old_split: int, new: Vector, new_split: int, size: int | None
     ) -> tuple[Vector, Vector]:
         return _host.common_positions(old, old_split, new, new_split)
 

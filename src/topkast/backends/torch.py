@@ -44,13 +44,14 @@ class TorchBackend(Backend):
         return keys.topk(count, sorted=False).values.amin()  # by radix selection
 
     def positions(
-        self, old: Tensor, old_split: int, new: Tensor, new_split: int, size: int
+        self, old: Tensor, old_split: int, new: Tensor, new_split: int, size: int | None
     ) -> tuple[Tensor, Tensor]:
         hosts = self.host(old), self.host(new)
         if hosts[0] is not None and hosts[1] is not None:
             found = _host.common_positions(hosts[0], old_split, hosts[1], new_split)
             source, flags = map(torch.from_numpy, found)
             return source, flags
+        assert size is not None  # nothing is traced here
         table = torch.full((size,), -1, dtype=torch.int32, device=old.device)
         numbers = torch.arange(len(old), dtype=torch.int32, device=old.device)
         source = table.index_copy_(0, old.long(), numbers).index_select(0, new)

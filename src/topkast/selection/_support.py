@@ -270,7 +270,7 @@ class Migration(NamedTuple):
 
     @classmethod
     def _between_units(cls, old: Support, new: Support, size: int | None) -> Migration:
-        if size is None:
+        if size is None and not (is_traced(old.indices) or is_traced(new.indices)):
             size = 1 + max(_largest(old), _largest(new))
         backend = backend_of(old.indices)
         return cls(*backend.positions(old.indices, old.forward, new.indices, new.forward, size))
