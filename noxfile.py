@@ -135,8 +135,9 @@ def prepare_for_gpu(session: nox.Session) -> dict[str, str]:
         lines += [f"[{group}]", *(f"{name} = {target}" for name, target in entries.items())]
     (described / "entry_points.txt").write_text("\n".join(lines))
     root = Path(__file__).parent
-    places = [root / "src", root / "adapters", folder, *os.environ.get("PYTHONPATH", "").split(":")]
-    return env | {"PYTHONPATH": os.pathsep.join(str(place) for place in places if str(place))}
+    places = [str(root / "src"), str(root / "adapters"), str(folder)]
+    given = os.environ.get("PYTHONPATH")  # of somebody whose packages lie elsewhere
+    return env | {"PYTHONPATH": os.pathsep.join([*places, given] if given else places)}
 
 
 @nox.session

@@ -23,7 +23,7 @@ class Flat:
     def __init__(self, c_order: Tensor, *, ascending: bool = True) -> None:
         self.c_order = c_order  # int32 or int64
         self.ascending = ascending  # as kernels want it; those of blocks of several rows do not
-        self._memory: dict[tuple[int, ...], Tensor] = {}  # offsets in memory, by strides
+        self._memory: dict[tuple[int, ...], Tensor] = {}  # offsets in memory, int64, by strides
 
     def __len__(self) -> int:
         return self.c_order.numel()
@@ -70,7 +70,8 @@ class Flat:
         return tensor.as_strided((span,), (1,)), self._memory[strides]
 
     def _find(self, tensor: Tensor) -> Tensor:
-        left, offsets = self.c_order, torch.zeros_like(self.c_order)
+        left = self.c_order.long()  # offsets may need more bits than indices
+        offsets = torch.zeros_like(left)
         for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
             offsets += left.remainder(size) * stride
             left = torch.div(left, size, rounding_mode="floor")

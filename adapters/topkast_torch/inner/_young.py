@@ -61,8 +61,7 @@ class Young:
         positions = _true_positions(self.ages < self._limit)
         # To find them again is cheaper than to hold them, but on an accelerator it would wait.
         self._any_young = len(positions) > 0
-        self._positions = positions[:0].clone() if self.ages.device.type == "cpu" else positions
-        self._young = self._positions  # during a step
+        self._positions = None if self.ages.device.type == "cpu" else positions
         self._entrants = self.ages.new_empty(0, dtype=torch.int32)
         if not self._habits.layout.starts_suffice:
             self._entrants = _true_positions(self.ages == 0)
@@ -70,7 +69,8 @@ class Young:
     @property
     def nbytes(self) -> int:
         """Bytes of ages, and of positions that are held."""
-        return sum(part.nbytes for part in (self.ages, self._positions, self._entrants))
+        held = 0 if self._positions is None else self._positions.nbytes
+        return self.ages.nbytes + self._entrants.nbytes + held
 
     def betas(self, group: Mapping[str, Any]) -> Betas | None:
         """The pair that the inner optimizer uses now: a schedule may change it."""
@@ -90,15 +90,15 @@ class Young:
         betas: Betas | None,
     ) -> None:
         """Remember what is to be scaled after the step, and step entrants by themselves."""
-        self._old = []
-        self._first = None
+        self._before = self._first = None
         if not self._any_young:
             return
         if betas is not None:
-            self._young = self._positions
-            if self.ages.device.type == "cpu":
-                self._young = _true_positions(self.ages < self._limit)
-            self._old = [flat.index_select(0, self._young) for flat in self._moving(inner, values)]
+            young = self._positions
+            if young is None:
+                young = _true_positions(self.ages < self._limit)
+            old = [flat.index_select(0, young) for flat in self._moving(inner, values)]
+            self._before = young, old
         if not self._habits.layout.starts_suffice and not self.since and self._entrants.numel():
             self._first = self._step_entrants(inner, group, values)
 
@@ -110,18 +110,19 @@ class Young:
         betas: Betas | None,
     ) -> None:
         """Scale the displacement of young entries; `steps` are those before this one."""
-        if self._old and betas is not None:
+        if self._before is not None and betas is not None:
+            young, before = self._before
             factors = self._factors(betas, steps + 1, values.device)
-            ages = self.ages.index_select(0, self._young).int() + (self.since + 1)
+            ages = self.ages.index_select(0, young).int() + (self.since + 1)
             ages.clamp_(max=len(factors) - 1)
             share = factors.index_select(0, ages)
-            for old, flat in zip(self._old, self._moving(inner, values), strict=False):
-                new = flat.index_select(0, self._young)
+            for old, flat in zip(before, self._moving(inner, values), strict=False):
+                new = flat.index_select(0, young)
                 weight = share.to(new.real.dtype if new.is_complex() else new.dtype)
-                flat.index_copy_(0, self._young.long(), _interpolate(old, new, weight))
+                flat.index_copy_(0, young.long(), _interpolate(old, new, weight))
         if self._first is not None:
             self._adopt_first(inner, values)
-        self._old, self._first, self._young = [], None, self._positions
+        self._before = self._first = None
 
     @staticmethod
     def _factors(betas: Betas, steps: int, device: torch.device) -> Tensor:

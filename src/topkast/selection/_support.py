@@ -55,7 +55,7 @@ class Support:
     blocks: Blocks | None = None
 
     def __post_init__(self) -> None:
-        if "jax" in sys.modules:
+        if sys.modules.get("jax") is not None:
             load_own("jax")  # to which a support is a pytree
 
     def __getstate__(self) -> dict[str, Any]:
@@ -161,16 +161,25 @@ class Support:
             raise MismatchError(
                 f"{what} has |A| = {self.forward!r} and |B| = {self.backward}: A is in B"
             )
-        if is_traced(indices) or not self.backward:
+        if is_traced(indices):
             return
-        ordered = xp.sort(indices)
-        if int(ordered[0]) < 0 or int(ordered[-1]) >= size:
-            raise MismatchError(f"{what} has indices outside of [0, {size})")
-        if bool(xp.any(ordered[1:] == ordered[:-1])):
-            raise MismatchError(f"{what} has an index twice")
-        for name, part in (("A", self.active), ("B∖A", self.exploring)):
-            if bool(xp.any(part[1:] < part[:-1])):
+        parts = {
+            name: part
+            for name, part in (("A", self.active), ("B∖A", self.exploring))
+            if part.shape[0]
+        }
+        for name, part in parts.items():
+            if bool(xp.any(part[1:] <= part[:-1])):
                 raise MismatchError(f"{what} has indices of {name} that do not ascend")
+            if int(part[0]) < 0 or int(part[-1]) >= size:
+                raise MismatchError(f"{what} has indices outside of [0, {size})")
+        if len(parts) == 2:
+            active, exploring = parts.values()
+            _, in_both = backend_of(indices).positions(
+                active, active.shape[0], exploring, exploring.shape[0], size
+            )
+            if bool(xp.any(in_both)):
+                raise MismatchError(f"{what} has an index twice")
 
     def _count_blocks(self, size: int, what: str) -> int:
         blocks = self.blocks
