@@ -69,6 +69,7 @@ def property(session: nox.Session) -> None:  # noqa: A001 - the name that the RE
         "tests/test_selection.py",
         "tests/test_torch_state.py",
         "tests/test_transform.py",
+        "tests/test_unit_options.py",
         "tests/test_units.py",
     ]
     env = {**SINGLE_THREADED, "TOPKAST_HYPOTHESIS_PROFILE": "thorough"}

@@ -363,10 +363,15 @@ class TestStateDict:
     def test_loading_in_inference_mode_leaves_a_working_optimizer(self) -> None:
         model = make_model()
         optimizer = topkast.wrap_optimizer(torch.optim.Adam(model.parameters(), 0.01), **OPTIONS)
+        twin = make_model()
+        straight = topkast.wrap_optimizer(torch.optim.Adam(twin.parameters(), 0.01), **OPTIONS)
+        train(twin, straight, range(8))
         train(model, optimizer, range(4))
         with torch.inference_mode():
             optimizer.load_state_dict(optimizer.state_dict())
         train(model, optimizer, range(4, 8))
+        for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(one, other)
 
 
 class TestWritesToTheState:

@@ -303,7 +303,8 @@ class TestNormsOfTensors:
 
     @pytest.mark.parametrize("inner", [optax.adam(0.01), optax.sgd(0.1, momentum=0.9)])
     def test_others_are_not(self, inner: Any) -> None:
-        wrap(inner, distribution="global").init(make_params())
+        (support,) = wrap(inner, distribution="global").init(make_params()).supports.values()
+        assert support.backward > support.forward > 0
 
 
 class TestProbe:

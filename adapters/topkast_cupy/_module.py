@@ -12,7 +12,7 @@ MOST_BINS = 2048  # of a histogram
 
 
 class Module(Protocol):
-    """The kernels of kernels.cu, compiled for weights and indices of so many bits."""
+    """The kernels of kernels.cu, compiled for one width of weights and one of indices."""
 
     def launch(self, name: str, blocks: int, *arguments: Any) -> None:
         """Start a kernel on so many blocks. Arguments are arrays, 0-d arrays, int, float, None."""
@@ -24,7 +24,7 @@ def source() -> str:
 
 
 def options(bits: int, index_bits: int = 32) -> list[str]:
-    """What the compiler is told, for weights and indices of so many bits."""
+    """The compiler's definitions for widths of weights and of indices, in bits."""
     sizes = {
         "VALUE_BITS": bits,
         "INDEX_BITS": index_bits,
@@ -94,5 +94,5 @@ def _broken(error: ImportError) -> str:
 
 @functools.cache
 def cuda_module(bits: int, index_bits: int) -> CudaModule:
-    """The kernels for weights and indices of so many bits."""
+    """The kernels for widths of weights and of indices, in bits."""
     return CudaModule(bits, index_bits)

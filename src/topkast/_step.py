@@ -91,5 +91,5 @@ def explores(until: int | None, updates: Any) -> Any:
 
 
 def is_due(refresh_every: int, updates: Any) -> Any:
-    """Whether sets are chosen anew after so many updates: a bool, or a flag of the count's kind."""
+    """Whether sets are chosen anew after a number of updates; where traced, a 0-d flag."""
     return updates % min(refresh_every, _MOST) == 0

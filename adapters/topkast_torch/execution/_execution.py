@@ -145,7 +145,7 @@ class Execution(ABC):
         )
 
     def is_due(self, group: Mapping[str, Any], updates: int) -> bool:
-        """Whether other sets are to be chosen after so many updates."""
+        """Whether other sets are to be chosen after a number of updates."""
         due: bool = is_due(self.option(group, "refresh_every"), updates)
         return self.refreshes and due
 

@@ -98,7 +98,12 @@ class Guarded:
     def __init__(self, entries: Entries) -> None:
         self._indices = entries.indices
         self._version = self._indices._version
-        self.array = narrow(self._indices).numpy()
+        if len(self._indices) >= 1 << 31:
+            raise UnsupportedTensorError(
+                f"{len(self._indices)} weights of one layer in B are more than the kernels can "
+                "number: keep the layer masked (topkast.sparsify(..., only=...))"
+            )
+        self.array = self._indices.numpy()
 
     def check(self) -> None:
         """Raise :class:`topkast.MismatchError` if somebody has written to them."""
@@ -206,16 +211,6 @@ class TorchProducts:
     def nbytes(self) -> int:
         parts = [tensor for places in (*self._places, self._transposed) for tensor in places]
         return sum(part.nbytes for part in (*parts, self._by_column))
-
-
-def narrow(tensor: Tensor) -> Tensor:
-    """Indices of B; refused where int32 could not number them, as the kernels do."""
-    if len(tensor) >= 1 << 31:
-        raise UnsupportedTensorError(
-            f"{len(tensor)} weights of one layer in B are more than the kernels can number: keep "
-            "the layer masked (topkast.sparsify(..., only=...))"
-        )
-    return tensor
 
 
 def _row_starts(rows: Tensor, height: int) -> Tensor:

@@ -60,7 +60,7 @@ def arrange(
     width: int,
     ahead: int,
 ) -> Any:
-    """The arrays of a Layout, with so many zeros behind the indices as the kernels look ahead."""
+    """The arrays of a Layout, with `ahead` zeros behind the indices, which kernels prefetch."""
     height, blocks = chunk_rows[-1], -(-max(width, 1) // block)
     places = np.empty(width, dtype=np.int32)  # a table instead of a division for each entry
     for column in range(width):

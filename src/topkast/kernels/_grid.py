@@ -76,8 +76,8 @@ class Grid:
     margins
         Zeros above and below, left and right of an image.
     bands
-        Into so many an image is cut, each with some rows of the output and what they see, to fill
-        the lanes of a vector with few images; see :meth:`for_batch`.
+        Number of horizontal bands per image, each with some rows of the output and the pixels that
+        these see. They fill the lanes of a vector where images are few; see :meth:`for_batch`.
 
     Raises
     ------
@@ -100,7 +100,7 @@ class Grid:
     bands: int = 1
 
     def for_batch(self, batch: int, lanes: int) -> Grid:
-        """The same with as many bands as make the least work of so many images.
+        """The same with the number of bands that needs the least work for a batch of images.
 
         >>> from topkast.kernels import Grid
         >>> Grid((32, 32), size=(3, 3)).for_batch(4, lanes=16).bands
@@ -262,10 +262,10 @@ class Grid:
 
 
 def _whole(count: int) -> int:
-    """At least so many places, that a kernel takes some at a time."""
+    """A number of places rounded up to what a kernel computes at a time."""
     return -(-count // _MOST) * _MOST if count > _MOST else 1 << (count - 1).bit_length()
 
 
 def _spread(length: int) -> int:
-    """Such a length that what is at the same place of many planes does not share a cache's set."""
+    """A length rounded up so that equal places of many planes do not share a set of a cache."""
     return length if length <= _MOST else -(-(length - 8) // 16) * 16 + 8

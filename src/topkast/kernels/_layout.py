@@ -206,10 +206,10 @@ def make_row_layout(
     pitch
         0 where `columns` are columns; the width where they are flat indices.
     block
-        Columns of a block; by default so many that segments are worth their loops.
+        Columns of a block; by default enough for segments to be worth their loops.
     max_rows
-        Of a chunk; by default so few that there are some chunks for each thread, and that the
-        output of one stays in a cache. No result depends on it.
+        Of a chunk; by default few enough for each thread to have several chunks, and for the
+        output of one to stay in a cache. No result depends on it.
 
     Raises
     ------
@@ -332,7 +332,7 @@ def make_layout(
 
 
 def row_block(entries: int, shape: tuple[int, int]) -> int:
-    """Columns of a block of a :class:`RowLayout` with so many entries."""
+    """Columns of a block of a :class:`RowLayout`, by its number of entries."""
     return _block(entries, shape, _ROW_SEGMENT)
 
 

@@ -37,14 +37,14 @@ _MULTIPLY = slots(
 
 
 def tile_width(columns: int, dtype: Any) -> int:
-    """Columns of a tile into which so many columns of activations are to be packed.
+    """Width of the tiles that a number of columns of activations is packed into.
 
-    A wide one shares what an entry costs among many columns; a narrow one wastes fewer of them.
+    A wide tile shares the cost of an entry among many columns; a narrow one wastes fewer columns.
 
     Parameters
     ----------
     columns
-        Their number: the batch, times what else a layer is applied to.
+        Number of columns: the batch, times the other axes that a layer is applied along.
     dtype
         float32 or float64.
 

@@ -25,7 +25,7 @@ def _host_vector_bytes() -> int:
 
 VECTOR_BYTES = _host_vector_bytes()
 
-# Values are asked for so many entries before they are used: those of a transpose lie apart.
+# Entries by which values are prefetched: those of a transpose lie apart.
 AHEAD = 32
 
 
