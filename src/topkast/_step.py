@@ -77,7 +77,34 @@ def decide(
     updates: Any,
     betas: Betas | None = None,
 ) -> Step:
-    """The step after some number of updates, under the options of a tensor."""
+    """The step after some number of updates, under the options of a tensor.
+
+    Parameters
+    ----------
+    penalty, kind, explore_until
+        The options ``penalty``, ``penalty_kind`` and ``explore_until`` of
+        :func:`topkast.wrap_optimizer`.
+    density
+        The forward density D.
+    ascends
+        Whether the inner rule follows the gradient uphill.
+    updates
+        Number of updates so far: an int, or a 0-d integer array.
+    betas
+        Of a rule of the Adam family.
+
+    Examples
+    --------
+    >>> from topkast.adapter import decide
+    >>> step = decide(
+    ...     penalty=0.1, kind="l2", density=0.25, ascends=False, explore_until=5, updates=5)
+    >>> step.on_active, step.on_exploring, step.exploring
+    (0.1, 0.4, False)
+
+    References
+    ----------
+    Top-KAST, section 2.3 for the penalty, table 1 for exploration that stops.
+    """
     signed = -penalty if ascends else penalty
     return Step(signed, kind, density, explores(explore_until, updates), betas)
 

@@ -44,6 +44,16 @@ class Backend:
     by_elements
         Whether vectors over B are better treated entry by entry, under a condition, than cut into
         A and B∖A: where a compiler fuses the one, and cannot lay out the other over devices.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from topkast.backends import backend_of
+    >>> backend = backend_of(np.ones(1))
+    >>> backend.true_indices(np.asarray([True, False, True]), 2)
+    array([0, 2])
+    >>> backend.put(np.zeros(3), np.asarray([2, 0]), np.asarray([1.0, 2.0]))
+    array([2., 0., 1.])
     """
 
     by_elements: ClassVar[bool] = False
