@@ -66,7 +66,7 @@ def kept_by_index(optimizer: Any, execution: Any) -> dict[Any, dict[int, Tensor]
     state = optimizer._wrapper_state
     kept = entries_of(state.inner, execution.values, state.stores)
     indices = execution.support.indices
-    specs = execution.habits.layout.specs
+    specs = execution.profile.layout.specs
     columns: dict[Any, dict[int, Tensor]] = {}
     for number, (path, entry) in enumerate(walk(kept)):
         if path in specs:

@@ -22,13 +22,15 @@ def penalty_of_dense(array: Any, fwd: float, bwd: float, kind: Any, support: Any
     """The penalty as a function of all of θ, the sets being fixed."""
     support = topkast.select(array, fwd=fwd, bwd=bwd) if support is None else support
     values = topkast.gather(array, support)
-    return topkast.exploration_penalty(values, support, penalty=0.1, density=1 - fwd, kind=kind)
+    return topkast.exploration_penalty(
+        values, support, penalty=0.1, density=1 - fwd, penalty_kind=kind
+    )
 
 
 def gradient_of_dense(array: Any, fwd: float, bwd: float, kind: Any) -> Any:
     support = topkast.select(array, fwd=fwd, bwd=bwd)
     gradient = topkast.exploration_gradient(
-        topkast.gather(array, support), support, penalty=0.1, density=1 - fwd, kind=kind
+        topkast.gather(array, support), support, penalty=0.1, density=1 - fwd, penalty_kind=kind
     )
     return topkast.scatter(gradient, support, shape=tuple(array.shape))
 
@@ -111,4 +113,4 @@ def test_wrong_density_is_an_error(density: float) -> None:
     with pytest.raises(topkast.OptionError, match="density"):
         topkast.exploration_penalty(values, support, penalty=0.1, density=density)
     with pytest.raises(topkast.OptionError, match="kind"):
-        topkast.exploration_gradient(values, support, penalty=0.1, density=0.5, kind="l3")  # type: ignore[arg-type]
+        topkast.exploration_gradient(values, support, penalty=0.1, density=0.5, penalty_kind="l3")  # type: ignore[arg-type]

@@ -97,7 +97,7 @@ def test_survivors_keep_their_entries_and_entrants_start_anew(kept: Any) -> None
         theta = two.theta()
         assert before.keys() == after.keys()
         for entry, columns in after.items():
-            start = two.habits.layout.starts[entry[0]]
+            start = two.profile.layout.starts[entry[0]]
             for index, column in columns.items():
                 if index in before[entry]:
                     assert torch.equal(column, before[entry][index]), entry
@@ -112,7 +112,7 @@ def test_entries_that_copy_the_weight_start_at_the_weight() -> None:
     layer = nn.Linear(20, 30)
     optimizer = topkast.wrap_optimizer(Copies(layer.parameters()), **OPTIONS)
     (execution,) = optimizer._wrapper_state.executions
-    starts = {path[-1]: start for path, start in execution.habits.layout.starts.items()}
+    starts = {path[-1]: start for path, start in execution.profile.layout.starts.items()}
     assert starts == {"z": Start.WEIGHT, "step_size": 0.25}
 
 
@@ -216,7 +216,7 @@ class TestProbe:
                 torch.optim.Rprop(layer.parameters(), lr=0.0123), **OPTIONS
             )
             (execution,) = optimizer._wrapper_state.executions
-            starts = {path[-1]: start for path, start in execution.habits.layout.starts.items()}
+            starts = {path[-1]: start for path, start in execution.profile.layout.starts.items()}
             assert starts["step_size"] == float(np.float32(0.0123))
             topkast.sparsify(layer, optimizer)
             layer(torch.ones(2, 20, device="cpu", dtype=torch.float32)).sum().backward()

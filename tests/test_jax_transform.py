@@ -305,7 +305,7 @@ class TestConventions:
         assert seen["grad"]["head"]["w"].shape == (1, 20)  # on B, as the gradient is
         assert seen["grad"]["body"][0]["b"].shape == (20,)
 
-    @pytest.mark.parametrize("name", ["updates", "supports", "changed", "inner", "mu", "nu"])
+    @pytest.mark.parametrize("name", ["updates", "supports", "entered_active", "inner", "mu", "nu"])
     def test_tree_get_finds_the_state_by_name(self, name: str) -> None:
         params = make_params()
         state = optax.chain(optax.clip(1.0), wrap()).init(params)

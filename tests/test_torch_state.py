@@ -287,7 +287,7 @@ MUTATIONS: dict[str, Mutation] = {
     "ages as floats": _replace("ages", lambda ages: ages.float()),
     "short ages": _replace("ages", lambda ages: ages[1:]),
     "negative steps": _replace("steps", lambda steps: -1),
-    "broken change": _replace("changed", float),
+    "broken change": _replace("entered_active", float),
     "wrong shape": _replace("params", lambda weights: weights.T),
     "wrong dtype": _replace("params", lambda weights: weights.double()),
     "not finite": _replace("params", _not_finite),

@@ -370,7 +370,7 @@ def test_under_scan() -> None:
     moved, state = train(params, tx.init(params))
     masks = topkast.masks(state, moved)["w"]
     assert_masks(moved["w"], masks, fwd=0.7, bwd=0.5, block=(2, 3), name="w")
-    assert int(state.changed["w"][0]) % 6 == 0
+    assert int(state.entered_active["w"][0]) % 6 == 0
 
 
 @pytest.mark.slow

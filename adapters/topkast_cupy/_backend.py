@@ -199,7 +199,7 @@ class CuPyBackend(Backend):
                 support.backward_size,
                 step.on_active,
                 step.on_exploring,
-                int(step.kind == "l1"),
+                int(step.penalty_kind == "l1"),
                 int(step.exploring),
                 flat,
                 self.xp.ascontiguousarray(ranked.flatten(grads), dtype=flat.dtype),

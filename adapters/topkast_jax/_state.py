@@ -27,7 +27,7 @@ class TopKASTState(NamedTuple):
         Number of updates so far; 0-d int32.
     supports
         The sets, by the name of the tensor.
-    changed
+    entered_active
         Entries that the last refresh made active, by the name of the tensor; int32 of shape (1,).
     ages
         Updates since each entry of B entered it, int16, by the name of the tensor: under
@@ -42,7 +42,7 @@ class TopKASTState(NamedTuple):
 
     updates: jax.Array
     supports: dict[str, Support]
-    changed: Arrays
+    entered_active: Arrays
     ages: Arrays
     inner: Any
     weights_checksum: jax.Array
@@ -58,12 +58,12 @@ class TopKASTState(NamedTuple):
         state = self
         if is_spread(weights) or is_explicit(weights):
             state = state._replace(supports=jax.tree.map(_on_one_device, state.supports))
-        held = dict.fromkeys({*weights, *self.supports}, 0)
+        nbytes = dict.fromkeys({*weights, *self.supports}, 0)
         for path, entry in tree_flatten_with_path(self.inner)[0]:
             key = find_key(tree.paths, path)
-            if key in held:
-                held[key] += count_bytes(entry)
-        return inspection(state, weights, held)
+            if key in nbytes:
+                nbytes[key] += count_bytes(entry)
+        return inspection(state, weights, nbytes)
 
     def _check_single(self) -> None:
         if jnp.ndim(self.updates):

@@ -17,7 +17,7 @@ def exploration_penalty(
     *,
     penalty: float,
     density: float,
-    kind: PenaltyKind = "l2",
+    penalty_kind: PenaltyKind = "l2",
 ) -> Array:
     r"""The exploration penalty of one tensor, a function of its values on B.
 
@@ -36,7 +36,7 @@ def exploration_penalty(
         The coefficient λ.
     density
         The forward **density** D = 1 − ``fwd``, in (0, 1]: not the sparsity.
-    kind
+    penalty_kind
         ``"l2"`` or ``"l1"``.
 
     Returns
@@ -47,7 +47,7 @@ def exploration_penalty(
     Raises
     ------
     OptionError
-        For another kind, or a density outside (0, 1].
+        For another `penalty_kind`, or a density outside (0, 1].
 
     Examples
     --------
@@ -60,12 +60,13 @@ def exploration_penalty(
 
     References
     ----------
-    Top-KAST, section 2.3, whose formula is the l1 kind and whose text and pseudocode the l2 one.
+    Top-KAST, section 2.3, whose formula is the l1 penalty, and whose text and
+    pseudocode are the l2 one.
     """
-    _check(density, kind)
+    _check(density, penalty_kind)
     xp = array_namespace(values)
     flat = xp.reshape(values, (-1,))
-    if kind == "l1":
+    if penalty_kind == "l1":
         terms, factor = xp.abs(flat), penalty
     else:
         is_complex = xp.isdtype(flat.dtype, "complex floating")
@@ -83,7 +84,7 @@ def exploration_gradient(
     *,
     penalty: float,
     density: float,
-    kind: PenaltyKind = "l2",
+    penalty_kind: PenaltyKind = "l2",
 ) -> Array:
     r"""Gradient of :func:`exploration_penalty` with respect to the values on B.
 
@@ -92,7 +93,7 @@ def exploration_gradient(
 
     Parameters
     ----------
-    values, support, penalty, density, kind
+    values, support, penalty, density, penalty_kind
         As for :func:`exploration_penalty`.
 
     Returns
@@ -118,13 +119,13 @@ def exploration_gradient(
     ----------
     Top-KAST, section 2.3 and footnote 3.
     """
-    _check(density, kind)
-    direction = array_namespace(values).sign(values) if kind == "l1" else values
+    _check(density, penalty_kind)
+    direction = array_namespace(values).sign(values) if penalty_kind == "l1" else values
     return weigh(direction, support, penalty, penalty / density)
 
 
-def _check(density: float, kind: str) -> None:
-    if kind not in ("l2", "l1"):
-        raise OptionError(f"kind must be 'l2' or 'l1', got {kind!r}")
+def _check(density: float, penalty_kind: str) -> None:
+    if penalty_kind not in ("l2", "l1"):
+        raise OptionError(f"penalty_kind must be 'l2' or 'l1', got {penalty_kind!r}")
     if not 0 < density <= 1:
         raise OptionError(f"density must lie in (0, 1], got {density!r}")

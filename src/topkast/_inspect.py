@@ -82,9 +82,9 @@ class Inspection:
     params: Mapping[str, Array]  # θ, dense tensors included, by name
     ranked: Mapping[str, RankedTensors]
     supports: Mapping[str, Support]  # by the key of the tensors, like the next
-    changed: Mapping[str, Array]
-    held: Mapping[str, int]  # bytes, by the key of the tensors or the name of a dense one
-    model_bytes: int  # of weights and gradients, as far as `held` does not count them
+    entered_active: Mapping[str, Array]
+    nbytes: Mapping[str, int]  # bytes, by the key of the tensors or the name of a dense one
+    model_bytes: int  # of weights and gradients, as far as `nbytes` does not count them
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ def summary(x: Any, params: Any = None, /) -> Summary:
                     0.0,
                     0.0,
                     0,
-                    inspection.held.get(name, 0),
+                    inspection.nbytes.get(name, 0),
                 ),
             )
     for inspection in inspections:
@@ -332,8 +332,8 @@ def _summarise(inspection: Inspection, key: str, ranked: RankedTensors) -> dict[
             backward,
             1 - forward / size,
             1 - backward / size,
-            int(inspection.changed[key][number]) / max(forward, 1),
+            int(inspection.entered_active[key][number]) / max(forward, 1),
             shape[0] - occupied.shape[0],
-            round(inspection.held[key] * backward / ranked.backward_size),
+            round(inspection.nbytes[key] * backward / ranked.backward_size),
         )
     return rows

@@ -28,7 +28,7 @@ class Step:
     penalty
         The coefficient λ of the exploration penalty; negative for a rule that ascends, which what
         is added would drive away from zero.
-    kind
+    penalty_kind
         ``"l2"`` or ``"l1"``.
     density
         The forward density D: on B∖A the coefficient is λ / D.
@@ -39,7 +39,7 @@ class Step:
     """
 
     penalty: float
-    kind: PenaltyKind
+    penalty_kind: PenaltyKind
     density: float
     exploring: Any
     betas: Betas | None = None
@@ -58,7 +58,11 @@ class Step:
         r"""What the inner rule sees: a gradient (1, …, \|B\|) with that of the penalty."""
         if self.penalty:  # where there is none, a gradient keeps its dtype and its bits
             gradient = gradient + exploration_gradient(
-                values, support, penalty=self.penalty, density=self.density, kind=self.kind
+                values,
+                support,
+                penalty=self.penalty,
+                density=self.density,
+                penalty_kind=self.penalty_kind,
             )
         return restrict_to_active(gradient, support, self.exploring, 0.0)
 
@@ -70,7 +74,7 @@ class Step:
 def decide(
     *,
     penalty: float,
-    kind: PenaltyKind,
+    penalty_kind: PenaltyKind,
     density: float,
     ascends: bool,
     explore_until: int | None,
@@ -81,7 +85,7 @@ def decide(
 
     Parameters
     ----------
-    penalty, kind, explore_until
+    penalty, penalty_kind, explore_until
         The options ``penalty``, ``penalty_kind`` and ``explore_until`` of
         :func:`topkast.wrap_optimizer`.
     density
@@ -97,7 +101,7 @@ def decide(
     --------
     >>> from topkast.adapter import decide
     >>> step = decide(
-    ...     penalty=0.1, kind="l2", density=0.25, ascends=False, explore_until=5, updates=5)
+    ...     penalty=0.1, penalty_kind="l2", density=0.25, ascends=False, explore_until=5, updates=5)
     >>> step.on_active, step.on_exploring, step.exploring
     (0.1, 0.4, False)
 
@@ -106,7 +110,7 @@ def decide(
     Top-KAST, section 2.3 for the penalty, table 1 for exploration that stops.
     """
     signed = -penalty if ascends else penalty
-    return Step(signed, kind, density, explores(explore_until, updates), betas)
+    return Step(signed, penalty_kind, density, explores(explore_until, updates), betas)
 
 
 def explores(until: int | None, updates: Any) -> Any:

@@ -124,7 +124,7 @@ class RankedTensors:
         return Refresh(new, migration, self._count_members(new.active_entries, entered))
 
     def no_change(self, like: Array) -> Array:
-        """The `changed` of a :class:`Refresh` that changed nothing."""
+        """The `entered_active` of a :class:`Refresh` that changed nothing."""
         xp = array_namespace(like)
         return xp.zeros(len(self.shapes), dtype=xp.int32, device=device(like))
 
@@ -155,7 +155,7 @@ class Refresh(NamedTuple):
 
     support: Support
     migration: Migration
-    changed: Array
+    entered_active: Array
 
 
 def rank_tensors(shapes: Mapping[str, Shape], options: Options) -> list[RankedTensors]:

@@ -30,7 +30,7 @@ from topkast_torch.inner._young import Young
 
 
 @dataclass(frozen=True)
-class Habits:
+class InnerProfile:
     """What trials showed of the inner optimizer, for tensors with one number of dimensions."""
 
     layout: Layout
@@ -52,27 +52,27 @@ class Execution(ABC):
     ranked: RankedTensors
     values: Parameter  # (1, …, |B|)
     reservoir: Tensor  # θ as one vector; stale on B until a refresh
-    habits: Habits
+    profile: InnerProfile
     overrides: dict[str, Any]  # options of these tensors alone
     refreshes: bool  # whether their method ever chooses sets anew
     # Changed by a refresh
     support: Support
-    changed: Tensor  # entries new to A, by member
+    entered_active: Tensor  # entries new to A, by member
     young: Young | None
     # Changed by a step
     step: Step  # what the next one does
     steps: int  # of the inner optimizer on these weights
 
-    def start(self, habits: Habits, options: Options, updates: int, steps: int) -> None:
+    def start(self, profile: InnerProfile, options: Options, updates: int, steps: int) -> None:
         """What all executions begin with, once they have weights and sets."""
-        self.habits, self.steps = habits, steps
+        self.profile, self.steps = profile, steps
         self.overrides = {"method": options.method} | options.overrides_of(self.ranked.key)
         self.refreshes = method_of(options.for_tensor(self.ranked.key)).refreshes
-        self.changed = self.ranked.no_change(self.support.indices)
+        self.entered_active = self.ranked.no_change(self.support.indices)
         self.young = None
-        if habits.needs_ages:
+        if profile.needs_ages:
             self.young = Young(
-                settled_ages(self.support.backward_size, self.support.indices), habits
+                settled_ages(self.support.backward_size, self.support.indices), profile
             )
         self.decide(options.for_group(), updates)
 
@@ -133,10 +133,10 @@ class Execution(ABC):
 
     def decide(self, group: Mapping[str, Any], updates: int) -> None:
         """What the next update, after some number of them, does to these tensors."""
-        ascends = group.get("maximize", self.habits.traits.ascends)
+        ascends = group.get("maximize", self.profile.traits.ascends)
         self.step = decide(
             penalty=self.option(group, "penalty"),
-            kind=self.option(group, "penalty_kind"),
+            penalty_kind=self.option(group, "penalty_kind"),
             density=self.ranked.density,
             ascends=bool(ascends),
             explore_until=self.option(group, "explore_until"),
@@ -169,7 +169,7 @@ class Execution(ABC):
         """Write a gradient (|B|,), with what the step adds to it, to `out`."""
         values, split, step = self.values.detach().view(-1), self.support.forward_size, self.step
         if step.penalty:
-            direction = values if step.kind == "l2" else torch.sgn(values)
+            direction = values if step.penalty_kind == "l2" else torch.sgn(values)
             both = (slice(split), step.on_active), (slice(split, None), step.on_exploring)
             for part, factor in both:
                 torch.add(gradient[part], direction[part], alpha=factor, out=out[part])
@@ -225,7 +225,7 @@ class Execution(ABC):
 
     def check_known(self, inner: torch.optim.Optimizer) -> None:
         """Raise :class:`UnsupportedOptimizerError` for state that could not follow B."""
-        layout = self.habits.layout
+        layout = self.profile.layout
         kept = entries_of(inner, self.values, layout.stores)
         check_known(kept, layout, self.values.numel(), name_of(inner))
 
@@ -233,11 +233,11 @@ class Execution(ABC):
         self, chosen: Refresh, inner: torch.optim.Optimizer, group: Mapping[str, Any]
     ) -> None:
         """Take other sets; carry values and what the inner optimizer keeps over to the next B."""
-        self.changed = chosen.changed
+        self.entered_active = chosen.entered_active
         self.migrate_gradient(chosen.migration)
         self.restore(chosen.support, self.reservoir)
-        kept = entries_of(inner, self.values, self.habits.layout.stores)
-        migrate(kept, self.habits.layout, self.values, chosen.migration)
+        kept = entries_of(inner, self.values, self.profile.layout.stores)
+        migrate(kept, self.profile.layout, self.values, chosen.migration)
         if self.young is not None:
             self.young.migrate(chosen.migration, group)
 

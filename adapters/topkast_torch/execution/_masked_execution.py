@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from topkast import MismatchError, UnsupportedTensorError
 from topkast.adapter import Options, RankedTensors
-from topkast_torch.execution._execution import Execution, Habits
+from topkast_torch.execution._execution import Execution, InnerProfile
 from topkast_torch.execution._flat import Flat, compress
 from topkast_torch.inner._inner_state import join, restrict
 from topkast_torch.optimizer._ownership import claim, release
@@ -50,7 +50,7 @@ class MaskedExecution(Execution):
         ranked: RankedTensors,
         params: Mapping[str, Parameter],
         options: Options,
-        habits: Habits,
+        profile: InnerProfile,
         updates: int,
         steps: int,
     ) -> None:
@@ -65,7 +65,7 @@ class MaskedExecution(Execution):
         self.gradient = torch.empty_like(self.values).detach().view(-1)
         self._hooks: dict[str, RemovableHandle] = {}
         self._replaced: list[str] = []
-        self.start(habits, options, updates, steps)
+        self.start(profile, options, updates, steps)
         self.update_positions()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -190,7 +190,7 @@ class MaskedExecution(Execution):
                 f"{self.ranked.key}: only {sorted(states)} have optimizer state, and a global "
                 "ranking shares one; wrap the optimizer before its first step"
             )
-        layout, compact = self.habits.layout, self.ranked.compact_shape
+        layout, compact = self.profile.layout, self.ranked.compact_shape
         parts = [
             restrict(states[name], layout, tuple(member.param.shape), member.places[part].c_order)
             for part in range(2)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from topkast import MismatchError, OptionError
 from topkast.adapter import Migration, Options, RankedTensors
-from topkast_torch.execution._execution import Execution, Habits
+from topkast_torch.execution._execution import Execution, InnerProfile
 from topkast_torch.execution._masked_execution import MaskedExecution
 from topkast_torch.optimizer._ownership import claim, release
 from topkast_torch.sparse._conversion import make_dense
@@ -33,7 +33,7 @@ class SparseExecution(Execution):
         name: str,
         layer: SparseLayer,
         options: Options,
-        habits: Habits,
+        profile: InnerProfile,
         updates: int,
         steps: int,
     ) -> SparseExecution:
@@ -63,7 +63,7 @@ class SparseExecution(Execution):
         execution.values, execution.reservoir = layer.values, theta.to(layer.values)
         execution.layer, execution.support = layer, layer.support
         execution._gradient, execution._replaced = None, False
-        execution.start(habits, options, updates, steps)
+        execution.start(profile, options, updates, steps)
         return execution
 
     @classmethod

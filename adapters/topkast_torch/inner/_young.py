@@ -17,7 +17,7 @@ from topkast_torch.inner._inner_state import Start, entries_of, walk
 from topkast_torch.inner._probe import betas_of
 
 if TYPE_CHECKING:
-    from topkast_torch.execution._execution import Habits
+    from topkast_torch.execution._execution import InnerProfile
 
 
 class Young:
@@ -31,8 +31,8 @@ class Young:
         Updates since then.
     """
 
-    def __init__(self, ages: Tensor, habits: Habits) -> None:
-        self.ages, self.since, self._habits = ages, 0, habits
+    def __init__(self, ages: Tensor, profile: InnerProfile) -> None:
+        self.ages, self.since, self._profile = ages, 0, profile
         self._find(None)
 
     def current(self) -> Tensor:
@@ -63,7 +63,7 @@ class Young:
         self._any_young = len(positions) > 0
         self._positions = None if self.ages.device.type == "cpu" else positions
         self._entrants = self.ages.new_empty(0, dtype=torch.int32)
-        if not self._habits.layout.starts_suffice:
+        if not self._profile.layout.starts_suffice:
             self._entrants = _true_positions(self.ages == 0)
 
     @property
@@ -74,7 +74,7 @@ class Young:
 
     def betas(self, group: Mapping[str, Any]) -> Betas | None:
         """The pair that the inner optimizer uses now: a schedule may change it."""
-        found = self._habits.traits.betas
+        found = self._profile.traits.betas
         present = betas_of(group)
         if found is None or not present:
             return found
@@ -99,7 +99,7 @@ class Young:
                 young = _true_positions(self.ages < self._limit)
             old = [flat.index_select(0, young) for flat in self._moving(inner, values)]
             self._before = young, old
-        if not self._habits.layout.starts_suffice and not self.since and self._entrants.numel():
+        if not self._profile.layout.starts_suffice and not self.since and self._entrants.numel():
             self._first = self._step_entrants(inner, group, values)
 
     def after_step(
@@ -134,7 +134,7 @@ class Young:
 
     def _moving(self, inner: torch.optim.Optimizer, values: Parameter) -> list[Tensor]:
         """The values, and what moves as they do: entries that started as copies of them."""
-        layout = self._habits.layout
+        layout = self._profile.layout
         moving = [values.detach().view(-1)]
         if any(isinstance(start, Start) for start in layout.starts.values()):
             kept = entries_of(inner, values, layout.stores)
@@ -157,7 +157,7 @@ class Young:
         entrants.grad = values.grad.view(-1).index_select(0, self._entrants).view(shape)
         fresh = fresh_optimizer(inner, group, [entrants])
         step_without_hooks(fresh)
-        kept = entries_of(fresh, entrants, self._habits.layout.stores)
+        kept = entries_of(fresh, entrants, self._profile.layout.stores)
         first: dict[Any, list[Tensor]] = {}
         for path, entry in walk(kept):
             first.setdefault(path, []).append(entry)
@@ -167,7 +167,7 @@ class Young:
         assert self._first is not None
         weights, first = self._first
         values.detach().view(-1).index_copy_(0, self._entrants.long(), weights)
-        layout = self._habits.layout
+        layout = self._profile.layout
         for path, entry in walk(entries_of(inner, values, layout.stores)):
             if path in layout.specs and first.get(path):
                 axis = layout.specs[path].axis(tuple(values.shape))

@@ -22,7 +22,7 @@ from topkast.adapter import (
     kept_dense,
     rank_tensors,
 )
-from topkast_torch.execution._execution import Execution, Habits
+from topkast_torch.execution._execution import Execution, InnerProfile
 from topkast_torch.execution._masked_execution import MaskedExecution
 from topkast_torch.execution._sparse_execution import SparseExecution
 from topkast_torch.inner._inner_state import steps_taken
@@ -42,7 +42,7 @@ class Group:
     params: list[Parameter]
     executions: list[Execution]
     owner: dict[str, Execution]  # by the name of a sparsified parameter
-    habits: dict[int, Habits]  # of the inner optimizer, by number of dimensions
+    profiles: dict[int, InnerProfile]  # of the inner optimizer, by number of dimensions
     fixed: dict[str, Any]  # options that must stay as they are
     checked: tuple[Any, ...] = ()  # values of the options when they were checked last
 
@@ -80,7 +80,7 @@ class Group:
 
     def layout_stores(self) -> tuple[str, ...]:
         """Attributes in which the inner optimizer keeps entries by Parameter."""
-        names = (name for habits in self.habits.values() for name in habits.layout.stores)
+        names = (name for profile in self.profiles.values() for name in profile.layout.stores)
         return tuple(dict.fromkeys(["state", *names]))
 
 
@@ -123,8 +123,8 @@ class WrapperState:
         names = (
             name
             for group in self.groups
-            for habits in group.habits.values()
-            for name in habits.layout.attributes
+            for profile in group.profiles.values()
+            for name in profile.layout.attributes
         )
         return tuple(dict.fromkeys(names))
 
@@ -173,42 +173,42 @@ def prepare(state: WrapperState, group: Mapping[str, Any], options: Options) -> 
             )
     shapes = {name: tuple(tensors[name].shape) for name in masked}
     shapes |= {name: layer.weight_shape for name, layer in layers.items() if layer is not None}
-    habits = _find_habits(state.inner, group, list(shapes.values()), options)
+    profiles = _find_profiles(state.inner, group, list(shapes.values()), options)
     executions: list[Execution] = []
     with torch.no_grad():
         for tensor in ranked:
             members = {name: masked[name] for name in tensor.shapes}
             steps = steps_taken(state.inner, group, members.values())
-            habit = habits[len(tensor.compact_shape)]
+            profile = profiles[len(tensor.compact_shape)]
             executions.append(
-                MaskedExecution(tensor, members, options, habit, state.updates, steps)
+                MaskedExecution(tensor, members, options, profile, state.updates, steps)
             )
         for name, layer in layers.items():
             if layer is not None:
                 steps = steps_taken(state.inner, group, [tensors[name]])
-                habit = habits[len(layer.weight_shape)]
+                profile = profiles[len(layer.weight_shape)]
                 executions.append(
-                    SparseExecution.of_layer(name, layer, options, habit, state.updates, steps)
+                    SparseExecution.of_layer(name, layer, options, profile, state.updates, steps)
                 )
     owner = {name: execution for execution in executions for name in execution.ranked.shapes}
     fixed = {name: getattr(options, name) for name in FIXED_OPTIONS}
-    return Group(names, params, executions, owner, habits, fixed)
+    return Group(names, params, executions, owner, profiles, fixed)
 
 
-def _find_habits(
+def _find_profiles(
     inner: torch.optim.Optimizer,
     group: Mapping[str, Any],
     shapes: list[tuple[int, ...]],
     options: Options,
-) -> dict[int, Habits]:
+) -> dict[int, InnerProfile]:
     """What trials of the inner optimizer show, by the number of dimensions of a tensor."""
     if options.probe:
         probe(inner, group, shapes, joint=options.distribution == "global" and len(shapes) > 1)
-    habits = {}
+    profiles = {}
     for dimensions in {len(shape) for shape in shapes}:
         layout = learn_layout(inner, group, dimensions)
-        habits[dimensions] = Habits(layout, find_traits(inner, group, layout, dimensions))
-    return habits
+        profiles[dimensions] = InnerProfile(layout, find_traits(inner, group, layout, dimensions))
+    return profiles
 
 
 def restrict_state(

@@ -74,13 +74,13 @@ class _Sets:
     """What is loaded for one execution."""
 
     support: Support
-    changed: Tensor
+    entered_active: Tensor
     theta: Tensor  # one vector
     steps: int
     ages: Tensor | None
 
     def restore(self, execution: Execution, values: Mapping[str, Any]) -> None:
-        execution.changed, execution.steps = self.changed, self.steps
+        execution.entered_active, execution.steps = self.entered_active, self.steps
         execution.restore(self.support, self.theta)
         if execution.young is not None and self.ages is not None:
             execution.young.restore(self.ages, values)
@@ -233,7 +233,7 @@ def _check_sets(execution: Execution, owns: Mapping[str, Any]) -> _Sets:
     if execution.young is not None:
         _expect(f"ages of {key}", ((ranked.backward_size,), torch.int16), _type_of(shared["ages"]))
         ages = shared["ages"].to(device, copy=True)
-    counts, steps = [own["changed"] for own in owns.values()], shared["steps"]
+    counts, steps = [own["entered_active"] for own in owns.values()], shared["steps"]
     if not all(isinstance(count, int) and count >= 0 for count in (*counts, steps)):
         raise StateDictError(f"{key}: mask change and steps must be integers >= 0")
     return _Sets(
@@ -247,7 +247,7 @@ def _check_sets(execution: Execution, owns: Mapping[str, Any]) -> _Sets:
 
 def _check_entries(execution: Execution, kept: dict[str, Any]) -> dict[str, Any]:
     """What the inner optimizer kept for a compact vector, if it fits the one that it is for."""
-    layout, compact = execution.habits.layout, execution.ranked.compact_shape
+    layout, compact = execution.profile.layout, execution.ranked.compact_shape
     key, count = execution.ranked.key, execution.ranked.backward_size
     missing = {str(path[1]) for path in layout.specs if path[0] == "state"} - {
         str(entry) for entry in kept["state"]

@@ -366,7 +366,7 @@ class TopKASTOptimizer(torch.optim.Optimizer):
             theta,
             {key: execution.ranked for key, execution in executions.items()},
             {key: execution.support for key, execution in executions.items()},
-            {key: execution.changed for key, execution in executions.items()},
+            {key: execution.entered_active for key, execution in executions.items()},
             held,
             model,
         )

@@ -118,7 +118,7 @@ def _save_execution(execution: Execution) -> dict[str, dict[str, Any]]:
     ranked = execution.ranked
     theta = ranked.unflatten(execution.theta().clone())
     saved = {
-        name: {"params": theta[name], "changed": int(execution.changed[number])}
+        name: {"params": theta[name], "entered_active": int(execution.entered_active[number])}
         for number, name in enumerate(ranked.shapes)
     }
     first, *others = ranked.shapes

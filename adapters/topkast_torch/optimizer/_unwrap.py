@@ -47,7 +47,7 @@ def unwrap(optimizer: TopKASTOptimizer, weights: Weights) -> torch.optim.Optimiz
 
 def _expand_state(state: WrapperState, execution: Execution, params: Mapping[str, Tensor]) -> None:
     """Spread what the inner optimizer keeps on B over the whole tensors, fresh outside B."""
-    layout, compact = execution.habits.layout, execution.ranked.compact_shape
+    layout, compact = execution.profile.layout, execution.ranked.compact_shape
     kept = entries_of(state.inner, execution.values, state.stores)
     for store in kept:
         del getattr(state.inner, store)[execution.values]

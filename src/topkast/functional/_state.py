@@ -29,7 +29,7 @@ class TopKASTState(NamedTuple):
         Number of updates so far; 0-d int32.
     supports
         The sets, by the name of the tensor.
-    changed
+    entered_active
         Entries that the last refresh made active, by the name of the tensor; int32 of shape (1,).
     ages
         Updates since each entry of B entered it, int16, by the name of the tensor: for rules of the
@@ -40,32 +40,32 @@ class TopKASTState(NamedTuple):
 
     updates: Array
     supports: dict[str, Support]
-    changed: Arrays
+    entered_active: Arrays
     ages: Arrays
     inner: Any
 
     def __topkast_inspect__(self, params: Arrays | None) -> Inspection:
         if params is None:
             raise MismatchError("a functional state does not hold the weights: pass params too")
-        held: dict[str, int] = dict.fromkeys({*params, *self.supports}, 0)
+        nbytes: dict[str, int] = dict.fromkeys({*params, *self.supports}, 0)
 
         def count(key: str, entry: Array, _: Array) -> Array:
-            held[key] += count_bytes(entry)
+            nbytes[key] += count_bytes(entry)
             return entry
 
         keys = {*self.supports, *params} - {
             name for key in self.supports for name in members(key, params) if name != key
         }
         map_dictionaries(count, self.inner, self.inner, keys)
-        return inspection(self, params, held)
+        return inspection(self, params, nbytes)
 
     def __topkast_forward__(self, params: Mapping[str, Array]) -> Arrays:
         return forward_views(params, self.supports)
 
 
-def inspection(state: Any, params: Arrays, held: Mapping[str, int]) -> Inspection:
-    """What a functional state shows; `held` are the bytes of its inner state, by key."""
-    ranked, total = {}, dict(held)
+def inspection(state: Any, params: Arrays, nbytes: Mapping[str, int]) -> Inspection:
+    """What a functional state shows; `nbytes` are the bytes of its inner state, by key."""
+    ranked, total = {}, dict(nbytes)
     for key, support in state.supports.items():
         shapes = {name: tuple(params[name].shape) for name in members(key, params)}
         ranked[key] = _ranked(shapes, support)
@@ -80,7 +80,7 @@ def inspection(state: Any, params: Arrays, held: Mapping[str, int]) -> Inspectio
         (3 if name in members_of else 2) * count_bytes(array) for name, array in params.items()
     )
     return Inspection(
-        int(state.updates), params, ranked, state.supports, state.changed, total, model
+        int(state.updates), params, ranked, state.supports, state.entered_active, total, model
     )
 
 

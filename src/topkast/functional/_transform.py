@@ -199,7 +199,7 @@ class TopKASTTransform:
         return {
             ranked.key: decide(
                 penalty=plan.options[ranked.key].penalty,
-                kind=plan.options[ranked.key].penalty_kind,
+                penalty_kind=plan.options[ranked.key].penalty_kind,
                 density=ranked.density,
                 ascends=plan.traits[ranked.key].ascends,
                 explore_until=plan.options[ranked.key].explore_until,
@@ -321,7 +321,8 @@ class TopKASTTransform:
 
         return state._replace(
             supports=supports,
-            changed=state.changed | {key: new.changed for key, new in outcome.items()},
+            entered_active=state.entered_active
+            | {key: new.entered_active for key, new in outcome.items()},
             ages=state.ages
             | {
                 key: new.migration.apply(state.ages[key])
