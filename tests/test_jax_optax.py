@@ -48,13 +48,12 @@ CONTEXT = {"polyak_sgd", "reduce_on_plateau"}  # need the loss
 
 def on_b_alone(inner: Any, params: Pytree, steps: int, *, value: bool) -> Pytree:
     """θ after training the entries of a fixed B as if they were all that there is."""
-    supports = wrap(inner, refresh_every=1000).init(params).supports
+    start = wrap(inner, refresh_every=1000).init(params)
+    supports = start.supports
     weights = {"body.0.w": ("body", 0), "body.1.w": ("body", 1), "head.w": ("head",)}
     state = None
     for number in range(steps):
-        alpha = topkast.forward_params(
-            params, wrap(inner, refresh_every=1000).init(params)._replace(supports=supports)
-        )
+        alpha = topkast.forward_params(params, start)
         found, grads = jax.value_and_grad(loss)(alpha, inputs_of(number))
 
         def compact(tree: Pytree) -> Pytree:

@@ -341,7 +341,8 @@ class TestConventions:
     def test_the_count_does_not_overflow(self) -> None:
         tx, params = wrap(), make_params()
         last = jnp.asarray(2**31 - 1, jnp.int32)
-        state = tx.init(params)._replace(updates=last)
+        state = tx.init(params)
+        state = state._replace(core=state.core._replace(updates=last))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", topkast.WeightsMovedWarning)
             _, state = jax.jit(tx.update)(params, state, params)

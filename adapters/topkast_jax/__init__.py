@@ -1,6 +1,6 @@
 """Top-KAST for JAX: a gradient transformation around any elementwise optax optimizer."""
 
-from topkast_jax._state import TopKASTState
+from topkast_jax._state import CheckedState
 from topkast_jax._transform import TopKASTGradientTransformation, wrap
 
-__all__ = ["TopKASTGradientTransformation", "TopKASTState", "wrap"]
+__all__ = ["CheckedState", "TopKASTGradientTransformation", "wrap"]

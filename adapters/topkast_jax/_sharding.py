@@ -103,7 +103,7 @@ def layout_beside(shapes: Any, tree: Tree, weights: Mapping[str, jax.Array]) -> 
         return NamedSharding(mesh, PartitionSpec())
 
     everywhere = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes)
-    return everywhere._replace(
+    core = everywhere.core._replace(
         ages={key: NamedSharding(mesh, PartitionSpec(axes[key])) for key in shapes.ages},
         supports={
             key: jax.tree.map(lambda _, key=key: NamedSharding(mesh, PartitionSpec(axes[key])), one)
@@ -111,6 +111,7 @@ def layout_beside(shapes: Any, tree: Tree, weights: Mapping[str, jax.Array]) -> 
         },
         inner=tree_map_with_path(place, shapes.inner),
     )
+    return everywhere._replace(core=core)
 
 
 def _axes(

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from topkast import Support
+from topkast import Support, TopKASTState
 from topkast.adapter import TopKASTTransform, cond, is_due, possibly_true
-from topkast_jax._state import TopKASTState, warn_if_stale
+from topkast_jax._state import CheckedState, warn_if_stale
 
 Arrays = dict[str, jax.Array]
 
@@ -22,11 +22,11 @@ Arrays = dict[str, jax.Array]
 def compare_at_refreshes(
     core: TopKASTTransform,
     interval: int,
-    state: TopKASTState,
+    state: CheckedState,
     following: TopKASTState,
     weights: Arrays,
     moved: Arrays,
-) -> TopKASTState:
+) -> CheckedState:
     """`following`, with the checksum of the weights after a refresh; counts if they were others.
 
     `interval` is the number of updates after which the sets of all tensors are chosen, `weights`
@@ -49,7 +49,7 @@ def compare_at_refreshes(
         stale_refreshes = cond(due, compare, stale_refreshes, seen, weights_checksum)
     due = is_due(interval, following.updates)
     weights_checksum = cond(due, remember, weights_checksum, following.supports, moved)
-    return following._replace(stale_refreshes=stale_refreshes, weights_checksum=weights_checksum)
+    return CheckedState(following, weights_checksum, stale_refreshes)
 
 
 def checksum(compact: Arrays, supports: Mapping[str, Support], weights: Arrays) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import tree_flatten_with_path
 
-from topkast import MismatchError, Support, WeightsMovedWarning
+from topkast import MismatchError, Support, TopKASTState, WeightsMovedWarning
 from topkast.adapter import Inspection, count_bytes, forward_views, inspection, is_traced
 from topkast_jax._rule import find_key
 from topkast_jax._sharding import is_explicit, is_spread, layout_of, run
@@ -18,35 +18,60 @@ from topkast_jax._tree import as_arrays, flatten_weights
 Arrays = dict[str, jax.Array]
 
 
-class TopKASTState(NamedTuple):
-    r"""State of a wrapped optax transformation: arrays alone, of fixed shapes and dtypes.
+class CheckedState(NamedTuple):
+    """State of a wrapped optax transformation: arrays alone, of fixed shapes and dtypes.
+
+    The fields of ``core`` can be read from the state itself: ``state.supports`` is
+    ``state.core.supports``.
 
     Attributes
     ----------
-    updates
-        Number of updates so far; 0-d int32.
-    supports
-        The sets, by the name of the tensor.
-    entered_active
-        Entries that the last refresh made active, by the name of the tensor; int32 of shape (1,).
-    ages
-        Updates since each entry of B entered it, int16, by the name of the tensor: under
-        transformations of the Adam family, whose entrants would move too fast.
-    inner
-        State of the wrapped transformation, whose entries for a tensor have shape (1, …, \|B\|).
+    core
+        The state of the method; see :class:`topkast.TopKASTState`. The sets, ages and entries of
+        ``core.inner`` belong to the names of the leaves, such as ``"dense.kernel"``.
     weights_checksum
-        Of the weights on B that the sets were chosen from, and of their shapes; 0-d uint32.
+        Checksum of the shapes, and of the weights on B that the sets were chosen from; 0-d uint32.
     stale_refreshes
-        How often the weights were not those at the update after a refresh; 0-d int32.
+        Number of refreshes whose weights were changed before the next update; 0-d int32.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, optax, topkast
+    >>> tx = topkast.wrap_optimizer(optax.adam(0.1), fwd=0.75, bwd=0.5)
+    >>> state = tx.init({"w": jnp.asarray([[4.0, 3.0], [2.0, 1.0]])})
+    >>> state.supports["w"].indices
+    Array([0, 1], dtype=int32)
     """
 
-    updates: jax.Array
-    supports: dict[str, Support]
-    entered_active: Arrays
-    ages: Arrays
-    inner: Any
+    core: TopKASTState
     weights_checksum: jax.Array
     stale_refreshes: jax.Array
+
+    @property
+    def updates(self) -> jax.Array:
+        """Number of updates; 0-d int32."""
+        updates: jax.Array = self.core.updates
+        return updates
+
+    @property
+    def supports(self) -> dict[str, Support]:
+        """The sets A and B, by the name of the tensor."""
+        return self.core.supports
+
+    @property
+    def entered_active(self) -> Arrays:
+        """Number of entries that the last refresh made active, by the name of the tensor."""
+        return self.core.entered_active
+
+    @property
+    def ages(self) -> Arrays:
+        """Updates since each entry of B entered it, by the name of the tensor."""
+        return self.core.ages
+
+    @property
+    def inner(self) -> Any:
+        r"""State of the wrapped transformation, whose entries for a tensor have \|B\| elements."""
+        return self.core.inner
 
     def __topkast_inspect__(self, params: Any) -> Inspection:
         if params is None:
@@ -55,7 +80,7 @@ class TopKASTState(NamedTuple):
         self._check_single()
         warn_if_stale(self.stale_refreshes)
         tree, weights = flatten_weights(params, strict=False)
-        state = self
+        state = self.core
         if is_spread(weights) or is_explicit(weights):
             state = state._replace(supports=jax.tree.map(_on_one_device, state.supports))
         nbytes = dict.fromkeys({*weights, *self.supports}, 0)

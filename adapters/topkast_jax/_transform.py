@@ -13,6 +13,7 @@ import optax
 
 from topkast import (
     MismatchError,
+    TopKASTState,
     UnsupportedOptimizerError,
     UnsupportedTensorError,
 )
@@ -29,7 +30,7 @@ from topkast_jax._sharding import (
     run,
 )
 from topkast_jax._stale import checksum, compare_at_refreshes
-from topkast_jax._state import TopKASTState
+from topkast_jax._state import CheckedState
 from topkast_jax._tree import Tree, flatten_weights, is_key
 
 Arrays = dict[str, jax.Array]
@@ -80,7 +81,7 @@ class TopKASTGradientTransformation(optax.GradientTransformationExtraArgs):  # t
     def __repr__(self) -> str:
         return f"{type(self).__name__}({describe(self._transform.tx)}, {self._transform.options})"
 
-    def step(self, grads: Any, state: TopKASTState, params: Any, **extra: Any) -> tuple[Any, Any]:
+    def step(self, grads: Any, state: CheckedState, params: Any, **extra: Any) -> tuple[Any, Any]:
         r"""The next parameters and state: ``update`` and ``optax.apply_updates`` in one.
 
         It writes the values on B into θ and never forms updates as large as θ. Inside ``jax.jit``
@@ -152,7 +153,7 @@ class _Transform:
             except NotProbedError as error:
                 self._unprobed = error  # masks and labels may ask for the tree that init gets
 
-    def init(self, params: Any) -> TopKASTState:
+    def init(self, params: Any) -> CheckedState:
         if type(params).__name__ == "_ParamsPlaceholder":
             return self._placeholder(params)
         tree, weights = flatten_weights(params)
@@ -167,29 +168,30 @@ class _Transform:
         layout = layout_beside(shapes, tree, weights)
         return run(self._init, layout, params)  # type: ignore[no-any-return]
 
-    def _placeholder(self, params: Any) -> TopKASTState:
+    def _placeholder(self, params: Any) -> CheckedState:
         """What ``optax.tree_utils.tree_map_params`` asks for: where the state mirrors params."""
         none = jnp.zeros(())
-        everything: Any = dict.fromkeys(TopKASTState._fields, none)
-        return TopKASTState(**everything | {"inner": self.tx.init(params)})
+        fields: Any = dict.fromkeys(TopKASTState._fields, none)
+        core = TopKASTState(**fields | {"inner": self.tx.init(params)})
+        return CheckedState(core, none, none)
 
     def update(
-        self, grads: Any, state: TopKASTState, params: Any = None, **extra: Any
-    ) -> tuple[Any, TopKASTState]:
+        self, grads: Any, state: CheckedState, params: Any = None, **extra: Any
+    ) -> tuple[Any, CheckedState]:
         if params is None:
             raise MismatchError("update needs params: update(grads, state, params)")
         return self._run(grads, state, params, extra, fused=False)
 
     def step(
-        self, grads: Any, state: TopKASTState, params: Any, **extra: Any
-    ) -> tuple[Any, TopKASTState]:
+        self, grads: Any, state: CheckedState, params: Any, **extra: Any
+    ) -> tuple[Any, CheckedState]:
         return self._run(grads, state, params, extra, fused=True)
 
     def _run(
-        self, grads: Any, state: TopKASTState, params: Any, extra: dict[str, Any], *, fused: bool
-    ) -> tuple[Any, TopKASTState]:
+        self, grads: Any, state: CheckedState, params: Any, extra: dict[str, Any], *, fused: bool
+    ) -> tuple[Any, CheckedState]:
         """:meth:`_advance`, where the parameters are."""
-        if not isinstance(state, TopKASTState):
+        if not isinstance(state, CheckedState):
             raise MismatchError(
                 f"update needs the state that init returned, got {type(state).__name__}: restore "
                 "what comes from a file into the form of tx.init(params)"
@@ -208,7 +210,7 @@ class _Transform:
 
         return run(with_others, layout, grads, state, params, arrays)  # type: ignore[no-any-return]
 
-    def _init(self, params: Any) -> TopKASTState:
+    def _init(self, params: Any) -> CheckedState:
         tree, weights = flatten_weights(params)
         core, rule = self._core_of(tree)
         state = core.init(weights)
@@ -216,26 +218,22 @@ class _Transform:
         rule.check(compact, state.supports)
         refuse_skipping(state.inner)
         weights_checksum = checksum(compact, state.supports, weights)
-        return TopKASTState(
-            **state._asdict(),
-            weights_checksum=weights_checksum,
-            stale_refreshes=jnp.zeros((), jnp.int32),
-        )
+        return CheckedState(state, weights_checksum, jnp.zeros((), jnp.int32))
 
     def _advance(
         self,
         grads: Any,
-        state: TopKASTState,
+        state: CheckedState,
         params: Any,
         extra: Mapping[str, Any],
         *,
         fused: bool,
-    ) -> tuple[Any, TopKASTState]:
+    ) -> tuple[Any, CheckedState]:
         """Updates and the next state or, `fused`, the parameters after them and the state."""
         tree, weights = flatten_weights(params)
         core, rule = self._core_of(tree)
         gradients = tree.weights(grads, "grads")
-        core.check(gradients, weights, state)
+        core.check(gradients, weights, state.core)
         passed = {
             name: rule.assemble(core.compact(tree.weights(value, name), state.supports))
             if tree.is_like(value, weights)
@@ -244,10 +242,10 @@ class _Transform:
         }
         others = tree.other_leaves(params)
         if fused:
-            output, following = core.step(gradients, state, weights, **passed)
+            output, following = core.step(gradients, state.core, weights, **passed)
             moved = output
         else:
-            output, following = core.update(gradients, state, weights, **passed)
+            output, following = core.update(gradients, state.core, weights, **passed)
             moved = apply_updates(weights, output)
             others = {name: _no_update(name, leaf) for name, leaf in others.items()}
         interval = self._interval(core, weights)

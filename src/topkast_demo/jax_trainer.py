@@ -96,7 +96,9 @@ class JaxTrainer(Trainer):
             return {}
         # As NumPy arrays, since JAX takes long over each of many small operations.
         supports = jax.device_get(self._state.supports)
-        return topkast.masks(self._state._replace(supports=supports), self._params)
+        return topkast.masks(
+            self._state._replace(core=self._state.core._replace(supports=supports)), self._params
+        )
 
     def state_bytes(self) -> int:
         inner = self._state.inner if self._is_wrapped else self._state
