@@ -26,6 +26,14 @@ except ModuleNotFoundError:
         "the kernels need numba: pip install 'topkast[cpu]'", name="numba"
     ) from None
 
+from topkast.kernels._candidates import (
+    Division,
+    Threshold,
+    collect,
+    count_not_finite,
+    divide,
+    find_threshold,
+)
 from topkast.kernels._columns import find_columns, find_row_starts
 from topkast.kernels._convolutions import Shifted, convolve, sampled_correlation, shift
 from topkast.kernels._convolved import ConvolutionProducts
@@ -40,16 +48,22 @@ from topkast.kernels._products import multiply, sampled_product, tile_width
 __all__ = [
     "Bands",
     "ConvolutionProducts",
+    "Division",
     "Grid",
     "Layout",
     "LinearProducts",
     "Placement",
     "RowLayout",
     "Shifted",
+    "Threshold",
+    "collect",
     "compress",
     "convolve",
+    "count_not_finite",
+    "divide",
     "find_columns",
     "find_row_starts",
+    "find_threshold",
     "from_planes",
     "gather",
     "lanes_of",

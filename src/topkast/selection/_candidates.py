@@ -1,0 +1,80 @@
+"""The largest magnitudes among candidates, and how sets change: what NumPy does without kernels.
+
+The functions and their results are those of :mod:`topkast.kernels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Vector = np.ndarray[Any, Any]
+
+
+class Threshold(NamedTuple):
+    """The smallest of the largest magnitudes, and how many entries of it are too many."""
+
+    magnitude: float
+    surplus: int
+
+
+class Division(NamedTuple):
+    """Candidates in their new order: A, B∖A, those outside B, those below the bound."""
+
+    indices: Vector
+    values: Vector
+    source: Vector
+    sizes: tuple[int, int, int, int]
+
+
+def count_not_finite(parts: Sequence[Vector], /) -> int:
+    """Number of NaN and infinite entries in float vectors."""
+    return sum(part.size - int(np.count_nonzero(np.isfinite(part))) for part in parts)
+
+
+def find_threshold(parts: Sequence[Vector], count: int, /) -> Threshold:
+    """The `count`-th largest magnitude of several vectors taken as one."""
+    magnitudes = np.abs(np.concatenate(parts))
+    place = magnitudes.size - count
+    threshold = np.partition(magnitudes, place)[place]
+    return Threshold(float(threshold), int(np.count_nonzero(magnitudes >= threshold)) - count)
+
+
+def collect(flat: Vector, bound: float, /) -> tuple[Vector, Vector]:
+    """Ascending indices of the entries of `flat` (n,) of magnitude `bound` or more, and these."""
+    indices = np.flatnonzero(np.abs(flat) >= flat.dtype.type(bound))
+    narrow = indices.astype(np.int32 if flat.size < 1 << 31 else np.int64)
+    return narrow, flat.take(indices)
+
+
+def divide(
+    active: tuple[Vector, Vector],
+    exploring: tuple[Vector, Vector],
+    reserve: tuple[Vector, Vector],
+    /,
+    *,
+    size: int,
+    forward: float,
+    backward: float,
+    bound: float,
+    ties: tuple[Vector, Vector] | None = None,
+) -> Division:
+    """Divide the candidates for B into the next A, B∖A and reserve."""
+    parts = active, exploring, reserve
+    indices, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    inside = active[0].size + exploring[0].size
+    source = np.arange(indices.size, dtype=np.int32)
+    source[inside:] = -1
+    order = np.argsort(indices, kind="stable")  # which merges what ascends
+    indices, values, source = indices[order], values[order], source[order]
+    magnitudes = np.abs(values)
+    limits = (magnitudes.dtype.type(limit) for limit in (forward, backward, bound))
+    below = [magnitudes < limit for limit in limits]
+    for flags, tied in zip(below, ties or (), strict=False):
+        flags[np.searchsorted(indices, tied)] = True
+    number = np.sum(below, axis=0, dtype=np.int8)
+    order = np.argsort(number, kind="stable")
+    sizes = np.bincount(number, minlength=4)
+    return Division(indices[order], values[order], source[order], tuple(sizes.tolist()))
