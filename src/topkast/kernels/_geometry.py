@@ -20,7 +20,17 @@ _MAX_REGISTERS = 8  # output positions that a product computes at a time
 
 
 class Bands(NamedTuple):
-    """Number of bands per image, rows from the start of one to the next, and rows of each."""
+    """Horizontal bands that an image is cut into.
+
+    Attributes
+    ----------
+    number
+        Bands per image.
+    step
+        Rows from the start of a band to the start of the next band.
+    rows
+        Rows of a band.
+    """
 
     number: int
     step: int
@@ -67,8 +77,8 @@ class ConvGeometry:
 
     Output positions and pixels are numbered row by row, with one row width for both. So each row of
     the output ends with positions whose window wraps around to the next row; they are dropped.
-    Their gradient is zero in the weight gradient, but a pixel that is not finite makes NaN of it,
-    also for weights that do not read this pixel.
+    They add zero gradients to the weight gradient. But zero times a pixel that is not finite is
+    NaN, so such a pixel also spoils the gradient of weights that never read it.
 
     Parameters
     ----------

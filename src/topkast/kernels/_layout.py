@@ -339,7 +339,7 @@ def make_layout(
 
 
 def row_panel_width(entries: int, shape: tuple[int, int]) -> int:
-    """Default width of the panels of a :class:`RowLayout` with some number of entries."""
+    """Default width of the panels of a :class:`RowLayout` with `entries` entries."""
     return _panel_width(entries, shape, _ROW_SEGMENT_ENTRIES)
 
 

@@ -115,7 +115,7 @@ def _sort_segments(counts: Vector, chunk_rows: Vector, segments: int) -> Any:
     max_length = 0
     for count in counts.flat:
         max_length = max(max_length, count)
-    next_segment = np.empty(max_length + 2, dtype=np.int32)  # position of the next one, by length
+    next_segment = np.empty(max_length + 2, dtype=np.int32)  # next position, by length
     first = 0
     for chunk in range(chunks):
         start, stop = chunk_rows[chunk], chunk_rows[chunk + 1]

@@ -1,8 +1,8 @@
 """Images as planes of vectors, on which a convolution is a sum of shifted planes.
 
-A vector holds one pixel of as many images as it has lanes. With a stride, the pixels of each phase
-(even rows and odd columns, say) have a plane of their own. So each weight of the window reads at a
-fixed offset from the output position, and every load is aligned.
+A vector holds the same pixel of several images, one image in each lane. With a stride, the pixels
+of each phase (even rows and odd columns, say) have a plane of their own. So each weight of the
+window reads at a fixed offset from the output position, and every load is aligned.
 """
 
 from __future__ import annotations

@@ -108,8 +108,8 @@ def multiply(
     bias
         Contiguous, (layout.rows,).
     threads
-        Number of threads; by default that of PyTorch, or one for each core if PyTorch is not
-        loaded. The result does not depend on it.
+        Number of threads; by default as many as PyTorch uses, or one for each core if PyTorch is
+        not loaded. The result does not depend on it.
 
     Raises
     ------

@@ -58,7 +58,7 @@ def _wait_for(futures: list[Future[None]]) -> None:
 
 
 def default_threads() -> int:
-    """The number of threads that PyTorch uses, or without it one for each core."""
+    """The number of threads of PyTorch; if it is not loaded, one for each core."""
     torch = sys.modules.get("torch")
     return int(torch.get_num_threads()) if torch is not None else _CORES
 
