@@ -22,9 +22,9 @@ DTYPES = [np.float32, np.float64]
 
 
 class Problem:
-    """A sparse matrix, whose compact vector is shuffled or in order, and dense activations.
+    """A sparse matrix, with its compact vector shuffled or ordered by row, and dense activations.
 
-    By row, the compact vector has two parts, as those of A and of B∖A.
+    Ordered by row, the compact vector has two parts, like A and B∖A.
     """
 
     def __init__(
@@ -35,15 +35,15 @@ class Problem:
         if mask.size and seed % 3 == 0:
             mask[rng.integers(shape[0])] = seed % 2  # an empty row, or a full one
         self.shape, self.batch = shape, batch
-        self.rows, self.columns = (place.astype(np.int32) for place in np.nonzero(mask))
+        self.rows, self.columns = (index.astype(np.int32) for index in np.nonzero(mask))
         self.order = rng.permutation(len(self.rows)).astype(np.int32)
         self.values = rng.standard_normal(len(self.rows)).astype(dtype)
         self.dense = np.zeros(shape, dtype)
         self.dense[self.rows, self.columns] = self.values[self.order]
         flat = np.flatnonzero(mask).astype(np.int32)
-        in_first = rng.random(len(flat)) < (0.5, 0.0, 1.0, 0.1)[seed % 4]
-        self.indices = np.concatenate([flat[in_first], flat[~in_first]])
-        self.first = int(in_first.sum())
+        is_first = rng.random(len(flat)) < (0.5, 0.0, 1.0, 0.1)[seed % 4]
+        self.indices = np.concatenate([flat[is_first], flat[~is_first]])
+        self.first = int(is_first.sum())
         self.dense_first = np.zeros(shape, dtype)
         self.dense_first.reshape(-1)[self.indices[: self.first]] = self.values[: self.first]
         self.x = rng.standard_normal((batch, shape[1])).astype(dtype)
@@ -55,22 +55,22 @@ class Problem:
 
     def row_layouts(self, **options: Any) -> tuple[RowLayout, RowLayout]:
         columns, pitch = find_columns(self.indices, shape=self.shape)
-        parts = (
-            find_row_starts(self.indices, part, shape=self.shape)
-            for part in (slice(self.first), slice(self.first, None))
+        row_starts = (
+            find_row_starts(self.indices, entries, shape=self.shape)
+            for entries in (slice(self.first), slice(self.first, None))
         )
         first, second = (
             make_row_layout(
-                columns, starts, shape=self.shape, **{"pitch": pitch, "block": 97} | options
+                columns, starts, shape=self.shape, **{"pitch": pitch, "panel_width": 97} | options
             )
-            for starts in parts
+            for starts in row_starts
         )
         return first, second
 
     def gradient(self) -> Array:
-        """The weight gradient on both parts."""
-        found: Array = (self.y.T @ self.x).ravel()[self.indices]
-        return found
+        """The weight gradient at all entries."""
+        gradient: Array = (self.y.T @ self.x).ravel()[self.indices]
+        return gradient
 
 
 def tiles_of(rows: Array) -> Array:

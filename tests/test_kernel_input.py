@@ -1,4 +1,4 @@
-"""What the kernels refuse."""
+"""Arguments that the kernels refuse."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from topkast.kernels import (
 
 
 class TestBadInput:
-    """The kernels trust addresses: what does not fit must not reach them."""
+    """Kernels access memory by address: arrays that do not fit must be refused before."""
 
     def setup_method(self) -> None:
         self.problem = Problem((8, 9), 3, 0.5, np.float32, 4)
@@ -42,7 +42,7 @@ class TestBadInput:
             with pytest.raises(ValueError, match=r"must be contiguous and of|a tile cannot"):
                 multiply(layout, compact, x, out, bias=bias)
         rows = np.zeros((self.x.shape[0] * self.x.shape[2] + 1, layout.rows), np.float32)
-        with pytest.raises(ValueError, match="rows do not fit 1 tiles of"):
+        with pytest.raises(ValueError, match="rows of out do not fit 1 tiles of"):
             multiply(layout, values, self.x, rows)
         first, second = self.problem.row_layouts()
         with pytest.raises(ValueError, match="must be contiguous and of"):
@@ -57,27 +57,27 @@ class TestBadInput:
         with pytest.raises(TypeError, match="float32 or float64"):
             multiply(layout, values.astype(np.float16), self.x, self.out)
 
-    def test_layouts_for_the_other_product(self) -> None:
+    def test_sampled_product_needs_row_layouts(self) -> None:
         layout: Any = self.problem.layout()
         with pytest.raises(TypeError, match="make_row_layout"):
             sampled_product(layout, self.y, self.x, self.problem.values.copy())
 
-    def test_layouts_that_are_cut_differently(self) -> None:
+    def test_layouts_with_other_chunks_or_panels(self) -> None:
         first, _ = self.problem.row_layouts()
-        for options in ({"block": 4}, {"max_rows": 3}):
+        for options in ({"panel_width": 4}, {"max_rows": 3}):
             _, second = self.problem.row_layouts(**options)
-            with pytest.raises(ValueError, match="the same chunks and blocks"):
+            with pytest.raises(ValueError, match="same shape, pitch, chunks and panels"):
                 sampled_product(first, self.y, self.x, self.problem.values.copy(), other=second)
 
     def test_columns_that_are_overwritten(self) -> None:
         layout = make_row_layout(self.problem.indices, *self.row_starts(), shape=(8, 9), pitch=9)
         values = self.problem.values
         multiply(layout, values, self.x, self.out)
-        for place, index in ((layout.start, -1), (layout.stop - 1, 72)):
+        for position, index in ((layout.start, -1), (layout.stop - 1, 72)):
             layout = make_row_layout(
                 self.problem.indices.copy(), *self.row_starts(), shape=(8, 9), pitch=9
             )
-            layout.columns[place] = index
+            layout.columns[position] = index
             with pytest.raises(ValueError, match="were overwritten"):
                 multiply(layout, values, self.x, self.out)
             with pytest.raises(ValueError, match="were overwritten"):
@@ -106,8 +106,13 @@ class TestBadInput:
         for vector in (columns[None], np.zeros(6, np.int32)[::2]):
             with pytest.raises(ValueError, match="contiguous vector"):
                 make_row_layout(vector, starts, shape=(3, 4), pitch=4)
-        for options in ({"pitch": 3}, {"block": 0}, {"block": 1 << 16}, {"max_rows": 0}):
-            with pytest.raises(ValueError, match=r"pitch|a block has|max_rows"):
+        for options in (
+            {"pitch": 3},
+            {"panel_width": 0},
+            {"panel_width": 1 << 16},
+            {"max_rows": 0},
+        ):
+            with pytest.raises(ValueError, match=r"pitch must|panel_width must|max_rows must"):
                 make_row_layout(columns, starts, shape=(3, 4), **{"pitch": 4} | options)
 
     def test_packing(self) -> None:
@@ -116,15 +121,15 @@ class TestBadInput:
         with pytest.raises(TypeError, match="float32 or float64"):
             pack(self.problem.x, self.x.astype(np.float64))
 
-    def test_places(self) -> None:
-        place = np.zeros(1, np.int32)
+    def test_rows_columns_and_value_index(self) -> None:
+        zero = np.zeros(1, np.int32)
         for rows, columns, index in ((5, 0, 0), (-1, 0, 0), (0, 9, 0), (0, 0, -1)):
             with pytest.raises(ValueError, match=r"must lie in|must not be negative"):
-                make_layout(place + rows, place + columns, place + index, shape=(5, 9))
-        with pytest.raises(ValueError, match="got 1 rows, 2 columns"):
-            make_layout(place, np.zeros(2, np.int32), place, shape=(5, 9))
+                make_layout(zero + rows, zero + columns, zero + index, shape=(5, 9))
+        with pytest.raises(ValueError, match="must have the same length, got 1, 2 and 1"):
+            make_layout(zero, np.zeros(2, np.int32), zero, shape=(5, 9))
 
-    def test_what_is_read_only_is_not_written(self) -> None:
+    def test_read_only_outputs(self) -> None:
         self.out.flags.writeable = False
         with pytest.raises(ValueError, match="read-only"):
             multiply(self.problem.layout(), self.problem.values, self.x, self.out)

@@ -1,4 +1,4 @@
-"""Kernels where things are not as usual: no cache, an edited file, an interrupt, no numba."""
+"""Setup and failures of the kernels: no cache, an edited file, an interrupt, no numba."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pytest
 
 import topkast
 from topkast.kernels import (
-    _arrange,
-    _convolutions,
     _gather,
+    _layout_arrays,
     _packing,
+    _plane_products,
     _planes,
     _products,
     _sampling,
@@ -30,21 +30,21 @@ PACKAGE = Path(topkast.__file__).parent
 
 
 def run(code: str, folder: Path) -> str:
-    """What a new process prints that finds the package in `folder` and has no home."""
-    found = subprocess.run(
+    """Output of a new process that imports from `folder` and has no home directory."""
+    completed = subprocess.run(
         [sys.executable, "-B", "-c", code],
         capture_output=True,
         text=True,
         timeout=200,
         env={"PYTHONPATH": str(folder), "HOME": "/dev/null", "PATH": ""},
     )
-    assert not found.returncode, found.stderr
-    return found.stdout
+    assert not completed.returncode, completed.stderr
+    return completed.stdout
 
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
-    """The folder of the kernels without anything compiled, in a package without other modules."""
+    """The kernels' folder without compiled files, in a package without other modules."""
     ignored = shutil.ignore_patterns("__pycache__", "__init__.py")
     shutil.copytree(PACKAGE / "kernels", tmp_path / "kernels", ignore=ignored)
     return tmp_path
@@ -71,23 +71,24 @@ def twice(x):
 
 
 def test_the_cache_notices_edits_of_every_file(copied: Path) -> None:
-    """Kernels are made of functions of several files."""
+    """A kernel calls functions from several files."""
     code = """
 from pathlib import Path
 from kernels.runtime import _compile
-find, folder = _compile._sources.__wrapped__, Path(_compile.__file__).parent.parent
-stamps = [find()]
+hash_sources = _compile._hash_sources.__wrapped__
+folder = Path(_compile.__file__).parent.parent
+stamps = [hash_sources()]
 for path in folder.rglob("*.py"):
     path.write_text(path.read_text() + "# edited\\n")
-    stamps.append(find())
+    stamps.append(hash_sources())
 for name in ("_new.py", "new.py", "__init__.py", "new.txt", "runtime/new.py"):
     assert not (folder / name).exists()
     (folder / name).write_text("")
-    stamps.append(find())
+    stamps.append(hash_sources())
 (folder / "new.py").rename(folder / "renamed.py")
-stamps.append(find())
+stamps.append(hash_sources())
 (folder / "_new.py").unlink()
-stamps.append(find())
+stamps.append(hash_sources())
 print(len(stamps), len(set(stamps)))
 """
     count = 1 + len(list((copied / "kernels").rglob("*.py"))) + 5 + 2
@@ -95,7 +96,7 @@ print(len(stamps), len(set(stamps)))
 
 
 def test_a_file_that_is_added_makes_the_next_process_compile(copied: Path) -> None:
-    """What is cached belongs to the folder as it was."""
+    """The cache is only valid for an unchanged folder."""
     (copied / "kernels/odd.py").write_text("""
 from kernels.runtime._compile import can_cache, compiled
 
@@ -114,14 +115,14 @@ print(double(21), sum(double.stats.cache_hits.values()))
 
 
 def test_arguments_of_kernels_go_by_name() -> None:
-    """One more or one less cannot take the place of another."""
-    slots = _arguments.slots("first", "second")
-    assert slots.names == ("ticket", "thread", "first", "second")
-    record = _arguments.fill(slots, second=2, first=1, thread=0, ticket=0)
+    """A missing or an additional argument cannot be read as another one."""
+    slots = _arguments.define_arguments("first", "second")
+    assert slots.names == ("next_item", "next_thread", "first", "second")
+    record = _arguments.fill_record(slots, second=2, first=1, next_thread=0, next_item=0)
     assert record.tolist() == [0, 0, 1, 2]
     for wrong in ({"first": 1}, {"first": 1, "third": 3}, {"first": 1, "second": 2, "third": 3}):
         with pytest.raises(TypeError, match=r"second|third"):
-            _arguments.fill(slots, ticket=0, thread=0, **wrong)
+            _arguments.fill_record(slots, next_item=0, next_thread=0, **wrong)
 
 
 def test_kernels_need_neither_pytorch_nor_an_adapter() -> None:
@@ -133,17 +134,17 @@ print(sorted({"torch", "jax", "topkast_torch", "topkast_jax", "topkast_cupy"} & 
     assert run(code, PACKAGE.parent) == "[]\n"
 
 
-def test_entry_points_are_cached_by_that_stamp() -> None:
-    """The functions that they are made of are compiled into them."""
-    modules = _arrange, _convolutions, _gather, _packing, _planes, _products, _sampling
+def test_entry_points_are_cached_by_the_hash_of_the_folder() -> None:
+    """The functions that an entry point calls are compiled into it."""
+    modules = _layout_arrays, _plane_products, _gather, _packing, _planes, _products, _sampling
     entries = [value for module in modules for value in vars(module).values()]
-    cached = [one for one in entries if hasattr(getattr(one, "_cache", None), "_impl")]
-    assert {"_single", "_double"} <= {one.__name__[-7:] for one in cached}
-    assert all(isinstance(one._cache._impl.locator, FolderLocator) for one in cached)
+    cached = [value for value in entries if hasattr(getattr(value, "_cache", None), "_impl")]
+    assert {"_single", "_double"} <= {function.__name__[-7:] for function in cached}
+    assert all(isinstance(function._cache._impl.locator, FolderLocator) for function in cached)
 
 
 def test_an_interrupt_waits_for_the_threads() -> None:
-    """They write to memory that the caller would free."""
+    """Threads write to memory that the caller frees."""
 
     class Interrupted(Future[None]):
         def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -152,13 +153,13 @@ def test_an_interrupt_waits_for_the_threads() -> None:
                 raise KeyboardInterrupt
             return None
 
-    others = [Interrupted(), Interrupted()]
+    futures = [Interrupted(), Interrupted()]
     with pytest.raises(KeyboardInterrupt):
-        _pool._wait_for(list(others))
-    assert all(other.done() for other in others)
+        _pool._wait_for(list(futures))
+    assert all(future.done() for future in futures)
 
 
-def test_what_a_thread_raises_is_raised() -> None:
+def test_an_error_in_a_thread_is_raised() -> None:
     failed: Future[None] = Future()
     failed.set_exception(ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
@@ -172,7 +173,9 @@ def test_what_a_thread_raises_is_raised() -> None:
         ("hypothesis", "import topkast.testing; topkast.testing.weights()", "testing"),
     ],
 )
-def test_what_is_missing_is_named_with_its_extra(missing: str, code: str, extra: str) -> None:
+def test_the_error_names_the_extra_of_a_missing_package(
+    missing: str, code: str, extra: str
+) -> None:
     program = f"""
 import sys
 sys.modules[{missing!r}] = None
@@ -184,7 +187,7 @@ except ModuleNotFoundError as error:
     assert f"pip install 'topkast[{extra}]'" in run(program, PACKAGE.parent)
 
 
-BACKEND_OF_SOMEBODY = """
+THIRD_PARTY_BACKEND = """
 from topkast.backends.numpy import NumPyBackend
 
 class Counting(NumPyBackend):
@@ -204,30 +207,30 @@ def load():
 """
 
 
-def test_the_backend_of_a_library_that_we_do_not_know(
+def test_a_third_party_backend_is_found_by_the_name_of_its_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is found by the name of the library, as that of CuPy is."""
+    """The backend of CuPy is found in the same way."""
     described = tmp_path / "backend_of_somebody-1.dist-info"
     described.mkdir()
     (described / "METADATA").write_text("Metadata-Version: 2.1\nName: somebody\nVersion: 1\n")
     (described / "entry_points.txt").write_text("[topkast.backends]\nsomearrays = somebackend:load")
-    (tmp_path / "somebackend.py").write_text(BACKEND_OF_SOMEBODY)
+    (tmp_path / "somebackend.py").write_text(THIRD_PARTY_BACKEND)
     monkeypatch.syspath_prepend(tmp_path)
-    kind: Any = type("SomeArray", (np.ndarray,), {"__module__": "somearrays.core"})
-    derived: Any = type("Derived", (kind,), {"__module__": "mine"})
+    array_type: Any = type("SomeArray", (np.ndarray,), {"__module__": "somearrays.core"})
+    derived: Any = type("Derived", (array_type,), {"__module__": "mine"})
     import somebackend  # type: ignore[import-not-found]
 
     tx = topkast.wrap_optimizer(topkast.AdamW(0.1), fwd=0.9, bwd=0.8, refresh_every=2)
     theta = np.random.default_rng(0).standard_normal((20, 30))
     runs = []
-    for library in (np.ndarray, kind, derived):
-        params = {"w": theta.view(library)}
+    for view_type in (np.ndarray, array_type, derived):
+        params = {"w": theta.view(view_type)}
         state = tx.init(params)
         for _ in range(4):
             params, state = tx.step({"w": params["w"] * 2}, state, params)
         runs.append((np.asarray(params["w"]), state.supports["w"]))
     assert somebackend.BACKEND.calls == 6  # at the start and at two refreshes, for two libraries
-    for found, support in runs[1:]:
-        np.testing.assert_array_equal(found, runs[0][0])
+    for weights, support in runs[1:]:
+        np.testing.assert_array_equal(weights, runs[0][0])
         assert_same_support(support, runs[0][1])

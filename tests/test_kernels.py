@@ -1,4 +1,4 @@
-"""The kernels against dense NumPy, on matrices of any shape with rows of any length."""
+"""Kernels compared with dense NumPy, for matrices of all shapes and rows of all lengths."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def test_multiply_by_rows(problem: Problem) -> None:
 def test_sampled_product(problem: Problem) -> None:
     x, y = tiles_of(problem.x), tiles_of(problem.y)
     first, second = problem.row_layouts()
-    out, apart = (np.full(len(problem.rows), np.nan, problem.x.dtype) for _ in range(2))
+    out, separate = (np.full(len(problem.rows), np.nan, problem.x.dtype) for _ in range(2))
     sampled_product(first, y, x, out, other=second)
     np.testing.assert_allclose(out, problem.gradient(), **tolerance(problem))
-    for layout in problem.row_layouts(block=3):
-        sampled_product(layout, y, x, apart)
-    np.testing.assert_array_equal(apart, out)
+    for layout in problem.row_layouts(panel_width=3):
+        sampled_product(layout, y, x, separate)
+    np.testing.assert_array_equal(separate, out)
 
 
 @given(problems, st.sampled_from([np.int32, np.int64]))
@@ -90,7 +90,7 @@ def test_the_products_of_a_linear_layer(problem: Problem, dtype: Any) -> None:
 
 @pytest.mark.parametrize("pair", [(0.9, 0.8), (0.95, 0.9), (0.98, 0.95)])
 def test_a_linear_layer_holds_no_more_than_four_bytes_an_entry(pair: tuple[float, float]) -> None:
-    """Beside the indices, in the layouts of all three products."""
+    """In the layouts of all three products, without the indices."""
     size, rng = 1024, np.random.default_rng(0)
     chosen = rng.permutation(size**2)[: round((1 - pair[1]) * size**2)].astype(np.int32)
     forward = round((1 - pair[0]) * size**2)
@@ -98,10 +98,10 @@ def test_a_linear_layer_holds_no_more_than_four_bytes_an_entry(pair: tuple[float
     products = LinearProducts(indices, forward, shape=(size, size))
     assert products.nbytes <= 4 * len(indices)
     wide = LinearProducts(indices.astype(np.int64), forward, shape=(size, size))
-    assert wide.nbytes == products.nbytes + 4 * len(indices)  # columns of their own
+    assert wide.nbytes == products.nbytes + 4 * len(indices)  # the new int32 columns
 
 
-def test_a_batch_of_nothing_has_no_gradient() -> None:
+def test_an_empty_batch_has_zero_gradient() -> None:
     problem = Problem((8, 9), 0, 0.5, np.float32, 1)
     products = LinearProducts(problem.indices, problem.first, shape=problem.shape)
     x, y = (
@@ -132,11 +132,11 @@ def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
         sampled_product(first, y, x, gradient, other=second, threads=count)
         return out, other, gradient
 
-    for found, expected in zip(products(threads), products(1), strict=True):
-        np.testing.assert_array_equal(found, expected)
+    for actual, expected in zip(products(threads), products(1), strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
-def test_how_rows_are_cut_into_chunks_changes_no_bit() -> None:
+def test_the_size_of_chunks_changes_no_bit() -> None:
     problem = Problem((300, 200), 300, 0.1, np.float32, 4)
     x, y = tiles_of(problem.x), tiles_of(problem.y)
     results = []
@@ -146,15 +146,15 @@ def test_how_rows_are_cut_into_chunks_changes_no_bit() -> None:
         multiply(first, problem.values, x, out)
         sampled_product(first, y, x, gradient, other=second)
         results.append((out, gradient))
-    for found in results[1:]:
-        for array, expected in zip(found, results[0], strict=True):
-            np.testing.assert_array_equal(array, expected)
+    for arrays in results[1:]:
+        for actual, expected in zip(arrays, results[0], strict=True):
+            np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("by_rows", [False, True])
-def test_blocks_wider_than_the_numbers_of_columns_in_them(by_rows: bool) -> None:
-    """Columns of a block, and the length of a segment, are counted in 16 bits."""
-    assert _layout._MAX_BLOCK == (1 << 16) - 1
+def test_a_matrix_wider_than_a_panel(by_rows: bool) -> None:
+    """A uint16 holds the columns of a panel and the length of a segment."""
+    assert _layout._MAX_PANEL == (1 << 16) - 1
     columns = np.asarray([5, 70_000, 199_999], np.int32)
     rows = np.zeros(3, np.int32)
     shape = 1, 200_000
@@ -169,10 +169,10 @@ def test_blocks_wider_than_the_numbers_of_columns_in_them(by_rows: bool) -> None
     assert out[0, 0] == 5 + 2 * 70_000 + 4 * 199_999
 
 
-def test_segments_as_long_as_their_numbers_allow() -> None:
+def test_segments_of_maximum_length() -> None:
     size = 140_000
     columns = np.arange(size, dtype=np.int32)
-    layout = make_row_layout(columns, np.asarray([0, size]), shape=(1, size), block=65_535)
+    layout = make_row_layout(columns, np.asarray([0, size]), shape=(1, size), panel_width=65_535)
     assert layout.segment_lengths.tolist() == [65_535, 65_535, size - 2 * 65_535]
     out = np.empty((1, 1))
     multiply(layout, np.ones(size), tiles_of(np.ones((1, size))), out)
@@ -199,34 +199,34 @@ def test_a_copied_layout_works_without_the_original(by_rows: bool) -> None:
     layouts = [copy.deepcopy(make()), pickle.loads(pickle.dumps(make()))]
     used = make()
     x, out = tiles_of(problem.x), np.empty((20, 60))
-    multiply(used, problem.values, x, out)  # which remembers where its arrays are
+    multiply(used, problem.values, x, out)  # caches the addresses of its arrays
     layouts.append(copy.deepcopy(used))
     del used
     for layout in layouts:
-        found = np.full_like(out, np.nan)
-        multiply(layout, problem.values, x, found)
-        np.testing.assert_array_equal(found, out)
+        actual = np.full_like(out, np.nan)
+        multiply(layout, problem.values, x, actual)
+        np.testing.assert_array_equal(actual, out)
         known = dict(zip(_layout.LAYOUT.names or (), layout._record, strict=True))
         for name, number in known.items():
             array = getattr(layout, name, None)
             assert not isinstance(array, np.ndarray) or array.ctypes.data == number
 
 
-def test_they_run_without_pytorch() -> None:
-    """On Python's threads, in the child of a process that has used them too."""
+def test_kernels_run_without_pytorch() -> None:
+    """They run on Python's threads, also in a child of a process that has used these."""
     code = """
 import os, sys
 import numpy as np
 from topkast.kernels import make_layout, multiply
-place = np.arange(500, dtype=np.int32)
-layout = make_layout(place, place, place, shape=(500, 500))
+index = np.arange(500, dtype=np.int32)
+layout = make_layout(index, index, index, shape=(500, 500))
 x = np.ones((1, 500, 16), np.float32)
 out = np.empty((16, 500), np.float32)
-multiply(layout, place.astype(np.float32), x, out, threads=3)
-assert (out == place).all() and "torch" not in sys.modules
+multiply(layout, index.astype(np.float32), x, out, threads=3)
+assert (out == index).all() and "torch" not in sys.modules
 child = os.fork()
 if not child:
-    multiply(layout, place.astype(np.float32), x, out, threads=3)
+    multiply(layout, index.astype(np.float32), x, out, threads=3)
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
 """
@@ -256,7 +256,7 @@ for dtype in (np.float32, np.float64):
     dense.reshape(-1)[indices[:800]] = values[:800]
     for batch in (1, 9, 200):
         rows = [rng.standard_normal((batch, size)).astype(dtype) for size in (90, 70)]
-        x, y = (np.empty(products.packed_shape(part.shape, dtype), dtype) for part in rows)
+        x, y = (np.empty(products.packed_shape(array.shape, dtype), dtype) for array in rows)
         products.pack(rows[0], x)
         products.pack(rows[1], y)
         out, back = np.empty((batch, 70), dtype), np.empty((batch, 90), dtype)
@@ -264,16 +264,16 @@ for dtype in (np.float32, np.float64):
         np.testing.assert_allclose(out, rows[0] @ dense.T, atol=1e-4)
         products.input_gradient(values, y, back)
         np.testing.assert_allclose(back, rows[1] @ dense, atol=1e-4)
-        found = np.empty_like(values)
-        products.weight_gradient(y, x, found)
-        np.testing.assert_allclose(found, (rows[1].T @ rows[0]).ravel()[indices], atol=1e-4)
+        gradient = np.empty_like(values)
+        products.weight_gradient(y, x, gradient)
+        np.testing.assert_allclose(gradient, (rows[1].T @ rows[0]).ravel()[indices], atol=1e-4)
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_kernel_convolutions import Grid, Problem, lanes_of
+from test_kernel_convolutions import ConvGeometry, Problem, lanes_of
 for batch, dtype in ((1, np.float32), (3, np.float64), (40, np.float32)):
-    grid = Grid((7, 9), size=(3, 2), stride=(1, 2), margins=((1, 1), (0, 1)))
-    problem = Problem(grid.for_batch(batch, lanes_of(dtype)), (batch, 3, 4), 0.5, dtype)
-    for found, expected in zip(problem.found(), problem.expected(), strict=True):
-        np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+    geometry = ConvGeometry((7, 9), size=(3, 2), stride=(1, 2), margins=((1, 1), (0, 1)))
+    problem = Problem(geometry.for_batch(batch, lanes_of(dtype)), (batch, 3, 4), 0.5, dtype)
+    for actual, expected in zip(problem.actual(), problem.expected(), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=1e-4)
 """
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=200, env=environment)

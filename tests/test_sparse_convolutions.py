@@ -34,7 +34,7 @@ CONVOLUTIONS: list[dict[str, Any]] = [
 def test_convolution_gradients(
     backend: str, options: dict[str, Any], images: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_convolutions, "_UNFOLDED", 700)  # a few images at a time, and one
+    monkeypatch.setattr(_convolutions, "_MAX_ENTRIES", 700)  # a few images at a time, and one
     torch.manual_seed(0)
     dense = nn.Conv2d(4, 8, **options, dtype=torch.float64)
     shape = (4, 7, 6) if images is None else (images, 4, 7, 6)

@@ -1,4 +1,4 @@
-"""The three products of a sparse convolution: on planes, by ``topkast.kernels``, or by PyTorch."""
+"""The three products of a sparse convolution, by ``topkast.kernels`` or by PyTorch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import fold, pad, unfold
 
-from topkast_torch.sparse._products import Entries, Guarded, TorchProducts, has_kernels, numpy_name
+from topkast_torch.sparse._products import (
+    Entries,
+    GuardedIndices,
+    TorchProducts,
+    has_kernels,
+    numpy_name,
+)
 
-_UNFOLDED = 1 << 20  # entries of unfolded images at a time: what second caches hold
+_MAX_ENTRIES = 1 << 20  # entries unfolded at a time: they fit in an L2 cache
 
 Pair = tuple[int, int]
 
 
 class Window(NamedTuple):
-    """What of an image each place of a convolution's output sees."""
+    """The window of a convolution."""
 
     size: Pair
     dilation: Pair
@@ -27,15 +33,15 @@ class Window(NamedTuple):
 
     @property
     def span(self) -> Pair:
-        """Height and width of what a place sees."""
+        """Height and width of the pixels under the window."""
         height, width = (
             dilation * (size - 1) + 1
             for size, dilation in zip(self.size, self.dilation, strict=True)
         )
         return height, width
 
-    def places(self, shape: torch.Size) -> Pair:
-        """Height and width of the output, for images of some shape."""
+    def output_extent(self, shape: torch.Size) -> Pair:
+        """Height and width of the output for images of a given shape."""
         height, width = (
             (length + sum(margin) - span) // stride + 1
             for length, margin, span, stride in zip(
@@ -46,10 +52,10 @@ class Window(NamedTuple):
 
 
 class Convolution(Protocol):
-    """Products with a sparse weight of (rows, channels · window), with values on B as a vector.
+    """Products with a sparse weight (rows, channels · window), whose values on B are a vector.
 
-    Images and the gradient of the output are handed over once, by :meth:`pack` and
-    :meth:`pack_gradient`, in the form that the products want; `shape` is that of the images.
+    :meth:`pack` and :meth:`pack_gradient` convert the images and the gradient of the output once to
+    the form that the products read. `shape` is the shape of the images.
     """
 
     def pack(self, images: Tensor) -> Tensor: ...
@@ -77,22 +83,25 @@ class Convolution(Protocol):
 
 
 def make_convolution(
-    find: Callable[[], Entries], window: Window, dtype: torch.dtype
+    find_entries: Callable[[], Entries], window: Window, dtype: torch.dtype
 ) -> Convolution:
-    """A convolution with the entries that `find` returns; their columns are of all groups."""
-    entries = find()
-    kind = _OnPlanes if has_kernels(entries.indices.device, dtype) else _Unfolded
-    return kind(entries, find, window)
+    """Make a convolution for the entries of `find_entries`, whose columns span all groups."""
+    entries = find_entries()
+    is_compiled = has_kernels(entries.indices.device, dtype)
+    convolution_type = _CompiledConvolution if is_compiled else _UnfoldedConvolution
+    return convolution_type(entries, find_entries, window)
 
 
-class _OnPlanes:
-    """By ``topkast.kernels.ConvolutionProducts``, which works on the memory of these tensors."""
+class _CompiledConvolution:
+    """Products by ``topkast.kernels.ConvolutionProducts``, on the memory of the tensors."""
 
-    def __init__(self, entries: Entries, find: Callable[[], Entries], window: Window) -> None:
+    def __init__(
+        self, entries: Entries, find_entries: Callable[[], Entries], window: Window
+    ) -> None:
         from topkast.kernels import ConvolutionProducts
 
-        self._find, self._window = find, window
-        self._guard = Guarded(entries)
+        self._find_entries, self._window = find_entries, window
+        self._guard = GuardedIndices(entries)
         self._products = ConvolutionProducts(
             self._guard.array,
             entries.active_count,
@@ -118,9 +127,9 @@ class _OnPlanes:
     ) -> Tensor:
         self._guard.check()
         output = packed.new_empty(self._products.output_shape(shape))
-        given = None if bias is None else bias.numpy()
+        bias_array = None if bias is None else bias.numpy()
         self._products.forward(
-            values.numpy(), packed.numpy(), output.numpy(), shape=shape, bias=given
+            values.numpy(), packed.numpy(), output.numpy(), shape=shape, bias=bias_array
         )
         return output
 
@@ -141,33 +150,35 @@ class _OnPlanes:
         )
 
     def on_backward_set(self) -> Convolution:
-        return _Unfolded(self._find(), self._find, self._window, everywhere=True)
+        return _UnfoldedConvolution(
+            self._find_entries(), self._find_entries, self._window, uses_backward_set=True
+        )
 
     @property
     def nbytes(self) -> int:
         return self._products.nbytes
 
 
-class _Unfolded:
-    """By products with images unfolded, a few at a time."""
+class _UnfoldedConvolution:
+    """Products by matrix products with unfolded images, a few images at a time."""
 
     def __init__(
         self,
         entries: Entries,
-        find: Callable[[], Entries],
+        find_entries: Callable[[], Entries],
         window: Window,
         *,
-        everywhere: bool = False,
+        uses_backward_set: bool = False,
     ) -> None:
-        self._find = find
-        self._products = TorchProducts(entries, find, everywhere=everywhere)
+        self._find_entries = find_entries
+        self._products = TorchProducts(entries, find_entries, uses_backward_set=uses_backward_set)
         self._window = window
         self._options = {"dilation": window.dilation, "stride": window.stride}
 
     def pack(self, images: Tensor) -> Tensor:
         (top, bottom), (left, right) = self._window.margins
         padded = pad(images, (left, right, top, bottom))
-        return padded.view_as(padded)  # autograd wants an object of its own
+        return padded.view_as(padded)  # autograd needs a new tensor object
 
     def pack_gradient(self, grad_output: Tensor, shape: torch.Size) -> Tensor:
         return grad_output
@@ -175,50 +186,53 @@ class _Unfolded:
     def forward(
         self, values: Tensor, packed: Tensor, bias: Tensor | None, shape: torch.Size
     ) -> Tensor:
-        places = self._window.places(shape)
-        found = packed.new_empty(shape[0], self._products.shape[0], *places)
-        for part, target in self._parts(shape, packed, found):
-            rows = self._unfold(part)
+        extent = self._window.output_extent(shape)
+        output = packed.new_empty(shape[0], self._products.shape[0], *extent)
+        for images, target in self._split(shape, packed, output):
+            rows = self._unfold(images)
             product = self._products.forward(values, rows, bias, len(rows))
             target.copy_(_unflatten(product, target).unflatten(2, target.shape[2:]))
-        return found
+        return output
 
     def input_gradient(self, values: Tensor, grad_output: Tensor, shape: torch.Size) -> Tensor:
         (top, bottom), (left, right) = self._window.margins
         height, width = shape[2] + top + bottom, shape[3] + left + right
-        found = grad_output.new_empty(shape)
-        for part, target in self._parts(shape, grad_output, found):
-            rows = _as_rows(part)
-            unfolded = self._products.input_gradient(values, rows, len(rows))
-            pieces = _unflatten(unfolded, part)
-            whole = fold(pieces, (height, width), self._window.size, **self._options)
-            target.copy_(whole[:, :, top : height - bottom, left : width - right])
-        return found
+        gradient = grad_output.new_empty(shape)
+        for grad_images, target in self._split(shape, grad_output, gradient):
+            rows = _as_rows(grad_images)
+            product = self._products.input_gradient(values, rows, len(rows))
+            unfolded = _unflatten(product, grad_images)
+            padded = fold(unfolded, (height, width), self._window.size, **self._options)
+            target.copy_(padded[:, :, top : height - bottom, left : width - right])
+        return gradient
 
     def weight_gradient(
         self, grad_output: Tensor, packed: Tensor, out: Tensor, shape: torch.Size
     ) -> None:
         out.zero_()
-        some = torch.empty_like(out)
-        for part, rise in self._parts(shape, packed, grad_output):
-            self._products.weight_gradient(_as_rows(rise), self._unfold(part), some)
-            out += some
+        addend = torch.empty_like(out)
+        for images, gradient in self._split(shape, packed, grad_output):
+            self._products.weight_gradient(_as_rows(gradient), self._unfold(images), addend)
+            out += addend
 
     def on_backward_set(self) -> Convolution:
-        return _Unfolded(self._find(), self._find, self._window, everywhere=True)
+        return _UnfoldedConvolution(
+            self._find_entries(), self._find_entries, self._window, uses_backward_set=True
+        )
 
     @property
     def nbytes(self) -> int:
         return self._products.nbytes
 
     def _unfold(self, images: Tensor) -> Tensor:
-        """What each place sees, as (places, features)."""
+        """The pixels under the window at each output position, as (positions, features)."""
         unfolded = unfold(images, self._window.size, **self._options)
         return unfolded.transpose(1, 2).flatten(0, 1)
 
-    def _parts(self, shape: torch.Size, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        unfolded = self._products.shape[1] * math.prod(self._window.places(shape))
-        count = max(1, _UNFOLDED // max(unfolded, 1))
+    def _split(self, shape: torch.Size, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Split tensors into groups of images that are small enough when unfolded."""
+        unfolded = self._products.shape[1] * math.prod(self._window.output_extent(shape))
+        count = max(1, _MAX_ENTRIES // max(unfolded, 1))
         return zip(*(tensor.split(count) for tensor in tensors), strict=True)
 
 
@@ -227,7 +241,7 @@ def _as_rows(images: Tensor) -> Tensor:
 
 
 def _unflatten(rows: Tensor, images: Tensor) -> Tensor:
-    """(images, features, places), of which there are as many as in `images`."""
-    places = math.prod(images.shape[2:])
-    found: Tensor = rows.view(len(images), places, rows.shape[1]).transpose(1, 2)
-    return found
+    """Rows as (images, features, positions), with the positions of `images`."""
+    positions = math.prod(images.shape[2:])
+    features: Tensor = rows.view(len(images), positions, rows.shape[1]).transpose(1, 2)
+    return features

@@ -1,7 +1,7 @@
-"""The products as differentiable functions: of rows of features, and of images.
+"""The products as differentiable functions of rows of features or of images.
 
-They are linear in each argument, so that their derivatives are the same products again, and can be
-differentiated in turn.
+A product is linear in each argument, so its derivatives are products of the same kind, and can be
+differentiated again.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ def multiply(
 ) -> Tensor:
     """The product x · Wᵀ + bias with W on A, for x of shape (batch, features); gradients on B.
 
-    `products` is asked where no transform of functions and no compiler looks on.
+    `products` is called outside of function transforms and compilation.
     """
-    return _apply(_Product, x, values, bias, _Linear(products))
+    return _apply(_Product, x, values, bias, _LinearOperator(products))
 
 
 def convolve(
     images: Tensor, values: Tensor, bias: Tensor | None, convolution: Callable[[], Convolution]
 ) -> Tensor:
-    """The same at each pixel of the output, for images (images, channels, height, width)."""
-    return _apply(_Product, images, values, bias, _Convolved(convolution))
+    """The convolution of images (images, channels, height, width) with W on A; gradients on B."""
+    return _apply(_Product, images, values, bias, _ConvolutionOperator(convolution))
 
 
 def _apply(function: Any, x: Tensor, *arguments: Any) -> Tensor:
     if torch.compiler.is_exporting():
         raise MismatchError(
-            "a sparse layer cannot be exported, its products being no operators of PyTorch: "
+            "a sparse layer cannot be exported, because its products are not PyTorch operators: "
             "export topkast.densify(copy.deepcopy(model))"
         )
     if torch.compiler.is_compiling():
-        compiled: Tensor = _outside(function, x, *arguments)
+        compiled: Tensor = _apply_untraced(function, x, *arguments)
         return compiled
     return _without_autocast(function, x, *arguments)
 
@@ -54,23 +54,23 @@ def _without_autocast(function: Any, x: Tensor, *arguments: Any) -> Tensor:
     return output
 
 
-# Not called where nothing compiles: the decorator costs as much as a small product.
-_outside: Any = torch.compiler.disable(
+# Only used while compiling: the decorator costs as much as a small product.
+_apply_untraced: Any = torch.compiler.disable(
     _without_autocast,
     reason="topkast's sparse products are not traced: compile without fullgraph=True",
 )
 
 
 class Operator(Protocol):
-    """A product of activations and values: y = x · W, and its adjoints, on tensors without graphs.
+    """A product of activations and values, y = x · W, and its adjoints, on detached tensors.
 
-    The same for rows of features and for images; `x` is one of the two, `shape` its shape.
+    `x` is rows of features or images, `shape` its shape.
     """
 
-    axes: tuple[int, ...]  # over which the gradient of the bias is summed
+    axes: tuple[int, ...]  # summed over in the gradient of the bias
 
     def pack(self, x: Tensor) -> Tensor:
-        """What the products read of `x`."""
+        """Convert `x` to the form that the products read."""
 
     def forward(
         self, values: Tensor, packed: Tensor, bias: Tensor | None, shape: torch.Size
@@ -78,7 +78,7 @@ class Operator(Protocol):
         """The output, with W on A."""
 
     def pack_gradient(self, grad_output: Tensor, shape: torch.Size) -> Tensor:
-        """What the products read of a gradient of the output."""
+        """Convert a gradient of the output to the form that the products read."""
 
     def input_gradient(self, values: Tensor, packed: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of `x`, with W on A."""
@@ -89,10 +89,10 @@ class Operator(Protocol):
         """Write the gradient of W on B into `out` (|B|,)."""
 
     def on_backward_set(self) -> Operator:
-        """The same with W on all of B."""
+        """The same product with W on all of B."""
 
 
-class _Linear:
+class _LinearOperator:
     axes: tuple[int, ...] = (0,)
 
     def __init__(self, products: Callable[[], Products]) -> None:
@@ -122,10 +122,10 @@ class _Linear:
         self._products.weight_gradient(packed_gradient, packed, out)
 
     def on_backward_set(self) -> Operator:
-        return _Linear(self._products.on_backward_set)
+        return _LinearOperator(self._products.on_backward_set)
 
 
-class _Convolved:
+class _ConvolutionOperator:
     axes: tuple[int, ...] = (0, 2, 3)
 
     def __init__(self, convolution: Callable[[], Convolution]) -> None:
@@ -155,11 +155,11 @@ class _Convolved:
         self._convolution.weight_gradient(packed_gradient, packed, out, shape)
 
     def on_backward_set(self) -> Operator:
-        return _Convolved(self._convolution.on_backward_set)
+        return _ConvolutionOperator(self._convolution.on_backward_set)
 
 
 class _Product(torch.autograd.Function):
-    """The output, and what the backward pass reads of the input."""
+    """The output, and the packed input for the backward pass."""
 
     @staticmethod
     def forward(
@@ -175,20 +175,20 @@ class _Product(torch.autograd.Function):
         context.mark_non_differentiable(packed)
         context.set_materialize_grads(False)
         context.shape = x.shape
-        wanted = context.needs_input_grad
-        # The input itself is for derivatives of derivatives.
-        context.save_for_backward(*((x, packed) if wanted[1] else (None, None)), values)
+        needs_grad = context.needs_input_grad
+        # The second derivative needs the input itself.
+        context.save_for_backward(*((x, packed) if needs_grad[1] else (None, None)), values)
 
     @staticmethod
     def backward(context: Any, grad_output: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return None, None, None, None
         x, packed, values = context.saved_tensors
-        operator, wanted = context.operator, context.needs_input_grad
-        grad_bias = grad_output.sum(operator.axes) if wanted[2] else None
-        if not (wanted[0] or wanted[1]):
+        operator, needs_grad = context.operator, context.needs_input_grad
+        grad_bias = grad_output.sum(operator.axes) if needs_grad[2] else None
+        if not (needs_grad[0] or needs_grad[1]):
             return None, None, grad_bias, None
-        arguments = grad_output, x, packed, values, _Call(operator, context.shape, wanted[:2])
+        arguments = grad_output, x, packed, values, _Call(operator, context.shape, needs_grad[:2])
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             grads = _ProductGradient.apply(*arguments)  # type: ignore[no-untyped-call]
         else:
@@ -197,20 +197,20 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _one_by_one(_Product, info, in_dims, arguments)
+        return _vmap_by_loop(_Product, info, in_dims, arguments)
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """What a call of a product was: one object, which no library takes apart."""
+    """Arguments of a product as one object, opaque to function transforms."""
 
     operator: Operator
     shape: torch.Size
-    wanted: tuple[bool, bool]
+    needs_grad: tuple[bool, bool]  # of input and values
 
 
 class _ProductGradient(torch.autograd.Function):
-    """The gradients of input and values, as functions of those and of the output's gradient."""
+    """Gradients of input and values, as a function of the output's gradient, input and values."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -225,29 +225,29 @@ class _ProductGradient(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
-        context: Any, for_input: Tensor | None, for_values: Tensor | None
+        context: Any, grad_grad_x: Tensor | None, grad_grad_values: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         grad_output, x, values = context.saved_tensors
         operator, shape = context.call.operator, context.call.shape
         flat = values.detach().view(-1)
-        grads = torch.zeros_like(grad_output)
+        grad_grad_output = torch.zeros_like(grad_output)
         grad_x = None if x is None else torch.zeros_like(x)
         grad_values = torch.zeros_like(values)
         gradient = operator.pack_gradient(grad_output, shape)
-        if for_input is not None:
-            packed = operator.pack(for_input)
-            grads += operator.forward(flat, packed, None, shape)
+        if grad_grad_x is not None:
+            packed = operator.pack(grad_grad_x)
+            grad_grad_output += operator.forward(flat, packed, None, shape)
             operator.weight_gradient(gradient, packed, grad_values.view(-1), shape)
-        if for_values is not None and x is not None and grad_x is not None:
-            whole, direction = operator.on_backward_set(), for_values.reshape(-1)
-            grads += whole.forward(direction, whole.pack(x), None, shape)
-            gradient = whole.pack_gradient(grad_output, shape)
-            grad_x += whole.input_gradient(direction, gradient, shape)
-        return grads, grad_x, None, grad_values, None
+        if grad_grad_values is not None and x is not None and grad_x is not None:
+            on_b, direction = operator.on_backward_set(), grad_grad_values.reshape(-1)
+            grad_grad_output += on_b.forward(direction, on_b.pack(x), None, shape)
+            gradient = on_b.pack_gradient(grad_output, shape)
+            grad_x += on_b.input_gradient(direction, gradient, shape)
+        return grad_grad_output, grad_x, None, grad_values, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _one_by_one(_ProductGradient, info, in_dims, arguments)
+        return _vmap_by_loop(_ProductGradient, info, in_dims, arguments)
 
 
 def _gradients(
@@ -257,31 +257,32 @@ def _gradients(
     values: Tensor,
     call: _Call,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of input and values, as far as they are wanted."""
-    operator, shape, wanted = call.operator, call.shape, call.wanted
+    """Gradients of input and values; None for one that is not needed."""
+    operator, shape, needs_grad = call.operator, call.shape, call.needs_grad
     gradient = operator.pack_gradient(grad_output, shape)
     grad_x = grad_values = None
-    if wanted[0]:
+    if needs_grad[0]:
         grad_x = operator.input_gradient(values.detach().view(-1), gradient, shape)
-    if wanted[1]:
+    if needs_grad[1]:
         assert packed is not None
         grad_values = torch.empty_like(values)
         operator.weight_gradient(gradient, packed, grad_values.view(-1), shape)
     return grad_x, grad_values
 
 
-def _one_by_one(function: Any, info: Any, in_dims: Any, arguments: Any) -> Any:
-    """``torch.vmap`` of a function by a loop."""
+def _vmap_by_loop(function: Any, info: Any, in_dims: Any, arguments: Any) -> Any:
+    """``torch.vmap`` of a function as a loop over the batch."""
     results = []
-    for number in range(info.batch_size):
-        chosen = [
+    for index in range(info.batch_size):
+        example = [
             argument
             if dim is None or not isinstance(argument, Tensor)
-            else argument.select(dim, number)
+            else argument.select(dim, index)
             for argument, dim in zip(arguments, in_dims, strict=True)
         ]
-        results.append(function.apply(*chosen))
+        results.append(function.apply(*example))
     stacked = tuple(
-        None if parts[0] is None else torch.stack(parts) for parts in zip(*results, strict=True)
+        None if outputs[0] is None else torch.stack(outputs)
+        for outputs in zip(*results, strict=True)
     )
-    return stacked, tuple(None if part is None else 0 for part in stacked)
+    return stacked, tuple(None if output is None else 0 for output in stacked)

@@ -148,7 +148,7 @@ class SparseConv2d(SparseLayer):
             )
         if self.padding_mode != "zeros":
             images = pad(images, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-        if min(*images.shape[2:], *self._window.places(images.shape)) < 1:
+        if min(*images.shape[2:], *self._window.output_extent(images.shape)) < 1:
             raise MismatchError(
                 f"a window of {self.kernel_size} does not fit images of {tuple(inputs.shape)}"
             )

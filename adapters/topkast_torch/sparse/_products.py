@@ -1,4 +1,4 @@
-"""The three products of a sparse layer: by the kernels of ``topkast.kernels``, or by PyTorch."""
+"""The three products of a sparse layer, by the kernels of ``topkast.kernels`` or by PyTorch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from topkast import MismatchError, UnsupportedTensorError
 class Products(Protocol):
     """Products with a sparse weight W (rows × width), whose values on B are a vector (|B|,).
 
-    Activations are handed over once as (batch, features), by :meth:`pack`, in the form that the
-    products want.
+    :meth:`pack` converts activations (batch, features) once to the form that the products read.
     """
 
     def pack(self, activations: Tensor) -> Tensor: ...
@@ -41,10 +40,11 @@ class Products(Protocol):
 
 
 class Entries(NamedTuple):
-    """Where the entries of a matrix are: flat indices of B in a weight, those of A first.
+    """Entries of a sparse matrix: flat indices of B in the weight.
 
-    Of A, of which there are `active_count`, and of B∖A the indices ascend. `shape` is the matrix's,
-    (rows, width); of its `groups` of rows, each has as many columns of its own.
+    The `active_count` indices of A come first, in ascending order, then those of B∖A in ascending
+    order. `shape` is (rows, width) of the matrix. Its rows form `groups` equal groups, each with
+    columns of its own.
     """
 
     indices: Tensor
@@ -53,8 +53,8 @@ class Entries(NamedTuple):
     groups: int = 1
 
     @property
-    def parts(self) -> tuple[slice, slice]:
-        """Where A and B∖A are in vectors over B."""
+    def slices(self) -> tuple[slice, slice]:
+        """Slices of A and of B∖A in vectors over B."""
         return slice(self.active_count), slice(self.active_count, len(self.indices))
 
     def rows_and_columns(self) -> tuple[Tensor, Tensor]:
@@ -68,15 +68,16 @@ class Entries(NamedTuple):
         return rows, columns + group * width
 
 
-def make_products(find: Callable[[], Entries], dtype: torch.dtype) -> Products:
-    """Products for the entries that `find` returns, now and whenever they are needed again."""
-    entries = find()
-    kind = _CompiledProducts if has_kernels(entries.indices.device, dtype) else TorchProducts
-    return kind(entries, find)
+def make_products(find_entries: Callable[[], Entries], dtype: torch.dtype) -> Products:
+    """Make products for the entries that `find_entries` returns; it may be called again later."""
+    entries = find_entries()
+    is_compiled = has_kernels(entries.indices.device, dtype)
+    products_type = _CompiledProducts if is_compiled else TorchProducts
+    return products_type(entries, find_entries)
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether there are kernels for these weights."""
+    """Whether there are kernels for weights of this device and dtype."""
     return device.type == "cpu" and dtype in (torch.float32, torch.float64) and has_numba()
 
 
@@ -88,25 +89,25 @@ def has_numba() -> bool:
 
 
 def numpy_name(dtype: torch.dtype) -> str:
-    """What NumPy calls it."""
+    """NumPy's name of a dtype."""
     return str(dtype).removeprefix("torch.")
 
 
-class Guarded:
-    """Indices that kernels read at each product: they must not be written to in between."""
+class GuardedIndices:
+    """Indices that kernels read at each product, guarded against writes in between."""
 
     def __init__(self, entries: Entries) -> None:
         self._indices = entries.indices
         self._version = self._indices._version
         if len(self._indices) >= 1 << 31:
             raise UnsupportedTensorError(
-                f"{len(self._indices)} weights of one layer in B are more than the kernels can "
-                "number: keep the layer masked (topkast.sparsify(..., only=...))"
+                f"a layer has {len(self._indices)} weights in B, but kernels support fewer than "
+                f"{1 << 31}: keep the layer masked (topkast.sparsify(..., only=...))"
             )
         self.array = self._indices.numpy()
 
     def check(self) -> None:
-        """Raise :class:`topkast.MismatchError` if somebody has written to them."""
+        """Raise :class:`topkast.MismatchError` if the indices were written to."""
         if self._indices._version != self._version:
             raise MismatchError(
                 "the indices of a sparse layer were written to between its forward and its "
@@ -115,13 +116,13 @@ class Guarded:
 
 
 class _CompiledProducts:
-    """By ``topkast.kernels.LinearProducts``, which works on the memory of these tensors."""
+    """Products by ``topkast.kernels.LinearProducts``, on the memory of the tensors."""
 
-    def __init__(self, entries: Entries, find: Callable[[], Entries]) -> None:
+    def __init__(self, entries: Entries, find_entries: Callable[[], Entries]) -> None:
         from topkast.kernels import LinearProducts
 
-        self._find, self._shape = find, entries.shape
-        self._guard = Guarded(entries)
+        self._find_entries, self._shape = find_entries, entries.shape
+        self._guard = GuardedIndices(entries)
         self._products = LinearProducts(
             self._guard.array, entries.active_count, shape=entries.shape
         )
@@ -136,8 +137,8 @@ class _CompiledProducts:
     def forward(self, values: Tensor, x: Tensor, bias: Tensor | None, batch: int) -> Tensor:
         self._guard.check()
         output = x.new_empty(batch, self._shape[0])
-        given = None if bias is None else bias.numpy()
-        self._products.forward(values.numpy(), x.numpy(), output.numpy(), bias=given)
+        bias_array = None if bias is None else bias.numpy()
+        self._products.forward(values.numpy(), x.numpy(), output.numpy(), bias=bias_array)
         return output
 
     def input_gradient(self, values: Tensor, grad_output: Tensor, batch: int) -> Tensor:
@@ -150,7 +151,7 @@ class _CompiledProducts:
         self._products.weight_gradient(grad_output.numpy(), x.numpy(), out.numpy())
 
     def on_backward_set(self) -> Products:
-        return TorchProducts(self._find(), self._find, everywhere=True)
+        return TorchProducts(self._find_entries(), self._find_entries, uses_backward_set=True)
 
     @property
     def nbytes(self) -> int:
@@ -158,71 +159,80 @@ class _CompiledProducts:
 
 
 class TorchProducts:
-    """By PyTorch's own sparse matrices, which know less about these products.
+    """Products by PyTorch's sparse matrices, for weights without kernels and for W on all of B.
 
-    W is on A, or, if `everywhere`, on all of B.
+    W is on A or, if `uses_backward_set`, on all of B.
     """
 
     def __init__(
-        self, entries: Entries, find: Callable[[], Entries], *, everywhere: bool = False
+        self,
+        entries: Entries,
+        find_entries: Callable[[], Entries],
+        *,
+        uses_backward_set: bool = False,
     ) -> None:
-        self._find, self.shape = find, entries.shape
+        self._find_entries, self.shape = find_entries, entries.shape
         rows, columns = entries.rows_and_columns()
-        self._parts = entries.parts
-        self._places = [
-            (_row_starts(rows[part], self.shape[0]), columns[part]) for part in self._parts
+        self._slices = entries.slices
+        self._csr_indices = [
+            (_row_starts(rows[subset], self.shape[0]), columns[subset]) for subset in self._slices
         ]
-        self._used = 2 if everywhere else 1
-        used = len(rows) if everywhere else entries.active_count
-        self._by_column = torch.argsort(columns[:used], stable=True)
+        self._forward_matrices = 2 if uses_backward_set else 1
+        count = len(rows) if uses_backward_set else entries.active_count
+        self._by_column = torch.argsort(columns[:count], stable=True)
         self._transposed = (
             _row_starts(columns.index_select(0, self._by_column), self.shape[1]),
             rows.index_select(0, self._by_column),
         )
 
     def pack(self, activations: Tensor) -> Tensor:
-        return activations.view_as(activations)  # autograd wants an object of its own
+        return activations.view_as(activations)  # autograd needs a new tensor object
 
     def forward(self, values: Tensor, x: Tensor, bias: Tensor | None, batch: int) -> Tensor:
         columns = x.t()
-        pairs = list(zip(self._places, self._parts, strict=True))[: self._used]
-        products = [_matrix(places, values[part], self.shape) @ columns for places, part in pairs]
-        found: Tensor = torch.stack(products).sum(0).t() if len(products) > 1 else products[0].t()
-        return (found if bias is None else found + bias).contiguous()
+        pairs = list(zip(self._csr_indices, self._slices, strict=True))[: self._forward_matrices]
+        products = [
+            _csr(indices, values[subset], self.shape) @ columns for indices, subset in pairs
+        ]
+        output: Tensor = torch.stack(products).sum(0).t() if len(products) > 1 else products[0].t()
+        return (output if bias is None else output + bias).contiguous()
 
     def input_gradient(self, values: Tensor, grad_output: Tensor, batch: int) -> Tensor:
         ordered = values.index_select(0, self._by_column)
-        weight = _matrix(self._transposed, ordered, self.shape[::-1])
-        found: Tensor = (weight @ grad_output.t()).t().contiguous()
-        return found
+        weight = _csr(self._transposed, ordered, self.shape[::-1])
+        gradient: Tensor = (weight @ grad_output.t()).t().contiguous()
+        return gradient
 
     def weight_gradient(self, grad_output: Tensor, x: Tensor, out: Tensor) -> None:
         out.zero_()
-        if not len(grad_output):  # MKL refuses a product over nothing
+        if not len(grad_output):  # MKL refuses an empty product
             return
-        for places, part in zip(self._places, self._parts, strict=True):
-            where = _matrix(places, torch.zeros_like(out[part]), self.shape)
-            out[part] += torch.sparse.sampled_addmm(where, grad_output.t(), x, beta=0.0).values()
+        for indices, subset in zip(self._csr_indices, self._slices, strict=True):
+            pattern = _csr(indices, torch.zeros_like(out[subset]), self.shape)
+            gradient = torch.sparse.sampled_addmm(pattern, grad_output.t(), x, beta=0.0)
+            out[subset] += gradient.values()
 
     def on_backward_set(self) -> Products:
-        return TorchProducts(self._find(), self._find, everywhere=True)
+        return TorchProducts(self._find_entries(), self._find_entries, uses_backward_set=True)
 
     @property
     def nbytes(self) -> int:
-        parts = [tensor for places in (*self._places, self._transposed) for tensor in places]
-        return sum(part.nbytes for part in (*parts, self._by_column))
+        pairs = *self._csr_indices, self._transposed
+        tensors = [tensor for pair in pairs for tensor in pair]
+        return sum(tensor.nbytes for tensor in (*tensors, self._by_column))
 
 
 def _row_starts(rows: Tensor, height: int) -> Tensor:
     edges = torch.arange(height + 1, device=rows.device, dtype=rows.dtype)
-    narrow_enough = rows.dtype == torch.int32
-    return torch.searchsorted(rows.contiguous(), edges, out_int32=narrow_enough)
+    is_int32 = rows.dtype == torch.int32
+    return torch.searchsorted(rows.contiguous(), edges, out_int32=is_int32)
 
 
-def _matrix(places: tuple[Tensor, Tensor], values: Tensor, shape: tuple[int, int]) -> Tensor:
+def _csr(indices: tuple[Tensor, Tensor], values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A matrix in CSR format from its row starts and columns."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
         return torch.sparse_csr_tensor(
-            *places, values, shape, device=values.device, check_invariants=False
+            *indices, values, shape, device=values.device, check_invariants=False
         )

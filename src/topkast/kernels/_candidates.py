@@ -12,7 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import carray, njit, types
 
-from topkast.kernels.runtime._arguments import Vector, fill, slots, vector
+from topkast.kernels.runtime._arguments import (
+    THREAD_COUNTER,
+    Vector,
+    array_at,
+    define_arguments,
+    fill_record,
+)
 from topkast.kernels.runtime._compile import kernel
 from topkast.kernels.runtime._pool import default_threads, run
 from topkast.kernels.runtime._vector import as_pointer, fetch_add
@@ -21,9 +27,11 @@ _CHUNK = 1 << 15  # entries that a thread takes at a time
 _RANGES = 8  # parts of the tensor for each thread: some have more candidates than others
 _DIGIT = 16  # bits of a key that one pass counts; the counts stay in a second-level cache
 
-_COUNT = slots("values", "size", "digits", "prefix", "prefix_shift", "digit_shift", "digit_bits")
-_COLLECT = slots("flat", "size", "bound", "starts", "writes", "indices", "values")
-_DIVIDE = slots(
+_COUNT = define_arguments(
+    "values", "size", "digits", "prefix", "prefix_shift", "digit_shift", "digit_bits"
+)
+_COLLECT = define_arguments("flat", "size", "bound", "starts", "writes", "indices", "values")
+_DIVIDE = define_arguments(
     "active_indices",
     "active_values",
     "active_size",
@@ -296,7 +304,7 @@ def _count_digits(
 
 
 def _run(entry_point: Any, record: np.dtype[Any], threads: int | None, /, **arguments: Any) -> None:
-    run(entry_point, fill(record, ticket=0, thread=0, **arguments), threads)
+    run(entry_point, fill_record(record, next_item=0, next_thread=0, **arguments), threads)
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
@@ -307,9 +315,9 @@ def _key(bits: Any, unsigned: Any) -> Any:
 @njit  # type: ignore[untyped-decorator]
 def _count(address: Any, unsigned: Any) -> None:
     arguments = carray(as_pointer(address), 1, _COUNT)[0]
-    values = vector(arguments.values, arguments.size, unsigned)
-    thread = fetch_add(address + 8)
-    digits = vector(
+    values = array_at(arguments.values, arguments.size, unsigned)
+    thread = fetch_add(address + THREAD_COUNTER)
+    digits = array_at(
         arguments.digits + (thread << (arguments.digit_bits + 2)),
         1 << arguments.digit_bits,
         np.int32,
@@ -330,9 +338,9 @@ def _count(address: Any, unsigned: Any) -> None:
 @njit  # type: ignore[untyped-decorator]
 def _collect(address: Any, unsigned: Any, index: Any) -> None:
     arguments = carray(as_pointer(address), 1, _COLLECT)[0]
-    flat = vector(arguments.flat, arguments.size, unsigned)
+    flat = array_at(arguments.flat, arguments.size, unsigned)
     chunks = (arguments.size + _CHUNK - 1) // _CHUNK
-    starts = vector(arguments.starts, chunks + 1, np.int64)
+    starts = array_at(arguments.starts, chunks + 1, np.int64)
     bound = unsigned(arguments.bound)
     while True:
         chunk = fetch_add(address)
@@ -345,8 +353,8 @@ def _collect(address: Any, unsigned: Any, index: Any) -> None:
                 count += np.int32(_key(flat[entry], unsigned) >= bound)
             starts[chunk + 1] = count
             continue
-        indices = vector(arguments.indices, starts[chunks], index)
-        values = vector(arguments.values, starts[chunks], unsigned)
+        indices = array_at(arguments.indices, starts[chunks], index)
+        values = array_at(arguments.values, starts[chunks], unsigned)
         # Every entry is written, and the next one over it unless it is kept: there is no branch.
         kept, entry = starts[chunk], first
         while kept < starts[chunk + 1]:
@@ -384,18 +392,18 @@ def _divide(address: Any, unsigned: Any, index: Any) -> None:
         unsigned(arguments.backward_key),
         unsigned(arguments.bound_key),
     )
-    forward_ties = vector(arguments.forward_ties, arguments.forward_ties_size, np.int64)
-    backward_ties = vector(arguments.backward_ties, arguments.backward_ties_size, np.int64)
-    a_indices = vector(arguments.active_indices, arguments.active_size, index)
-    a_values = vector(arguments.active_values, arguments.active_size, unsigned)
-    e_indices = vector(arguments.exploring_indices, arguments.exploring_size, index)
-    e_values = vector(arguments.exploring_values, arguments.exploring_size, unsigned)
-    r_indices = vector(arguments.reserve_indices, arguments.reserve_size, index)
-    r_values = vector(arguments.reserve_values, arguments.reserve_size, unsigned)
+    forward_ties = array_at(arguments.forward_ties, arguments.forward_ties_size, np.int64)
+    backward_ties = array_at(arguments.backward_ties, arguments.backward_ties_size, np.int64)
+    a_indices = array_at(arguments.active_indices, arguments.active_size, index)
+    a_values = array_at(arguments.active_values, arguments.active_size, unsigned)
+    e_indices = array_at(arguments.exploring_indices, arguments.exploring_size, index)
+    e_values = array_at(arguments.exploring_values, arguments.exploring_size, unsigned)
+    r_indices = array_at(arguments.reserve_indices, arguments.reserve_size, index)
+    r_values = array_at(arguments.reserve_values, arguments.reserve_size, unsigned)
     total = len(a_indices) + len(e_indices) + len(r_indices)
-    indices = vector(arguments.indices, total, index)
-    values = vector(arguments.values, total, unsigned)
-    source = vector(arguments.source, total, np.int32)
+    indices = array_at(arguments.indices, total, index)
+    values = array_at(arguments.values, total, unsigned)
+    source = array_at(arguments.source, total, np.int32)
     ranges = arguments.ranges
     edges = carray(as_pointer(arguments.edges), (3, ranges + 1), np.int64)
     starts = carray(as_pointer(arguments.starts), (4, ranges), np.int64)

@@ -1,4 +1,4 @@
-"""From flat indices of a weight to the columns and rows of the matrix that multiplies."""
+"""Rows and columns of a sparse matrix from flat indices of a weight."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from topkast.kernels.runtime._arguments import Vector
 def find_columns(
     indices: Vector, /, *, shape: tuple[int, int], groups: int = 1
 ) -> tuple[Vector, int]:
-    """Columns and pitch, as :func:`make_row_layout` takes them, of flat indices of a weight.
+    """Columns and pitch for :func:`make_row_layout`, from flat indices of a weight.
 
     Parameters
     ----------
     indices
-        Of entries of a weight of ``(rows, width / groups)``; int32 or int64.
+        Flat indices of entries of a weight (rows, width / groups); int32 or int64.
     shape
-        Of the matrix, (rows, width).
+        Shape of the matrix, (rows, width).
     groups
-        Of rows, each of which has columns of its own.
+        Number of groups of rows; each group has columns of its own.
 
     Returns
     -------
     columns, pitch
-        The indices themselves and the width, where int32 holds them and there is one group; else
-        new columns, int32, and 0.
+        `indices` itself and the width, if it is contiguous int32 and there is one group; else a
+        new int32 array of columns, and 0.
 
     Examples
     --------
@@ -41,33 +41,33 @@ def find_columns(
     height, width = shape
     if indices.dtype == np.int32 and groups == 1 and indices.flags.c_contiguous:
         return indices, width
-    own = max(width // groups, 1)
-    rows = indices // own
-    first = rows * groups // max(height, 1) * own
-    return np.ascontiguousarray(indices - rows * own + first, dtype=np.int32), 0
+    group_width = max(width // groups, 1)
+    rows = indices // group_width
+    first = rows * groups // max(height, 1) * group_width
+    return np.ascontiguousarray(indices - rows * group_width + first, dtype=np.int32), 0
 
 
 def find_row_starts(
-    indices: Vector, part: slice, /, *, shape: tuple[int, int], groups: int = 1
+    indices: Vector, entries: slice, /, *, shape: tuple[int, int], groups: int = 1
 ) -> Vector:
-    """Position of the first entry of each row, among ascending indices in one part of a vector.
+    """Position of the first entry of each row, in a slice of ascending indices.
 
     Parameters
     ----------
     indices, shape, groups
         As for :func:`find_columns`.
-    part
-        Of `indices`: that of A, say.
+    entries
+        Slice of `indices`, for example A.
 
     Returns
     -------
     array
-        int64 (rows + 1,); the last one is where the part ends.
+        Positions in `indices`, int64 (rows + 1,); the last one is the end of the slice.
 
     Raises
     ------
     ValueError
-        If the indices of the part do not ascend, or lie outside of the weight.
+        If the indices in the slice do not ascend, or lie outside of the weight.
 
     Examples
     --------
@@ -77,17 +77,19 @@ def find_row_starts(
     array([2, 3, 4])
     """
     height, width = shape[0], shape[1] // groups
-    start, stop, _ = part.indices(len(indices))
-    own = indices[start:stop]
-    if len(own) and not (0 <= own[0] <= own[-1] < height * width and np.all(own[1:] > own[:-1])):
+    start, stop, _ = entries.indices(len(indices))
+    flat = indices[start:stop]
+    if len(flat) and not (
+        0 <= flat[0] <= flat[-1] < height * width and np.all(flat[1:] > flat[:-1])
+    ):
         raise ValueError(f"indices must ascend in [0, {height * width})")
     edges = (np.arange(height, dtype=np.int64) * width).astype(indices.dtype)
-    return np.append(np.searchsorted(own, edges) + start, stop)
+    return np.append(np.searchsorted(flat, edges) + start, stop)
 
 
 def rows_and_columns(columns: Vector, pitch: int, row_starts: Vector) -> tuple[Vector, Vector]:
-    """Of the entries that lie in rows their row and their column; int32 (entries,) each."""
+    """Row and column of each entry between the first and the last row start; int32 (entries,)."""
     rows: Any = np.arange(len(row_starts) - 1, dtype=np.int32)
     rows = np.repeat(rows, np.diff(row_starts))
-    part = columns[row_starts[0] : row_starts[-1]]
-    return rows, part - rows * np.int32(pitch) if pitch else part
+    used = columns[row_starts[0] : row_starts[-1]]
+    return rows, used - rows * np.int32(pitch) if pitch else used

@@ -1,6 +1,6 @@
-"""Entries of a long vector at ascending indices: read, written, and kept while others are cleared.
+"""Gather, scatter and compression of a long vector at ascending indices, on several threads.
 
-A library's own functions for it run on one core and wait for memory at each entry.
+The libraries' own functions run on one core and wait for memory at each entry.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
-from topkast.kernels.runtime._arguments import Vector, slots, start, vector
+from topkast.kernels.runtime._arguments import Vector, array_at, define_arguments, run_kernel
 from topkast.kernels.runtime._compile import kernel
 from topkast.kernels.runtime._vector import as_pointer, fetch_add
 
-_CHUNK = 1 << 14  # entries that a thread takes at a time: what the first two caches hold
+_CHUNK = 1 << 14  # entries that a thread takes at a time: they fit in the L1 and L2 caches
 
-_MOVE = slots("flat", "size", "indices", "values", "count")
-_COMPRESS = slots(
+_COPY = define_arguments("flat", "size", "indices", "values", "count")
+_COMPRESS = define_arguments(
     "flat",
     "size",
     "indices",
@@ -58,8 +58,8 @@ def gather(flat: Vector, indices: Vector, out: Vector, /, *, threads: int | None
     >>> out
     array([1., 3.])
     """
-    _check(flat, (indices, out))
-    take(flat, indices, out, threads)
+    _check(flat, indices, out)
+    gather_unchecked(flat, indices, out, threads)
 
 
 def put(flat: Vector, indices: Vector, values: Vector, /, *, threads: int | None = None) -> None:
@@ -74,20 +74,20 @@ def put(flat: Vector, indices: Vector, values: Vector, /, *, threads: int | None
     >>> flat
     array([1., 0., 3.])
     """
-    _check(flat, (indices, values))
-    _run((_put_single, _put_double), flat, indices, values, threads)
+    _check(flat, indices, values)
+    _run_copy((_put_single, _put_double), flat, indices, values, threads)
 
 
-def compress(flat: Vector, *parts: tuple[Vector, Vector], threads: int | None = None) -> None:
-    """Gather the entries of one or two parts, and clear all others, in one pass.
+def compress(flat: Vector, *sets: tuple[Vector, Vector], threads: int | None = None) -> None:
+    """Gather the entries of one or two index sets, and zero all others, in one pass.
 
     Parameters
     ----------
     flat
         (n,), contiguous, float32 or float64.
-    parts
-        Of each part its indices and the vector that its entries are written to, as for
-        :func:`gather`. No index may be in both.
+    sets
+        One or two pairs of indices and output vector, as for :func:`gather`. No index may be in
+        both sets.
     threads
         As for :func:`multiply`.
 
@@ -105,12 +105,12 @@ def compress(flat: Vector, *parts: tuple[Vector, Vector], threads: int | None = 
     >>> flat, out
     (array([0., 2., 0.]), array([2.]))
     """
-    for part in parts:
-        _check(flat, part)
-    if len(parts) == 1:
-        parts = (*parts, (parts[0][0][:0], parts[0][1][:0]))
-    (indices, values), (other_indices, other_values) = parts
-    start(
+    for indices, out in sets:
+        _check(flat, indices, out)
+    if len(sets) == 1:
+        sets = (*sets, (sets[0][0][:0], sets[0][1][:0]))
+    (indices, values), (other_indices, other_values) = sets
+    run_kernel(
         (_compress_single, _compress_double),
         flat.dtype,
         threads,
@@ -126,34 +126,43 @@ def compress(flat: Vector, *parts: tuple[Vector, Vector], threads: int | None = 
     )
 
 
-def take(flat: Vector, indices: Vector, out: Vector, threads: int | None = None) -> None:
-    """:func:`gather` without checks, of indices in any order."""
-    _run((_gather_single, _gather_double), flat, indices, out, threads)
+def gather_unchecked(
+    flat: Vector, indices: Vector, out: Vector, threads: int | None = None
+) -> None:
+    """:func:`gather` without checks, for indices in any order."""
+    _run_copy((_gather_single, _gather_double), flat, indices, out, threads)
 
 
-def _check(flat: Vector, part: tuple[Vector, Vector]) -> None:
-    indices, values = part
+def _check(flat: Vector, indices: Vector, values: Vector) -> None:
     if flat.dtype != values.dtype or flat.dtype not in (np.float32, np.float64):
-        raise TypeError(f"expected float32 or float64, got {flat.dtype} and {values.dtype}")
+        raise TypeError(
+            "flat and values must have the same dtype, float32 or float64, got "
+            f"{flat.dtype} and {values.dtype}"
+        )
     if indices.dtype != np.int32:
         raise TypeError(f"indices must be int32, got {indices.dtype}")
     for array in (flat, indices, values):
         if array.ndim != 1 or not array.flags.c_contiguous:
-            raise ValueError(f"expected contiguous vectors, got one of shape {array.shape}")
+            raise ValueError(
+                "flat, indices and values must be contiguous vectors, got an array of shape "
+                f"{array.shape}"
+            )
     if len(indices) != len(values):
-        raise ValueError(f"{len(indices)} indices for {len(values)} values")
+        raise ValueError(
+            f"indices and values must have the same length, got {len(indices)} and {len(values)}"
+        )
     if len(indices) and not 0 <= indices[0] <= indices[-1] < len(flat):
         raise ValueError(f"indices must ascend in [0, {len(flat)})")
 
 
-def _run(
+def _run_copy(
     kernels: tuple[Any, Any], flat: Vector, indices: Vector, values: Vector, threads: int | None
 ) -> None:
-    start(
+    run_kernel(
         kernels,
         flat.dtype,
         threads,
-        _MOVE,
+        _COPY,
         flat=flat,
         size=len(flat),
         indices=indices,
@@ -163,17 +172,17 @@ def _run(
 
 
 @njit  # type: ignore[untyped-decorator]
-def _move(address: Any, dtype: Any, reading: bool) -> None:
-    arguments = carray(as_pointer(address), 1, _MOVE)[0]
-    flat = vector(arguments.flat, arguments.size, dtype)
-    indices = vector(arguments.indices, arguments.count, np.int32)
-    values = vector(arguments.values, arguments.count, dtype)
+def _copy(address: Any, dtype: Any, is_gather: bool) -> None:
+    arguments = carray(as_pointer(address), 1, _COPY)[0]
+    flat = array_at(arguments.flat, arguments.size, dtype)
+    indices = array_at(arguments.indices, arguments.count, np.int32)
+    values = array_at(arguments.values, arguments.count, dtype)
     while True:
         start = fetch_add(address) * _CHUNK
         if start >= len(indices):
             break
         for k in range(start, min(start + _CHUNK, len(indices))):
-            if reading:
+            if is_gather:
                 values[k] = flat[indices[k]]
             else:
                 flat[indices[k]] = values[k]
@@ -182,29 +191,29 @@ def _move(address: Any, dtype: Any, reading: bool) -> None:
 @njit  # type: ignore[untyped-decorator]
 def _compress(address: Any, dtype: Any) -> None:
     arguments = carray(as_pointer(address), 1, _COMPRESS)[0]
-    flat = vector(arguments.flat, arguments.size, dtype)
-    first = vector(arguments.indices, arguments.count, np.int32)
-    second = vector(arguments.other_indices, arguments.other_count, np.int32)
-    first_values = vector(arguments.values, arguments.count, dtype)
-    second_values = vector(arguments.other_values, arguments.other_count, dtype)
+    flat = array_at(arguments.flat, arguments.size, dtype)
+    first = array_at(arguments.indices, arguments.count, np.int32)
+    second = array_at(arguments.other_indices, arguments.other_count, np.int32)
+    first_values = array_at(arguments.values, arguments.count, dtype)
+    second_values = array_at(arguments.other_values, arguments.other_count, dtype)
     while True:
         start = fetch_add(address) * _CHUNK
         if start >= len(flat):
             break
         stop = min(start + _CHUNK, len(flat))
-        a, b = np.searchsorted(first, start), np.searchsorted(second, start)
-        k, m = a, b
-        while k < len(first) and first[k] < stop:
-            first_values[k] = flat[first[k]]
-            k += 1
-        while m < len(second) and second[m] < stop:
-            second_values[m] = flat[second[m]]
-            m += 1
+        first_start, second_start = np.searchsorted(first, start), np.searchsorted(second, start)
+        first_stop, second_stop = first_start, second_start
+        while first_stop < len(first) and first[first_stop] < stop:
+            first_values[first_stop] = flat[first[first_stop]]
+            first_stop += 1
+        while second_stop < len(second) and second[second_stop] < stop:
+            second_values[second_stop] = flat[second[second_stop]]
+            second_stop += 1
         flat[start:stop] = 0
-        for place in range(a, k):
-            flat[first[place]] = first_values[place]
-        for place in range(b, m):
-            flat[second[place]] = second_values[place]
+        for k in range(first_start, first_stop):
+            flat[first[k]] = first_values[k]
+        for k in range(second_start, second_stop):
+            flat[second[k]] = second_values[k]
 
 
 _KERNEL = types.void(types.intp)
@@ -212,22 +221,22 @@ _KERNEL = types.void(types.intp)
 
 @kernel(_KERNEL)
 def _gather_single(address: Any) -> None:
-    _move(address, np.float32, True)
+    _copy(address, np.float32, True)
 
 
 @kernel(_KERNEL)
 def _gather_double(address: Any) -> None:
-    _move(address, np.float64, True)
+    _copy(address, np.float64, True)
 
 
 @kernel(_KERNEL)
 def _put_single(address: Any) -> None:
-    _move(address, np.float32, False)
+    _copy(address, np.float32, False)
 
 
 @kernel(_KERNEL)
 def _put_double(address: Any) -> None:
-    _move(address, np.float64, False)
+    _copy(address, np.float64, False)
 
 
 @kernel(_KERNEL)

@@ -1,4 +1,4 @@
-"""The order in which the kernels visit the entries of a sparse matrix."""
+"""Layouts: the order in which the kernels visit the entries of a sparse matrix."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from topkast.kernels._arrange import arrange, arrange_rows
-from topkast.kernels.runtime._arguments import fill, record_of
+from topkast.kernels._layout_arrays import make_layout_arrays, make_row_layout_arrays
+from topkast.kernels.runtime._arguments import define_record, fill_record
 from topkast.kernels.runtime._pool import default_threads
-from topkast.kernels.runtime._vector import AHEAD
+from topkast.kernels.runtime._vector import PREFETCH_DISTANCE
 
 Vector = np.ndarray[Any, Any]
 
-LAYOUT = record_of(
+LAYOUT = define_record(
     "chunks",
-    "blocks",
-    "block",
+    "panels",
+    "panel_width",
     "rows",
     "width",
     "pitch",
@@ -26,29 +26,29 @@ LAYOUT = record_of(
     "value_index",
     "chunk_rows",
     "chunk_entries",
-    "block_segments",
+    "panel_segments",
     "segment_rows",
     "segment_lengths",
     "segment_starts",
 )
 
-_MIN_BLOCK = 96  # columns: their rows of a tile of 128 floats fill a first cache of 48 KiB
-_MAX_BLOCK = (1 << 16) - 1  # segments are no longer, and a uint16 holds their length
-_MAX_CHUNK = 1 << 16  # rows that a uint16 can tell apart
-_SEGMENT = 12  # entries that a segment should have at least, for its loop to be worth starting
-_ROW_SEGMENT = 20  # the same where they are summed in groups, and lie apart from the segment before
-_CHUNK = 512  # rows at most, whose part of the output stays in the second cache
-_CHUNKS = 4  # for each thread, at least: some have more to do than others
+_MIN_PANEL = 96  # columns: their rows of a tile of 128 floats fill an L1 cache of 48 KiB
+_MAX_PANEL = (1 << 16) - 1  # columns: the length of a segment fits in a uint16
+_MAX_CHUNK = 1 << 16  # rows that a uint16 can number
+_SEGMENT_ENTRIES = 12  # average length of a segment, enough for its loop to pay off
+_ROW_SEGMENT_ENTRIES = 20  # the same for a RowLayout: summed in groups, scattered in memory
+_CHUNK_ROWS = 512  # maximum rows of a chunk: its output stays in the L2 cache
+_CHUNKS_PER_THREAD = 4  # minimum, since chunks differ in work
 
 
 @dataclass(frozen=True, eq=False)
 class Segments:
     """Entries of a sparse matrix (`rows` × `width`), cut into segments for the caches.
 
-    The rows are cut into chunks, which threads take one by one; the columns into blocks. A segment
-    holds the entries of one row inside one block. Chunk by chunk and block by block the segments
-    follow each other, the short ones first: so the rows of the other matrix that a block needs stay
-    in the first cache, and the length of a loop is that of the loop before.
+    Rows are cut into chunks, which threads take one by one; columns are cut into panels. A segment
+    holds the entries of one row inside one panel. Segments are ordered by chunk, then by panel,
+    then by length. So the rows of the dense matrix that a panel needs stay in the L1 cache, and
+    consecutive loops have nearly equal lengths.
 
     Attributes
     ----------
@@ -56,52 +56,52 @@ class Segments:
         First row of each chunk; int32 (chunks + 1,).
     chunk_entries
         First entry of each chunk; int32 (chunks + 1,).
-    block_segments
-        First segment of each block of each chunk; int32 (chunks · blocks + 1,).
+    panel_segments
+        First segment of each panel of each chunk; int32 (chunks · panels + 1,).
     segment_rows
-        Row of each segment, counted from the first one of its chunk; uint16 (segments,).
+        Row of each segment, counted from the first row of its chunk; uint16 (segments,).
     segment_lengths
-        Entries of each segment; uint16 (segments,).
-    block
-        Columns of a block.
+        Number of entries of each segment; uint16 (segments,).
+    panel_width
+        Columns of a panel.
     rows, width
-        Size of the matrix.
+        Shape of the matrix.
     """
 
     chunk_rows: Vector
     chunk_entries: Vector
-    block_segments: Vector
+    panel_segments: Vector
     segment_rows: Vector
     segment_lengths: Vector
-    block: int
+    panel_width: int
     rows: int
     width: int
 
     @cached_property
-    def chunk(self) -> int:
+    def max_chunk_rows(self) -> int:
         """Rows of the largest chunk."""
         return int(self.chunk_rows[1]) if self.rows else 0
 
     @property
-    def blocks(self) -> int:
-        """Number of blocks of columns."""
-        return -(-max(self.width, 1) // self.block)
+    def panels(self) -> int:
+        """Number of panels."""
+        return -(-max(self.width, 1) // self.panel_width)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays that the layout does not share with others."""
+        """Bytes of the arrays that belong to this layout alone."""
         arrays = (getattr(self, field.name) for field in fields(self))
         return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
 
     @cached_property
     def _record(self) -> Vector:
-        """What the kernels read: sizes and addresses."""
+        """Sizes and addresses of arrays for the kernels."""
         absent = dict.fromkeys(("pitch", "columns", "value_index", "segment_starts"), 0)
         known = {field.name: getattr(self, field.name) for field in fields(self)}
-        values = absent | known | {"chunks": len(self.chunk_rows) - 1, "blocks": self.blocks}
-        return fill(LAYOUT, **{name: values[name] for name in LAYOUT.names or ()})
+        values = absent | known | {"chunks": len(self.chunk_rows) - 1, "panels": self.panels}
+        return fill_record(LAYOUT, **{name: values[name] for name in LAYOUT.names or ()})
 
-    def __reduce__(self) -> Any:  # a copy has other addresses
+    def __reduce__(self) -> Any:  # drops `_record`: a copy has other addresses
         return type(self), tuple(getattr(self, field.name) for field in fields(self))
 
 
@@ -109,17 +109,17 @@ class Segments:
 class RowLayout(Segments):
     """A layout of entries that the compact vector holds by row, then by column.
 
-    It keeps nothing for each entry: their values are runs of the compact vector, and their columns
-    are read where they are anyway.
+    It stores nothing for each entry: the values of a segment are contiguous in the compact vector,
+    and columns are read from an existing array.
 
     Attributes
     ----------
     segment_starts
         Position in the compact vector of the first entry of each segment; int32 (segments,).
     columns
-        Of each entry of the compact vector, ``row · pitch + column``; int32, not copied.
+        ``row · pitch + column`` of each entry of the compact vector; int32, not copied.
     pitch
-        0 where columns are given as they are, or the width where they are flat indices.
+        0 if `columns` holds columns, the width if it holds flat indices.
     """
 
     segment_starts: Vector
@@ -133,51 +133,51 @@ class RowLayout(Segments):
 
     @cached_property
     def stop(self) -> int:
-        """Position in the compact vector behind the last entry."""
+        """Position in the compact vector after the last entry."""
         return int(self.chunk_entries[-1])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays, without `columns`."""
+        """Bytes of the arrays, excluding `columns`."""
         return super().nbytes - self.columns.nbytes
 
     @cached_property
-    def cut(self) -> tuple[Any, ...]:
-        """Equal for layouts that are cut into the same chunks and blocks."""
-        return self.rows, self.width, self.block, self.pitch, self.chunk_rows.tobytes()
+    def partition(self) -> tuple[Any, ...]:
+        """Key that is equal for layouts with the same chunks and panels."""
+        return self.rows, self.width, self.panel_width, self.pitch, self.chunk_rows.tobytes()
 
     def check(self) -> None:
-        """Raise ValueError if someone wrote other columns into the array that was given."""
-        last = self.pitch * (self.rows - 1) + self.width
+        """Raise ValueError if `columns` was overwritten with columns out of range."""
+        end = self.pitch * (self.rows - 1) + self.width
         start, stop = self.start, self.stop
-        if stop > start and not (self.columns[start] >= 0 and self.columns[stop - 1] < last):
+        if stop > start and not (self.columns[start] >= 0 and self.columns[stop - 1] < end):
             raise ValueError(
-                "the columns of a layout were overwritten: make a new one for new columns"
+                "the columns of a layout were overwritten: make a new layout for new columns"
             )
 
 
 @dataclass(frozen=True, eq=False)
 class Layout(Segments):
-    """A layout of entries that lie anywhere in the compact vector, such as those of a transpose.
+    """A layout of entries in any order of the compact vector, for example of a transpose.
 
     Attributes
     ----------
     value_index
-        Where each entry is in the compact vector, int32, (entries,) and some zeros, since the
-        kernels look ahead.
+        Position of each entry in the compact vector, followed by zeros that the kernels prefetch;
+        int32.
     columns
-        Column of each entry in its block; uint16 (entries,).
-    extent
-        Length that the compact vector must have at least.
+        Column of each entry, counted from the first one of its panel; uint16 (entries,).
+    required_length
+        Minimum length of the compact vector.
     """
 
     value_index: Vector
     columns: Vector
-    extent: int
+    required_length: int
 
     @property
     def order(self) -> Vector:
-        """Where each entry is in the compact vector; int32 (entries,)."""
+        """Position of each entry in the compact vector; int32 (entries,)."""
         return self.value_index[: len(self.columns)]
 
 
@@ -188,33 +188,33 @@ def make_row_layout(
     *,
     shape: tuple[int, int],
     pitch: int = 0,
-    block: int | None = None,
+    panel_width: int | None = None,
     max_rows: int | None = None,
 ) -> RowLayout:
-    """The layout of entries that the compact vector holds by row, then by column.
+    """Make the layout of entries that the compact vector holds by row, then by column.
 
     Parameters
     ----------
     columns
-        Of each entry of the compact vector, ``row · pitch + column``; int32, contiguous. It is
-        kept, not copied, and must not be written to while the layout is used.
+        ``row · pitch + column`` of each entry of the compact vector; int32, contiguous. The layout
+        refers to this array without a copy: do not write to it while the layout is used.
     row_starts
-        Position in the compact vector of the first entry of each row; integers (rows + 1,). What
-        lies outside of them does not belong to the matrix.
+        Position in the compact vector of the first entry of each row; integers (rows + 1,).
+        Entries before the first and after the last one do not belong to the matrix.
     shape
-        Of the matrix.
+        Shape of the matrix.
     pitch
-        0 where `columns` are columns; the width where they are flat indices.
-    block
-        Columns of a block; by default enough for segments to be worth their loops.
+        0 if `columns` holds columns, the width if it holds flat indices.
+    panel_width
+        Columns of a panel; by default wide enough for segments to pay for their loops.
     max_rows
-        Of a chunk; by default few enough for each thread to have several chunks, and for the
-        output of one to stay in a cache. No result depends on it.
+        Maximum rows of a chunk. By default each thread has several chunks, and the output of a
+        chunk stays in a cache. Results do not depend on it.
 
     Raises
     ------
     TypeError
-        For columns that are not int32.
+        If `columns` is not int32.
     ValueError
         If the columns of a row do not ascend in [0, width), or another argument is out of range.
 
@@ -231,7 +231,7 @@ def make_row_layout(
     if columns.dtype != np.int32:
         raise TypeError(f"columns must be int32, got {columns.dtype}")
     if columns.ndim != 1 or not columns.flags.c_contiguous:
-        raise ValueError(f"columns must be a contiguous vector, got one of shape {columns.shape}")
+        raise ValueError(f"columns must be a contiguous vector, got shape {columns.shape}")
     if pitch not in (0, width):
         raise ValueError(f"pitch must be 0 or the width, {width}, got {pitch}")
     starts = np.ascontiguousarray(row_starts, dtype=np.int64)
@@ -243,21 +243,24 @@ def make_row_layout(
             f"row_starts must be {height + 1} ascending positions in [0, {len(columns)}]"
         )
     entries = int(starts[-1] - starts[0]) if height else 0
-    chunks = _chunks(height, max_rows)
-    used = row_block(entries, shape) if block is None else block
-    if not 1 <= used <= _MAX_BLOCK:
-        raise ValueError(f"a block has from 1 to {_MAX_BLOCK} columns, got {used}")
-    valid, *arrays = arrange_rows(columns, starts, pitch, width, chunks, used)
-    if not valid:
+    chunk_rows = _chunk_rows(height, max_rows)
+    if panel_width is None:
+        panel_width = row_panel_width(entries, shape)
+    if not 1 <= panel_width <= _MAX_PANEL:
+        raise ValueError(f"panel_width must lie in [1, {_MAX_PANEL}], got {panel_width}")
+    is_valid, *arrays = make_row_layout_arrays(
+        columns, starts, pitch, width, chunk_rows, panel_width
+    )
+    if not is_valid:
         raise ValueError(f"the columns of a row must ascend in [0, {width})")
-    chunk_entries, block_segments, segment_rows, segment_lengths, segment_starts = arrays
+    chunk_entries, panel_segments, segment_rows, segment_lengths, segment_starts = arrays
     return RowLayout(
-        chunks,
+        chunk_rows,
         chunk_entries,
-        block_segments,
+        panel_segments,
         segment_rows,
         segment_lengths,
-        used,
+        panel_width,
         height,
         width,
         segment_starts,
@@ -275,14 +278,15 @@ def make_layout(
     shape: tuple[int, int],
     max_rows: int | None = None,
 ) -> Layout:
-    """The layout of a matrix with entries at `rows` and `columns`.
+    """Make the layout of a matrix with entries at `rows` and `columns`.
 
     Parameters
     ----------
     rows, columns
-        Place of each entry; int32 (entries,). Those of one row keep their order within a block.
+        Row and column of each entry; int32 (entries,). Entries of one row keep their order within
+        a panel.
     value_index
-        Where each entry is in the compact vector; int32 (entries,).
+        Position of each entry in the compact vector; int32 (entries,).
     shape, max_rows
         As for :func:`make_row_layout`.
 
@@ -305,45 +309,49 @@ def make_layout(
     entries = len(rows)
     if not len(columns) == len(value_index) == entries:
         raise ValueError(
-            "each entry has a row, a column and an index of its value: got "
-            f"{entries} rows, {len(columns)} columns and {len(value_index)} indices"
+            "rows, columns and value_index must have the same length, got "
+            f"{entries}, {len(columns)} and {len(value_index)}"
         )
-    for name, place, size in (("rows", rows, height), ("columns", columns, width)):
-        if entries and not 0 <= place.min() <= place.max() < size:
+    for name, array, size in (("rows", rows, height), ("columns", columns, width)):
+        if entries and not 0 <= array.min() <= array.max() < size:
             raise ValueError(f"{name} must lie in [0, {size})")
     if entries and value_index.min() < 0:
-        raise ValueError("value_index must not be negative")
-    chunks, block = _chunks(height, max_rows), _block(entries, shape, _SEGMENT)
-    found = arrange(rows, columns, value_index, chunks, block, width, AHEAD)
-    chunk_entries, block_segments, segment_rows, segment_lengths, kept, places = found
+        raise ValueError(f"value_index must not be negative, got {value_index.min()}")
+    chunk_rows = _chunk_rows(height, max_rows)
+    panel_width = _panel_width(entries, shape, _SEGMENT_ENTRIES)
+    arrays = make_layout_arrays(
+        rows, columns, value_index, chunk_rows, panel_width, width, PREFETCH_DISTANCE
+    )
+    chunk_entries, panel_segments, segment_rows, segment_lengths, index, panel_columns = arrays
     return Layout(
-        chunks,
+        chunk_rows,
         chunk_entries,
-        block_segments,
+        panel_segments,
         segment_rows,
         segment_lengths,
-        block,
+        panel_width,
         height,
         width,
-        kept,
-        places,
+        index,
+        panel_columns,
         int(value_index.max(initial=-1)) + 1,
     )
 
 
-def row_block(entries: int, shape: tuple[int, int]) -> int:
-    """Columns of a block of a :class:`RowLayout`, by its number of entries."""
-    return _block(entries, shape, _ROW_SEGMENT)
+def row_panel_width(entries: int, shape: tuple[int, int]) -> int:
+    """Default width of the panels of a :class:`RowLayout` with `entries` entries."""
+    return _panel_width(entries, shape, _ROW_SEGMENT_ENTRIES)
 
 
-def _block(entries: int, shape: tuple[int, int], segment: int) -> int:
+def _panel_width(entries: int, shape: tuple[int, int], segment_entries: int) -> int:
     height, width = shape
-    wanted = segment * height * width // entries if entries else width
-    return max(_MIN_BLOCK, min(_MAX_BLOCK, wanted))
+    panel_width = segment_entries * height * width // entries if entries else width
+    return max(_MIN_PANEL, min(_MAX_PANEL, panel_width))
 
 
-def _chunks(height: int, max_rows: int | None) -> Vector:
+def _chunk_rows(height: int, max_rows: int | None) -> Vector:
     if max_rows is not None and not 1 <= max_rows <= _MAX_CHUNK:
-        raise ValueError(f"max_rows must be positive, and {_MAX_CHUNK} at most, got {max_rows}")
-    chunk = max_rows or max(1, min(_CHUNK, height // (_CHUNKS * default_threads())))
-    return np.append(np.arange(0, height, chunk, dtype=np.int32), np.int32(height))
+        raise ValueError(f"max_rows must lie in [1, {_MAX_CHUNK}], got {max_rows}")
+    max_chunk = min(_CHUNK_ROWS, height // (_CHUNKS_PER_THREAD * default_threads()))
+    step = max_rows or max(1, max_chunk)
+    return np.append(np.arange(0, height, step, dtype=np.int32), np.int32(height))

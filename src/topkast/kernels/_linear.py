@@ -1,4 +1,4 @@
-"""The three products of a sparse linear layer, on NumPy buffers."""
+"""The three products of a sparse linear layer on NumPy buffers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from topkast.kernels._columns import find_columns, find_row_starts, rows_and_columns
-from topkast.kernels._layout import make_layout, make_row_layout, row_block
+from topkast.kernels._layout import make_layout, make_row_layout, row_panel_width
 from topkast.kernels._packing import pack
 from topkast.kernels._products import multiply, sampled_product, tile_width
 from topkast.kernels.runtime._arguments import Vector
@@ -16,19 +16,19 @@ from topkast.kernels.runtime._arguments import Vector
 class LinearProducts:
     r"""Products with a sparse weight W (rows × width), whose values on B are one vector.
 
-    In that vector, and in `indices`, the entries of A come first. Beside these, 6 bytes are held
-    for each entry of A and about half a byte for each of B: the forward product and the weight
-    gradient read columns from `indices`, which therefore must not be written to.
+    In that vector and in `indices`, the entries of A come first. The layouts take another 6 bytes
+    for each entry of A and about half a byte for each of B. The forward product and the weight
+    gradient read columns from `indices`: do not write to that array.
 
     Parameters
     ----------
     indices
-        Flat indices of B in W, (\|B\|,), those of A ascending, then those of B∖A ascending; int32,
-        or int64, of which columns are kept.
+        Flat indices of B in W, (\|B\|,): those of A in ascending order, then those of B∖A in
+        ascending order; int32, or int64, from which new int32 columns are made.
     forward
         \|A\|.
     shape
-        (rows, width).
+        Shape of W, (rows, width).
 
     Raises
     ------
@@ -55,17 +55,17 @@ class LinearProducts:
 
     def __init__(self, indices: Vector, forward: int, /, *, shape: tuple[int, int]) -> None:
         columns, pitch = find_columns(indices, shape=shape)
-        self._kept = columns.nbytes if columns is not indices else 0
-        parts = slice(forward), slice(forward, len(indices))
-        active, exploring = (find_row_starts(indices, part, shape=shape) for part in parts)
-        block = row_block(forward, shape)
+        self._columns_nbytes = columns.nbytes if columns is not indices else 0
+        slices = slice(forward), slice(forward, len(indices))
+        active, exploring = (find_row_starts(indices, entries, shape=shape) for entries in slices)
+        panel_width = row_panel_width(forward, shape)
         self._active, self._exploring = (
-            make_row_layout(columns, starts, shape=shape, pitch=pitch, block=block)
+            make_row_layout(columns, starts, shape=shape, pitch=pitch, panel_width=panel_width)
             for starts in (active, exploring)
         )
-        row, column = rows_and_columns(columns, pitch, active)
-        order = np.arange(forward, dtype=np.int32)
-        self._transposed = make_layout(column, row, order, shape=shape[::-1])
+        rows, columns = rows_and_columns(columns, pitch, active)
+        value_index = np.arange(forward, dtype=np.int32)
+        self._transposed = make_layout(columns, rows, value_index, shape=shape[::-1])
 
     @staticmethod
     def packed_shape(shape: tuple[int, int], dtype: Any) -> tuple[int, int, int]:
@@ -76,26 +76,26 @@ class LinearProducts:
 
     @staticmethod
     def pack(activations: Vector, out: Vector) -> None:
-        """Write activations, or a gradient of the output, as the products read them."""
+        """Pack activations or a gradient of the output for the products."""
         pack(activations, out)
 
     def forward(
         self, values: Vector, x: Vector, out: Vector, *, bias: Vector | None = None
     ) -> None:
-        """Write the output ``x · Wᵀ + bias`` with W on A, (batch, rows)."""
+        """Write the output ``x · Wᵀ + bias`` with W on A, (batch, rows), into `out`."""
         multiply(self._active, values, x, out, bias=bias)
 
     def input_gradient(self, values: Vector, gradient: Vector, out: Vector) -> None:
-        """Write the gradient ``gradient · W`` with W on A, (batch, width)."""
+        """Write the input gradient ``gradient · W`` with W on A, (batch, width), into `out`."""
         multiply(self._transposed, values, gradient, out)
 
     def weight_gradient(self, gradient: Vector, x: Vector, out: Vector) -> None:
-        r"""Write ``gradientᵀ · x`` on B, (\|B\|,)."""
+        r"""Write the weight gradient ``gradientᵀ · x`` on B, (\|B\|,), into `out`."""
         other = self._exploring if self._exploring.stop > self._exploring.start else None
         sampled_product(self._active, gradient, x, out, other=other)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held beside the indices."""
+        """Bytes held in addition to `indices`."""
         layouts = self._active, self._exploring, self._transposed
-        return self._kept + sum(layout.nbytes for layout in layouts)
+        return self._columns_nbytes + sum(layout.nbytes for layout in layouts)

@@ -1,4 +1,4 @@
-"""Activations by row, as most libraries keep them, to tiles."""
+"""Packing of row-major activations into tiles."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
-from topkast.kernels.runtime._arguments import Vector, slots, transform
+from topkast.kernels.runtime._arguments import Vector, define_arguments, run_transform
 from topkast.kernels.runtime._compile import kernel
-from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer, fetch_add, transpose_block
+from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer, fetch_add, transpose_square
 
-_BAND = 128  # features that are packed at a time: what the first two caches hold
+_FEATURES = 128  # features packed at a time: they fit in the L1 and L2 caches
 
-_PACK = slots("source", "target", "count", "batch", "features", "width")
+_PACK = define_arguments("source", "target", "count", "batch", "features", "width")
 
 
 def pack(rows: Vector, tiles: Vector, /, *, threads: int | None = None) -> None:
-    """Activations (batch, features) into tiles (tiles, features, width), with zeros behind them.
+    """Pack activations (batch, features) into tiles (tiles, features, width), padded with zeros.
 
     Parameters
     ----------
@@ -44,8 +44,10 @@ def pack(rows: Vector, tiles: Vector, /, *, threads: int | None = None) -> None:
     batch, features = rows.shape
     count, height, width = tiles.shape
     if height != features or count != -(-batch // width):
-        raise ValueError(f"cannot pack {rows.shape} into {tiles.shape}")
-    transform(
+        raise ValueError(
+            f"cannot pack activations of shape {rows.shape} into tiles of shape {tiles.shape}"
+        )
+    run_transform(
         (_pack_single, _pack_double),
         rows,
         tiles,
@@ -64,19 +66,19 @@ def transpose(source: Any, target: Any) -> None:
     height, width = source.shape
     side = VECTOR_BYTES // source.itemsize
     zero = source.dtype.type(0)
-    above, beside = height // side * side, width // side * side
-    for row in range(0, above, side):
-        for column in range(0, beside, side):
-            transpose_block(
+    whole_height, whole_width = height // side * side, width // side * side
+    for row in range(0, whole_height, side):
+        for column in range(0, whole_width, side):
+            transpose_square(
                 zero,
                 source.ctypes.data + row * source.strides[0] + column * source.itemsize,
                 source.strides[0],
                 target.ctypes.data + column * target.strides[0] + row * target.itemsize,
                 target.strides[0],
             )
-        for column in range(beside, width):
+        for column in range(whole_width, width):
             target[column, row : row + side] = source[row : row + side, column]
-    for row in range(above, height):
+    for row in range(whole_height, height):
         target[:, row] = source[row]
 
 
@@ -92,13 +94,13 @@ def _pack(address: Any, dtype: Any) -> None:
         if tile >= count:
             break
         first = tile * width
-        there = min(width, batch - first)
-        for start in range(0, features, _BAND):
-            stop = min(features, start + _BAND)
-            part = rows[first : first + there, start:stop]
-            transpose(part, tiles[tile][start:stop, :there])
-        if there < width:
-            tiles[tile][:, there:] = 0
+        used = min(width, batch - first)
+        for start in range(0, features, _FEATURES):
+            stop = min(features, start + _FEATURES)
+            source = rows[first : first + used, start:stop]
+            transpose(source, tiles[tile][start:stop, :used])
+        if used < width:
+            tiles[tile][:, used:] = 0
 
 
 _KERNEL = types.void(types.intp)

@@ -1,4 +1,4 @@
-"""The products, from their arguments to the threads: ``A · X`` and ``dY · Xᵀ`` on B."""
+"""Products of a sparse matrix with packed activations: ``A · X``, and ``dY · Xᵀ`` on B."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ from numba import carray, njit, types
 
 from topkast.kernels._layout import LAYOUT, Layout, RowLayout, Vector
 from topkast.kernels._packing import transpose
-from topkast.kernels._sampling import SEGMENTS_AHEAD, sample
-from topkast.kernels.runtime._arguments import THREAD, check, empty, slots, start, vector
+from topkast.kernels._sampling import PREFETCH_SEGMENTS, run_sampled
+from topkast.kernels.runtime._arguments import (
+    THREAD_COUNTER,
+    array_at,
+    check_arrays,
+    define_arguments,
+    empty_aligned,
+    run_kernel,
+)
 from topkast.kernels.runtime._compile import kernel
 from topkast.kernels.runtime._pool import default_threads
 from topkast.kernels.runtime._vector import (
@@ -28,23 +35,32 @@ from topkast.kernels.runtime._vector import (
     row_product_8,
 )
 
-_BAND = 16  # columns that are transposed at a time: as many pages are written to
-_OVERHEAD = 3  # what an entry costs in a tile, besides its vectors, in vectors
+_COLUMNS = 16  # columns transposed at a time: each writes to a memory page of its own
+_ENTRY_COST = 3  # fixed cost of an entry in a tile, in units of the cost of a vector
 
-_MULTIPLY = slots(
-    "layout", "values", "x", "out", "bias", "scratch", "chunk", "tiles", "registers", "batch"
+_MULTIPLY = define_arguments(
+    "layout",
+    "values",
+    "x",
+    "out",
+    "bias",
+    "scratch",
+    "max_chunk_rows",
+    "tiles",
+    "registers",
+    "batch",
 )
 
 
 def tile_width(columns: int, dtype: Any) -> int:
-    """Width of the tiles that a number of columns of activations is packed into.
+    """Best width of the tiles for a number of columns of activations.
 
-    A wide tile shares the cost of an entry among many columns; a narrow one wastes fewer columns.
+    A wide tile shares the cost of an entry among many columns; a narrow tile leaves fewer unused.
 
     Parameters
     ----------
     columns
-        Number of columns: the batch, times the other axes that a layer is applied along.
+        Number of columns: the batch size, times the sizes of the other axes without features.
     dtype
         float32 or float64.
 
@@ -61,7 +77,7 @@ def tile_width(columns: int, dtype: Any) -> int:
     """
     lanes = VECTOR_BYTES // int(np.dtype(dtype).itemsize)
     cost: dict[int, int] = {
-        lanes * registers: -(-columns // (lanes * registers)) * (registers + _OVERHEAD)
+        lanes * registers: -(-columns // (lanes * registers)) * (registers + _ENTRY_COST)
         for registers in (8, 4, 2, 1)
     }
     return min(cost, key=lambda width: cost[width])
@@ -82,18 +98,18 @@ def multiply(
     Parameters
     ----------
     layout
-        Of W, whose entries are in `values`.
+        Layout of W.
     values
-        Compact vector, float32 or float64.
+        Compact vector of the entries of W, float32 or float64.
     x
         Packed activations, (tiles, layout.width, width), contiguous.
     out
-        Where the result goes, by row as most libraries keep it: (batch, layout.rows), contiguous,
-        with ``batch <= tiles · width``.
+        Output array, (batch, layout.rows), contiguous, with ``batch <= tiles · width``.
     bias
-        (layout.rows,)
+        Contiguous, (layout.rows,).
     threads
-        None: as many as PyTorch uses, or one for each core. The result does not depend on it.
+        Number of threads; by default as many as PyTorch uses, or one for each core if PyTorch is
+        not loaded. The result does not depend on it.
 
     Raises
     ------
@@ -115,10 +131,10 @@ def multiply(
     tiles, _, width = x.shape
     batch, dtype = len(out), values.dtype
     if batch > tiles * width:
-        raise ValueError(f"{batch} rows do not fit {tiles} tiles of {width}")
-    check(
+        raise ValueError(f"{batch} rows of out do not fit {tiles} tiles of width {width}")
+    check_arrays(
         dtype,
-        ("values", values, (max(values.size, extent_of(layout)),)),
+        ("values", values, (max(values.size, _required_length(layout)),)),
         ("x", x, (tiles, layout.width, width)),
         ("out", out, (batch, layout.rows)),
         *([] if bias is None else [("bias", bias, (layout.rows,))]),
@@ -126,7 +142,7 @@ def multiply(
     if isinstance(layout, RowLayout):
         layout.check()
     threads = threads or default_threads()
-    start(
+    run_kernel(
         (_multiply_single, _multiply_double),
         dtype,
         threads,
@@ -136,8 +152,8 @@ def multiply(
         x=x,
         out=out,
         bias=0 if bias is None else bias,
-        scratch=empty((threads * layout.chunk, width), dtype),
-        chunk=layout.chunk,
+        scratch=empty_aligned((threads * layout.max_chunk_rows, width), dtype),
+        max_chunk_rows=layout.max_chunk_rows,
         tiles=tiles,
         registers=_registers(width, dtype),
         batch=batch,
@@ -154,19 +170,19 @@ def sampled_product(
     other: RowLayout | None = None,
     threads: int | None = None,
 ) -> None:
-    """``out = (y · xᵀ)[row, column]`` for the entries of a layout or of two, and no others.
+    """``out = (y · xᵀ)[row, column]`` at the entries of one or two layouts only.
 
     Parameters
     ----------
     layout
-        The entries wanted.
+        The entries to compute.
     y, x
         Packed, (tiles, layout.rows, width) and (tiles, layout.width, width), contiguous.
     out
-        Compact vector.
+        Output array: the compact vector.
     other
-        More entries wanted, of the same compact vector: those of B∖A, say. It must be cut into
-        the same chunks and blocks, so that both find the same activations in the caches.
+        More entries of the same compact vector, for example those of B∖A. This layout must have
+        the same chunks and panels, so that both reuse the activations in the caches.
     threads
         As for :func:`multiply`.
 
@@ -189,19 +205,21 @@ def sampled_product(
     array([4., 9.], dtype=float32)
     """
     tiles, _, width = x.shape
-    extent = max(extent_of(layout), 0 if other is None else extent_of(other))
-    check(
+    length = max(_required_length(layout), 0 if other is None else _required_length(other))
+    check_arrays(
         out.dtype,
         ("x", x, (tiles, layout.width, width)),
         ("y", y, (tiles, layout.rows, width)),
-        ("out", out, (max(out.size, extent),)),
+        ("out", out, (max(out.size, length),)),
     )
-    count = _registers(width, out.dtype)
-    for one in (layout,) if other is None else (layout, other):
-        if not isinstance(one, RowLayout):
-            raise TypeError("sampled_product needs layouts of make_row_layout")
-        one.check()
-    sample(
+    registers = _registers(width, out.dtype)
+    for used in (layout,) if other is None else (layout, other):
+        if not isinstance(used, RowLayout):
+            raise TypeError(
+                f"sampled_product needs a RowLayout of make_row_layout, got {type(used).__name__}"
+            )
+        used.check()
+    run_sampled(
         layout,
         other,
         threads,
@@ -209,27 +227,29 @@ def sampled_product(
         columns=layout.columns,
         other_columns=0 if other is None else other.columns,
         pitch=layout.pitch,
-        stride=count * VECTOR_BYTES,
+        stride=registers * VECTOR_BYTES,
         x=x,
         y=y,
-        slabs=tiles,
-        slab_length=layout.width * count,
-        plane_length=count,
-        lead=0,
-        places=count,
-        at_a_time=count,
+        image_groups=tiles,
+        image_group_length=layout.width * registers,
+        plane_length=registers,
+        leading_zeros=0,
+        positions=registers,
+        registers=registers,
     )
 
 
-def extent_of(layout: RowLayout | Layout) -> int:
-    """Length that the compact vector must have at least."""
-    return layout.stop if isinstance(layout, RowLayout) else layout.extent
+def _required_length(layout: RowLayout | Layout) -> int:
+    """Minimum length of the compact vector."""
+    return layout.stop if isinstance(layout, RowLayout) else layout.required_length
 
 
 def _registers(width: int, dtype: Any) -> int:
-    registers, rest = divmod(width * int(dtype.itemsize), VECTOR_BYTES)
-    if rest or registers not in (1, 2, 4, 8):
-        raise ValueError(f"a tile cannot have {width} columns of {dtype}: see tile_width")
+    registers, remainder = divmod(width * int(dtype.itemsize), VECTOR_BYTES)
+    if remainder or registers not in (1, 2, 4, 8):
+        raise ValueError(
+            f"a tile cannot have {width} columns of {dtype}: choose the width with tile_width"
+        )
     return registers
 
 
@@ -239,33 +259,33 @@ def _multiply(address: Any, dtype: Any) -> None:
     layout = carray(as_pointer(arguments.layout), 1, LAYOUT)[0]
     registers, batch, tiles = arguments.registers, arguments.batch, arguments.tiles
     chunks, rows = layout.chunks, layout.rows
-    chunk_rows = vector(layout.chunk_rows, chunks + 1, np.int32)
-    bias = vector(arguments.bias, rows, dtype)
+    chunk_rows = array_at(layout.chunk_rows, chunks + 1, np.int32)
+    bias = array_at(arguments.bias, rows, dtype)
     tile_bytes = registers * VECTOR_BYTES
     lanes = tile_bytes // bias.itemsize
     output = carray(as_pointer(arguments.out), (batch, rows), dtype)
-    # A thread computes its part of the output in memory of its own, to be transposed.
-    thread = fetch_add(address + THREAD)
-    own = arguments.scratch + thread * arguments.chunk * tile_bytes
+    # A thread computes a chunk of the output in its own scratch memory, then transposes it.
+    thread = fetch_add(address + THREAD_COUNTER)
+    scratch = arguments.scratch + thread * arguments.max_chunk_rows * tile_bytes
     while True:
         item = fetch_add(address)
         if item >= tiles * chunks:
             break
         tile, chunk = item // chunks, item % chunks
         first, last = chunk_rows[chunk], chunk_rows[chunk + 1]
-        part = carray(as_pointer(own), (last - first, lanes), dtype)
+        transposed = carray(as_pointer(scratch), (last - first, lanes), dtype)
         for row in range(first, last):
-            part[row - first] = bias[row] if arguments.bias else dtype(0)
+            transposed[row - first] = bias[row] if arguments.bias else dtype(0)
         tile_x = arguments.x + tile * layout.width * tile_bytes
         if layout.value_index:
-            _add_indexed(layout, chunk, arguments.values, tile_x, registers, own, dtype)
+            _add_indexed(layout, chunk, arguments.values, tile_x, registers, scratch, dtype)
         else:
-            _add_rows(layout, chunk, first, arguments.values, tile_x, registers, own, dtype)
-        present = min(lanes, batch - tile * lanes)
-        for column in range(0, present, _BAND):
-            stop = min(present, column + _BAND)
+            _add_rows(layout, chunk, first, arguments.values, tile_x, registers, scratch, dtype)
+        used = min(lanes, batch - tile * lanes)
+        for column in range(0, used, _COLUMNS):
+            stop = min(used, column + _COLUMNS)
             target = output[tile * lanes + column : tile * lanes + stop, first:last]
-            transpose(part[:, column:stop], target)
+            transpose(transposed[:, column:stop], target)
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -282,15 +302,15 @@ def _add_rows(
     """Add the products of a chunk of a RowLayout, whose first row is `first`."""
     zero, stride, columns = dtype(0), registers * VECTOR_BYTES, layout.columns
     row_bytes = layout.pitch * stride
-    edges = vector(layout.block_segments, layout.chunks * layout.blocks + 1, np.int32)
-    begin, end = edges[chunk * layout.blocks], edges[(chunk + 1) * layout.blocks]
-    segment_rows = vector(layout.segment_rows, end, np.uint16)
-    lengths = vector(layout.segment_lengths, end, np.uint16)
-    starts = vector(layout.segment_starts, end, np.int32)
+    panel_starts = array_at(layout.panel_segments, layout.chunks * layout.panels + 1, np.int32)
+    begin, end = panel_starts[chunk * layout.panels], panel_starts[(chunk + 1) * layout.panels]
+    segment_rows = array_at(layout.segment_rows, end, np.uint16)
+    lengths = array_at(layout.segment_lengths, end, np.uint16)
+    starts = array_at(layout.segment_starts, end, np.int32)
     for segment in range(begin, end):
-        later = min(segment + SEGMENTS_AHEAD, end - 1)
-        prefetch(np.int32(0), columns, starts[later], starts[later] + lengths[later])
-        prefetch(zero, values, starts[later], starts[later] + lengths[later])
+        ahead = min(segment + PREFETCH_SEGMENTS, end - 1)
+        prefetch(np.int32(0), columns, starts[ahead], starts[ahead] + lengths[ahead])
+        prefetch(zero, values, starts[ahead], starts[ahead] + lengths[ahead])
         row, start = segment_rows[segment], starts[segment]
         stop = start + lengths[segment]
         x, target = tile_x - (first + row) * row_bytes, out + row * stride
@@ -311,15 +331,15 @@ def _add_indexed(
     """Add the products of a chunk of a Layout."""
     zero, stride = dtype(0), registers * VECTOR_BYTES
     index, columns = layout.value_index, layout.columns
-    edges = vector(layout.block_segments, layout.chunks * layout.blocks + 1, np.int32)
-    segments = edges[(chunk + 1) * layout.blocks]
-    segment_rows = vector(layout.segment_rows, segments, np.uint16)
-    lengths = vector(layout.segment_lengths, segments, np.uint16)
-    start = np.int64(vector(layout.chunk_entries, layout.chunks + 1, np.int32)[chunk])
-    for block in range(layout.blocks):
-        at = chunk * layout.blocks + block
-        x = tile_x + block * layout.block * stride
-        for segment in range(edges[at], edges[at + 1]):
+    panel_starts = array_at(layout.panel_segments, layout.chunks * layout.panels + 1, np.int32)
+    segments = panel_starts[(chunk + 1) * layout.panels]
+    segment_rows = array_at(layout.segment_rows, segments, np.uint16)
+    lengths = array_at(layout.segment_lengths, segments, np.uint16)
+    start = np.int64(array_at(layout.chunk_entries, layout.chunks + 1, np.int32)[chunk])
+    for panel in range(layout.panels):
+        chunk_panel = chunk * layout.panels + panel
+        x = tile_x + panel * layout.panel_width * stride
+        for segment in range(panel_starts[chunk_panel], panel_starts[chunk_panel + 1]):
             stop, target = start + lengths[segment], out + segment_rows[segment] * stride
             if registers == 8:
                 indexed_product_8(zero, values, index, columns, start, stop, x, target)

@@ -1,1 +1,1 @@
-"""What kernels are made of and run on: compilation, threads, arguments, vector instructions."""
+"""The runtime of the kernels: compilation, threads, arguments and vector instructions."""

@@ -1,7 +1,7 @@
-"""What compiled kernels are given: records of numbers and addresses, read by name.
+"""Arguments of compiled kernels: records of int64 numbers and addresses, read by name.
 
 A record is one array of int64. Caller and kernel share its dtype, which names each slot, so that an
-argument that is added, moved or forgotten cannot take the place of another.
+argument that is added, moved or forgotten cannot be read as another one.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer
 
 Vector = np.ndarray[Any, Any]
 
-_COUNTERS = ("ticket", "thread")
-THREAD = 8  # bytes from the start of a record to the counter of its threads
+_COUNTERS = ("next_item", "next_thread")
+THREAD_COUNTER = 8  # byte offset of `next_thread` in a record
 
 
-def slots(*names: str) -> np.dtype[Any]:
-    """The dtype of a kernel's arguments: a counter of tickets, one of threads, and `names`."""
-    return record_of(*_COUNTERS, *names)
+def define_arguments(*names: str) -> np.dtype[Any]:
+    """The dtype of a kernel's arguments: counters of work items and of threads, then `names`."""
+    return define_record(*_COUNTERS, *names)
 
 
-def record_of(*names: str) -> np.dtype[Any]:
+def define_record(*names: str) -> np.dtype[Any]:
     """The dtype of a record of int64 numbers."""
     return np.dtype([(name, np.int64) for name in names])
 
 
-def fill(dtype: np.dtype[Any], /, **values: Any) -> Vector:
-    """A record: numbers as they are, of arrays their addresses; these must outlive its use.
+def fill_record(dtype: np.dtype[Any], /, **values: Any) -> Vector:
+    """A record of integers and of the addresses of arrays, which must outlive it.
 
     Raises
     ------
     TypeError
-        Unless `values` name each slot of `dtype`, and nothing else.
+        If `values` lack a slot of `dtype`, or name one that it does not have.
     """
     names = dtype.names or ()
     try:
@@ -46,67 +46,71 @@ def fill(dtype: np.dtype[Any], /, **values: Any) -> Vector:
         ordered = []
     if not len(ordered) == len(values) == len(names):
         wrong = sorted({*names} ^ {*values})
-        raise TypeError(f"a record of {names} was given without, or with too many of, {wrong}")
-    numbers = [one if isinstance(one, int) else one.ctypes.data for one in ordered]
+        raise TypeError(f"slots {wrong} of a record are missing or unknown: pass exactly {names}")
+    numbers = [value if isinstance(value, int) else value.ctypes.data for value in ordered]
     return np.asarray(numbers, dtype=np.int64)
 
 
-def start(
+def run_kernel(
     kernels: tuple[Any, Any],
     dtype: Any,
     threads: int | None,
-    slots: np.dtype[Any],
+    record_dtype: np.dtype[Any],
     /,
     **values: Any,
 ) -> None:
-    """Run the kernel for float32 or the one for float64 on the arguments that `values` name."""
-    values["ticket"] = values["thread"] = 0
-    run(kernels[0] if dtype == np.float32 else kernels[1], fill(slots, **values), threads)
+    """Run the float32 or the float64 kernel of a pair on the arguments `values`."""
+    values["next_item"] = values["next_thread"] = 0
+    kernel = kernels[0] if dtype == np.float32 else kernels[1]
+    run(kernel, fill_record(record_dtype, **values), threads)
 
 
-def transform(
+def run_transform(
     kernels: tuple[Any, Any],
     source: Vector,
     target: Vector,
     threads: int | None,
-    slots: np.dtype[Any],
+    record_dtype: np.dtype[Any],
     /,
     **values: Any,
 ) -> None:
-    """:func:`start` with two arrays more, of which one is read and all of the other is written."""
+    """:func:`run_kernel` for a kernel that reads `source` and writes all of `target`."""
     if source.dtype != target.dtype or source.dtype not in (np.float32, np.float64):
-        raise TypeError(f"expected float32 or float64, got {source.dtype} and {target.dtype}")
+        raise TypeError(
+            "source and target must have the same dtype, float32 or float64, got "
+            f"{source.dtype} and {target.dtype}"
+        )
     if not (source.flags.c_contiguous and target.flags.c_contiguous):
-        raise ValueError("both arrays must be contiguous")
+        raise ValueError("source and target must be contiguous")
     if not target.flags.writeable:
         raise ValueError("the target is read-only: pass a writable array")
-    start(kernels, source.dtype, threads, slots, source=source, target=target, **values)
+    run_kernel(kernels, source.dtype, threads, record_dtype, source=source, target=target, **values)
 
 
-def check(dtype: Any, *arrays: tuple[str, Vector, tuple[int, ...]]) -> None:
-    """The kernels trust addresses: refuse arrays that are not as large as they think."""
+def check_arrays(dtype: Any, *arrays: tuple[str, Vector, tuple[int, ...]]) -> None:
+    """Check name, array and expected shape: kernels read memory by address, without bounds."""
     if dtype not in (np.float32, np.float64):
-        raise TypeError(f"products are of float32 or float64, got {dtype}")
+        raise TypeError(f"products need float32 or float64, got {dtype}")
     for name, array, shape in arrays:
         if array.dtype != dtype:
-            raise TypeError(f"{name} is {array.dtype}, the compact vector {dtype}")
+            raise TypeError(f"{name} is {array.dtype}, but the compact vector is {dtype}")
         if name == "out" and not array.flags.writeable:
             raise ValueError("out is read-only: pass a writable array")
         if array.shape != shape or not array.flags.c_contiguous:
             raise ValueError(
-                f"{name} must be contiguous and of shape {shape}, got {array.shape} with strides "
-                f"{array.strides}"
+                f"{name} must be contiguous and of shape {shape}, got shape {array.shape} with "
+                f"strides {array.strides}"
             )
 
 
-def empty(shape: tuple[int, ...], dtype: Any) -> Vector:
-    """An array that begins at a multiple of a vector's length, as those of PyTorch do."""
+def empty_aligned(shape: tuple[int, ...], dtype: Any) -> Vector:
+    """An uninitialized array aligned to the length of a vector, as PyTorch aligns its own."""
     dtype = np.dtype(dtype)
     memory = np.empty(math.prod(shape) * dtype.itemsize + VECTOR_BYTES, dtype=np.uint8)
     return np.ndarray(shape, dtype, memory, -memory.ctypes.data % VECTOR_BYTES)
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
-def vector(address: Any, count: Any, dtype: Any) -> Any:
+def array_at(address: Any, count: Any, dtype: Any) -> Any:
     """The array of `count` entries at an address."""
     return carray(as_pointer(address), count, dtype)

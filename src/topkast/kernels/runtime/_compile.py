@@ -1,9 +1,9 @@
-"""How the kernels are compiled: kept in a cache where one can be written, which notices all edits.
+"""Compilation of the kernels, with an on-disk cache that notices edits to any of their files.
 
-numba keeps what it compiled beside the file of a function, and compiles anew when that file
-changes. The kernels are made of functions of several files, so that all of them count here. Where
-no cache can be written (a read-only image, a container without a home), each process compiles for
-itself.
+numba caches compiled code next to the file of a function, and recompiles it when that file changes.
+A kernel calls functions from several files, so here an edit to any file of the folder invalidates
+the cache. Where no cache can be written (a read-only image, a container without a home), each
+process compiles for itself.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 import numba
 from numba.core import caching
 
-_FOLDER = Path(__file__).parent.parent  # all kernels
+_FOLDER = Path(__file__).parent.parent  # of all kernels
 
 
 @functools.cache
-def _sources() -> str:
-    """A hash of all files of the kernels' folder and of those inside, their names among it."""
+def _hash_sources() -> str:
+    """Hash the names and contents of all files in the kernels' folder and its subfolders."""
     digest = hashlib.sha256()
     files = [path for path in _FOLDER.rglob("*") if path.is_file()]
     for path in sorted(path for path in files if path.parent.name != "__pycache__"):
@@ -34,7 +34,7 @@ def _sources() -> str:
 
 
 class FolderLocator(caching._CacheLocator):  # type: ignore[misc]
-    """Where numba would keep a function of the kernels, with a stamp of the whole folder."""
+    """numba's own cache locator, stamped with the hash of the kernels' folder."""
 
     def __init__(self, locator: Any) -> None:
         self._locator = locator
@@ -43,7 +43,7 @@ class FolderLocator(caching._CacheLocator):  # type: ignore[misc]
         return self._locator.get_cache_path()
 
     def get_source_stamp(self) -> str:
-        return _sources()
+        return _hash_sources()
 
     def get_disambiguator(self) -> Any:
         return self._locator.get_disambiguator()
@@ -52,9 +52,9 @@ class FolderLocator(caching._CacheLocator):  # type: ignore[misc]
     def from_function(cls, py_func: Any, py_file: str) -> Any:
         if _FOLDER not in Path(py_file).parents:
             return None
-        for standard in caching.CacheImpl._locator_classes:
-            if standard is not cls:
-                locator = standard.from_function(py_func, py_file)
+        for locator_class in caching.CacheImpl._locator_classes:
+            if locator_class is not cls:
+                locator = locator_class.from_function(py_func, py_file)
                 if locator is not None:
                     return cls(locator)
         return None
@@ -65,19 +65,19 @@ caching.CacheImpl._locator_classes.insert(0, FolderLocator)
 
 @functools.cache
 def can_cache() -> bool:
-    """Whether there is a folder for compiled kernels that can be written to."""
+    """Whether compiled kernels can be written to a cache folder."""
     try:
-        return FolderLocator.from_function(_sources.__wrapped__, __file__) is not None
+        return FolderLocator.from_function(_hash_sources.__wrapped__, __file__) is not None
     except OSError:
         return False
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """``numba.njit``, cached where that is possible."""
+    """``numba.njit``, cached where possible."""
     return numba.njit(cache=can_cache())(function)
 
 
 def kernel(signature: Any) -> Callable[[Callable[..., Any]], Any]:
-    """``numba.cfunc``, cached where that is possible."""
+    """``numba.cfunc``, cached where possible."""
     decorator: Callable[[Callable[..., Any]], Any] = numba.cfunc(signature, cache=can_cache())
     return decorator

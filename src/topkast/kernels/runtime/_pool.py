@@ -1,11 +1,11 @@
-"""Running a kernel on several threads: PyTorch's own, where PyTorch is loaded.
+"""Running a kernel on several threads: PyTorch's own where PyTorch is loaded.
 
-Two pools of threads in one process wait for each other's cores: the idle threads of OpenMP spin
-for milliseconds. So kernels run on the threads of the OpenMP runtime that PyTorch uses, by the
-entry point that compilers call for a parallel region. Elsewhere Python's threads do.
+Two thread pools in one process compete for cores: idle OpenMP threads spin for milliseconds. So
+kernels run on the OpenMP runtime of PyTorch, through the entry point that compilers call for a
+parallel region. Without PyTorch they run on Python's threads.
 
-A kernel takes the address of its arguments, int64 numbers of which the first is a counter, and
-takes tickets from it until none is left: it may run on any number of threads at once.
+A kernel takes the address of its arguments, a record of int64. The first is an atomic counter from
+which each thread takes work items until none is left, so any number of threads may run a kernel.
 """
 
 from __future__ import annotations
@@ -25,40 +25,40 @@ _Region = Callable[[int, int, int, int], None]  # function, its argument, thread
 
 
 def run(kernel: Any, arguments: np.ndarray[Any, Any], threads: int | None = None) -> None:
-    """Run a compiled ``numba.cfunc`` on `arguments`, whose first entry counts tickets from 0."""
+    """Run a compiled ``numba.cfunc`` on `arguments`, whose first entry counts work items."""
     arguments[0] = 0
     count = threads or default_threads()
     region = _openmp_of_torch() if "torch" in sys.modules else None
     if count > 1 and region is not None:
         region(kernel.address, arguments.ctypes.data, count, 0)
         return
-    call = kernel.ctypes  # releases the interpreter's lock
-    others: list[Future[None]] = []
+    call = kernel.ctypes  # releases the GIL
+    futures: list[Future[None]] = []
     try:
         for _ in range(min(count, _CORES) - 1):
-            others.append(_python_threads().submit(call, arguments.ctypes.data))
+            futures.append(_python_threads().submit(call, arguments.ctypes.data))
         call(arguments.ctypes.data)
     finally:
-        _wait_for(others)
+        _wait_for(futures)
 
 
-def _wait_for(others: list[Future[None]]) -> None:
-    """Until all have ended, interrupted or not: they write to memory that the caller would free."""
+def _wait_for(futures: list[Future[None]]) -> None:
+    """Wait for all threads, even if interrupted: they write to memory that the caller frees."""
     interrupt: BaseException | None = None
-    for other in others:
-        while not other.done():
+    for future in futures:
+        while not future.done():
             try:
-                other.exception()
+                future.exception()
             except KeyboardInterrupt as error:
                 interrupt = error
     if interrupt is not None:
         raise interrupt
-    for other in others:
-        other.result()
+    for future in futures:
+        future.result()
 
 
 def default_threads() -> int:
-    """As many as PyTorch uses, or one for each core."""
+    """The number of threads of PyTorch; if it is not loaded, one for each core."""
     torch = sys.modules.get("torch")
     return int(torch.get_num_threads()) if torch is not None else _CORES
 
@@ -68,7 +68,7 @@ _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else o
 
 @functools.cache
 def _openmp_of_torch() -> _Region | None:
-    """``GOMP_parallel`` as PyTorch's library sees it, whichever runtime it was built with."""
+    """``GOMP_parallel`` as PyTorch's library resolves it, in whichever runtime it links to."""
     folder = Path(sys.modules["torch"].__file__ or "").parent / "lib"
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         try:
@@ -77,8 +77,8 @@ def _openmp_of_torch() -> _Region | None:
             continue
         region.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         region.restype = None
-        found: _Region = region
-        return found
+        typed_region: _Region = region
+        return typed_region
     return None
 
 
@@ -87,5 +87,5 @@ def _python_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_CORES, thread_name_prefix="topkast")
 
 
-if hasattr(os, "register_at_fork"):  # the threads of a process are not those of its child
+if hasattr(os, "register_at_fork"):  # a child process has none of its parent's threads
     os.register_at_fork(after_in_child=_python_threads.cache_clear)

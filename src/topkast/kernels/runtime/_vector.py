@@ -1,7 +1,7 @@
-"""The innermost loops, emitted as vector code of LLVM: what C with intrinsics would be, uncompiled.
+"""The innermost loops as LLVM vector code, like C with SIMD intrinsics but without a C compiler.
 
-Each function is an intrinsic for numba, generic in the floating-point type by its first argument.
-Addresses are integers, in bytes. A tile is ``registers`` vectors wide.
+Each function is a numba intrinsic. The type of its first argument, `zero`, sets the floating-point
+type. Addresses are integers, in bytes. A tile is ``registers`` vectors wide.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def _host_vector_bytes() -> int:
 
 VECTOR_BYTES = _host_vector_bytes()
 
-# Entries by which values are prefetched: those of a transpose lie apart.
-AHEAD = 32
+# Entries: values are prefetched this far ahead, since those of a transpose are scattered.
+PREFETCH_DISTANCE = 32
 
 
 class _Emitter:
@@ -39,74 +39,74 @@ class _Emitter:
         self.lanes = VECTOR_BYTES // self.size
         self.vector = ir.VectorType(self.scalar, self.lanes)
 
-    def element(self, address: Any, index: Any, kind: Any) -> Any:
-        pointer = self.builder.inttoptr(address, kind.as_pointer())
+    def load_element(self, address: Any, index: Any, element_type: Any) -> Any:
+        pointer = self.builder.inttoptr(address, element_type.as_pointer())
         return self.builder.load(self.builder.gep(pointer, [index]))
 
-    def index(self, address: Any, index: Any) -> Any:
-        """A uint16 of an array, as int64."""
-        return self.builder.zext(self.element(address, index, _INT16), _INT64)
+    def load_uint16(self, address: Any, index: Any) -> Any:
+        """An element of a uint16 array, as int64."""
+        return self.builder.zext(self.load_element(address, index, _INT16), _INT64)
 
-    def position(self, address: Any, index: Any) -> Any:
-        """An int32 of an array, as int64."""
-        return self.builder.sext(self.element(address, index, _INT32), _INT64)
+    def load_int32(self, address: Any, index: Any) -> Any:
+        """An element of an int32 array, as int64."""
+        return self.builder.sext(self.load_element(address, index, _INT32), _INT64)
 
-    def load(self, address: Any, place: int, vector: Any = None) -> Any:
-        loaded = self.builder.load(self._pointer(address, place, vector or self.vector))
+    def load_vector(self, address: Any, register: int, vector_type: Any = None) -> Any:
+        loaded = self.builder.load(self._pointer(address, register, vector_type or self.vector))
         loaded.align = self.size
         return loaded
 
-    def store(self, value: Any, address: Any, place: int) -> None:
-        self.builder.store(value, self._pointer(address, place, value.type)).align = self.size
+    def store_vector(self, value: Any, address: Any, register: int) -> None:
+        self.builder.store(value, self._pointer(address, register, value.type)).align = self.size
 
     def prefetch(self, address: Any, index: Any) -> None:
-        """Ask for a scalar that will be wanted soon."""
+        """Prefetch a scalar into the cache."""
         builder, pointer = self.builder, self.builder.inttoptr(address, self.scalar.as_pointer())
         opaque = builder.bitcast(builder.gep(pointer, [index]), cgutils.voidptr_t)
-        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, _INT32, _INT32, _INT32])
-        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        for_reading, for_long, of_data = (ir.Constant(_INT32, flag) for flag in (0, 3, 1))
-        builder.call(fetch, [opaque, for_reading, for_long, of_data])
+        function_type = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, _INT32, _INT32, _INT32])
+        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+        read, locality, data_cache = (ir.Constant(_INT32, flag) for flag in (0, 3, 1))
+        builder.call(function, [opaque, read, locality, data_cache])
 
     def broadcast(self, value: Any) -> Any:
-        nothing = ir.Constant(self.vector, ir.Undefined)
-        first = self.builder.insert_element(nothing, value, ir.Constant(_INT32, 0))
-        return self.shuffle(first, nothing, [0] * self.lanes)
+        undefined = ir.Constant(self.vector, ir.Undefined)
+        first_lane = self.builder.insert_element(undefined, value, ir.Constant(_INT32, 0))
+        return self.shuffle(first_lane, undefined, [0] * self.lanes)
 
-    def shuffle(self, first: Any, second: Any, places: list[int]) -> Any:
-        mask = ir.Constant(ir.VectorType(_INT32, len(places)), places)
+    def shuffle(self, first: Any, second: Any, lanes: list[int]) -> Any:
+        mask = ir.Constant(ir.VectorType(_INT32, len(lanes)), lanes)
         return self.builder.shuffle_vector(first, second, mask)
 
     def multiply_add(self, first: Any, second: Any, third: Any) -> Any:
         name = f"llvm.fma.v{self.lanes}f{8 * self.size}"
-        kind = ir.FunctionType(self.vector, [self.vector] * 3)
-        fma = cgutils.get_or_insert_function(self.builder.module, kind, name)
+        function_type = ir.FunctionType(self.vector, [self.vector] * 3)
+        fma = cgutils.get_or_insert_function(self.builder.module, function_type, name)
         return self.builder.call(fma, [first, second, third])
 
-    def row(self, start: Any, number: Any, stride: Any) -> Any:
-        """Address of a row, from that of row 0."""
-        return self.builder.add(start, self.builder.mul(number, stride))
+    def row_address(self, start: Any, row: Any, stride: Any) -> Any:
+        """Address of a row, given the address of row 0."""
+        return self.builder.add(start, self.builder.mul(row, stride))
 
     def accumulate(self, entry: Any, start: Any, stop: Any, out: Any, registers: int) -> None:
-        """Add to `out` the product of scalar and row, as `entry` names them, of each entry."""
-        builder, places = self.builder, range(registers)
-        sums = [cgutils.alloca_once(builder, self.vector) for _ in places]
-        for place in places:
-            builder.store(self.load(out, place), sums[place])
+        """out[:] += Σ value · row, with ``value, row_address = entry(k)``, k from start to stop."""
+        builder, indices = self.builder, range(registers)
+        sums = [cgutils.alloca_once(builder, self.vector) for _ in indices]
+        for register in indices:
+            builder.store(self.load_vector(out, register), sums[register])
         with cgutils.for_range_slice(builder, start, stop, ir.Constant(_INT64, 1)) as (k, _):
             value, row = entry(k)
             factor = self.broadcast(value)
-            for place in places:
-                found = self.multiply_add(factor, self.load(row, place), builder.load(sums[place]))
-                builder.store(found, sums[place])
-        for place in places:
-            self.store(builder.load(sums[place]), out, place)
+            for register in indices:
+                vector, total = self.load_vector(row, register), builder.load(sums[register])
+                builder.store(self.multiply_add(factor, vector, total), sums[register])
+        for register in indices:
+            self.store_vector(builder.load(sums[register]), out, register)
 
-    def sums(self, vectors: list[Any]) -> Any:
-        """The sum over each of these vectors (as many as a power of two), as one vector.
+    def sum_lanes(self, vectors: list[Any]) -> Any:
+        """Sum the lanes of each vector; lane i of the result is the sum over vector i.
 
-        Pairs are merged, even lanes plus odd ones, until one vector is left: a third of the
-        instructions of summing each by itself.
+        The number of vectors is a power of two. Pairs are merged, even lanes plus odd ones, until
+        one vector is left: a third of the instructions of summing each by itself.
         """
         count = len(vectors)
         while len(vectors) > 1:
@@ -126,21 +126,21 @@ class _Emitter:
             )
         return total
 
-    def add(self, vector: Any, count: int, address: Any, adding: Any) -> None:
-        """Add the first `count` lanes to as many numbers at an address, or to zeros."""
+    def add_lanes(self, vector: Any, count: int, address: Any, is_adding: Any) -> None:
+        """Write the first `count` lanes to an address, added to its contents if `is_adding`."""
         first = 0
         while first < count:
             lanes = 1 << ((count - first).bit_length() - 1)
-            part = self.shuffle(vector, vector, list(range(first, first + lanes)))
+            addend = self.shuffle(vector, vector, list(range(first, first + lanes)))
             target = self.builder.add(address, ir.Constant(_INT64, first * self.size))
-            zeros = ir.Constant(part.type, None)
-            present = self.builder.select(adding, self.load(target, 0, part.type), zeros)
-            self.store(self.builder.fadd(present, part), target, 0)
+            zeros = ir.Constant(addend.type, None)
+            old = self.builder.select(is_adding, self.load_vector(target, 0, addend.type), zeros)
+            self.store_vector(self.builder.fadd(old, addend), target, 0)
             first += lanes
 
-    def _pointer(self, address: Any, place: int, kind: Any) -> Any:
-        shifted = self.builder.add(address, ir.Constant(_INT64, place * VECTOR_BYTES))
-        return self.builder.inttoptr(shifted, kind.as_pointer())
+    def _pointer(self, address: Any, register: int, pointee: Any) -> Any:
+        shifted = self.builder.add(address, ir.Constant(_INT64, register * VECTOR_BYTES))
+        return self.builder.inttoptr(shifted, pointee.as_pointer())
 
 
 def _row_product(registers: int) -> Any:
@@ -155,8 +155,8 @@ def _row_product(registers: int) -> Any:
             emitter = _Emitter(builder, signature.args[0])
 
             def entry(k: Any) -> tuple[Any, Any]:
-                value = emitter.element(values, k, emitter.scalar)
-                return value, emitter.row(x, emitter.position(columns, k), stride)
+                value = emitter.load_element(values, k, emitter.scalar)
+                return value, emitter.row_address(x, emitter.load_int32(columns, k), stride)
 
             emitter.accumulate(entry, start, stop, out, registers)
             return context.get_dummy_value()
@@ -173,7 +173,7 @@ def _indexed_product(registers: int) -> Any:
     ) -> Any:
         """out[:] += Σ values[value_index[k]] · x[columns[k]], k from start to stop.
 
-        The columns are uint16, and those of a tile as wide as `out`.
+        Columns are uint16. Rows of `x` are as wide as `out`.
         """
 
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -182,10 +182,12 @@ def _indexed_product(registers: int) -> Any:
             stride = ir.Constant(_INT64, registers * VECTOR_BYTES)
 
             def entry(k: Any) -> tuple[Any, Any]:
-                later = builder.add(k, ir.Constant(_INT64, AHEAD))
-                emitter.prefetch(values, emitter.position(value_index, later))
-                value = emitter.element(values, emitter.position(value_index, k), emitter.scalar)
-                return value, emitter.row(x, emitter.index(columns, k), stride)
+                later = builder.add(k, ir.Constant(_INT64, PREFETCH_DISTANCE))
+                emitter.prefetch(values, emitter.load_int32(value_index, later))
+                value = emitter.load_element(
+                    values, emitter.load_int32(value_index, k), emitter.scalar
+                )
+                return value, emitter.row_address(x, emitter.load_uint16(columns, k), stride)
 
             emitter.accumulate(entry, start, stop, out, registers)
             return context.get_dummy_value()
@@ -198,51 +200,52 @@ def _indexed_product(registers: int) -> Any:
 def _dot_products(registers: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def dot_products(  # type: ignore[no-untyped-def]
-        _, zero, columns, start, stop, x, stride, y, out, fresh
+        _, zero, columns, start, stop, x, stride, y, out, is_first
     ) -> Any:
         """out[k] += y · x[columns[k]], k from start to stop; columns int32.
 
-        If `fresh` is not 0, `out` counts as zeros, whatever it holds.
+        If `is_first` is not 0, `out` is overwritten instead.
         """
 
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _, columns, start, stop, x, stride, y, out, fresh = arguments
+            _, columns, start, stop, x, stride, y, out, is_first = arguments
             emitter = _Emitter(builder, signature.args[0])
-            adding = builder.icmp_signed("==", fresh, ir.Constant(_INT64, 0))
+            is_adding = builder.icmp_signed("==", is_first, ir.Constant(_INT64, 0))
 
-            def several(first: Any, count: int) -> None:
-                """So many entries at once, which share what they load of y."""
-                entries = [
-                    builder.add(first, ir.Constant(_INT64, member)) for member in range(count)
-                ]
+            def emit_group(first: Any, count: int) -> None:
+                """Dot products of `count` entries, which share the loads of `y`."""
+                entries = [builder.add(first, ir.Constant(_INT64, index)) for index in range(count)]
                 rows = [
-                    emitter.row(x, emitter.position(columns, entry), stride) for entry in entries
+                    emitter.row_address(x, emitter.load_int32(columns, entry), stride)
+                    for entry in entries
                 ]
                 sums: list[Any] = [ir.Constant(emitter.vector, [0.0] * emitter.lanes)] * count
-                for place in range(registers):
-                    shared = emitter.load(y, place)
+                for register in range(registers):
+                    shared = emitter.load_vector(y, register)
                     sums = [
-                        emitter.multiply_add(shared, emitter.load(row, place), total)
+                        emitter.multiply_add(shared, emitter.load_vector(row, register), total)
                         for row, total in zip(rows, sums, strict=True)
                     ]
-                wanted = 1 << (count - 1).bit_length()
-                sums += [ir.Constant(emitter.vector, None)] * (wanted - count)
-                found = emitter.sums(sums)
+                power_of_two = 1 << (count - 1).bit_length()
+                sums += [ir.Constant(emitter.vector, None)] * (power_of_two - count)
+                dots = emitter.sum_lanes(sums)
                 size = ir.Constant(_INT64, emitter.size)
-                emitter.add(found, count, builder.add(out, builder.mul(first, size)), adding)
+                emitter.add_lanes(
+                    dots, count, builder.add(out, builder.mul(first, size)), is_adding
+                )
 
-            size = ir.Constant(_INT64, _GROUP)
+            size = ir.Constant(_INT64, _GROUP_ENTRIES)
             groups = builder.sdiv(builder.sub(stop, start), size)
             with cgutils.for_range(builder, groups) as loop:
-                several(builder.add(start, builder.mul(loop.index, size)), _GROUP)
+                emit_group(builder.add(start, builder.mul(loop.index, size)), _GROUP_ENTRIES)
             done = builder.add(start, builder.mul(groups, size))
             end = builder.append_basic_block("end")
-            others = builder.switch(builder.sub(stop, done), end)
-            for count in range(1, _GROUP):  # what is left is one group, too
-                block = builder.append_basic_block(f"last_{count}")
-                others.add_case(ir.Constant(_INT64, count), block)
-                builder.position_at_end(block)
-                several(done, count)
+            switch = builder.switch(builder.sub(stop, done), end)
+            for count in range(1, _GROUP_ENTRIES):  # the last, smaller group
+                case = builder.append_basic_block(f"last_{count}")
+                switch.add_case(ir.Constant(_INT64, count), case)
+                builder.position_at_end(case)
+                emit_group(done, count)
                 builder.branch(end)
             builder.position_at_end(end)
             return context.get_dummy_value()
@@ -252,56 +255,58 @@ def _dot_products(registers: int) -> Any:
     return dot_products
 
 
-# Entries whose products are summed together: as many as a vector of doubles has lanes.
-_GROUP = VECTOR_BYTES // 8
+# Entries whose dot products are summed together: the lanes of a vector of doubles.
+_GROUP_ENTRIES = VECTOR_BYTES // 8
 
-# row_product(zero, values, columns, start, stop, x, stride, out), by the vectors of `out`.
+# row_product(zero, values, columns, start, stop, x, stride, out), by the vectors in `out`.
 row_product_1, row_product_2, row_product_4, row_product_8 = map(_row_product, (1, 2, 4, 8))
 
-# indexed_product(zero, values, value_index, columns, start, stop, x, out), by the width of a tile.
+# indexed_product(zero, values, value_index, columns, start, stop, x, out), by the vectors in `out`.
 indexed_product_1, indexed_product_2, indexed_product_4, indexed_product_8 = map(
     _indexed_product, (1, 2, 4, 8)
 )
 
-# dot_products(zero, columns, start, stop, x, stride, y, out, fresh), by the vectors of `y`.
+# dot_products(zero, columns, start, stop, x, stride, y, out, is_first), by the vectors in `y`.
 dot_products_1, dot_products_2, dot_products_4, dot_products_8 = map(_dot_products, (1, 2, 4, 8))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def transpose_block(  # type: ignore[no-untyped-def]
+def transpose_square(  # type: ignore[no-untyped-def]
     _, zero, source, source_stride, target, target_stride
 ) -> Any:
-    """Transpose a square as wide as a vector; strides in bytes."""
+    """Transpose a square whose side is the number of lanes of a vector; strides in bytes."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, source, source_stride, target, target_stride = arguments
         emitter = _Emitter(builder, signature.args[0])
         side = emitter.lanes
 
-        def line(start: Any, stride: Any, number: int) -> Any:
-            return builder.add(start, builder.mul(stride, ir.Constant(_INT64, number)))
+        def row_address(start: Any, stride: Any, row: int) -> Any:
+            return builder.add(start, builder.mul(stride, ir.Constant(_INT64, row)))
 
-        lines = [emitter.load(line(source, source_stride, row), 0) for row in range(side)]
+        rows = [
+            emitter.load_vector(row_address(source, source_stride, row), 0) for row in range(side)
+        ]
         distance = 1
-        while distance < side:  # exchange the off-diagonal squares of all squares of this size
+        while distance < side:  # swap the off-diagonal quadrants of squares of side 2 · distance
             upper = [lane - distance + side if lane & distance else lane for lane in range(side)]
             lower = [lane + side if lane & distance else lane + distance for lane in range(side)]
             for row in range(side):
                 if not row & distance:
-                    pair = lines[row], lines[row + distance]
-                    lines[row] = emitter.shuffle(*pair, upper)
-                    lines[row + distance] = emitter.shuffle(*pair, lower)
+                    pair = rows[row], rows[row + distance]
+                    rows[row] = emitter.shuffle(*pair, upper)
+                    rows[row + distance] = emitter.shuffle(*pair, lower)
             distance *= 2
         for row in range(side):
-            emitter.store(lines[row], line(target, target_stride, row), 0)
+            emitter.store_vector(rows[row], row_address(target, target_stride, row), 0)
         return context.get_dummy_value()
 
     return types.void(zero, *[types.intp] * 4), emit
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def copy_run(_, zero, source, target, count) -> Any:  # type: ignore[no-untyped-def]
-    """target[:count] = source[:count], for whole vectors; runs are too short for a call to pay."""
+def copy_vectors(_, zero, source, target, count) -> Any:  # type: ignore[no-untyped-def]
+    """target[:count] = source[:count] in whole vectors: too short for a library call to pay."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, source, target, count = arguments
@@ -309,8 +314,8 @@ def copy_run(_, zero, source, target, count) -> Any:  # type: ignore[no-untyped-
         vectors = builder.sdiv(count, ir.Constant(_INT64, emitter.lanes))
         with cgutils.for_range(builder, vectors) as loop:
             start = builder.mul(loop.index, ir.Constant(_INT64, VECTOR_BYTES))
-            value = emitter.load(builder.add(source, start), 0)
-            emitter.store(value, builder.add(target, start), 0)
+            value = emitter.load_vector(builder.add(source, start), 0)
+            emitter.store_vector(value, builder.add(target, start), 0)
         return context.get_dummy_value()
 
     return types.void(zero, *[types.intp] * 3), emit
@@ -318,7 +323,7 @@ def copy_run(_, zero, source, target, count) -> Any:  # type: ignore[no-untyped-
 
 @intrinsic  # type: ignore[untyped-decorator]
 def prefetch(_, zero, address, start, stop) -> Any:  # type: ignore[no-untyped-def]
-    """Ask for the first and the last one of the numbers from `start` to `stop` of an array."""
+    """Prefetch the first and the last element of ``array[start:stop]``."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, address, start, stop = arguments
@@ -332,7 +337,7 @@ def prefetch(_, zero, address, start, stop) -> Any:  # type: ignore[no-untyped-d
 
 @intrinsic  # type: ignore[untyped-decorator]
 def fetch_add(_: Any, address: Any) -> Any:
-    """The int64 at `address`, which is counted up: no two threads are given the same."""
+    """Atomically increment the int64 at `address` and return its old value."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = builder.inttoptr(arguments[0], _INT64.as_pointer())
@@ -343,7 +348,7 @@ def fetch_add(_: Any, address: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def as_pointer(_: Any, address: Any) -> Any:
-    """An address as the pointer that ``numba.carray`` wants."""
+    """An address as the pointer that ``numba.carray`` needs."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
