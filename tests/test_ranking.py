@@ -18,7 +18,7 @@ from torch import nn
 import topkast
 from topkast import Masks
 from topkast.reference import tie_words, top_k
-from topkast.selection._random import draws, make_key, random_words
+from topkast.selection._random import make_key, random_draws, random_words
 from topkast.testing import assert_same_support
 
 SHAPE = (40, 50)
@@ -127,7 +127,7 @@ class TestSeeds:
     @given(seed=st.integers(0, 2**80), other=st.integers(0, 2**80), index=st.integers(0, 2**20))
     def test_no_seed_rearranges_another(self, seed: int, other: int, index: int) -> None:
         keys = make_key(seed, "", "draws"), make_key(other, "", "draws")
-        words = [draws(np.arange(index, index + 64), key) for key in keys]
+        words = [random_draws(np.arange(index, index + 64), key) for key in keys]
         if seed != other:
             assert len(np.intersect1d(*words)) < 8
         assert all(((word >= 0) & (word < 1 << 30)).all() for word in words)

@@ -43,7 +43,7 @@ def test_good_masks_pass(library: Library) -> None:
         ),
         (
             GOOD._replace(backward=changed(GOOD.backward, (0, 2), (1, 0))),
-            "kept a tie and dropped one of a larger hash",
+            "kept a tie and dropped one with a larger hash",
         ),
     ],
 )

@@ -307,7 +307,7 @@ def test_a_global_ranking() -> None:
 def test_a_shape_that_blocks_do_not_divide() -> None:
     message = (
         r"2.weight: block=\(2, 3\) does not divide its matrix, 4 × 16 .* dense='2.weight', or "
-        r"rank its single weights by overrides={'2.weight': {\"block\": None}}"
+        r"rank its single weights with overrides={'2.weight': {\"block\": None}}"
     )
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4))
