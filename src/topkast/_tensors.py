@@ -160,7 +160,7 @@ class Refresh(NamedTuple):
 
 
 def rank_tensors(shapes: Mapping[str, Shape], options: Options) -> list[RankedTensors]:
-    """Group the tensors to sparsify, given their shapes, by what is ranked together."""
+    """Group the tensors to sparsify, given their shapes, into those that are ranked together."""
     if not shapes:
         return []
     stacked = {name for name in shapes if options.is_stacked(name)}

@@ -89,7 +89,7 @@ class SGD:
     def update(
         self, grads: Mapping[str, Array], state: SGDState, params: Mapping[str, Array], /
     ) -> tuple[Arrays, SGDState]:
-        """What to add to the parameters, and the next state."""
+        """Compute the displacements of the parameters, and the next state."""
         lr = learning_rate(self.lr, state.step)
         gradients = _with_decay(grads, params, self.weight_decay)
         velocity: Arrays = {}
@@ -167,7 +167,7 @@ class Adam:
     def update(
         self, grads: Mapping[str, Array], state: AdamState, params: Mapping[str, Array], /
     ) -> tuple[Arrays, AdamState]:
-        """What to add to the parameters, and the next state."""
+        """Compute the displacements of the parameters, and the next state."""
         lr = learning_rate(self.lr, state.step)
         step = state.step + 1
         beta1, beta2 = self.betas
@@ -177,11 +177,11 @@ class Adam:
             xp = array_namespace(gradient)
             real = _real_dtype(gradient)
             mean[name] = state.mean[name] * beta1 + gradient * (1 - beta1)
-            squared = _by_part(lambda part: part * part, gradient)
+            squared = _by_component(lambda component: component * component, gradient)
             square[name] = state.square[name] * beta2 + squared * (1 - beta2)
             scale = lr / bias_correction(beta1, step, real)
             root = array_namespace(step).sqrt(bias_correction(beta2, step, real))
-            displacement = -scale * _by_part(
+            displacement = -scale * _by_component(
                 lambda mean, square, root=root, xp=xp: mean / (xp.sqrt(square) / root + self.eps),
                 mean[name],
                 square[name],
@@ -226,13 +226,16 @@ def _real_dtype(array: Array) -> Any:
     return xp.real(array).dtype if is_complex else array.dtype
 
 
-def _by_part(function: Callable[..., Array], *arrays: Array) -> Array:
+def _by_component(function: Callable[..., Array], *arrays: Array) -> Array:
     """Apply a real function to the real and imaginary parts of complex arrays, as PyTorch does."""
     xp = array_namespace(*arrays)
     dtype = arrays[0].dtype
     if not xp.isdtype(dtype, "complex floating"):
         return function(*arrays)
-    real, imag = (xp.astype(function(*map(part, arrays)), dtype) for part in (xp.real, xp.imag))
+    real, imag = (
+        xp.astype(function(*map(component_of, arrays)), dtype)
+        for component_of in (xp.real, xp.imag)
+    )
     return real + imag * 1j
 
 
