@@ -1,7 +1,7 @@
 // The CUDA kernels as a library for the host: each thread of a block is a fiber. The fibers of a warp
-// take turns, until all of them wait at a barrier of the block; then comes the next warp. So a warp
-// runs as far ahead of the others as barriers allow, the first or the last one, and a missing barrier
-// shows. Blocks follow each other.
+// take turns until all of them wait at a barrier of the block; then the next warp runs. So a warp runs
+// as far ahead of the others as barriers allow, starting with the first or the last one, and a missing
+// barrier is detected. Blocks run one after another.
 
 #include <ucontext.h>
 
@@ -12,11 +12,11 @@
 #include <utility>
 #include <vector>
 
-struct Place {
+struct Dim {
     int x;
 };
 
-static thread_local Place threadIdx, blockIdx, blockDim, gridDim;
+static thread_local Dim threadIdx, blockIdx, blockDim, gridDim;
 
 #define __global__
 #define __device__
@@ -27,7 +27,7 @@ static ucontext_t scheduler, fibers[kThreads];
 static bool finished[kThreads], waiting[kThreads];
 static bool votes[2][kThreads];
 static int parity[kThreads];
-static std::vector<char> stacks(kThreads * kStack);  // one launch at a time uses them
+static std::vector<char> stacks(kThreads * kStack);  // used by one launch at a time
 
 static void let_others_run() { swapcontext(&fibers[threadIdx.x], &scheduler); }
 
@@ -81,13 +81,13 @@ static void enter() {
 
 template <class... Parameters>
 static void run(void (*kernel)(Parameters...), int blocks, void** arguments) {
-    std::tuple<Parameters...> given;
-    auto read = [&]<std::size_t... place>(std::index_sequence<place...>) {
-        (std::memcpy(&std::get<place>(given), arguments[place], 8), ...);
+    std::tuple<Parameters...> values;
+    auto read = [&]<std::size_t... index>(std::index_sequence<index...>) {
+        (std::memcpy(&std::get<index>(values), arguments[index], 8), ...);
     };
     static_assert(((sizeof(Parameters) == 8) && ...));
     read(std::index_sequence_for<Parameters...>{});
-    auto call = [&] { std::apply(kernel, given); };
+    auto call = [&] { std::apply(kernel, values); };
     body = [](void* bound) { (*static_cast<decltype(call)*>(bound))(); };
     payload = &call;
     static bool backwards = true;
@@ -106,8 +106,8 @@ static void run(void (*kernel)(Parameters...), int blocks, void** arguments) {
         for (bool busy = true; busy;) {
             busy = false;
             std::fill(waiting, waiting + kThreads, false);
-            for (int place = 0; place < kThreads; place += kWarp) {
-                int warp = backwards ? kThreads - kWarp - place : place;
+            for (int offset = 0; offset < kThreads; offset += kWarp) {
+                int warp = backwards ? kThreads - kWarp - offset : offset;
                 for (bool moving = true; moving; busy |= moving) {
                     moving = false;
                     for (int thread = warp; thread < warp + kWarp; ++thread) {

@@ -1,6 +1,6 @@
-"""CuPy's backend without a GPU: NumPy arrays, and the kernels run on the host.
+"""CuPy's backend on NumPy arrays, with the kernels run on the host instead of a GPU.
 
-Either as NumPy passes (cuda_passes), or from the CUDA source itself, compiled by g++ with a small
+The kernels are NumPy passes (cuda_passes), or the CUDA source itself, compiled by g++ with a small
 shim in which the threads of a block are fibers (cuda_on_host.cpp).
 """
 
@@ -27,9 +27,9 @@ KERNELS = Path(topkast_cupy.__file__).with_name("kernels.cu")
 class Passes:
     """The kernels as NumPy functions."""
 
-    def launch(self, name: str, blocks: int, *arguments: Any) -> None:
+    def launch(self, name: str, grid_size: int, *arguments: Any) -> None:
         _check(arguments)
-        getattr(cuda_passes, name)(blocks, *arguments)
+        getattr(cuda_passes, name)(grid_size, *arguments)
 
 
 class Compiled:
@@ -44,13 +44,13 @@ class Compiled:
         self._library = ctypes.CDLL(str(library))
         shutil.rmtree(folder)
 
-    def launch(self, name: str, blocks: int, *arguments: Any) -> None:
+    def launch(self, name: str, grid_size: int, *arguments: Any) -> None:
         _check(arguments)
-        words = [_word(argument) for argument in arguments]
+        words = [_to_word(argument) for argument in arguments]
         addresses = (ctypes.c_void_p * len(words))(
             *(ctypes.cast(ctypes.pointer(word), ctypes.c_void_p) for word in words)
         )
-        getattr(self._library, f"run_{name}")(blocks, addresses)
+        getattr(self._library, f"run_{name}")(grid_size, addresses)
 
 
 @functools.cache
@@ -58,19 +58,19 @@ def compiled(bits: int, index_bits: int) -> Compiled:
     return Compiled(bits, index_bits)
 
 
-def backend(kind: str) -> CuPyBackend:
-    """Those of CuPy, on NumPy arrays: ``"passes"`` or ``"compiled"``."""
+def make_backend(implementation: str) -> CuPyBackend:
+    """Make CuPy's backend for NumPy arrays, with ``"passes"`` or ``"compiled"`` kernels."""
     modules: dict[str, Any] = {"passes": lambda *bits: Passes(), "compiled": compiled}
-    return CuPyBackend(np, modules[kind], lambda: "cpu")
+    return CuPyBackend(np, modules[implementation], lambda: "cpu")
 
 
 def _check(arguments: tuple[Any, ...]) -> None:
-    """What CuPy hands on to a kernel is arrays, and numbers of 64 bits."""
+    """Assert that arguments are contiguous arrays or 64-bit numbers, as CuPy passes to kernels."""
     for argument in arguments:
         assert argument is None or type(argument) in (int, float) or argument.flags.c_contiguous
 
 
-def _word(argument: Any) -> Any:
+def _to_word(argument: Any) -> Any:
     if argument is None:
         return ctypes.c_void_p(0)
     if isinstance(argument, int):

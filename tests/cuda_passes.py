@@ -1,7 +1,7 @@
 """The kernels of adapters/topkast_cupy/kernels.cu, pass by pass in NumPy.
 
-Each function has a kernel's name and arguments, after the number of blocks: arrays, int, float and
-None. `state` is the State of that file, as three int64.
+Each function has the name and the arguments of a kernel, after the number of thread blocks: arrays,
+int, float and None. `state` is the kernels' State, as three int64.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from topkast_cupy._module import TILE
 
 Vector = np.ndarray[Any, Any]
 
-KEY, RANK, WRONG = range(3)
+KEY, RANK, NON_FINITE = range(3)
 
 _NOT_FINITE = {1: 0x100, 2: 0x7C00, 4: 0x7F800000, 8: 0x7FF0000000000000}
 
 
 def histogram(
-    blocks: int,
+    grid_size: int,
     values: Vector,
     size: int,
     shift: int,
@@ -30,35 +30,36 @@ def histogram(
 ) -> None:
     keys = _keys(values[:size])
     if first:
-        state[WRONG] += int((keys >= _NOT_FINITE[values.itemsize]).sum())
-    known = keys if first else keys[keys >> (shift + bits) == state[KEY] >> (shift + bits)]
-    digits = (known >> shift) & ((1 << bits) - 1)
+        state[NON_FINITE] += int((keys >= _NOT_FINITE[values.itemsize]).sum())
+    if not first:
+        keys = keys[keys >> (shift + bits) == state[KEY] >> (shift + bits)]
+    digits = (keys >> shift) & ((1 << bits) - 1)
     counts[: 1 << bits] += np.bincount(digits, minlength=1 << bits).astype(counts.dtype)
 
 
-def choose(blocks: int, shift: int, bits: int, state: Vector, counts: Vector) -> None:
-    assert blocks == 1
+def choose(grid_size: int, shift: int, bits: int, state: Vector, counts: Vector) -> None:
+    assert grid_size == 1
     bins = counts[: 1 << bits].astype(np.int64)
     from_above = bins[::-1].cumsum()
-    place = int(np.searchsorted(from_above, state[RANK]))
-    digit = len(bins) - 1 - place
+    position = int(np.searchsorted(from_above, state[RANK]))
+    digit = len(bins) - 1 - position
     state[KEY] |= digit << shift
-    state[RANK] -= from_above[place] - bins[digit]
+    state[RANK] -= from_above[position] - bins[digit]
     counts[: 1 << bits] = 0
 
 
 def count(
-    blocks: int, values: Vector, size: int, state: Vector, above: Vector, ties: Vector
+    grid_size: int, values: Vector, size: int, state: Vector, above: Vector, ties: Vector
 ) -> None:
     keys = _keys(values[:size])
-    for block in range(blocks):
-        tile = keys[block * TILE : (block + 1) * TILE]
-        above[block] = (tile > state[KEY]).sum()
-        ties[block] = (tile == state[KEY]).sum()
+    for tile in range(grid_size):
+        tile_keys = keys[tile * TILE : (tile + 1) * TILE]
+        above[tile] = (tile_keys > state[KEY]).sum()
+        ties[tile] = (tile_keys == state[KEY]).sum()
 
 
 def collect(
-    blocks: int,
+    grid_size: int,
     values: Vector,
     size: int,
     state: Vector,
@@ -68,55 +69,55 @@ def collect(
     flags: Vector | None,
 ) -> None:
     keys = _keys(values[:size])
-    for block in range(blocks):
-        tile = keys[block * TILE : (block + 1) * TILE]
-        is_above, is_tie = tile > state[KEY], tile == state[KEY]
-        mine = (above[block - 1] if block else 0) + is_above.cumsum() - is_above
-        equal = (ties[block - 1] if block else 0) + is_tie.cumsum() - is_tie
-        chosen = is_above | (is_tie & (equal < state[RANK]))
-        places = np.arange(len(tile)) + block * TILE
+    for tile in range(grid_size):
+        tile_keys = keys[tile * TILE : (tile + 1) * TILE]
+        is_above, is_tie = tile_keys > state[KEY], tile_keys == state[KEY]
+        before_above = (above[tile - 1] if tile else 0) + is_above.cumsum() - is_above
+        before_ties = (ties[tile - 1] if tile else 0) + is_tie.cumsum() - is_tie
+        selected = is_above | (is_tie & (before_ties < state[RANK]))
+        tile_indices = np.arange(len(tile_keys)) + tile * TILE
         if indices is not None:
-            indices[(mine + np.minimum(equal, state[RANK]))[chosen]] = places[chosen]
+            positions = before_above + np.minimum(before_ties, state[RANK])
+            indices[positions[selected]] = tile_indices[selected]
         if flags is not None:
-            flags[places] = chosen
+            flags[tile_indices] = selected
 
 
-def scatter(blocks: int, indices: Vector, values: Vector, count: int, out: Vector) -> None:
+def scatter(grid_size: int, indices: Vector, values: Vector, count: int, out: Vector) -> None:
     out[indices[:count]] = values.reshape(-1)[:count]
 
 
-def sgd(blocks: int, *arguments: Any) -> None:
-    indices, params, values, gradients, live = _read(*arguments[:9])
-    velocity, new_velocity, lr, momentum, nesterov, decay = arguments[9:]
+def sgd(grid_size: int, *arguments: Any) -> None:
+    indices, params, values, gradients, moves = _read(*arguments[:9])
+    velocity, new_velocity, lr, momentum, nesterov, weight_decay = arguments[9:]
     real = values.dtype.type
-    gradients = gradients + real(decay) * values
+    gradients = gradients + real(weight_decay) * values
     if velocity is not None:
-        moved = _load(velocity.reshape(-1)) * real(momentum) + gradients
-        new_velocity.reshape(-1)[...] = moved
-        gradients = gradients + moved * real(momentum) if nesterov else moved
-    params[indices[live]] = (values - real(lr) * gradients)[live]
+        next_velocity = _load(velocity.reshape(-1)) * real(momentum) + gradients
+        new_velocity.reshape(-1)[...] = next_velocity
+        gradients = gradients + next_velocity * real(momentum) if nesterov else next_velocity
+    params[indices[moves]] = (values - real(lr) * gradients)[moves]
 
 
-def adam(blocks: int, *arguments: Any) -> None:
-    indices, params, values, gradients, live = _read(*arguments[:9])
-    mean, new_mean, square, new_square, ages, limit, factors, factor, *others = arguments[9:]
-    lr, scale, root, *others = others
-    beta1, beta2, eps, decay, decoupled = others
+def adam(grid_size: int, *arguments: Any) -> None:
+    indices, params, values, gradients, moves = _read(*arguments[:9])
+    mean, new_mean, square, new_square, ages, limit, factors, factor, *shared = arguments[9:]
+    lr, scale, root, beta1, beta2, eps, weight_decay, decoupled = shared
     real = values.dtype.type
     if not decoupled:
-        gradients = gradients + real(decay) * values
-    average = _load(mean.reshape(-1)) * real(beta1) + gradients * real(1 - beta1)
-    spread = _load(square.reshape(-1)) * real(beta2) + gradients * gradients * real(1 - beta2)
-    new_mean.reshape(-1)[...] = average
-    new_square.reshape(-1)[...] = spread
-    moved = values - real(scale) * (average / (np.sqrt(spread) / real(root) + real(eps)))
+        gradients = gradients + real(weight_decay) * values
+    next_mean = _load(mean.reshape(-1)) * real(beta1) + gradients * real(1 - beta1)
+    next_square = _load(square.reshape(-1)) * real(beta2) + gradients * gradients * real(1 - beta2)
+    new_mean.reshape(-1)[...] = next_mean
+    new_square.reshape(-1)[...] = next_square
+    moved = values - real(scale) * (next_mean / (np.sqrt(next_square) / real(root) + real(eps)))
     if decoupled:
-        moved = moved - real(lr * decay) * values
+        moved = moved - real(lr * weight_decay) * values
     if ages is not None:
         young = ages < limit
         share = (factors[ages[young] + 1] / factor[0]).astype(values.dtype)
         moved[young] = values[young] + (moved[young] - values[young]) * share
-    params[indices[live]] = moved[live]
+    params[indices[moves]] = moved[moves]
 
 
 def _read(
@@ -124,19 +125,19 @@ def _read(
     forward: int,
     count: int,
     on_active: float,
-    on_inactive: float,
+    on_exploring: float,
     l1: int,
     exploring: int,
     params: Vector,
     gradients: Vector,
 ) -> tuple[Vector, Vector, Vector, Vector, Vector]:
-    """Where B is, what is written, weights, gradients with that of the penalty, and what moves."""
+    """Indices of B, output, weights on B, gradients with the penalty, and flags of what moves."""
     values = _load(params[indices])
     active = np.arange(count) < forward
-    weights = np.where(active, on_active, on_inactive).astype(values.dtype)
-    gradients = _load(gradients[indices]) + weights * (np.sign(values) if l1 else values)
-    live = active | bool(exploring)
-    return indices, params, values, np.where(live, gradients, values.dtype.type(0)), live
+    factors = np.where(active, on_active, on_exploring).astype(values.dtype)
+    gradients = _load(gradients[indices]) + factors * (np.sign(values) if l1 else values)
+    moves = active | bool(exploring)
+    return indices, params, values, np.where(moves, gradients, values.dtype.type(0)), moves
 
 
 def _load(values: Vector) -> Vector:
@@ -144,7 +145,7 @@ def _load(values: Vector) -> Vector:
 
 
 def _keys(values: Vector) -> Vector:
-    """Bit patterns of magnitudes, which order as those do; int64."""
+    """Bit patterns of magnitudes, which have the same order; int64."""
     if values.itemsize == 1:
         return values.view(np.uint8).astype(np.int64)
     unsigned = values.view(f"u{values.itemsize}")

@@ -1,4 +1,4 @@
-"""The array libraries that the core is tested on."""
+"""The array libraries on which the core is tested."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from topkast.testing import to_numpy
 
 @dataclass(frozen=True)
 class Library:
-    """An array library, and how a function is run in it."""
+    """An array library, and the way to run functions in it."""
 
     name: str
     asarray: Callable[[np.ndarray[Any, Any]], Any]
@@ -48,10 +48,10 @@ LIBRARIES = [
 
 
 def host(tree: Any) -> Any:
-    """Arrays of any library in tuples and dictionaries, as NumPy arrays."""
+    """Convert arrays of any library, in tuples and dictionaries, to NumPy arrays."""
     if isinstance(tree, dict):
         return {key: host(value) for key, value in tree.items()}
     if isinstance(tree, tuple):
-        parts = [host(value) for value in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+        values = [host(value) for value in tree]
+        return type(tree)(*values) if hasattr(tree, "_fields") else tuple(values)
     return to_numpy(tree)

@@ -1,4 +1,4 @@
-"""The same optimizers for each framework, those included that the library itself lacks."""
+"""The same optimizers for each framework, including some that the library itself lacks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Vector = np.ndarray[Any, Any]
 
 @dataclass
 class ReferenceLion:
-    """Lion, as :class:`topkast.reference.Rule`."""
+    """Lion as a :class:`topkast.reference.Rule`."""
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.99)
@@ -40,7 +40,7 @@ class ReferenceLion:
 
 @dataclass
 class ReferenceRMSprop:
-    """RMSprop, as :class:`topkast.reference.Rule`."""
+    """RMSprop as a :class:`topkast.reference.Rule`."""
 
     lr: float
     decay: float = 0.99
@@ -59,7 +59,7 @@ class ReferenceRMSprop:
 
 
 class _ByName(NamedTuple):
-    """A rule for arrays by name, whose state is one more array for each."""
+    """A rule for arrays by name, whose state is one moment for each array."""
 
     change: Callable[[Any, Any, Any], tuple[Any, Any]]  # gradient, moment, weights
 
@@ -69,8 +69,9 @@ class _ByName(NamedTuple):
     def update(
         self, grads: dict[str, Any], state: dict[str, Any], params: dict[str, Any], /
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        both = {name: self.change(grads[name], state[name], params[name]) for name in grads}
-        return {name: one[0] for name, one in both.items()}, {n: one[1] for n, one in both.items()}
+        pairs = {name: self.change(grads[name], state[name], params[name]) for name in grads}
+        displacements = {name: displacement for name, (displacement, _) in pairs.items()}
+        return displacements, {name: moment for name, (_, moment) in pairs.items()}
 
 
 def lion(lr: float, weight_decay: float) -> Any:

@@ -1,4 +1,4 @@
-"""Entrants under optimizers of the Adam family move as Adam moves a new parameter."""
+"""Under optimizers of the Adam family, entrants move like new parameters under Adam."""
 
 from __future__ import annotations
 
@@ -21,23 +21,26 @@ from topkast._age import SETTLED, corrections, grow, kappa, scale_young, young_l
 BETAS = (0.9, 0.999)
 
 
-def largest_ratio(remedy: bool, steps: int = 2000, at: int = 10_000) -> tuple[float, float]:
-    """Largest and smallest displacement of an entrant under a constant gradient, in rates."""
+def displacement_range(
+    is_scaled: bool, steps: int = 2000, entered: int = 10_000
+) -> tuple[float, float]:
+    """Largest and smallest displacement of an entrant under a constant gradient, in lr."""
     mean = square = 0.0
     ratios = []
     for age in range(1, steps + 1):
         mean, square = 0.9 * mean + 0.1, 0.999 * square + 0.001
-        step = mean / (1 - 0.9 ** (at + age)) / np.sqrt(square / (1 - 0.999 ** (at + age)))
-        if remedy:
-            ages, count = np.asarray([age - 1], np.int16), np.asarray(at + age)
-            step = float(scale_young(np.asarray([step]), ages, count, BETAS)[0])
+        count = entered + age
+        step = mean / (1 - 0.9**count) / np.sqrt(square / (1 - 0.999**count))
+        if is_scaled:
+            ages = np.asarray([age - 1], np.int16)
+            step = float(scale_young(np.asarray([step]), ages, np.asarray(count), BETAS)[0])
         ratios.append(step)
     return max(ratios), min(ratios)
 
 
 def test_an_entrant_moves_by_the_learning_rate() -> None:
-    assert largest_ratio(remedy=False)[0] == pytest.approx(6.57, abs=0.01)
-    assert largest_ratio(remedy=True) == pytest.approx((1.0, 1.0), abs=1e-3)
+    assert displacement_range(is_scaled=False)[0] == pytest.approx(6.57, abs=0.01)
+    assert displacement_range(is_scaled=True) == pytest.approx((1.0, 1.0), abs=1e-3)
 
 
 def test_settled_entries_keep_their_bits(library: Library, rng: np.random.Generator) -> None:
@@ -63,7 +66,7 @@ def test_ages_saturate(library: Library) -> None:
     assert host(grow(ages)).dtype == np.int16
 
 
-def test_corrections_are_those_of_adam() -> None:
+def test_corrections_equal_adams() -> None:
     table = corrections(BETAS)
     assert len(table) == young_limit(BETAS) + 1 == 10_001
     for count in (1, 12, 500, 10_000):
@@ -71,7 +74,7 @@ def test_corrections_are_those_of_adam() -> None:
     assert corrections((0.0, 0.5))[1] == pytest.approx(np.sqrt(0.5))
 
 
-# One tensor whose set B changes at every refresh, in each framework: entrants are seen to move.
+# In each framework, one tensor whose set B changes at every refresh shows how entrants move.
 
 REFRESH, UPDATES = 20, 81
 SHAPE = (12, 20)
@@ -166,7 +169,7 @@ RUNS: dict[str, Any] = {
 
 
 def displacements(run: Any) -> tuple[float, float]:
-    """Largest displacement of entries that entered B since the start, and of the others."""
+    """Largest displacement of entries that entered B late, and of settled entries."""
     first = run.backward()
     entered = np.zeros(SHAPE, bool)
     late, settled = 0.0, 0.0
@@ -187,13 +190,13 @@ def test_entrants_move_no_further_than_new_weights(name: str, x64: None) -> None
     assert 0.5 * settled < late < 1.3 * settled
 
 
-def test_without_ages_they_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the test above would show if nothing were scaled."""
+def test_without_scaling_entrants_move_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shows that the test above fails if nothing is scaled."""
     monkeypatch.setattr("topkast._age.young_limit", lambda betas: 0)
     late, _ = displacements(FunctionalRun(topkast.Adam(1e-3), np.array))
     monkeypatch.undo()
     _, settled = displacements(FunctionalRun(topkast.Adam(1e-3), np.array))
-    assert late > 1.5 * settled  # entrants that have stayed since count as settled, too
+    assert late > 1.5 * settled  # `late` includes entrants that have settled since
 
 
 @pytest.mark.parametrize(
@@ -206,20 +209,20 @@ def test_without_ages_they_would(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["SGD", "RMSprop", "Adamax", "Adagrad"],
 )
-def test_optimizers_that_count_no_steps_against_the_square_have_no_ages(build: Any) -> None:
+def test_optimizers_without_bias_correction_of_the_square_have_no_ages(build: Any) -> None:
     run = TorchRun(build, False)
     (execution,) = run.opt._wrapper_state.executions
     assert execution.young is None
 
 
 def test_lion_has_betas_and_no_ages() -> None:
-    """Its betas belong to no correction: to scale it would be wrong."""
+    """Its betas belong to no bias correction, so scaling would be wrong."""
     tx = topkast.wrap_optimizer(optax.lion(1e-3), fwd=0.9, bwd=0.8)
     assert tx.init({"w": jnp.asarray(start())}).ages == {}
 
 
 def test_copies_of_the_weight_are_scaled_with_it(x64: None) -> None:
-    """Of schedule-free optimizers z moves, and the weight follows it."""
+    """Schedule-free optimizers move z, and the weight follows it."""
     tx = topkast.wrap_optimizer(optax.contrib.schedule_free_adamw(1e-3), **OPTIONS)
     params = {"w": jnp.asarray(start())}
     state = tx.init(params)
@@ -242,7 +245,7 @@ class TestState:
         assert (ages.dtype, ages.shape) == (torch.int16, execution.support.indices.shape)
 
     @pytest.mark.parametrize("sparse", [False, True])
-    def test_they_are_saved_loaded_and_copied(self, sparse: bool) -> None:
+    def test_ages_are_saved_loaded_and_copied(self, sparse: bool) -> None:
         run = TorchRun(torch_adam, sparse)
         for update in range(1, 2 * REFRESH + 5):
             run.step(update)
@@ -253,8 +256,8 @@ class TestState:
         other.opt.load_state_dict(saved)
         duplicate = copy.deepcopy(run)
         for update in range(2 * REFRESH + 5, 3 * REFRESH + 9):
-            for one in (run, other, duplicate):
-                one.step(update)
+            for each in (run, other, duplicate):
+                each.step(update)
         np.testing.assert_array_equal(run.theta(), other.theta())
         np.testing.assert_array_equal(run.theta(), duplicate.theta())
 
@@ -265,7 +268,7 @@ class TestState:
             sparse.step(update)
         np.testing.assert_array_equal(masked.theta(), sparse.theta())
 
-    def test_wrapping_after_dense_steps_counts_those(self) -> None:
+    def test_wrapping_after_dense_steps_counts_them(self) -> None:
         layer = nn.Linear(20, 12, bias=False)
         inner = torch.optim.Adam(layer.parameters())
         for update in range(1, 31):
@@ -283,8 +286,8 @@ class TestState:
         assert np.isfinite(run.theta()).all()
 
 
-def test_reference_shows_it() -> None:
-    """Without entrants the line changes nothing: every entry is as old as the run."""
+def test_reference_counts_ages() -> None:
+    """Entries that never left B are as old as the run."""
     rule = reference.AdamW(1e-3, weight_decay=0.0)
     layer = reference.TopKAST(start(), rule, fwd=0.9, bwd=0.7, refresh_every=10)
     for update in range(1, 25):

@@ -36,15 +36,15 @@ def moves(draw: st.DrawFn) -> tuple[int, list[int], list[int]]:
     """A size, and two sets of indices of equal length."""
     size = draw(st.integers(1, 40))
     count = draw(st.integers(1, size))
-    one = st.lists(st.integers(0, size - 1), min_size=count, max_size=count, unique=True)
-    return size, sorted(draw(one)), sorted(draw(one))
+    indices = st.lists(st.integers(0, size - 1), min_size=count, max_size=count, unique=True)
+    return size, sorted(draw(indices)), sorted(draw(indices))
 
 
 def make_support(library: Library, indices: list[int], forward: int) -> Support:
-    """A of some of the indices, and B of all of them."""
+    """Make a support with all indices in B, `forward` random ones of them in A."""
     shuffled = np.random.default_rng(forward).permutation(indices).astype(np.int32)
-    parts = np.sort(shuffled[:forward]), np.sort(shuffled[forward:])
-    return Support(library.asarray(np.concatenate(parts)), forward)
+    active, exploring = np.sort(shuffled[:forward]), np.sort(shuffled[forward:])
+    return Support(library.asarray(np.concatenate([active, exploring])), forward)
 
 
 @given(move=moves(), seed=st.integers(0, 1000))
@@ -54,7 +54,7 @@ def test_migrate_keeps_the_bits_of_survivors(
     _, before, after = move
     entry = np.random.default_rng(seed).standard_normal((1, len(before))).astype(np.float32)
     entry[0, 0] = -0.0
-    # A: another part of each, so that survivors change sides.
+    # A is a different fraction of each, so that survivors enter and leave A.
     old, new = (
         make_support(library, indices, forward)
         for indices, forward in ((before, len(before) // 2), (after, len(after) // 3))
@@ -68,7 +68,7 @@ def test_migrate_keeps_the_bits_of_survivors(
         assert_survivors_unchanged(entry, moved, old, new, fresh=fresh)
 
 
-def test_migrate_takes_an_array_for_what_enters(library: Library) -> None:
+def test_entries_that_enter_can_start_from_an_array(library: Library) -> None:
     old, new = (make_support(library, indices, 0) for indices in ([0, 2, 5], [2, 3, 5]))
     entry = library.asarray(np.asarray([1, 2, 3], dtype=np.float32))
     fresh = library.asarray(np.asarray([7, 8, 9], dtype=np.float32))

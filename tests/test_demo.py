@@ -55,7 +55,7 @@ def run(*arguments: str | Path, report: Path) -> dict[str, Any]:
 
 
 def fail(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """Run the demo with a mistake in its arguments; returns the one line on stderr."""
+    """Run the demo with a wrong argument; returns the one line on stderr."""
     with pytest.raises(SystemExit) as caught:
         cli.main(["demo", *map(str, arguments)])
     assert caught.value.code == 2
@@ -85,7 +85,7 @@ def start(framework: str, method: str, settings: Settings, network: Network = SM
 
 
 def weights(trainer: Trainer) -> dict[str, np.ndarray[Any, Any]]:
-    """Copies of the weights that a trainer holds."""
+    """Copy the weights of a trainer."""
     return {
         name: array.detach().numpy().copy() if isinstance(array, torch.Tensor) else np.array(array)
         for name, array in trainer.params().items()
@@ -98,23 +98,23 @@ def small_batch(seed: int = 0) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, An
 
 
 def pytree(model: torch.nn.Module) -> dict[str, Any]:
-    """The weights of a PyTorch model as those of the demo's models for JAX."""
+    """Convert the weights of a PyTorch model to those of the demo's JAX model."""
     tree: dict[str, Any] = {}
     for name, array in model.state_dict().items():
         *path, last = name.split(".")
-        place = tree
+        subtree = tree
         for key in path:
-            place = place.setdefault(key, {})
+            subtree = subtree.setdefault(key, {})
         is_table = path[0] in ("embedding", "positions")
-        place[last] = (array.numpy() if is_table else array.numpy().T).copy()
+        subtree[last] = (array.numpy() if is_table else array.numpy().T).copy()
     if "blocks" in tree:
         tree["blocks"] = list(tree["blocks"].values())
     return tree
 
 
 @pytest.fixture(autouse=True)
-def compile_soon() -> Iterator[None]:
-    """XLA optimises little: so small networks gain less from it than it takes."""
+def compile_fast() -> Iterator[None]:
+    """Disable most of XLA's optimisations: small networks gain less than they cost."""
     if find_spec("jax") is None:
         yield
         return
@@ -127,7 +127,7 @@ def compile_soon() -> Iterator[None]:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Forty images of 4×5 pixels in three classes, as MNIST's files are written."""
+    """Forty images of 4×5 pixels in three classes, in MNIST's file format."""
     rng = np.random.default_rng(0)
     labels = np.arange(40, dtype=np.uint8) % 3
     pixels = rng.integers(0, 256, (40, 4, 5), dtype=np.uint8)
@@ -159,10 +159,10 @@ def test_digits(framework: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     dynamics = data["runs"]["topkast"]
     for name in ("mask_change", "awakened"):
         assert dynamics[name]["step"] == [4, 8, 12, 16, 20]
-        for least, mean, most in zip(
+        for minimum, mean, maximum in zip(
             *(dynamics[name][key] for key in ("min", "mean", "max")), strict=True
         ):
-            assert 0 <= least <= mean <= most <= 1
+            assert 0 <= minimum <= mean <= maximum <= 1
     check_counts(data, counters=6 if framework == "torch" else 2)
     printed = capsys.readouterr()
     assert printed.out.startswith(f"Digits with {FRAMEWORKS[framework]}: ")
@@ -174,25 +174,25 @@ def test_digits(framework: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def check_counts(data: dict[str, Any], *, counters: int) -> None:
-    """Numbers of weights and bytes, for AdamW, fwd=0.93 and bwd=0.7."""
+    """Check the numbers of weights and bytes for AdamW, fwd=0.93 and bwd=0.7."""
     for name, weights in (("hidden0.weight", 64 * 48), ("hidden1.weight", 48 * 48)):
         forward, backward = (weights - weights * zeros // 100 for zeros in (93, 70))
-        sizes = {method: of["tensors"][name] for method, of in data["runs"].items()}
+        sizes = {method: run_data["tensors"][name] for method, run_data in data["runs"].items()}
         assert sizes["dense"] == dict.fromkeys(("weights", "forward", "backward"), weights)
         assert sizes["static"] == {"weights": weights, "forward": forward, "backward": forward}
         assert sizes["topkast"] == {"weights": weights, "forward": forward, "backward": backward}
-    dense_parts = 48 + 48 + 48 * 10 + 10
+    dense_size = 48 + 48 + 48 * 10 + 10
     for row in data["table"]:
         tensors = data["runs"][row["method"]]["tensors"].values()
-        trained = sum(tensor["backward"] for tensor in tensors) + dense_parts
+        trained = sum(tensor["backward"] for tensor in tensors) + dense_size
         assert row["gradient_bytes"] == 4 * trained
-        # Two moments; PyTorch counts the steps for each of six tensors, optax once, and once more
-        # for the learning rate.
+        # Two moments, and step counters: PyTorch has one for each of six tensors, optax one for
+        # Adam and one for the learning rate.
         assert row["optimizer_state_bytes"] == 4 * (2 * trained + counters)
         if row["method"] == "dense":
-            assert row["total_bytes"] == 2 * 4 * (5376 + dense_parts) + row["optimizer_state_bytes"]
-        else:  # θ, α and the gradient of the sparse tensors are whole; of the others there is no α
-            whole = 4 * (3 * 5376 + 2 * dense_parts)
+            assert row["total_bytes"] == 2 * 4 * (5376 + dense_size) + row["optimizer_state_bytes"]
+        else:  # θ and gradients of all tensors, and α of the sparse ones
+            whole = 4 * (3 * 5376 + 2 * dense_size)
             assert row["total_bytes"] > whole + row["optimizer_state_bytes"]
         assert row["forward_density"] == sum(tensor["forward"] for tensor in tensors) / 5376
 
@@ -212,7 +212,7 @@ def test_text(tmp_path: Path) -> None:
 def test_text_of_python(tmp_path: Path) -> None:
     data = run("--task", "text", "--steps", "1", report=tmp_path)
     assert "Python" in data["task"]["description"]
-    # Hardly better than guessing after one step, and not worse.
+    # After one step hardly better than guessing, but not worse.
     assert all(3 < row["metric"] < 8 for row in data["table"])
 
 
@@ -224,8 +224,8 @@ def test_idx(images: Path, tmp_path: Path) -> None:
 
 def test_same_seed_same_run(tmp_path: Path) -> None:
     first, again, other = (
-        run("--steps", "3", "--seed", seed, report=tmp_path / str(place))["runs"]
-        for place, seed in enumerate("778")
+        run("--steps", "3", "--seed", seed, report=tmp_path / str(number))["runs"]
+        for number, seed in enumerate("778")
     )
     for method in first:
         assert first[method]["loss"] == again[method]["loss"]
@@ -239,12 +239,12 @@ def test_sparse_execution_trains_the_same_networks(tmp_path: Path) -> None:
         for execution in ("masked", "sparse")
     )
     assert sparse["options"]["execution"] == "sparse"
-    for name, one in masked["runs"].items():
-        other = sparse["runs"][name]
-        np.testing.assert_allclose(other["loss"]["nats"], one["loss"]["nats"], rtol=1e-4)
-    for one, other in zip(masked["table"], sparse["table"], strict=True):
+    for name, expected in masked["runs"].items():
+        losses = sparse["runs"][name]["loss"]["nats"]
+        np.testing.assert_allclose(losses, expected["loss"]["nats"], rtol=1e-4)
+    for masked_row, sparse_row in zip(masked["table"], sparse["table"], strict=True):
         for key in ("gradient_bytes", "optimizer_state_bytes"):
-            assert other[key] == one[key]
+            assert sparse_row[key] == masked_row[key]
 
 
 def test_sparse_execution_is_for_pytorch(capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,9 +259,9 @@ def test_all_methods_start_with_the_same_weights(framework: str) -> None:
     dense = weights(start(framework, "dense", settings))
     for method in ("static", "topkast"):
         trainer = start(framework, method, settings)
-        for name, found in weights(trainer).items():
-            kept = found != 0
-            np.testing.assert_array_equal(found[kept], dense[name][kept])
+        for name, array in weights(trainer).items():
+            kept = array != 0
+            np.testing.assert_array_equal(array[kept], dense[name][kept])
         assert {name: int(mask.forward.sum()) for name, mask in trainer.masks().items()} == {
             "hidden0.weight": 60
         }
@@ -309,7 +309,7 @@ def test_transformer_is_causal() -> None:
 
 @needs_jax
 @pytest.mark.parametrize("network", [SMALL, SMALL_TRANSFORMER])
-def test_networks_of_jax_are_those_of_torch(network: Network) -> None:
+def test_jax_and_torch_networks_compute_the_same(network: Network) -> None:
     import jax.numpy as jnp
 
     from topkast_demo.jax_models import apply
@@ -319,19 +319,19 @@ def test_networks_of_jax_are_those_of_torch(network: Network) -> None:
     inputs = torch.randint(10, (3, 6)) if network is SMALL_TRANSFORMER else torch.rand(3, 20)
     with torch.no_grad():
         expected = model(inputs)
-    found = apply(network, pytree(model), jnp.asarray(inputs.numpy()))
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)
+    logits = apply(network, pytree(model), jnp.asarray(inputs.numpy()))
+    np.testing.assert_allclose(logits, expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
 @needs_jax
 @pytest.mark.parametrize("network", [SMALL, SMALL_TRANSFORMER])
-def test_initial_weights_of_jax_are_distributed_as_those_of_torch(network: Network) -> None:
+def test_jax_and_torch_initialise_alike(network: Network) -> None:
     settings = Settings(task="digits", steps=1, lr=0.1)
-    expected, found = (
+    expected, actual = (
         weights(start(framework, "dense", settings, network)) for framework in ("torch", "jax")
     )
-    assert found.keys() == expected.keys()
-    for name, array in found.items():
+    assert actual.keys() == expected.keys()
+    for name, array in actual.items():
         other = expected[name]
         is_table = name.startswith(("embedding", "positions"))
         assert array.shape == (other.shape if is_table else other.T.shape)
@@ -343,17 +343,17 @@ def test_initial_weights_of_jax_are_distributed_as_those_of_torch(network: Netwo
             deviation = 5 / math.sqrt(array.size)
             assert array.std() == pytest.approx(other.std(), rel=deviation)
             assert abs(array.mean()) < deviation * other.std()
-            # Uniform or normal: the fourth moment tells.
+            # The fourth moment distinguishes uniform from normal.
             ratio = (array**4).mean() / (array**2).mean() ** 2
-            normal = (other**4).mean() / (other**2).mean() ** 2 > 2.4
-            assert (ratio > 2.4) == normal
+            is_normal = (other**4).mean() / (other**2).mean() ** 2 > 2.4
+            assert (ratio > 2.4) == is_normal
 
 
 @needs_jax
 @pytest.mark.parametrize(
     ("method", "name"), [*(("dense", name) for name in OPTIMIZERS), ("topkast", "adamw")]
 )
-def test_jax_trains_as_torch_does(method: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jax_and_torch_train_alike(method: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = build(SMALL)
     params = pytree(model)
@@ -361,13 +361,13 @@ def test_jax_trains_as_torch_does(method: str, name: str, monkeypatch: pytest.Mo
     monkeypatch.setattr("topkast_demo.jax_trainer.initialise", lambda *_: params)
     settings = Settings(task="digits", steps=6, lr=0.02, optimizer=name, refresh_every=2)
     trainers = [start(framework, method, settings) for framework in ("torch", "jax")]
-    # The momentum of torch.optim.NAdam rises from 0.45, that of optax.nadam is 0.9 at once.
+    # The momentum of torch.optim.NAdam rises from 0.45; optax.nadam starts at 0.9.
     tolerance = 0.05 if name == "nadam" else 1e-4
     for step in range(settings.steps):
-        expected, found = (trainer.step(small_batch(step)) for trainer in trainers)
-        assert found == pytest.approx(expected, rel=tolerance)
-    expected, found = (trainer.loss(small_batch()) for trainer in trainers)
-    assert found == pytest.approx(expected, rel=tolerance)
+        expected, actual = (trainer.step(small_batch(step)) for trainer in trainers)
+        assert actual == pytest.approx(expected, rel=tolerance)
+    expected, actual = (trainer.loss(small_batch()) for trainer in trainers)
+    assert actual == pytest.approx(expected, rel=tolerance)
     if name != "nadam":
         pixels, _ = small_batch(7)
         classes, others = (trainer.predict(pixels) for trainer in trainers)
@@ -390,16 +390,16 @@ def test_optimizers_have_counterparts() -> None:
 def test_text_with_jax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "text.txt"
     path.write_text("Wörter – und noch mehr Wörter.\n" * 60, encoding="utf-8")
-    # Fewer sparse tensors are compiled sooner.
+    # Fewer sparse tensors compile faster.
     monkeypatch.setattr(TextTask, "dense", (*TextTask.dense, "*.feed_*"))
     task = TextTask(load_text(path), width=16, layers=1)
     settings = Settings(framework="jax", task="text", steps=3, lr=4e-3, refresh_every=2)
-    done = train(task, "topkast", settings, quiet=True)
-    assert list(done.sizes) == ["blocks.0.attention_in.weight", "blocks.0.attention_out.weight"]
-    assert done.dynamics is not None
-    assert done.dynamics.change.step == [2]
-    assert done.metric_steps == [1, 2, 3]
-    assert all(map(math.isfinite, (*done.losses, *done.metric_values)))
+    result = train(task, "topkast", settings, quiet=True)
+    assert list(result.sizes) == ["blocks.0.attention_in.weight", "blocks.0.attention_out.weight"]
+    assert result.dynamics is not None
+    assert result.dynamics.change.step == [2]
+    assert result.metric_steps == [1, 2, 3]
+    assert all(map(math.isfinite, (*result.losses, *result.metric_values)))
 
 
 @needs_jax
@@ -451,14 +451,13 @@ def test_every_optimizer(name: str, images: Path, tmp_path: Path) -> None:
         (("--task", "text", "--data", "{tmp}/none.txt"), ("none.txt", "No such file")),
     ],
 )
-def test_mistakes(
+def test_wrong_arguments(
     arguments: tuple[str, ...],
     words: tuple[str, ...],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = (argument.replace("{tmp}", str(tmp_path)) for argument in arguments)
-    message = fail(*given, capsys=capsys)
+    message = fail(*(text.replace("{tmp}", str(tmp_path)) for text in arguments), capsys=capsys)
     assert all(word in message for word in words)
 
 
@@ -520,7 +519,7 @@ def test_bad_idx(
     assert words in fail("--data", path, capsys=capsys)
 
 
-def test_labels_that_do_not_fit(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_number_of_labels(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = images.with_name("some-labels-idx1-ubyte.gz")
     write_idx(labels, np.zeros(39, dtype=np.uint8))
     assert "one label for each" in fail("--data", images, capsys=capsys)
@@ -543,7 +542,7 @@ def test_bad_text(
     assert words in fail("--task", "text", "--data", path, capsys=capsys)
 
 
-def test_report_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unwritable_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert "cannot be written" in fail("--report", tmp_path / "file", capsys=capsys)
 

@@ -1,4 +1,4 @@
-"""Densities per tensor."""
+"""Densities of tensors."""
 
 from __future__ import annotations
 
@@ -53,11 +53,12 @@ def test_erk_is_proportional_to_sum_over_product_below_one(
 @given(
     shapes=networks, pair=sparsities(), distribution=st.sampled_from(["uniform", "erk", "global"])
 )
-def test_counts_of_every_block_are_nested(
+def test_counts_of_ranked_tensors_are_nested(
     shapes: dict[str, tuple[int, ...]], pair: tuple[float, float], distribution: Any
 ) -> None:
-    for block in rank_tensors(shapes, Options(fwd=pair[0], bwd=pair[1], distribution=distribution)):
-        assert 1 <= block.forward <= block.backward <= block.size
+    options = Options(fwd=pair[0], bwd=pair[1], distribution=distribution)
+    for ranked in rank_tensors(shapes, options):
+        assert 1 <= ranked.forward <= ranked.backward <= ranked.size
 
 
 def test_resnet_layer_densities_match_the_published_formula() -> None:

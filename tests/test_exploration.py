@@ -15,61 +15,67 @@ import topkast
 from topkast.testing import sparsities, to_numpy, weights
 
 Tensor = np.ndarray[Any, Any]
-KINDS = ["l2", "l1"]
+PENALTY_KINDS = ["l2", "l1"]
 
 
-def penalty_of_dense(array: Any, fwd: float, bwd: float, kind: Any, support: Any = None) -> Any:
-    """The penalty as a function of all of θ, the sets being fixed."""
+def penalty_of_dense(
+    array: Any, fwd: float, bwd: float, penalty_kind: Any, support: Any = None
+) -> Any:
+    """The penalty as a function of the whole θ, with fixed sets."""
     support = topkast.select(array, fwd=fwd, bwd=bwd) if support is None else support
     values = topkast.gather(array, support)
     return topkast.exploration_penalty(
-        values, support, penalty=0.1, density=1 - fwd, penalty_kind=kind
+        values, support, penalty=0.1, density=1 - fwd, penalty_kind=penalty_kind
     )
 
 
-def gradient_of_dense(array: Any, fwd: float, bwd: float, kind: Any) -> Any:
+def gradient_of_dense(array: Any, fwd: float, bwd: float, penalty_kind: Any) -> Any:
     support = topkast.select(array, fwd=fwd, bwd=bwd)
     gradient = topkast.exploration_gradient(
-        topkast.gather(array, support), support, penalty=0.1, density=1 - fwd, penalty_kind=kind
+        topkast.gather(array, support),
+        support,
+        penalty=0.1,
+        density=1 - fwd,
+        penalty_kind=penalty_kind,
     )
     return topkast.scatter(gradient, support, shape=tuple(array.shape))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("penalty_kind", PENALTY_KINDS)
 @given(theta=weights(min_size=1), pair=sparsities())
 def test_gradient_equals_the_derivative_by_torch(
-    kind: Any, theta: Tensor, pair: tuple[float, float]
+    penalty_kind: Any, theta: Tensor, pair: tuple[float, float]
 ) -> None:
     assume(np.abs(theta).max() < 1e15)
     leaf = torch.tensor(theta, requires_grad=True)
-    penalty_of_dense(leaf, *pair, kind).backward()
-    expected = gradient_of_dense(leaf.detach(), *pair, kind)
-    # Among subnormal floats rounding is absolute: ten steps of theirs.
+    penalty_of_dense(leaf, *pair, penalty_kind).backward()
+    expected = gradient_of_dense(leaf.detach(), *pair, penalty_kind)
+    # Rounding of subnormal floats is absolute: ten of their steps.
     torch.testing.assert_close(leaf.grad, expected, rtol=1e-6, atol=1.4e-44)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("penalty_kind", PENALTY_KINDS)
 @pytest.mark.parametrize("pair", [(0.9, 0.8), (0.5, 0.5), (0.95, 0.0)])
 def test_gradient_equals_the_derivative_by_jax(
-    kind: Any, pair: tuple[float, float], rng: np.random.Generator
+    penalty_kind: Any, pair: tuple[float, float], rng: np.random.Generator
 ) -> None:
     theta = jax.numpy.asarray(rng.standard_normal((8, 9)), dtype="float32")
     support = topkast.select(theta, fwd=pair[0], bwd=pair[1])
     derivative = jax.jit(
-        jax.grad(lambda array: penalty_of_dense(array, *pair, kind, support=support))
+        jax.grad(lambda array: penalty_of_dense(array, *pair, penalty_kind, support=support))
     )
     np.testing.assert_allclose(
-        derivative(theta), gradient_of_dense(theta, *pair, kind), rtol=1e-6, atol=0
+        derivative(theta), gradient_of_dense(theta, *pair, penalty_kind), rtol=1e-6, atol=0
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("penalty_kind", PENALTY_KINDS)
 @given(theta=weights(min_size=1), pair=sparsities())
 def test_gradient_is_zero_on_the_reservoir(
-    library: Library, kind: Any, theta: Tensor, pair: tuple[float, float]
+    library: Library, penalty_kind: Any, theta: Tensor, pair: tuple[float, float]
 ) -> None:
     assume(np.abs(theta).max() < 1e15)  # 1/D times the largest float is infinite
-    run = library.compile(lambda array: gradient_of_dense(array, *pair, kind))
+    run = library.compile(lambda array: gradient_of_dense(array, *pair, penalty_kind))
     gradient = to_numpy(run(library.asarray(theta)))
     support = topkast.select(theta, fwd=pair[0], bwd=pair[1])
     outside = np.ones(theta.size, dtype=bool)
@@ -78,7 +84,7 @@ def test_gradient_is_zero_on_the_reservoir(
 
 
 def test_decay_of_exploring_weights_scales_with_one_over_density(library: Library) -> None:
-    """Named after a bug of SparseML: it divides by the sparsity, 0.9, and not by the density."""
+    """A bug of SparseML: it divides by the sparsity, 0.9, instead of the density."""
     theta = library.asarray(np.asarray([4, 3, 2, 1, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05]))
     gradient = to_numpy(gradient_of_dense(theta, 0.9, 0.7, "l2"))
     expected = [0.1 * 4, 0.1 * 3 / 0.1, 0.1 * 2 / 0.1, 0, 0, 0, 0, 0, 0, 0]
@@ -112,5 +118,5 @@ def test_wrong_density_is_an_error(density: float) -> None:
     values = topkast.gather(theta, support)
     with pytest.raises(topkast.OptionError, match="density"):
         topkast.exploration_penalty(values, support, penalty=0.1, density=density)
-    with pytest.raises(topkast.OptionError, match="kind"):
+    with pytest.raises(topkast.OptionError, match="penalty_kind must be"):
         topkast.exploration_gradient(values, support, penalty=0.1, density=0.5, penalty_kind="l3")  # type: ignore[arg-type]

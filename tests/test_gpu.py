@@ -1,6 +1,6 @@
-"""What only a GPU can show; ``nox -s gpu`` runs it, and elsewhere all of it is skipped.
+"""Tests that need a GPU; ``nox -s gpu`` runs them, and without a GPU they are skipped.
 
-It needs nothing of the other tests, so that it runs wherever the libraries are, or some of them.
+They import no other test module, so that they run with any subset of the libraries.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import topkast_cupy
 import topkast
 from topkast.testing import assert_same_support, to_numpy
 
-# Libraries warn of what is particular to a GPU, prototypes and slower settings.
+# On a GPU, libraries warn about prototypes and slow settings.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 Array = np.ndarray[Any, Any]
@@ -77,7 +77,7 @@ def _to_jax(array: Array) -> Any:
     ]
 )
 def to_device(request: pytest.FixtureRequest) -> Iterator[Callable[[Array], Any]]:
-    """From NumPy to a library on the device, with 64-bit floats."""
+    """Convert NumPy arrays to a library on the device, with 64-bit floats."""
     context: Any = nullcontext()
     if request.param is _to_jax:
         import jax
@@ -99,11 +99,11 @@ def vectors() -> Iterator[Array]:
 
 
 @pytest.mark.parametrize("explore", ["magnitude", "random"])
-def test_sets_are_those_of_numpy(to_device: Callable[[Array], Any], explore: Any) -> None:
+def test_sets_equal_numpys(to_device: Callable[[Array], Any], explore: Any) -> None:
     for vector in vectors():
         expected = topkast.select(vector, fwd=0.9, bwd=0.8, explore=explore, seed=5)
-        found = topkast.select(to_device(vector), fwd=0.9, bwd=0.8, explore=explore, seed=5)
-        assert_same_support(found, expected)
+        support = topkast.select(to_device(vector), fwd=0.9, bwd=0.8, explore=explore, seed=5)
+        assert_same_support(support, expected)
 
 
 OPTIONS: list[dict[str, Any]] = [{}, {"penalty_kind": "l1"}, {"explore_until": 12}]
@@ -115,13 +115,13 @@ def train(convert: Callable[[Array], Any], rule: Any, **options: Any) -> tuple[A
     params = {name: convert(array) for name, array in start.items()}
     tx = topkast.wrap_optimizer(rule, fwd=0.9, bwd=0.8, refresh_every=5, **options)
     state = tx.init(params)
-    for turn in range(20):
+    for step_number in range(20):
         alpha = topkast.forward_params(params, state)
         grads = {
             name: alpha[name] - 0.1 * convert(rng.standard_normal(array.shape))
             for name, array in start.items()
         }
-        if turn % 2:
+        if step_number % 2:
             params, state = tx.step(grads, state, params)
         else:
             updates, state = tx.update(grads, state, params)
@@ -131,13 +131,13 @@ def train(convert: Callable[[Array], Any], rule: Any, **options: Any) -> tuple[A
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("rule", [topkast.SGD(0.1, momentum=0.9), topkast.AdamW(0.02)], ids=repr)
-def test_training_is_that_of_numpy(
+def test_training_equals_numpys(
     to_device: Callable[[Array], Any], rule: Any, options: dict[str, Any]
 ) -> None:
     expected, expected_state = train(np.array, rule, **options)
-    found, state = train(to_device, rule, **options)
+    params, state = train(to_device, rule, **options)
     for name, param in expected.items():
-        np.testing.assert_allclose(to_numpy(found[name]), param, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(to_numpy(params[name]), param, rtol=1e-9, atol=1e-9)
     assert_same_support(state.supports["w"], expected_state.supports["w"])
 
 
@@ -145,8 +145,10 @@ def test_training_is_that_of_numpy(
 class TestCuPy:
     @pytest.mark.parametrize("options", OPTIONS, ids=str)
     @pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
-    def test_nothing_waits_between_refreshes(self, dtype: str, options: dict[str, Any]) -> None:
-        """A step can be captured as a CUDA graph, which refuses whatever waits for the host."""
+    def test_no_synchronisation_between_refreshes(
+        self, dtype: str, options: dict[str, Any]
+    ) -> None:
+        """A step can be captured as a CUDA graph, which forbids synchronisation with the host."""
         import cupy
 
         tx = topkast.wrap_optimizer(
@@ -157,7 +159,7 @@ class TestCuPy:
             params = {"w": cupy.asarray(np.random.default_rng(0).normal(size=(512, 512)), dtype)}
             grads = {"w": cupy.ones_like(params["w"])}
             state = tx.init(params)
-            for _ in range(3):  # fills the pool of memory
+            for _ in range(3):  # fills the memory pool
                 params, state = tx.step(grads, state, params)
             stream.synchronize()
             stream.begin_capture()
@@ -168,7 +170,7 @@ class TestCuPy:
             np.testing.assert_array_equal(captured["w"].get(), expected["w"].get())
 
     def test_negative_zeros_stay(self) -> None:
-        """What is not moved keeps its bits: updates outside B are -0.0."""
+        """Weights outside B keep their bits, because their updates are -0.0."""
         import cupy
 
         tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.9, bwd=0.8, explore_until=0)
@@ -177,7 +179,7 @@ class TestCuPy:
         kept = topkast.apply_updates(params, updates)["w"].get()
         assert int(np.signbit(kept).sum()) == 900
 
-    def test_arrays_that_do_not_belong_together(self) -> None:
+    def test_mixed_libraries_and_bad_dtypes(self) -> None:
         import cupy
 
         tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.5, bwd=0.5)
@@ -187,7 +189,7 @@ class TestCuPy:
             with pytest.raises(topkast.UnsupportedTensorError, match="w: weights"):
                 tx.init({"w": cupy.ones((3, 3), dtype)})
 
-    def test_another_device(self) -> None:
+    def test_second_device(self) -> None:
         import cupy
 
         if cupy.cuda.runtime.getDeviceCount() < 2:
@@ -195,15 +197,15 @@ class TestCuPy:
         tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.5, bwd=0.5)
         with cupy.cuda.Device(1):
             params = {"w": cupy.arange(9.0).reshape(3, 3)}
-            found, _ = tx.step(params, tx.init(params), params)
-            assert found["w"].device.id == 1
-        for others in (params, {"v": cupy.ones((3, 3)), **params}):
+            stepped, _ = tx.step(params, tx.init(params), params)
+            assert stepped["w"].device.id == 1
+        for misplaced in (params, {"v": cupy.ones((3, 3)), **params}):
             with pytest.raises(topkast.MismatchError, match="device"):
-                tx.init(others)
+                tx.init(misplaced)
 
 
 @contextmanager
-def nothing_waits() -> Iterator[None]:
+def forbid_synchronisation() -> Iterator[None]:
     import torch
 
     torch.cuda.set_sync_debug_mode("error")
@@ -229,19 +231,21 @@ class TestTorch:
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}], ids=str)
-    def test_nothing_waits_between_refreshes(self, options: dict[str, Any], dtype: str) -> None:
+    def test_no_synchronisation_between_refreshes(
+        self, options: dict[str, Any], dtype: str
+    ) -> None:
         import torch
 
         model, opt, inputs = self.prepare(dtype=getattr(torch, dtype), **options)
-        for turn in range(3):
+        for step_number in range(3):
             opt.zero_grad()
             loss = model(inputs).square().mean()
             loss.backward()
-            with nothing_waits() if turn else nullcontext():
+            with forbid_synchronisation() if step_number else nullcontext():
                 opt.step()
 
     @pytest.mark.parametrize("options", OPTIONS, ids=str)
-    def test_nothing_waits_with_plain_tensors(self, options: dict[str, Any]) -> None:
+    def test_no_synchronisation_with_plain_tensors(self, options: dict[str, Any]) -> None:
         import torch
 
         tx = topkast.wrap_optimizer(
@@ -249,8 +253,8 @@ class TestTorch:
         )
         params = {"w": torch.randn(300, 200, device="cuda")}
         state = tx.init(params)
-        for turn in range(3):
-            with nothing_waits() if turn else nullcontext():
+        for step_number in range(3):
+            with forbid_synchronisation() if step_number else nullcontext():
                 grads = topkast.forward_params(params, state)
                 params, state = tx.step(grads, state, params)
 
@@ -320,8 +324,8 @@ def test_a_jitted_optax_step_keeps_its_sets() -> None:
     start = {"w": rng.standard_normal((300, 200))}
     tx = topkast.wrap_optimizer(optax.adamw(0.02), fwd=0.9, bwd=0.8, refresh_every=5)
 
-    def train_on(place: Any) -> Any:
-        with jax.default_device(place):
+    def train_on(device: Any) -> Any:
+        with jax.default_device(device):
             params = jax.tree.map(jnp.asarray, start)
             state = tx.init(params)
             step = jax.jit(tx.step)

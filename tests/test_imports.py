@@ -1,4 +1,4 @@
-"""What importing costs, and that the public names are the documented ones."""
+"""The cost of importing, the documented names, and the structure of the packages."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ FRAMEWORKS = ["torch", "jax", "optax", "cupy", "sklearn", "matplotlib", "hypothe
 
 def modules_after(code: str) -> set[str]:
     """Root packages imported by `code` in a fresh interpreter."""
-    found = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", f"{code}\nimport sys\nprint(*sys.modules)"],
         capture_output=True,
         text=True,
         check=True,
         timeout=60,
     ).stdout
-    return {name.partition(".")[0] for name in found.split()}
+    return {name.partition(".")[0] for name in printed.split()}
 
 
 def test_importing_the_package_imports_no_framework() -> None:
@@ -67,9 +67,9 @@ def test_importing_costs_only_what_the_project_declares() -> None:
 def test_public_names_are_documented() -> None:
     page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
     for module in (topkast, topkast.methods, topkast.testing):
-        whole = f".. automodule:: {module.__name__}\n   :members:" in page
+        is_automatic = f".. automodule:: {module.__name__}\n   :members:" in page
         names = set(re.findall(rf"{re.escape(module.__name__)}\.(\w+)", page))
-        missing = [name for name in module.__all__ if name not in names and not whole]
+        missing = [name for name in module.__all__ if name not in names and not is_automatic]
         assert not missing, f"docs/api.md lacks {missing} of {module.__name__}"
         for name in module.__all__:
             assert getattr(module, name).__doc__, name
@@ -85,13 +85,13 @@ def test_all_is_complete() -> None:
 
 
 def _imports(path: Path) -> list[str]:
-    """Modules that a file imports, but for those that type checkers alone look at."""
+    """Modules that a file imports, except imports for type checkers only."""
     tree = ast.parse(path.read_text())
     for_types = [
         node
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
-        for node in ast.walk(block)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+        for node in ast.walk(branch)
     ]
     modules = []
     for node in ast.walk(tree):
@@ -109,16 +109,16 @@ ADAPTERS = Path(__file__).parent.parent / "adapters"
 
 
 def test_the_core_imports_no_framework_and_no_adapter() -> None:
-    """Each file of backends knows its library; nothing else does."""
-    ours = ("topkast_torch", "topkast_jax", "topkast_cupy", "topkast_demo")
+    """Only the files of `backends` import a framework."""
+    our_packages = ("topkast_torch", "topkast_jax", "topkast_cupy", "topkast_demo")
     for path in ROOT.rglob("*.py"):
         roots = {module.partition(".")[0] for module in _imports(path)}
         allowed = {"jax", "torch"} if path.parent.name == "backends" else set()
         demo = {"topkast_demo"} if path.name == "__main__.py" else set()
-        assert not roots & {*FRAMEWORKS, *ours} - allowed - demo - {"hypothesis"}, path
+        assert not roots & {*FRAMEWORKS, *our_packages} - allowed - demo - {"hypothesis"}, path
 
 
-def test_adapters_import_what_is_public() -> None:
+def test_adapters_import_public_modules_only() -> None:
     public = re.compile(r"topkast(\.(adapter|kernels)(\..*)?|\.[A-Za-z]\w*)?$")
     for path in ADAPTERS.rglob("*.py"):
         for module in _imports(path):
@@ -127,10 +127,10 @@ def test_adapters_import_what_is_public() -> None:
 
 
 def test_modules_are_short_and_folders_small() -> None:
-    """A file is one concept. The core's top folder has twenty modules at most, others a dozen."""
+    """A file is one concept. The core's top folder has at most twenty modules, others twelve."""
     for folder in (ROOT, ADAPTERS):
         for path in folder.rglob("*.py"):
             assert len(path.read_text().splitlines()) < 400, path
-        for inside in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-            modules = [path for path in inside.glob("*.py") if path.name != "__init__.py"]
-            assert len(modules) <= (20 if inside == ROOT else 12), inside
+        for package in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+            modules = [path for path in package.glob("*.py") if path.name != "__init__.py"]
+            assert len(modules) <= (20 if package == ROOT else 12), package

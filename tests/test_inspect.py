@@ -1,4 +1,4 @@
-"""Summaries: what they count is what there is."""
+"""Inspection: summaries report the true counts and bytes."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ def test_summary_counts_the_masks_and_converts_to_json() -> None:
     assert text.count("\n") == len(rows) + 1
 
 
-def test_bytes_held_by_torch_are_those_of_its_tensors() -> None:
+def test_bytes_held_by_torch_equal_the_sizes_of_its_tensors() -> None:
     layer = nn.Linear(100, 50, bias=False)
     optimizer = topkast.wrap_optimizer(torch.optim.Adam(layer.named_parameters()), fwd=0.9, bwd=0.8)
     layer(torch.ones(1, 100)).sum().backward()
     optimizer.step()
     (row,) = topkast.summary(optimizer).tensors
     inner = 4 + 2 * 4 * 1000  # Adam's step, and two moments of |B| = 1000 float32
-    own = 2 * 4 * 1000 + 4 * 5000  # values, their gradient, θ
+    weights = 2 * 4 * 1000 + 4 * 5000  # values, their gradient, θ
     index = 4 * 1000 + 2 * 1000  # B, ages
-    assert row.held_bytes == inner + own + index
+    assert row.held_bytes == inner + weights + index
 
 
 def test_bytes_held_by_a_functional_state(library: Library) -> None:

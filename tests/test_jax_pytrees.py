@@ -193,5 +193,5 @@ class TestErrors:
             topkast.masks(wrap().init(make_params()))
 
     def test_inspecting_what_is_not_wrapped(self) -> None:
-        with pytest.raises(topkast.MismatchError, match="got tuple: there is none in it"):
+        with pytest.raises(topkast.MismatchError, match="got tuple: it contains no such state"):
             topkast.forward_params(make_params(), ADAMW.init(make_params()))

@@ -101,11 +101,11 @@ class TestWhatInspectorsAreGiven:
         restored = {"updates": 0, "supports": {}}
         batch = jax.vmap(lambda _: tx.init(params))(jnp.arange(3))
         for odd, message in (
-            (tx, r"it is the transformation: pass the state"),
-            (restored, "restore into init"),
-            (({"opt": restored},), "restore into init"),
+            (tx, r"this is the transformation: pass the state"),
+            (restored, "restore it into the state"),
+            (({"opt": restored},), "restore it into the state"),
             (batch, r"batch of 3.*leaf\[0\]"),
-            ({"a": 1}, "there is none in it"),
+            ({"a": 1}, "it contains no such state"),
         ):
             for look in (topkast.masks, topkast.summary, topkast.dense_params):
                 with pytest.raises(topkast.MismatchError, match=message):

@@ -197,7 +197,7 @@ class TestUnwrap:
 
     def test_what_is_not_wrapped(self) -> None:
         for odd in (build(make_model()), topkast.SGD(0.1), None):
-            with pytest.raises(topkast.OptionError, match=r"unwrap takes what topkast\.wrap_opt"):
+            with pytest.raises(topkast.OptionError, match=r"unwrap expects a PyTorch optimizer"):
                 topkast.unwrap(odd)
         _, optimizer = make()
         with pytest.raises(topkast.OptionError, match="weights must be"):

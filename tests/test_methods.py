@@ -1,4 +1,4 @@
-"""Methods: what each chooses, on every array library, and what a method of one's own may be."""
+"""Methods: the sets that each chooses, on every array library, and custom methods."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def choose(
 
 
 def by_magnitude(theta: Tensor) -> Tensor:
-    """Flat indices, the largest magnitude first and equal ones by hash: by a stable sort."""
+    """Flat indices sorted by magnitude, the largest first; ties by hash."""
     words = tie_words(theta.size, 3, "w").astype(np.int64)
     return np.lexsort((-words, -np.abs(theta).ravel()))
 
@@ -59,8 +59,8 @@ def test_counts_are_exact_and_indices_ascend(
     support = choose(library, method, theta, pair)
     indices = to_numpy(support.indices)
     assert [support.forward, len(indices)] == counts(theta, pair)
-    for part in (support.active, support.exploring):
-        assert (np.diff(to_numpy(part)) > 0).all()
+    for entries in (support.active, support.exploring):
+        assert (np.diff(to_numpy(entries)) > 0).all()
     assert len(np.unique(indices)) == len(indices)
     assert ((indices >= 0) & (indices < theta.size)).all()
 
@@ -83,7 +83,7 @@ def test_the_share_by_magnitude_is_exact(
 
 
 @given(theta=weights(), pair=sparsities(), draw=st.integers(0, 1000))
-def test_the_ends_of_mixed_are_the_other_two(
+def test_the_limits_of_mixed_are_topkast_and_random(
     library: Library, theta: Tensor, pair: tuple[float, float], draw: int
 ) -> None:
     for share, other in [(0.0, Random()), (1.0, TopKAST())]:
@@ -97,9 +97,9 @@ def test_the_ends_of_mixed_are_the_other_two(
 def test_all_libraries_choose_the_same(any_library: Library, method: Method) -> None:
     theta = np.random.default_rng(0).standard_normal((30, 20)).astype(np.float32)
     for draw in (0, 7):
-        found = choose(any_library, method, theta, (0.9, 0.7), draw)
+        support = choose(any_library, method, theta, (0.9, 0.7), draw)
         expected = method.choose(View(theta.ravel(), 60, 180, seed=3, name="w", draw=draw))
-        assert_same_support(found, expected)
+        assert_same_support(support, expected)
 
 
 def test_explore_is_a_shorthand() -> None:
@@ -111,31 +111,29 @@ def test_explore_is_a_shorthand() -> None:
         assert_same_support(method.choose(view), expected)
 
 
-@pytest.mark.parametrize(("method", "likely"), [(Mixed(0.5), 20 / 80), (Static(), 30 / 100)])
-def test_draws_are_uniform(method: Method, likely: float) -> None:
-    """Over 2,000 draws each entry is drawn as often, to within five standard deviations."""
+@pytest.mark.parametrize(("method", "probability"), [(Mixed(0.5), 10 / 80), (Static(), 30 / 100)])
+def test_draws_are_uniform(method: Method, probability: float) -> None:
+    """Over 2,000 draws, all entries are drawn equally often, within five standard deviations."""
     theta = np.linspace(2, 1, 100)
     drawn, rounds = np.zeros(100), 2000
     for draw in range(rounds):
         drawn[method.choose(View(theta, 10, 30, seed=0, name="w", draw=draw)).indices] += 1
-    first = 20 if isinstance(method, Mixed) else 0  # these are largest, and always there
-    likely = 10 / 80 if isinstance(method, Mixed) else likely
+    first = 20 if isinstance(method, Mixed) else 0  # the largest entries are always chosen
     assert (drawn[:first] == rounds).all()
-    spread = 5 * np.sqrt(rounds * likely * (1 - likely))
-    assert (abs(drawn[first:] - rounds * likely) < spread).all()
+    tolerance = 5 * np.sqrt(rounds * probability * (1 - probability))
+    assert (abs(drawn[first:] - rounds * probability) < tolerance).all()
 
 
 @dataclass(frozen=True)
 class Leading(Method):
-    """A method as others would write one: the entries in front, or one further at each refresh."""
+    """A custom method: the first entries, shifted by one at each refresh if `moving`."""
 
     moving: bool = False
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def choose(self, view: View) -> Support:
         xp = array_namespace(view.weights)
-        place = device(view.weights)
-        indices = xp.arange(view.backward, dtype=xp.int32, device=place)
+        indices = xp.arange(view.backward, dtype=xp.int32, device=device(view.weights))
         if self.moving:
             indices = indices + view.draw
         return Support(indices, view.forward)
@@ -148,12 +146,12 @@ def train_arrays(method: Method, library: Library, updates: int) -> list[Tensor]
         topkast.SGD(0.1), fwd=0.9, bwd=0.8, method=method, refresh_every=1, seed=3
     )
     state, step = library.compile(tx.init)(params), library.compile(tx.step)
-    found = [host(state.supports["w"].indices)]
+    history = [host(state.supports["w"].indices)]
     for _ in range(updates):
         grads = {"w": library.asarray(np.cos(np.arange(120.0, dtype=np.float32)).reshape(12, 10))}
         params, state = step(grads, state, params)
-        found.append(host(state.supports["w"].indices))
-    return found
+        history.append(host(state.supports["w"].indices))
+    return history
 
 
 def train_optax(method: Method, updates: int) -> list[Tensor]:
@@ -163,12 +161,12 @@ def train_optax(method: Method, updates: int) -> list[Tensor]:
         optax.sgd(0.1), fwd=0.9, bwd=0.8, method=method, refresh_every=1, seed=3
     )
     state, step = tx.init(params), jax.jit(tx.step)
-    found = [host(state.supports["w"].indices)]
+    history = [host(state.supports["w"].indices)]
     grads = {"w": np.cos(np.arange(120.0, dtype=np.float32)).reshape(12, 10)}
     for _ in range(updates):
         params, state = step(grads, state, params)
-        found.append(host(state.supports["w"].indices))
-    return found
+        history.append(host(state.supports["w"].indices))
+    return history
 
 
 def make_torch(method: Method | None, **options: Any) -> tuple[nn.Linear, Any]:
@@ -185,13 +183,13 @@ def train_torch(method: Method, updates: int, *, sparse: bool) -> list[Tensor]:
     model = nn.Sequential(layer)
     if sparse:
         topkast.sparsify(model, opt)
-    found = [np.flatnonzero(topkast.masks(opt)["w"].backward)]
+    history = [np.flatnonzero(topkast.masks(opt)["w"].backward)]
     for _ in range(updates):
         opt.zero_grad()
         model(torch.linspace(-1, 1, 50).view(5, 10)).sum().backward()
         opt.step()
-        found.append(np.flatnonzero(topkast.masks(opt)["w"].backward))
-    return found
+        history.append(np.flatnonzero(topkast.masks(opt)["w"].backward))
+    return history
 
 
 TRAININGS: dict[str, Callable[[Method, int], list[Tensor]]] = {
@@ -204,28 +202,28 @@ TRAININGS: dict[str, Callable[[Method, int], list[Tensor]]] = {
 class TestTraining:
     @pytest.mark.parametrize("name", TRAININGS)
     def test_static_sets_stay(self, name: str) -> None:
-        found = TRAININGS[name](Static(), 3)
+        history = TRAININGS[name](Static(), 3)
         expected = Static().choose(View(np.zeros(120), 12, 24, 3, "w")).indices
-        for indices in found:
+        for indices in history:
             np.testing.assert_array_equal(np.sort(indices), np.sort(expected))
 
     def test_static_sets_stay_in_arrays(self, any_library: Library) -> None:
-        found = train_arrays(Static(), any_library, 3)
-        for indices in found:
-            np.testing.assert_array_equal(indices, found[0])
+        history = train_arrays(Static(), any_library, 3)
+        for indices in history:
+            np.testing.assert_array_equal(indices, history[0])
 
     @pytest.mark.parametrize("name", TRAININGS)
-    def test_a_method_of_ones_own(self, name: str) -> None:
-        found = TRAININGS[name](Leading(moving=True), 3)
-        for update, indices in enumerate(found):
+    def test_custom_method(self, name: str) -> None:
+        history = TRAININGS[name](Leading(moving=True), 3)
+        for update, indices in enumerate(history):
             np.testing.assert_array_equal(indices, np.arange(24) + update)
 
-    def test_a_method_of_ones_own_in_arrays(self, any_library: Library) -> None:
-        found = train_arrays(Leading(moving=True), any_library, 3)
-        for update, indices in enumerate(found):
+    def test_custom_method_in_arrays(self, any_library: Library) -> None:
+        history = train_arrays(Leading(moving=True), any_library, 3)
+        for update, indices in enumerate(history):
             np.testing.assert_array_equal(indices, np.arange(24) + update)
 
-    def test_of_single_tensors(self) -> None:
+    def test_method_of_a_single_tensor(self) -> None:
         params = {name: np.linspace(-1, 1, 120).reshape(12, 10) for name in ("body", "head")}
         tx = topkast.wrap_optimizer(
             topkast.SGD(0.1), fwd=0.9, bwd=0.8, overrides={"head": {"method": Leading()}}
@@ -234,11 +232,11 @@ class TestTraining:
         np.testing.assert_array_equal(supports["head"].indices, np.arange(24))
         assert supports["body"].active[-1] == 119
 
-    def test_of_single_tensors_in_torch(self) -> None:
+    def test_method_of_a_single_tensor_in_torch(self) -> None:
         _, opt = make_torch(None, overrides={"w": {"method": Leading()}})
         assert np.flatnonzero(topkast.masks(opt)["w"].backward).tolist() == list(range(24))
 
-    def test_of_a_group(self) -> None:
+    def test_method_of_a_parameter_group(self) -> None:
         params = {name: nn.Parameter(torch.randn(12, 10)) for name in ("body", "head")}
         groups: list[Any] = [
             {"params": [("body", params["body"])]},
@@ -254,14 +252,14 @@ class TestTraining:
             opt.step()
         assert all("method" not in group for group in opt.param_groups)
 
-    def test_layers_of_stacked_tensors_are_chosen_each_alone(self) -> None:
+    def test_layers_of_stacked_tensors_are_chosen_separately(self) -> None:
         tx = topkast.wrap_optimizer(
             topkast.SGD(0.1), fwd=0.9, bwd=0.8, stacked="w", method=Leading()
         )
         support = tx.init({"w": np.ones((2, 10, 10))}).supports["w"]
         np.testing.assert_array_equal(support.active, [*range(10), *range(100, 110)])
 
-    def test_a_resumed_run_is_the_uninterrupted_one(self) -> None:
+    def test_a_resumed_run_equals_an_uninterrupted_one(self) -> None:
         method = Mixed(0.5)
         expected = train_torch(method, 4, sparse=False)[-1]
         layer, opt = make_torch(method)
@@ -333,47 +331,50 @@ class Curious(Leading):
 
 class TestRefusals:
     @pytest.mark.parametrize(
-        ("method", "words"),
+        ("method", "message"),
         [
-            (Fewer(), r"Fewer chose \|A\|, \|B\| = \(12, 23\) .* w: expected \(12, 24\)"),
-            (Backwards(), "Backwards chose sets for w: .* indices of A that do not ascend"),
-            (Outside(), r"Outside chose sets for w: .* outside of \[0, 120\)"),
-            (Repeating(), "Repeating chose sets for w: .* an index twice"),
-            (Uncounted(), r"Uncounted chose \|A\|, \|B\| = \(11, 24\) .* w: expected \(12, 24\)"),
-            (Elsewhere(), "Elsewhere chose sets for w that are no arrays of the library"),
-            (Tuples(), "Tuples chose a tuple for w: expected a topkast.Support"),
+            (Fewer(), r"Fewer chose \|A\|, \|B\| = \(12, 23\) .* w, expected \(12, 24\)"),
+            (Backwards(), "Backwards chose for w has indices of A that do not ascend"),
+            (Outside(), r"Outside chose for w has indices outside of \[0, 120\)"),
+            (Repeating(), "Repeating chose for w has an index twice"),
+            (Uncounted(), r"Uncounted chose \|A\|, \|B\| = \(11, 24\) .* w, expected \(12, 24\)"),
+            (Elsewhere(), r"Elsewhere chose indices of type torch\.Tensor .* weights, numpy"),
+            (Tuples(), "Tuples chose a tuple for w, expected a topkast.Support"),
         ],
         ids=lambda value: type(value).__name__ if isinstance(value, Method) else "",
     )
-    def test_sets_that_cannot_be(self, method: Method, words: str) -> None:
+    def test_invalid_sets(self, method: Method, message: str) -> None:
         tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.9, bwd=0.8, method=method)
-        with pytest.raises(topkast.MismatchError, match=words):
+        with pytest.raises(topkast.MismatchError, match=message):
             tx.init({"w": np.ones((12, 10))})
 
     def test_indices_may_be_wide(self) -> None:
         params = {"w": np.linspace(-1, 1, 120).reshape(12, 10)}
-        found, expected = (
+        state, expected = (
             topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.9, bwd=0.8, method=method).init(params)
             for method in (Wide(), Leading())
         )
-        assert_same_support(found.supports["w"], expected.supports["w"])
-        assert found.supports["w"].indices.dtype == np.int32
+        assert_same_support(state.supports["w"], expected.supports["w"])
+        assert state.supports["w"].indices.dtype == np.int32
 
     @pytest.mark.parametrize(
-        ("options", "words"),
+        ("options", "message"),
         [
             ({"method": "random"}, "method must be a topkast.methods.Method"),
             ({"method": Random}, r"construct it first, Random\(\)"),
             ({"method": Static(), "explore": "random"}, "choose one of the two"),
-            ({"method": Curious()}, "Curious needs hessian, and methods are given random, weights"),
+            (
+                {"method": Curious()},
+                "Curious needs hessian, but a method can need only random, weights",
+            ),
             ({"overrides": {"w": {"method": Curious()}}}, r"overrides\['w'\]: Curious needs"),
         ],
     )
-    def test_options_that_cannot_be(self, options: dict[str, Any], words: str) -> None:
-        with pytest.raises(topkast.OptionError, match=words):
+    def test_invalid_options(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(topkast.OptionError, match=message):
             topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.9, bwd=0.8, **options)
 
-    def test_a_group_that_is_given_both_later(self) -> None:
+    def test_a_group_that_gets_both_options_later(self) -> None:
         layer = nn.Linear(10, 12, bias=False)
         group: Any = {"params": [("w", layer.weight)], "method": Leading()}
         opt = topkast.wrap_optimizer(torch.optim.SGD([group], 0.1), fwd=0.9, bwd=0.8)
@@ -385,6 +386,6 @@ class TestRefusals:
         assert torch.equal(layer.weight, before)
 
     @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), True, "half"])
-    def test_shares_that_cannot_be(self, share: Any) -> None:
+    def test_invalid_shares(self, share: Any) -> None:
         with pytest.raises(topkast.OptionError, match="by_magnitude is a share"):
             Mixed(share)

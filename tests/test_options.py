@@ -1,4 +1,4 @@
-"""Options: every bad value is a named error, and what stays dense is what was asked for."""
+"""Options: every bad value raises an error that names it, and `dense` keeps the right tensors."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ TENSORS = {
         (False, {"body.weight", "body.bias", "head.weight"}),
     ],
 )
-def test_what_stays_dense(dense: Any, sparse: set[str]) -> None:
+def test_dense_option_selects_tensors(dense: Any, sparse: set[str]) -> None:
     assert set(TENSORS) - kept_dense(TENSORS, dense) == sparse
 
 
 def test_pattern_that_matches_nothing_is_an_error() -> None:
-    # An optimizer built from parameters() knows no names: 'head.*' would be ignored in silence.
+    # An optimizer built from parameters() knows no names, and would silently ignore 'head.*'.
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     inner = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(topkast.OptionError, match=r"'head\.\*' matches none.*named_parameters"):
@@ -88,7 +88,7 @@ def test_pattern_that_matches_nothing_is_an_error() -> None:
 
 
 def test_pattern_needs_to_match_in_one_group_only() -> None:
-    # The usual split of weights that decay from biases that do not.
+    # The usual split into weights with decay and biases without.
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     named = list(model.named_parameters())
     groups: Any = [

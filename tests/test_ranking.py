@@ -1,4 +1,4 @@
-"""Ranking, scope and options by name: the same in every framework."""
+"""Ranking, scope and options by name are the same in every framework."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from torch import nn
 import topkast
 from topkast import Masks
 from topkast.reference import tie_words, top_k
-from topkast.selection._random import draws, make_key, random_words
+from topkast.selection._random import make_key, random_draws, random_words
 from topkast.testing import assert_same_support
 
 SHAPE = (40, 50)
 
 
 def masks_of(support: Any, shape: tuple[int, ...]) -> Masks:
-    both = np.zeros((2, int(np.prod(shape))), bool)
-    both[0, host(support.active)] = both[1, host(support.indices)] = True
-    return Masks(*(mask.reshape(shape) for mask in both))
+    flags = np.zeros((2, int(np.prod(shape))), bool)
+    flags[0, host(support.active)] = flags[1, host(support.indices)] = True
+    return Masks(*(mask.reshape(shape) for mask in flags))
 
 
 class TestTies:
@@ -36,7 +36,9 @@ class TestTies:
         self, any_library: Library, value: float
     ) -> None:
         theta = np.full(SHAPE, value, np.float32)
-        choose = any_library.compile(lambda one: topkast.select(one, fwd=0.9, bwd=0.8, name="head"))
+        choose = any_library.compile(
+            lambda array: topkast.select(array, fwd=0.9, bwd=0.8, name="head")
+        )
         support = choose(any_library.asarray(theta))
         expected = topkast.select(theta, fwd=0.9, bwd=0.8, name="head")
         assert_same_support(support, expected)
@@ -48,22 +50,20 @@ class TestTies:
                 assert counts.min() > 0
                 assert abs(counts - mean).max() < 5 * np.sqrt(mean)
 
-    @pytest.mark.parametrize("equal", [2, 300, 1024, 1025, 5000])
-    def test_few_ties_in_a_long_tensor_rank_as_many_do(
-        self, any_library: Library, equal: int
-    ) -> None:
+    @pytest.mark.parametrize("ties", [2, 300, 1024, 1025, 5000])
+    def test_few_and_many_ties_rank_alike(self, any_library: Library, ties: int) -> None:
         rng = np.random.default_rng(0)
         theta = rng.permutation(np.linspace(1, 2, 8000, dtype=np.float32))
-        theta[rng.choice(8000, equal, replace=False)] = np.float32(1.75)
+        theta[rng.choice(8000, ties, replace=False)] = np.float32(1.75)
         for fwd, bwd in [(0.75, 0.6), (0.8, 0.75), (0.9, 0.7)]:
             choose = any_library.compile(
-                lambda one, fwd=fwd, bwd=bwd: topkast.select(one, fwd=fwd, bwd=bwd, name="long")
+                lambda array, fwd=fwd, bwd=bwd: topkast.select(array, fwd=fwd, bwd=bwd, name="long")
             )
-            found = masks_of(choose(any_library.asarray(theta)), (8000,))
-            for mask, sparsity in zip(found, (fwd, bwd), strict=True):
+            masks = masks_of(choose(any_library.asarray(theta)), (8000,))
+            for mask, sparsity in zip(masks, (fwd, bwd), strict=True):
                 np.testing.assert_array_equal(mask, top_k(theta, sparsity, name="long"))
 
-    def test_a_threshold_among_ties_does_so_too(self, library: Library) -> None:
+    def test_a_threshold_among_ties_keeps_an_even_sample(self, library: Library) -> None:
         theta = np.repeat(np.asarray([2.0, 1.0, 0.5], np.float32), [100, 1800, 100])
         support = topkast.select(library.asarray(theta), fwd=0.8, bwd=0.5)
         forward, backward = masks_of(support, (2000,))
@@ -75,23 +75,23 @@ class TestTies:
 
     def test_names_and_seeds_break_ties_differently(self) -> None:
         theta = np.ones(SHAPE, np.float32)
-        chosen = [
+        masks = [
             masks_of(topkast.select(theta, fwd=0.9, bwd=0.8, seed=seed, name=name), SHAPE).backward
             for seed, name in ((0, "a"), (1, "a"), (0, "b"))
         ]
-        for one in range(3):
-            for other in range(one):
-                overlap = (chosen[one] & chosen[other]).sum() / 400
-                assert 0.1 < overlap < 0.3  # a fifth, by chance
+        for first in range(3):
+            for second in range(first):
+                overlap = (masks[first] & masks[second]).sum() / 400
+                assert 0.1 < overlap < 0.3  # a fifth by chance
 
-    def test_hash_is_that_of_the_reference(self, library: Library) -> None:
+    def test_hash_equals_the_reference(self, library: Library) -> None:
         indices = library.asarray(np.arange(1000))
-        found = host(random_words(indices, make_key(2**70 + 5, "layer.0", "ties"))).view(np.uint32)
-        assert len(np.unique(found)) == 1000
-        np.testing.assert_array_equal(found, tie_words(1000, 2**70 + 5, "layer.0"))
+        words = host(random_words(indices, make_key(2**70 + 5, "layer.0", "ties"))).view(np.uint32)
+        assert len(np.unique(words)) == 1000
+        np.testing.assert_array_equal(words, tie_words(1000, 2**70 + 5, "layer.0"))
 
-    def test_a_zero_head_is_trained_in_all_its_rows(self) -> None:
-        """LoRA's B, adaLN-zero: on its first rows alone the others could never learn."""
+    def test_all_rows_of_a_zero_head_are_trained(self) -> None:
+        """LoRA's B, adaLN-zero: if only the first rows were trained, the others never could be."""
         head = nn.Linear(32, 20, bias=False)
         nn.init.zeros_(head.weight)
         opt = topkast.wrap_optimizer(
@@ -112,29 +112,29 @@ class TestSeeds:
         theta = theta if explore == "random" else np.ones_like(theta)
         support = topkast.select(theta, fwd=0.9, bwd=0.5, seed=seed, explore=explore)
         forward, backward = masks_of(support, (64, 64))
-        # A of 409 weights is the same whatever the seed, and B∖A is drawn from the others.
+        # A, of 409 weights, does not depend on the seed; B∖A is drawn from the others.
         expected = (~forward).sum(1) * (2048 - 409) / (4096 - 409)
         return np.asarray((backward & ~forward).sum(1) - expected, dtype=float)
 
     @pytest.mark.parametrize("explore", ["random", "magnitude"])
-    def test_they_are_independent_samples(self, explore: Any) -> None:
+    def test_seeds_draw_independent_samples(self, explore: Any) -> None:
         counts = np.stack([self.row_counts(seed, explore) for seed in range(64)])
         correlations = np.corrcoef(counts)[np.triu_indices(64, 1)]
-        # Of 2,016 pairs of 64 independent rows; 0.95 where seeds only rearranged the draws.
+        # Over 2,016 pairs of 64 independent rows; 0.95 if seeds only rearranged the draws.
         assert np.abs(correlations).max() < 0.55
         assert abs(correlations.mean()) < 0.02
 
     @given(seed=st.integers(0, 2**80), other=st.integers(0, 2**80), index=st.integers(0, 2**20))
     def test_no_seed_rearranges_another(self, seed: int, other: int, index: int) -> None:
         keys = make_key(seed, "", "draws"), make_key(other, "", "draws")
-        words = [draws(np.arange(index, index + 64), key) for key in keys]
+        words = [random_draws(np.arange(index, index + 64), key) for key in keys]
         if seed != other:
             assert len(np.intersect1d(*words)) < 8
         assert all(((word >= 0) & (word < 1 << 30)).all() for word in words)
 
 
 class TestScope:
-    """What has fewer than two dimensions above one stays dense."""
+    """Tensors with fewer than two dimensions above one stay dense."""
 
     SHAPES: ClassVar = {
         "weight": (6, 8),
@@ -177,7 +177,7 @@ STACKED = {"layers.w": (4, 12, 10), "layers.scale": (4, 12), "head": (12, 5)}
 
 
 class TestStacked:
-    """The first axis numbers layers, each of which is ranked alone."""
+    """The first axis numbers layers, which are ranked separately."""
 
     def check(self, masks: Any, theta: dict[str, np.ndarray[Any, Any]]) -> None:
         assert set(masks) == {"layers.w", "head"}
@@ -224,8 +224,8 @@ class TestStacked:
             opt.step()
         self.check(topkast.masks(opt), host(topkast.dense_params(opt)))
 
-    def test_layers_of_ones_are_broken_apart(self) -> None:
-        """Ranked as one tensor, all layers but the first would be zero."""
+    def test_equal_layers_are_ranked_separately(self) -> None:
+        """Each layer keeps its share, and ties are broken differently in each."""
         ones = {"w": np.ones((8, 30, 20), np.float32)}
         tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.9, bwd=0.8, stacked="w")
         masks = topkast.masks(tx.init(ones), ones)["w"]
@@ -269,7 +269,7 @@ OVERRIDES: dict[str, Any] = {
 
 
 class TestOverrides:
-    """Options of single tensors, of several globs the last."""
+    """Options of single tensors; if several globs match, the last one wins."""
 
     COUNTS: ClassVar = {"body.0": (100, 150), "body.1": (80, 150), "head": (20, 40)}
 
@@ -293,10 +293,10 @@ class TestOverrides:
             before = state
             params, state = step(grads, state, params)
         for name in params:
-            same = np.array_equal(
+            is_same = np.array_equal(
                 host(before.supports[name].indices), host(state.supports[name].indices)
             )
-            assert same == (name != "body.1")
+            assert is_same == (name != "body.1")
 
     def test_in_torch(self) -> None:
         torch.manual_seed(0)
@@ -336,23 +336,23 @@ class TestOverrides:
             ([("head", {})], "must map names or globs to options"),
         ],
     )
-    def test_what_they_cannot_be(self, overrides: Any, message: str) -> None:
+    def test_bad_overrides(self, overrides: Any, message: str) -> None:
         with pytest.raises(topkast.OptionError, match=message):
             topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.9, bwd=0.8, overrides=overrides)
 
     @pytest.mark.parametrize("option", ["dense", "stacked", "overrides"])
-    def test_a_misspelt_name_is_told_with_a_guess(self, option: str) -> None:
+    def test_a_misspelt_name_gets_a_suggestion(self, option: str) -> None:
         params = {f"head.{n}.weight": np.ones((3, 3)) for n in range(300)}
         for name, hint in (("head", "did you mean 'head.*'"), ("head.0.wieght", "'head.0.weight'")):
-            given: Any = {name: {"penalty": 0.0}} if option == "overrides" else name
-            tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.5, bwd=0.5, **{option: given})
+            value: Any = {name: {"penalty": 0.0}} if option == "overrides" else name
+            tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.5, bwd=0.5, **{option: value})
             with pytest.raises(topkast.OptionError, match=hint) as caught:
                 tx.init(params)
             assert len(str(caught.value)) < 400
 
 
-class TestNumbersOfNumpy:
-    def test_they_are_numbers(self) -> None:
+class TestNumpyScalars:
+    def test_they_become_python_numbers(self) -> None:
         layer = nn.Linear(20, 30)
         options: dict[str, Any] = {
             "fwd": np.float64(0.8),
@@ -383,7 +383,7 @@ class TestNumbersOfNumpy:
 
 
 class TestComplex:
-    def test_adam_is_that_of_torch(self) -> None:
+    def test_adam_equals_torchs(self) -> None:
         rng = np.random.default_rng(0)
         theta = rng.standard_normal((4, 5)) + 1j * rng.standard_normal((4, 5))
         param = nn.Parameter(torch.from_numpy(theta.copy()))
@@ -394,27 +394,27 @@ class TestComplex:
             grad = rng.standard_normal((4, 5)) + 1j * rng.standard_normal((4, 5))
             param.grad = torch.from_numpy(grad)
             opt.step()
-            steps, state = rule.update({"w": grad}, state, params)
-            params = topkast.apply_updates(params, steps)
+            displacements, state = rule.update({"w": grad}, state, params)
+            params = topkast.apply_updates(params, displacements)
         np.testing.assert_allclose(params["w"], param.detach().numpy(), rtol=1e-12)
 
     def test_a_gradient_of_one_i_moves_along_i(self) -> None:
         rule = topkast.Adam(0.1)
         params = {"w": np.zeros(1, np.complex128)}
-        steps, _ = rule.update({"w": np.asarray([1j])}, rule.init(params), params)
-        assert steps["w"][0] == pytest.approx(-0.1j)
+        displacements, _ = rule.update({"w": np.asarray([1j])}, rule.init(params), params)
+        assert displacements["w"][0] == pytest.approx(-0.1j)
 
     def test_moduli_do_not_overflow(self, any_library: Library) -> None:
         big = np.float32(3e38)
         theta = np.asarray([big + big * 1j, big, 1.0, 0.5 * big * (1 + 1j)], np.complex64)
-        run = any_library.compile(lambda one: topkast.select(one, fwd=0.75, bwd=0.5))
+        run = any_library.compile(lambda array: topkast.select(array, fwd=0.75, bwd=0.5))
         support = run(any_library.asarray(theta))
         assert host(support.indices).tolist() == [0, 1]
         assert support.forward == 1
 
 
 class TestRules:
-    def test_a_rule_of_the_users_is_taken(self) -> None:
+    def test_custom_rule(self) -> None:
         class Sign:
             def init(self, params: Any, /) -> Any:
                 return ()
@@ -427,7 +427,7 @@ class TestRules:
         params, _ = tx.step({"w": np.ones((2, 2))}, tx.init(params), params)
         assert params["w"].tolist() == [[3.9, 2.9], [2.0, 1.0]]
 
-    def test_a_rule_of_rows_is_refused(self) -> None:
+    def test_rule_that_uses_rows_is_refused(self) -> None:
         class ByRow:
             def init(self, params: Any, /) -> Any:
                 return ()
@@ -439,7 +439,7 @@ class TestRules:
         with pytest.raises(topkast.UnsupportedOptimizerError, match="ByRow does not treat"):
             tx.init({"w": np.ones((3, 3))})
 
-    def test_what_is_no_rule_is_refused(self) -> None:
+    def test_objects_that_are_no_rules_are_refused(self) -> None:
         support = topkast.select(np.ones(4), fwd=0.5, bwd=0.5)
         wrapped = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.5, bwd=0.5)
         with pytest.raises(topkast.AdapterNotFoundError, match=r"init\(params\) and update"):

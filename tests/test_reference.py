@@ -1,4 +1,4 @@
-"""The oracle itself, against numbers worked out by hand from the paper."""
+"""The reference itself, against numbers calculated by hand from the paper."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def test_one_step_by_hand() -> None:
     )
     assert layer.alpha.tolist() == [4, 0, 0, 0]
     layer.step(np.ones(4))
-    # 4 - 0.1 (1 + 0.5 * 4); 3 - 0.1 (1 + 0.5 * 3 / D); the reservoir rests
+    # 4 - 0.1 (1 + 0.5 * 4); 3 - 0.1 (1 + 0.5 * 3 / D); the reservoir does not move
     assert layer.theta == pytest.approx([3.7, 2.3, 2, 1])
     layer.step(np.ones(4))
     assert layer.theta == pytest.approx([3.415, 1.74, 2, 1])
     assert layer.backward.tolist() == [True, False, True, False]
 
 
-def test_momentum_of_what_leaves_is_forgotten() -> None:
+def test_entries_that_leave_lose_their_momentum() -> None:
     layer = TopKAST(
         np.asarray([4.0, 3.0, 2.9]), SGD(0.1, momentum=0.5), fwd=0.6, bwd=0.4, penalty=0.0
     )

@@ -34,7 +34,7 @@ PAIRS: dict[str, tuple[Any, Callable[[Any], torch.optim.Optimizer]]] = {
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_rule_equals_the_optimizer_of_torch(
+def test_rule_equals_the_torch_optimizer(
     any_library: Library, x64: None, name: str, rng: np.random.Generator
 ) -> None:
     rule, build = PAIRS[name]
@@ -56,7 +56,7 @@ def test_rule_equals_the_optimizer_of_torch(
 
 
 def test_first_steps_of_adam_are_exact_in_single_precision(library: Library) -> None:
-    # 1 - 0.999 in float32 is off by 1e-5, and with it the first steps of optax's Adam.
+    # 1 - 0.999 in float32 has an error of 1e-5, as do the first steps of optax's Adam.
     grad = np.asarray([0.5, -2.0, 1e-3], dtype=np.float32)
     params = {"w": library.asarray(np.zeros(3, dtype=np.float32))}
     rule = topkast.Adam(1.0, eps=0.0)

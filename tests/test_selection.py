@@ -1,4 +1,4 @@
-"""Selection: one law a test, on every array library (design, section 4)."""
+"""Selection on every array library, one law for each test (design, section 4)."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def test_ties_rank_by_hash(library: Library, theta: Tensor, pair: tuple[float, f
 @given(theta=weights(), pair=sparsities())
 def test_indices_ascend(library: Library, theta: Tensor, pair: tuple[float, float]) -> None:
     support = choose(library, theta, *pair)
-    assert all((np.diff(to_numpy(part)) > 0).all() for part in (support.active, support.exploring))
+    for indices in (support.active, support.exploring):
+        assert (np.diff(to_numpy(indices)) > 0).all()
     assert to_numpy(support.indices).dtype == np.int32
 
 
@@ -85,8 +86,8 @@ def test_indices_ascend(library: Library, theta: Tensor, pair: tuple[float, floa
 def test_sets_equal_the_reference(
     any_library: Library, theta: Tensor, pair: tuple[float, float]
 ) -> None:
-    found = masks(choose(any_library, theta, *pair), theta)
-    for mask, sparsity in zip(found, pair, strict=True):
+    selected = masks(choose(any_library, theta, *pair), theta)
+    for mask, sparsity in zip(selected, pair, strict=True):
         np.testing.assert_array_equal(mask, top_k(theta, sparsity))
 
 
@@ -94,8 +95,8 @@ def test_sets_equal_the_reference(
 def test_float64_sets_equal_the_reference(
     library: Library, x64: None, theta: Tensor, pair: tuple[float, float]
 ) -> None:
-    found = masks(choose(library, theta, *pair), theta)
-    for mask, sparsity in zip(found, pair, strict=True):
+    selected = masks(choose(library, theta, *pair), theta)
+    for mask, sparsity in zip(selected, pair, strict=True):
         np.testing.assert_array_equal(mask, top_k(theta, sparsity))
 
 
@@ -111,7 +112,7 @@ def test_signs_do_not_matter(
 def test_powers_of_two_do_not_matter(
     library: Library, theta: Tensor, pair: tuple[float, float], power: int
 ) -> None:
-    # Only where scaling is exact: it neither overflows nor loses bits to subnormals.
+    # Scaling must be exact: it must not overflow, nor lose bits to subnormals.
     theta = np.where(np.abs(theta) > 1e30, 1, np.where(np.abs(theta) < 1e-30, 0, theta))
     theta = theta.astype(np.float32)
     scaled = np.ldexp(theta, power)
@@ -132,12 +133,12 @@ def test_permuting_different_magnitudes_permutes_the_sets(
 
 
 @given(theta=weights(), pair=sparsities())
-def test_selecting_from_what_was_kept_changes_nothing(
+def test_selecting_from_kept_weights_changes_nothing(
     library: Library, theta: Tensor, pair: tuple[float, float]
 ) -> None:
     support = choose(library, theta, *pair)
     kept = np.where(masks(support, theta).backward, theta, 0).astype(theta.dtype)
-    # Where a kept magnitude is 0, its index must not depend on the zeros put elsewhere.
+    # If a kept magnitude is 0, it ties with the zeros outside B.
     if np.all(kept[masks(support, theta).backward] != 0):
         assert_same_support(support, choose(library, kept, *pair))
     assert_same_support(support, choose(library, theta, *pair))
@@ -161,12 +162,12 @@ def test_random_exploration_is_the_same_in_every_library(
     library: Library, theta: Tensor, pair: tuple[float, float], seed: int
 ) -> None:
     options: dict[str, Any] = {"explore": "random", "seed": seed}
-    found = choose(library, theta, *pair, **options)
-    assert_same_support(choose(LIBRARIES[0], theta, *pair, **options), found)
-    chosen = masks(found, theta)
-    assert_counts(chosen, fwd=pair[0], bwd=pair[1])
-    assert_nested(chosen)
-    np.testing.assert_array_equal(chosen.forward, top_k(theta, pair[0], seed=seed))
+    support = choose(library, theta, *pair, **options)
+    assert_same_support(choose(LIBRARIES[0], theta, *pair, **options), support)
+    selected = masks(support, theta)
+    assert_counts(selected, fwd=pair[0], bwd=pair[1])
+    assert_nested(selected)
+    np.testing.assert_array_equal(selected.forward, top_k(theta, pair[0], seed=seed))
 
 
 def test_random_exploration_covers_the_reservoir_evenly() -> None:
@@ -176,14 +177,14 @@ def test_random_exploration_covers_the_reservoir_evenly() -> None:
         drawn += masks(
             choose(LIBRARIES[0], theta, 0.9, 0.5, explore="random", seed=seed), theta
         ).backward
-    outside = drawn[:180]  # A is the last 20; each of the others is drawn with chance 80 / 180
+    outside = drawn[:180]  # A is the last 20; each other entry is drawn with probability 80 / 180
     assert abs(outside.mean() / 150 - 80 / 180) < 1e-9
     assert outside.min() > 150 * 80 / 180 - 5 * np.sqrt(150 * 80 / 180)
     assert outside.max() < 150 * 80 / 180 + 5 * np.sqrt(150 * 80 / 180)
 
 
 def test_counts_of_large_tensors_do_not_round() -> None:
-    # k in float32 is off by two here, in double arithmetic by one (jaxpruner).
+    # Here k is off by two in float32, and by one in double arithmetic (jaxpruner).
     assert kept_count(100_000_007, 1 - exact_fraction(0.9)) == 10_000_001
     assert kept_count(10**15 + 1, 1 - exact_fraction(0.7)) == 3 * 10**14 + 1
     assert kept_count(1000, 1 - exact_fraction(0.58)) == 420
@@ -196,7 +197,7 @@ def test_non_finite_weight_is_an_error(any_library: Library, bad: float) -> None
     theta = np.ones(10, dtype=np.float32)
     theta[[3, 7]] = bad
     if any_library.traces:
-        if np.isnan(bad):  # cannot be looked at: it ranks last, and the counts stay exact
+        if np.isnan(bad):  # traced values cannot be inspected: NaN ranks last, counts stay exact
             support = choose(any_library, theta, 0.8, 0.5)
             assert len(support.indices) == 5
             assert not {3, 7} & set(to_numpy(support.indices).tolist())
@@ -206,7 +207,7 @@ def test_non_finite_weight_is_an_error(any_library: Library, bad: float) -> None
 
 
 def test_nan_ranks_last_even_when_it_must_be_taken() -> None:
-    library = next(one for one in LIBRARIES if one.traces)
+    library = next(library for library in LIBRARIES if library.traces)
     theta = np.full(6, np.nan, dtype=np.float32)
     theta[4] = -0.0
     support = choose(library, theta, 0.9, 0.5)
@@ -235,36 +236,36 @@ def test_complex_weights_rank_by_modulus(any_library: Library) -> None:
 
 
 def test_large_tensor_with_few_distinct_magnitudes(rng: np.random.Generator) -> None:
-    # Larger than the host path's sample; ties fill its bracket.
+    # The tensor is larger than the host's sample, and ties fill the bracket.
     theta = rng.integers(-3, 4, 300_000).astype(np.float32)
     for fwd, bwd in [(0.9, 0.8), (0.5, 0.0), (0.999, 0.3)]:
-        found = masks(choose(LIBRARIES[0], theta, fwd, bwd), theta)
-        np.testing.assert_array_equal(found.forward, top_k(theta, fwd))
-        np.testing.assert_array_equal(found.backward, top_k(theta, bwd))
+        selected = masks(choose(LIBRARIES[0], theta, fwd, bwd), theta)
+        np.testing.assert_array_equal(selected.forward, top_k(theta, fwd))
+        np.testing.assert_array_equal(selected.backward, top_k(theta, bwd))
 
 
-def test_sample_that_misleads_changes_nothing(rng: np.random.Generator) -> None:
-    # Every sampled entry is tiny, so that the bracket is far below the threshold.
+def test_misleading_sample_changes_nothing(rng: np.random.Generator) -> None:
+    # Every sampled entry is tiny, so the bracket is far below the threshold.
     theta = rng.standard_normal(400_000).astype(np.float32)
     for stride in range(2, 20):
         theta[::stride] *= 1e-3
-    found = masks(choose(LIBRARIES[0], theta, 0.9, 0.8), theta)
-    np.testing.assert_array_equal(found.forward, top_k(theta, 0.9))
-    np.testing.assert_array_equal(found.backward, top_k(theta, 0.8))
+    selected = masks(choose(LIBRARIES[0], theta, 0.9, 0.8), theta)
+    np.testing.assert_array_equal(selected.forward, top_k(theta, 0.9))
+    np.testing.assert_array_equal(selected.backward, top_k(theta, 0.8))
 
 
-@pytest.mark.parametrize("kind", ["normal", "rounded", "zeros"])
+@pytest.mark.parametrize("distribution", ["normal", "rounded", "zeros"])
 @pytest.mark.parametrize("explore", ["magnitude", "random"])
-def test_tensors_that_the_host_cannot_see(
-    kind: str, explore: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+def test_tensors_outside_host_memory(
+    distribution: str, explore: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on an accelerator, where PyTorch selects by its own functions."""
+    """On an accelerator, PyTorch selects by its own functions."""
     vector = rng.standard_normal(5000).astype(np.float32)
-    if kind == "rounded":
+    if distribution == "rounded":
         vector = np.round(vector)
-    elif kind == "zeros":
+    elif distribution == "zeros":
         vector[rng.random(5000) < 0.95] = -0.0
     expected = topkast.select(vector, fwd=0.9, bwd=0.8, explore=explore)
     monkeypatch.setattr(TorchBackend, "host", lambda self, array: None)
-    found = topkast.select(torch.asarray(vector), fwd=0.9, bwd=0.8, explore=explore)
-    assert_same_support(found, expected)
+    support = topkast.select(torch.asarray(vector), fwd=0.9, bwd=0.8, explore=explore)
+    assert_same_support(support, expected)

@@ -1,4 +1,4 @@
-"""The assertions catch what they are for: each is shown a mask that breaks its law alone."""
+"""Each assertion catches a mask that breaks only its law."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import topkast
 from topkast import Masks, Support, testing
 
 THETA = np.asarray([[0.1, -0.9, 0.5], [0.5, 0.0, -0.7]], dtype=np.float32)
-GOOD = Masks(  # of the two entries of 0.5 the hash prefers the second
+GOOD = Masks(  # the hash prefers the second of the two entries 0.5
     np.asarray([[False, True, False], [False, False, True]]),
     np.asarray([[False, True, False], [True, False, True]]),
 )
@@ -22,8 +22,8 @@ PAIR: dict[str, Any] = {"fwd": 0.7, "bwd": 0.5}
 
 def changed(mask: np.ndarray[Any, Any], *flips: tuple[int, int]) -> np.ndarray[Any, Any]:
     mask = mask.copy()
-    for place in flips:
-        mask[place] ^= True
+    for position in flips:
+        mask[position] ^= True
     return mask
 
 
@@ -43,7 +43,7 @@ def test_good_masks_pass(library: Library) -> None:
         ),
         (
             GOOD._replace(backward=changed(GOOD.backward, (0, 2), (1, 0))),
-            "kept a tie and dropped one of a larger hash",
+            "kept a tie and dropped one with a larger hash",
         ),
     ],
 )
@@ -66,9 +66,9 @@ def test_forward_view_is_compared_by_bits() -> None:
 
 def test_moved_reservoir_is_caught_even_by_the_sign_of_zero() -> None:
     testing.assert_reservoir_unchanged(THETA, np.where(GOOD.backward, 7, THETA), GOOD.backward)
-    for place, value in (((0, 0), 0.2), ((1, 1), -0.0)):
+    for position, value in (((0, 0), 0.2), ((1, 1), -0.0)):
         after = THETA.copy()
-        after[place] = value
+        after[position] = value
         with pytest.raises(AssertionError, match="of 3 weights outside B have moved"):
             testing.assert_reservoir_unchanged(THETA, after, GOOD.backward)
 
@@ -110,5 +110,5 @@ def test_sparsities_are_valid(pair: tuple[float, float]) -> None:
     ],
     ids=["empty", "single", "matrix", "ties", "negative zero", "subnormal", "huge"],
 )
-def test_weights_are_drawn_with_every_difficulty(trait: Any) -> None:
+def test_weights_include_every_hard_case(trait: Any) -> None:
     assert trait(find(testing.weights(), trait))

@@ -1,7 +1,7 @@
-"""Whole training runs: the reference, every array library, PyTorch and optax agree.
+"""Whole training runs agree between the reference, every array library, PyTorch and optax.
 
-A small least-squares problem, whose gradient NumPy computes for all of them from the forward
-view, is trained for 64 updates with 9 refreshes.
+A small least-squares problem is trained for 64 updates with 9 refreshes. NumPy computes its
+gradient from the forward view for all of them.
 """
 
 from __future__ import annotations
@@ -21,19 +21,26 @@ from topkast import Masks, reference
 
 Tensor = np.ndarray[Any, Any]
 NUMPY, EAGER, JITTED = (
-    next(one for one in LIBRARIES if one.name == name) for name in ("numpy", "jax", "jax-jit")
+    next(library for library in LIBRARIES if library.name == name)
+    for name in ("numpy", "jax", "jax-jit")
 )
 UPDATES, REFRESH_EVERY = 64, 7
 DTYPES = {"float64": np.float64, "float32": np.float32}
-# What JAX compiles takes long: the property session trains in all ways.
+
+
+def _slow_if(condition: bool) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if condition else []
+
+
+# JAX compiles slowly, so only the property session runs all combinations.
 TRAINED = [
     pytest.param(
-        one,
+        library,
         dtype,
-        id=f"{one.name}-{name}",
-        marks=[pytest.mark.slow] if one.name == "jax" or (one.traces and name == "float32") else [],
+        id=f"{library.name}-{name}",
+        marks=_slow_if(library.name == "jax" or (library.traces and name == "float32")),
     )
-    for one in LIBRARIES
+    for library in LIBRARIES
     for name, dtype in DTYPES.items()
 ]
 
@@ -76,9 +83,9 @@ def by_reference(rule: str, options: dict[str, Any], dtype: Any) -> Trajectory:
     }
     trajectory: Trajectory = []
     for _ in range(UPDATES):
-        slopes = gradient({name: layer.alpha for name, layer in layers.items()})
+        grads = gradient({name: layer.alpha for name, layer in layers.items()})
         for name, layer in layers.items():
-            layer.step(slopes[name])
+            layer.step(grads[name])
         trajectory.append(
             (
                 {name: Masks(layer.forward, layer.backward) for name, layer in layers.items()},
@@ -91,11 +98,11 @@ def by_reference(rule: str, options: dict[str, Any], dtype: Any) -> Trajectory:
 def by_transform(
     library: Library, inner: Any, options: dict[str, Any], dtype: Any, *, fused: bool = False
 ) -> Trajectory:
-    """By a functional transform around `inner`: an update rule of the core, or optax's."""
+    """Train with a functional transform around `inner`, a rule of the core or of optax."""
     theta, gradient = problem(dtype)
     tx = topkast.wrap_optimizer(inner, refresh_every=REFRESH_EVERY, **options)
-    of_optax = isinstance(inner, optax.GradientTransformation)
-    apply_updates: Any = optax.apply_updates if of_optax else topkast.apply_updates
+    is_optax = isinstance(inner, optax.GradientTransformation)
+    apply_updates: Any = optax.apply_updates if is_optax else topkast.apply_updates
 
     def step(grads: Any, state: Any, params: Any) -> Any:
         if fused:
@@ -108,8 +115,8 @@ def by_transform(
     state = library.compile(tx.init)(params)
     trajectory: Trajectory = []
     for _ in range(UPDATES):
-        slopes = gradient(host(view(params, state)))
-        grads = {name: library.asarray(slope.astype(dtype)) for name, slope in slopes.items()}
+        host_grads = gradient(host(view(params, state)))
+        grads = {name: library.asarray(grad.astype(dtype)) for name, grad in host_grads.items()}
         params, state = step(grads, state, params)
         trajectory.append((host(topkast.masks(state, params)), host(params)))
     return trajectory
@@ -125,18 +132,18 @@ def by_torch(rule: str, options: dict[str, Any], dtype: Any) -> Trajectory:
     )
     trajectory: Trajectory = []
     for _ in range(UPDATES):
-        for name, slope in gradient(host(params)).items():
-            params[name].grad = torch.asarray(slope.astype(dtype))
+        for name, grad in gradient(host(params)).items():
+            params[name].grad = torch.asarray(grad.astype(dtype))
         optimizer.step()
         trajectory.append((host(topkast.masks(optimizer)), host(topkast.dense_params(optimizer))))
     return trajectory
 
 
-def assert_same(expected: Trajectory, found: Trajectory, *, single: float = 1e-6) -> None:
-    """Supports identical at every update; θ equal to 1e-9 of its norm, or `single` in float32."""
+def assert_same(expected: Trajectory, actual: Trajectory, *, single: float = 1e-6) -> None:
+    """Assert identical supports at each update, and θ within 1e-9 of its norm or `single`."""
     refreshes = 0
     for update, ((masks, theta), (other_masks, other)) in enumerate(
-        zip(expected, found, strict=True), start=1
+        zip(expected, actual, strict=True), start=1
     ):
         refreshes += update % REFRESH_EVERY == 0
         for name in theta:
@@ -146,12 +153,12 @@ def assert_same(expected: Trajectory, found: Trajectory, *, single: float = 1e-6
             assert other[name].dtype == theta[name].dtype
             difference = np.linalg.norm(other[name] - theta[name])
             assert difference <= tolerance * np.linalg.norm(theta[name]), f"{name}, update {update}"
-    assert len(found) >= 60
+    assert len(actual) >= 60
     assert refreshes >= 8
 
 
 def changes(trajectory: Trajectory) -> int:
-    """How many entries ever changed between A, B∖A and C: a run that never moves shows nothing."""
+    """Number of changes of A since the start, over all updates; a static run proves nothing."""
     first = trajectory[0][0]
     return sum(
         int((masks[name].forward != first[name].forward).sum())
@@ -175,8 +182,8 @@ class TestTrajectories:
     def test_torch_wrapper_follows_the_reference(
         self, rule: str, options: dict[str, Any], dtype: Any
     ) -> None:
-        # torch.optim.AdamW rounds in another order than the reference, and dividing by the root
-        # of the squares amplifies it: 1.03e-6 of the norm after 64 updates in float32.
+        # torch.optim.AdamW rounds in another order than the reference, and dividing by the root of
+        # the squares amplifies the error: 1.03e-6 of the norm after 64 updates in float32.
         single = 5e-6 if rule == "adamw-decay" else 1e-6
         expected = by_reference(rule, options, dtype)
         assert_same(expected, by_torch(rule, options, dtype), single=single)
@@ -184,7 +191,7 @@ class TestTrajectories:
 
 @pytest.mark.parametrize("rule", RULES)
 class TestFrameworks:
-    """One optimizer in four frameworks: supports identical at every update, θ within 1e-5."""
+    """One optimizer in four frameworks: identical supports at each update, θ within 1e-5."""
 
     @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
     def test_arrays(self, rule: str, dtype: Any) -> None:
@@ -215,7 +222,7 @@ class TestFrameworks:
 @pytest.mark.parametrize(
     "rule", [pytest.param("sgd-momentum", marks=pytest.mark.slow), "adamw-decay"]
 )
-def test_optax_inside_jit_has_the_supports_that_it_has_outside(rule: str) -> None:
+def test_optax_has_the_same_supports_inside_and_outside_jit(rule: str) -> None:
     inside = by_transform(JITTED, RULES[rule].optax(), OPTIONS[0], np.float32)
     outside = by_transform(EAGER, RULES[rule].optax(), OPTIONS[0], np.float32)
     assert_same(inside, outside, single=1e-5)
@@ -228,8 +235,8 @@ def test_optax_inside_jit_has_the_supports_that_it_has_outside(rule: str) -> Non
     "library",
     [
         *(
-            pytest.param(one, id=one.name, marks=[pytest.mark.slow] * one.name.startswith("jax"))
-            for one in LIBRARIES
+            pytest.param(library, id=library.name, marks=_slow_if(library.name.startswith("jax")))
+            for library in LIBRARIES
         ),
         pytest.param(None, id="optax"),
     ],
@@ -245,7 +252,8 @@ def test_other_options_agree_between_libraries(
         "explore_until": 40,
     }
     expected = by_torch(rule, options, np.float64)
-    trained, inner = JITTED, RULES[rule].optax()
-    if library is not None:
-        trained, inner = library, RULES[rule].arrays()
-    assert_same(expected, by_transform(trained, inner, options, np.float64))
+    if library is None:
+        library, inner = JITTED, RULES[rule].optax()
+    else:
+        inner = RULES[rule].arrays()
+    assert_same(expected, by_transform(library, inner, options, np.float64))

@@ -21,7 +21,7 @@ Arrays = dict[str, Any]
 def make(library: Library, seed: int = 0) -> Arrays:
     rng = np.random.default_rng(seed)
     theta = rng.standard_normal((9, 8)).astype(np.float32)
-    theta[0, :4] = [0.0, -0.0, 1e-40, -1e-42]  # bits that careless arithmetic would change
+    theta[0, :4] = [0.0, -0.0, 1e-40, -1e-42]  # careless arithmetic would change these bits
     weights = {"w": theta, "b": np.zeros(8, dtype=np.float32), "v": theta[1:5].copy()}
     return {name: library.asarray(array) for name, array in weights.items()}
 
@@ -126,22 +126,23 @@ def test_exploration_stops(library: Library) -> None:
 
 
 class Nested(NamedTuple):
-    """A rule's state of an unusual form: dictionaries in tuples in lists."""
+    """A rule's state of unusual structure: dictionaries in tuples in lists."""
 
-    parts: list[Any]
+    entries: list[Any]
     count: Any
 
 
 class Unusual:
-    """Remembers the gradient, and where each parameter started, as schedule-free does."""
+    """Keeps the last gradient and the initial parameters, as schedule-free optimizers do."""
 
     def init(self, params: Arrays) -> Nested:
         zeros = {name: 0 * array for name, array in params.items()}
         return Nested([(dict(params), {"deep": zeros})], 3)
 
     def update(self, grads: Arrays, state: Nested, params: Any = None) -> tuple[Arrays, Nested]:
-        start = state.parts[0][0]
-        return {n: -0.3 * g for n, g in grads.items()}, Nested([(start, {"deep": grads})], 3)
+        start = state.entries[0][0]
+        displacements = {name: -0.3 * grad for name, grad in grads.items()}
+        return displacements, Nested([(start, {"deep": grads})], 3)
 
 
 def test_state_of_any_nesting_is_migrated(library: Library) -> None:
@@ -151,17 +152,17 @@ def test_state_of_any_nesting_is_migrated(library: Library) -> None:
     params = make(library)
     state = tx.init(params)
     for step in range(2):
-        old, last = state.supports["w"], state.inner.parts[0][0]["w"]
+        old, last = state.supports["w"], state.inner.entries[0][0]["w"]
         updates, state = tx.update(grads_like(library, params, step), state, params)
         params = topkast.apply_updates(params, updates)
     before, after = map(to_numpy, (old.indices, state.supports["w"].indices))
-    start = to_numpy(state.inner.parts[0][0]["w"]).ravel()
+    start = to_numpy(state.inner.entries[0][0]["w"]).ravel()
     entered = ~np.isin(after, before)
     assert entered.any()
-    # What entered starts from the weight of now, as the rule would initialise it.
+    # Entries that entered start from the current weight, as the rule initialises them.
     np.testing.assert_array_equal(start[entered], to_numpy(params["w"]).ravel()[after][entered])
-    where_before = [int(np.flatnonzero(before == index)[0]) for index in after[~entered]]
-    np.testing.assert_array_equal(start[~entered], to_numpy(last).ravel()[where_before])
+    old_positions = [int(np.flatnonzero(before == index)[0]) for index in after[~entered]]
+    np.testing.assert_array_equal(start[~entered], to_numpy(last).ravel()[old_positions])
     assert state.inner.count == 3
 
 
@@ -173,7 +174,7 @@ def test_state_is_stable_under_jit_and_scan() -> None:
     grads = grads_like(library, params, 1)
     traces = []
 
-    # As users compile: where little is optimised, sums and products are rounded otherwise in loops.
+    # The options of users: with few optimisations, loops round sums and products differently.
     compiled = functools.partial(
         jax.jit,
         compiler_options={
@@ -194,11 +195,11 @@ def test_state_is_stable_under_jit_and_scan() -> None:
     for _ in range(5):
         looped, _ = once(looped, None)
     assert len(traces) <= 2
-    kinds = [
+    types = [
         ([(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)], jax.tree.structure(tree))
         for tree in (state, looped[1])
     ]
-    assert kinds[0] == kinds[1]
+    assert types[0] == types[1]
     for name in params:
         np.testing.assert_array_equal(scanned[name], looped[0][name])
     assert int(scanned_state.updates) == 5
@@ -214,7 +215,7 @@ def test_dtypes_are_kept() -> None:
         assert topkast.forward_params(params, state)["w"].dtype == dtype
 
 
-def test_misuse_is_told(library: Library) -> None:
+def test_misuse_raises_errors(library: Library) -> None:
     tx = topkast.wrap_optimizer(topkast.Adam(), fwd=0.9, bwd=0.7)
     params = make(library)
     state = tx.init(params)
@@ -225,9 +226,9 @@ def test_misuse_is_told(library: Library) -> None:
         tx.update({name: grads[name] for name in "wv"}, state, params)
     with pytest.raises(topkast.MismatchError, match="w: the gradient is"):
         tx.update(grads | {"w": grads["v"]}, state, params)
-    double = library.asarray(np.ones((9, 8), dtype=np.int32))
+    integers = library.asarray(np.ones((9, 8), dtype=np.int32))
     with pytest.raises(topkast.MismatchError, match="w: the gradient is"):
-        tx.update(grads | {"w": double}, state, params)
+        tx.update(grads | {"w": integers}, state, params)
     smaller = {name: params[name] for name in "wb"}
     with pytest.raises(topkast.MismatchError, match="differ from those given to init"):
         tx.update({name: grads[name] for name in "wb"}, state, smaller)

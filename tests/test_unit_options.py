@@ -1,4 +1,4 @@
-"""Units as an option: of stacked and single tensors, in the life of an optimizer, refused."""
+"""The option `block`: stacked and single tensors, the life of an optimizer, refused values."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def test_stacked(library: Library, rng: np.random.Generator) -> None:
         params, state = step({"w": params["w"] * 0.5}, state, params)
         if int(state.updates) % 2:
             continue
-        found, weights = host(topkast.masks(state, params)["w"]), host(params["w"])
+        masks, weights = host(topkast.masks(state, params)["w"]), host(params["w"])
         for layer in range(3):
-            one = Masks(found.forward[layer], found.backward[layer])
-            assert_counts(one, fwd=0.9, bwd=0.6, block=(4, 3))
-            for mask in one:
+            layer_masks = Masks(masks.forward[layer], masks.backward[layer])
+            assert_counts(layer_masks, fwd=0.9, bwd=0.6, block=(4, 3))
+            for mask in layer_masks:
                 assert_magnitude_order(weights[layer], mask, block=(4, 3))
     with pytest.raises(OptionError, match="each of its layers, 8 × 12"):
         topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.9, bwd=0.6, stacked="w", block=(12, 1)).init(
@@ -53,7 +53,7 @@ def test_stacked(library: Library, rng: np.random.Generator) -> None:
         )
 
 
-def test_layers_of_equal_weights_have_units_of_their_own() -> None:
+def test_equal_layers_are_ranked_separately() -> None:
     ones = {"w": np.ones((4, 16, 16), np.float32)}
     tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.9, bwd=0.8, stacked="w", block=(2, 2))
     masks = topkast.masks(tx.init(ones), ones)["w"]
@@ -82,11 +82,11 @@ def test_overrides() -> None:
     overrides = {"0.weight": {"block": None}, "2.*": {"block": (4, 2), "block_score": "max"}}
     model, optimizer = make_torch(overrides=overrides)
     train_torch(model, optimizer, range(3))
-    found, theta = host(topkast.masks(optimizer)), host(topkast.dense_params(optimizer))
-    assert_masks(theta["0.weight"], found["0.weight"], fwd=0.9, bwd=0.7, name="0.weight")
+    masks, theta = host(topkast.masks(optimizer)), host(topkast.dense_params(optimizer))
+    assert_masks(theta["0.weight"], masks["0.weight"], fwd=0.9, bwd=0.7, name="0.weight")
     assert_masks(
         theta["2.weight"],
-        found["2.weight"],
+        masks["2.weight"],
         fwd=0.9,
         bwd=0.7,
         block=(4, 2),
@@ -97,7 +97,7 @@ def test_overrides() -> None:
         make_torch(overrides={"2.*": {"block": 4}})
 
 
-def test_a_group_of_its_own() -> None:
+def test_blocks_of_a_parameter_group() -> None:
     layers = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
     groups: Any = [
         {"params": layers[0].parameters(), "block": [2, 2]},
@@ -135,11 +135,11 @@ def test_convolutions(layout: torch.memory_format) -> None:
         theta = host(topkast.dense_params(optimizer)["weight"])
         assert (theta[~backward] == before[~backward]).all()
         assert (theta[backward] != before[backward]).all()
-        found = host(topkast.masks(optimizer)["weight"])
-        assert ((host(model.weight) != 0) == found.forward).all()
+        masks = host(topkast.masks(optimizer)["weight"])
+        assert ((host(model.weight) != 0) == masks.forward).all()
         if step % 2:
-            assert_masks(theta, found, fwd=0.8, bwd=0.5, block=(2, 9), name="weight")
-        before, backward = theta, found.backward
+            assert_masks(theta, masks, fwd=0.8, bwd=0.5, block=(2, 9), name="weight")
+        before, backward = theta, masks.backward
     assert model.weight.is_contiguous(memory_format=layout)
 
 
@@ -173,7 +173,7 @@ def test_tensors_large_enough_for_kernels(rng: np.random.Generator, block: Block
 
 
 @pytest.mark.parametrize("options", [{}, {"explore": "random", "block_score": "max"}], ids=str)
-def test_resuming_is_going_on(options: dict[str, Any]) -> None:
+def test_a_resumed_run_continues_identically(options: dict[str, Any]) -> None:
     model, optimizer = make_torch(**options)
     train_torch(model, optimizer, range(5))
     saved, weights = through_a_file(optimizer.state_dict()), through_a_file(model.state_dict())
@@ -186,7 +186,7 @@ def test_resuming_is_going_on(options: dict[str, Any]) -> None:
     assert_alike(optimizer.state_dict(), other.state_dict())
 
 
-def test_copies_go_on_alike() -> None:
+def test_copies_train_identically() -> None:
     model, optimizer = make_torch()
     train_torch(model, optimizer, range(4))
     other_model, other = copy.deepcopy((model, optimizer))
@@ -196,7 +196,7 @@ def test_copies_go_on_alike() -> None:
 
 
 @pytest.mark.parametrize("block", [(4, 2), (1, 4), None], ids=str)
-def test_a_state_dict_of_other_blocks_is_refused(block: Block | None) -> None:
+def test_a_state_dict_of_different_blocks_is_refused(block: Block | None) -> None:
     model, optimizer = make_torch()
     train_torch(model, optimizer, range(2))
     _, other = make_torch(block=block)
@@ -213,12 +213,12 @@ def test_exploration_stops() -> None:
     train_torch(model, optimizer, range(2, 4))
     after = topkast.dense_params(optimizer)
     for name, mask in masks.items():
-        still = after[name] == before[name]
-        assert still[~mask.forward].all()
-        assert not still[mask.forward].any()
+        is_unchanged = after[name] == before[name]
+        assert is_unchanged[~mask.forward].all()
+        assert not is_unchanged[mask.forward].any()
 
 
-def test_unwrap_spreads_the_state_over_whole_tensors() -> None:
+def test_unwrap_expands_the_state_to_whole_tensors() -> None:
     model, optimizer = make_torch()
     train_torch(model, optimizer, range(4))
     masks, theta = topkast.masks(optimizer), topkast.dense_params(optimizer)
@@ -280,7 +280,7 @@ def _wrap(**options: Any) -> Callable[[], Any]:
 @pytest.mark.parametrize(
     "block", [4, "44", (4,), (4, 4, 4), (0, 4), (-1, 2), (2.0, 2), (True, 2), ("2", 2)], ids=repr
 )
-def test_blocks_that_are_none(block: Any) -> None:
+def test_invalid_blocks(block: Any) -> None:
     with pytest.raises(OptionError, match="block must be two positive integers"):
         _wrap(block=block)()
     with pytest.raises(OptionError, match="block must be two positive integers"):
@@ -291,12 +291,12 @@ def test_numpy_integers_are_integers() -> None:
     assert _wrap(block=[np.int64(2), 3])().options.block == (2, 3)
 
 
-def test_an_unknown_score() -> None:
+def test_unknown_score() -> None:
     with pytest.raises(OptionError, match="block_score must be one of 'sum', 'max'"):
         _wrap(block=(2, 2), block_score="mean")()
 
 
-def test_a_global_ranking() -> None:
+def test_blocks_with_a_global_ranking_are_refused() -> None:
     with pytest.raises(OptionError, match="blocks are cut from the matrix of each tensor"):
         _wrap(block=(2, 2), distribution="global")()
     with pytest.raises(OptionError, match="cut from the matrix of each tensor"):
@@ -304,10 +304,10 @@ def test_a_global_ranking() -> None:
     _wrap(block=(1, 1), distribution="global")()
 
 
-def test_a_shape_that_blocks_do_not_divide() -> None:
+def test_indivisible_shape() -> None:
     message = (
         r"2.weight: block=\(2, 3\) does not divide its matrix, 4 × 16 .* dense='2.weight', or "
-        r"rank its single weights by overrides={'2.weight': {\"block\": None}}"
+        r"rank its single weights with overrides={'2.weight': {\"block\": None}}"
     )
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4))
@@ -341,7 +341,7 @@ def test_sparse_execution_has_no_blocks_yet() -> None:
         topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.8, block=(2, 2))
 
 
-def test_support_of_another_tensor_is_refused() -> None:
+def test_support_of_a_different_tensor_is_refused() -> None:
     support = topkast.select(np.ones((4, 6)), fwd=0.5, bwd=0.5, block=(2, 3))
     support.check(24, "it")
     with pytest.raises(topkast.MismatchError, match="blocks of a matrix of 4 × 6"):
@@ -350,7 +350,7 @@ def test_support_of_another_tensor_is_refused() -> None:
         Support(np.asarray([7]), 1, Blocks(2, 3, 4, 6)).check(24, "it")
 
 
-def test_assertions_see_what_is_broken() -> None:
+def test_assertions_detect_broken_masks() -> None:
     theta = np.asarray([[1.0, 2, 3, 4]])
     right = np.asarray([[False, False, True, True]])
     half = np.asarray([[False, True, True, False]])

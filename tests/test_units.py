@@ -1,4 +1,4 @@
-"""Units: blocks of weights are ranked, kept, moved and saved whole, in every framework."""
+"""Units: every framework ranks, keeps, moves and saves whole blocks of weights."""
 
 from __future__ import annotations
 
@@ -37,18 +37,19 @@ from topkast.testing import (
 Tensor = np.ndarray[Any, Any]
 Block = tuple[int, int]
 NUMPY, TORCH, JITTED = (
-    next(one for one in LIBRARIES if one.name == name) for name in ("numpy", "torch", "jax-jit")
+    next(library for library in LIBRARIES if library.name == name)
+    for name in ("numpy", "torch", "jax-jit")
 )
 SCORES: list[Any] = ["sum", "max"]
 
 
 @st.composite
-def cut_matrices(draw: st.DrawFn) -> tuple[Tensor, Block]:
+def matrices_and_blocks(draw: st.DrawFn) -> tuple[Tensor, Block]:
     """Matrices and a block that divides them, with ties, zeros of both signs and huge ratios."""
     rows, columns = draw(st.integers(1, 5)), draw(st.integers(1, 5))
     shape = rows * draw(st.integers(1, 4)), columns * draw(st.integers(1, 4))
-    few = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 1e-30, 1e-42])
-    entries = few | st.floats(-1e6, 1e6, width=32)
+    tied = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 1e-30, 1e-42])
+    entries = tied | st.floats(-1e6, 1e6, width=32)
     return draw(stnp.arrays(np.float32, shape, elements=entries)), (rows, columns)
 
 
@@ -59,8 +60,8 @@ def masks_of(support: Support, theta: Tensor) -> Masks:
     return Masks(*flags.reshape(2, *theta.shape))
 
 
-@given(cut_matrices())
-def test_entries_of_blocks_stand_unit_by_unit(
+@given(matrices_and_blocks())
+def test_entries_of_blocks_are_ordered_unit_by_unit(
     library: Library, problem: tuple[Tensor, Block]
 ) -> None:
     theta, (rows, columns) = problem
@@ -82,21 +83,21 @@ def test_entries_of_a_tensor_of_2_to_the_31_are_wide() -> None:
 
 
 @pytest.mark.parametrize("score", SCORES)
-@given(problem=cut_matrices(), pair=sparsities())
+@given(problem=matrices_and_blocks(), pair=sparsities())
 def test_laws(
     library: Library, score: Any, problem: tuple[Tensor, Block], pair: tuple[float, float]
 ) -> None:
-    """Whole units, exact counts of them, nested, by score, ties by the hash of the number."""
+    """Whole units, exact and nested counts, ranked by score, ties broken by hash."""
     theta, block = problem
     fwd, bwd = pair
     support = topkast.select(
         library.asarray(theta), fwd=fwd, bwd=bwd, block=block, block_score=score, name="w"
     )
-    found = masks_of(support, theta)
-    assert_masks(theta, found, fwd=fwd, bwd=bwd, block=block, block_score=score, name="w")
-    for part in (support.active, support.exploring):
-        assert (np.diff(to_numpy(part)) > 0).all()
-    for mask, sparsity in zip(found, pair, strict=True):
+    masks = masks_of(support, theta)
+    assert_masks(theta, masks, fwd=fwd, bwd=bwd, block=block, block_score=score, name="w")
+    for units in (support.active, support.exploring):
+        assert (np.diff(to_numpy(units)) > 0).all()
+    for mask, sparsity in zip(masks, pair, strict=True):
         expected = top_k(theta, sparsity, block=block, block_score=score, name="w")
         np.testing.assert_array_equal(mask, expected)
 
@@ -112,16 +113,18 @@ def test_sets_are_the_same_in_every_library(
     for explore in ("magnitude", "random"):
         options: Any = {"fwd": 0.9, "bwd": 0.6, "explore": explore, "seed": 3}
         options |= {"block": block, "block_score": score}
-        choose = any_library.compile(lambda array, how=options: topkast.select(array, **how))
-        found = choose(any_library.asarray(theta))
-        assert_same_support(found, topkast.select(theta, **options))
+        choose = any_library.compile(
+            lambda array, options=options: topkast.select(array, **options)
+        )
+        support = choose(any_library.asarray(theta))
+        assert_same_support(support, topkast.select(theta, **options))
 
 
 def test_scores_against_loops(rng: np.random.Generator) -> None:
     theta = rng.integers(-9, 9, (6, 20)).astype(np.float32)
-    for score, of in (("sum", np.sum), ("max", np.max)):
+    for score, reduce in (("sum", np.sum), ("max", np.max)):
         expected = [
-            [of(np.abs(theta[i : i + 3, j : j + 4])) for j in range(0, 20, 4)]
+            [reduce(np.abs(theta[i : i + 3, j : j + 4])) for j in range(0, 20, 4)]
             for i in range(0, 6, 3)
         ]
         np.testing.assert_array_equal(unit_scores(theta, (3, 4), score), expected)
@@ -143,7 +146,9 @@ def test_sum_and_maximum_differ() -> None:
 def test_sums_that_overflow_still_rank(any_library: Library) -> None:
     theta = np.full((4, 4), 2e38, np.float32)
     theta[:2, 2:] = 2.5e38
-    choose = any_library.compile(lambda one: topkast.select(one, fwd=0.7, bwd=0.7, block=(2, 2)))
+    choose = any_library.compile(
+        lambda array: topkast.select(array, fwd=0.7, bwd=0.7, block=(2, 2))
+    )
     assert 1 in to_numpy(choose(any_library.asarray(theta)).active)
 
 
@@ -160,7 +165,9 @@ def test_empty_tensors_have_empty_sets(library: Library, shape: tuple[int, int])
 def test_errors_count_weights(any_library: Library, bad: float) -> None:
     theta = np.ones((4, 6), np.float32)
     theta[:2, :2] = bad
-    choose = any_library.compile(lambda one: topkast.select(one, fwd=0.7, bwd=0.5, block=(2, 2)))
+    choose = any_library.compile(
+        lambda array: topkast.select(array, fwd=0.7, bwd=0.5, block=(2, 2))
+    )
     if any_library.traces:
         support = choose(any_library.asarray(theta))
         assert (0 in to_numpy(support.indices)) == np.isinf(bad)  # NaN ranks last
@@ -171,7 +178,7 @@ def test_errors_count_weights(any_library: Library, bad: float) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_sums_in_float32(dtype: str) -> None:
-    # 2048 + 1 is 2048 in float16, 256 + 1 is 256 in bfloat16: the blocks would tie.
+    # 2048 + 1 is 2048 in float16, and 256 + 1 is 256 in bfloat16: the blocks would tie.
     large = {"float16": 2048, "bfloat16": 256}[dtype]
     theta = np.asarray([[large, 1, large, 0, large, 0]], np.float32)
     half = torch.asarray(theta).to(getattr(torch, dtype))
@@ -180,7 +187,7 @@ def test_half_precision_sums_in_float32(dtype: str) -> None:
         support = topkast.select(array, fwd=0.6, bwd=0.6, block=(1, 2))
         assert support.active.tolist() == [0, *[i for i in support.active.tolist() if i]]
         assert support.forward == 2
-    choose = jax.jit(lambda one: topkast.select(one, fwd=0.6, bwd=0.6, block=(1, 2)))
+    choose = jax.jit(lambda array: topkast.select(array, fwd=0.6, bwd=0.6, block=(1, 2)))
     assert 0 in choose(arrays[1]).active.tolist()
 
 
@@ -188,15 +195,15 @@ def test_complex_weights(any_library: Library) -> None:
     theta = np.asarray([[3 + 4j, 0, 3, 3j]], np.complex64)
     for score, best in (("sum", 1), ("max", 0)):
         choose = any_library.compile(
-            lambda one, how=score: topkast.select(
-                one, fwd=0.5, bwd=0.5, block=(1, 2), block_score=how
+            lambda array, score=score: topkast.select(
+                array, fwd=0.5, bwd=0.5, block=(1, 2), block_score=score
             )
         )
         assert to_numpy(choose(any_library.asarray(theta)).active).tolist() == [best]
 
 
 class Last(Method):
-    """The last units: a method that knows nothing of blocks."""
+    """A method that chooses the last units and ignores blocks."""
 
     def __repr__(self) -> str:
         return "Last()"
@@ -209,7 +216,7 @@ class Last(Method):
 @pytest.mark.parametrize(
     "method",
     [TopKAST(), Random(), Mixed(0.5), Static(), Last()],
-    ids=lambda one: type(one).__name__,
+    ids=lambda method: type(method).__name__,
 )
 def test_methods_choose_units(method: Method) -> None:
     theta = np.random.default_rng(0).standard_normal((12, 20)).astype(np.float32)
@@ -224,8 +231,8 @@ def test_methods_choose_units(method: Method) -> None:
     params = {"w": nn.Parameter(torch.from_numpy(theta.copy()))}
     opt = topkast.wrap_optimizer(torch.optim.SGD(params.items(), 0.1), **options)
     state = topkast.wrap_optimizer(optax.sgd(0.1), **options).init({"w": jnp.asarray(theta)})
-    for found in (topkast.masks(opt), topkast.masks(state, {"w": jnp.asarray(theta)})):
-        for mask, expected in zip(host(found["w"]), masks, strict=True):
+    for by_name in (topkast.masks(opt), topkast.masks(state, {"w": jnp.asarray(theta)})):
+        for mask, expected in zip(host(by_name["w"]), masks, strict=True):
             np.testing.assert_array_equal(mask, expected)
 
 
@@ -243,8 +250,8 @@ class TestTrajectories:
     def test_library_follows_the_reference(self, library: Library, options: Any) -> None:
         expected = by_reference("adamw-decay", options, np.float64)
         assert changes(expected) > 0
-        found = by_transform(library, RULES["adamw-decay"].arrays(), options, np.float64)
-        assert_same(expected, found)
+        actual = by_transform(library, RULES["adamw-decay"].arrays(), options, np.float64)
+        assert_same(expected, actual)
 
     def test_fused_step_follows_the_reference(self, options: Any) -> None:
         expected = by_reference("sgd-momentum", options, np.float64)
@@ -264,10 +271,10 @@ class TestTrajectories:
         assert_same(expected, by_transform(JITTED, inner, options, np.float64, fused=fused))
 
 
-def test_optax_follows_the_reference_in_one_way(x64: None) -> None:
+def test_fused_optax_follows_the_reference(x64: None) -> None:
     expected = by_reference("adamw-decay", TRAINED[0], np.float64)
-    found = by_transform(JITTED, RULES["adamw-decay"].optax(), TRAINED[0], np.float64, fused=True)
-    assert_same(expected, found)
+    actual = by_transform(JITTED, RULES["adamw-decay"].optax(), TRAINED[0], np.float64, fused=True)
+    assert_same(expected, actual)
 
 
 def test_other_options_agree_between_libraries() -> None:
@@ -275,8 +282,8 @@ def test_other_options_agree_between_libraries() -> None:
     options["penalty_kind"] = "l1"
     expected = by_torch("adamw-decay", options, np.float64)
     for library in (NUMPY, TORCH):
-        found = by_transform(library, RULES["adamw-decay"].arrays(), options, np.float64)
-        assert_same(expected, found)
+        actual = by_transform(library, RULES["adamw-decay"].arrays(), options, np.float64)
+        assert_same(expected, actual)
 
 
 def _by_arrays(options: dict[str, Any]) -> Any:
@@ -297,16 +304,16 @@ def _by_torch(options: dict[str, Any]) -> Any:
 def test_blocks_of_one_weight_are_weights(
     monkeypatch: pytest.MonkeyPatch, run: Callable[[dict[str, Any]], Any]
 ) -> None:
-    """By the option, which is then as if it were not given; and by way of blocks."""
+    """The option block=(1, 1) equals no blocks, and so do actual blocks of one weight."""
     options: dict[str, Any] = {"fwd": 0.9, "bwd": 0.8, "penalty": 1e-2}
     expected, by_option = run(options), run(options | {"block": (1, 1)})
     monkeypatch.setattr(
         "topkast._tensors.blocks_of", lambda name, shape, block, stacked: Blocks(1, 1, *shape)
     )
-    by_way_of_blocks = run(options)
-    assert_same(expected, by_way_of_blocks)  # XLA compiles another program, and rounds otherwise
-    for found in (by_option, by_way_of_blocks) if run is not _by_optax else (by_option,):
-        for (_, theta), (_, other) in zip(expected, found, strict=True):
+    by_blocks = run(options)
+    assert_same(expected, by_blocks)  # XLA compiles a different program, which rounds differently
+    for actual in (by_option, by_blocks) if run is not _by_optax else (by_option,):
+        for (_, theta), (_, other) in zip(expected, actual, strict=True):
             for name in theta:
                 assert theta[name].tobytes() == other[name].tobytes()
 
@@ -317,8 +324,8 @@ def test_blocks_of_one_weight_are_weights(
 def test_migration_keeps_bits(any_library: Library, rng: np.random.Generator) -> None:
     theta, other = rng.standard_normal((2, 12, 20)).astype(np.float32)
 
-    def choose(one: Any) -> Support:
-        return topkast.select(one, fwd=0.8, bwd=0.5, block=(3, 4))
+    def choose(array: Any) -> Support:
+        return topkast.select(array, fwd=0.8, bwd=0.5, block=(3, 4))
 
     def migrate(first: Any, second: Any) -> Any:
         before = topkast.gather(first, choose(first))
@@ -330,9 +337,9 @@ def test_migration_keeps_bits(any_library: Library, rng: np.random.Generator) ->
     assert_survivors_unchanged(before, after, choose(theta), choose(other))
 
 
-def test_migration_between_other_units_is_refused() -> None:
+def test_migration_between_different_units_is_refused() -> None:
     theta = np.arange(24.0).reshape(4, 6)
-    old, new = (topkast.select(theta, fwd=0.5, bwd=0.5, block=one) for one in ((2, 3), (2, 1)))
+    old, new = (topkast.select(theta, fwd=0.5, bwd=0.5, block=block) for block in ((2, 3), (2, 1)))
     with pytest.raises(topkast.MismatchError, match="units changed"):
         topkast.migrate(topkast.gather(theta, old), old, new)
 
@@ -358,14 +365,14 @@ def test_under_scan() -> None:
     tx = topkast.wrap_optimizer(optax.adam(0.05), fwd=0.7, bwd=0.5, block=(2, 3), refresh_every=2)
     params = {"w": jax.random.normal(jax.random.key(0), (8, 12))}
 
-    def turn(carry: Any, _: None) -> Any:
+    def body(carry: Any, _: None) -> Any:
         params, state = carry
         grads = jax.tree.map(lambda a: a - 0.1, topkast.forward_params(params, state))
         return tx.step(grads, state, params), None
 
     @jax.jit
     def train(params: Any, state: Any) -> Any:
-        return jax.lax.scan(turn, (params, state), None, length=4)[0]
+        return jax.lax.scan(body, (params, state), None, length=4)[0]
 
     moved, state = train(params, tx.init(params))
     masks = topkast.masks(state, moved)["w"]
@@ -379,45 +386,45 @@ def test_under_vmap() -> None:
     params = {"w": jax.random.normal(jax.random.key(0), (2, 8, 12))}
 
     def train(params: Any) -> Any:
-        def turn(carry: Any, _: None) -> Any:
+        def body(carry: Any, _: None) -> Any:
             params, state = carry
             grads = jax.tree.map(lambda a: a - 0.1, topkast.forward_params(params, state))
             return tx.step(grads, state, params), None
 
-        return jax.lax.scan(turn, (params, tx.init(params)), None, length=5)[0]
+        return jax.lax.scan(body, (params, tx.init(params)), None, length=5)[0]
 
-    together, _ = jax.jit(jax.vmap(train))(params)
+    batched, _ = jax.jit(jax.vmap(train))(params)
     for number in range(2):
         alone, state = jax.jit(train)(jax.tree.map(lambda leaf, n=number: leaf[n], params))
-        np.testing.assert_allclose(together["w"][number], alone["w"], rtol=1e-6)
+        np.testing.assert_allclose(batched["w"][number], alone["w"], rtol=1e-6)
         assert_counts(topkast.masks(state, alone)["w"], fwd=0.7, bwd=0.5, block=(2, 3))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
-def test_spread_over_devices() -> None:
+def test_sharded_over_devices() -> None:
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", None))
     tx = topkast.wrap_optimizer(optax.adam(0.05), fwd=0.75, bwd=0.5, block=(2, 3), refresh_every=2)
     step = jax.jit(tx.step)
     results = []
-    places: list[Any] = [lambda leaf: leaf, lambda leaf: jax.device_put(leaf, rows)]
-    for place in places:
+    placements: list[Any] = [lambda leaf: leaf, lambda leaf: jax.device_put(leaf, rows)]
+    for place in placements:
         params = {"w": place(jax.random.normal(jax.random.key(0), (32, 12)))}
         state = tx.init(params)
         for _ in range(3):
             params, state = step({"w": params["w"] - 0.1}, state, params)
         results.append((params, state))
-    (alone, _), (spread, state) = results
-    np.testing.assert_allclose(alone["w"], spread["w"], rtol=1e-6)
-    assert len({str(one.index) for one in state.ages["w"].addressable_shards}) == 8
+    (alone, _), (sharded, state) = results
+    np.testing.assert_allclose(alone["w"], sharded["w"], rtol=1e-6)
+    assert len({str(shard.index) for shard in state.ages["w"].addressable_shards}) == 8
 
 
-def test_a_state_of_other_units_is_refused() -> None:
+def test_a_state_of_different_units_is_refused() -> None:
     params = {"w": np.arange(24.0).reshape(4, 6)}
     first, second = (
-        topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.5, bwd=0.5, block=one)
-        for one in ((2, 3), (1, 6))
+        topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.5, bwd=0.5, block=block)
+        for block in ((2, 3), (1, 6))
     )
     with pytest.raises(topkast.MismatchError, match="wrap with the `block`"):
         second.step(params, first.init(params), params)

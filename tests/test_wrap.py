@@ -1,4 +1,4 @@
-"""From an optimizer to its adapter."""
+"""Dispatch from an optimizer to its adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from topkast import _adapters
 
 
 def foreign(package: str) -> Any:
-    """An optimizer of a class from another package."""
+    """Make an optimizer whose class belongs to another package."""
     return type("Optimizer", (), {"__module__": f"{package}.optim"})()
 
 
@@ -30,7 +30,7 @@ def fake_adapter(optimizer: Any, options: Any) -> Any:
     return optimizer, options
 
 
-def test_unknown_framework_names_what_there_is() -> None:
+def test_unknown_framework_lists_the_known_ones() -> None:
     with pytest.raises(
         topkast.AdapterNotFoundError,
         match=r"no adapter for tensorflow\.optim\.Optimizer: .* torch .*pip install 'topkast\[",

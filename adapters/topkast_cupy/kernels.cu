@@ -1,10 +1,10 @@
 // Selection by magnitude and update of weights on B, for NVRTC: no header is needed.
 //
-// VALUE_BITS says what a weight is: 16 (IEEE half), 32 (float), 64 (double), or 8 for a mask.
+// VALUE_BITS is the width of a weight: 16 (IEEE half), 32 (float), 64 (double), or 8 for a mask.
 // INDEX_BITS is the width of flat indices: 32, or 64 for tensors of 2^31 entries and more.
-// Non-negative floats order as their bit patterns do, so that selection works on integers and never
-// does arithmetic on weights. NumPy versions of these passes, for tests without a GPU, are in
-// tests/cuda_passes.py; keep the two alike. All scalars have 64 bits, as Python's have.
+// Non-negative floats have the order of their bit patterns, so that selection works on integers and
+// never does arithmetic on weights. tests/cuda_passes.py implements the same passes in NumPy, for
+// tests without a GPU; keep both in agreement. All scalars have 64 bits, as in Python.
 
 typedef long long int64;
 typedef unsigned long long uint64;
@@ -41,52 +41,52 @@ typedef unsigned char Key;
 #error "VALUE_BITS must be 8, 16, 32 or 64"
 #endif
 
-// THREADS of a block, the TILE of consecutive entries that it counts or collects, and MOST_BINS of a
-// histogram are given by _module.py, which launches with them.
+// _module.py defines THREADS, the threads of a block; TILE, the consecutive entries that a block
+// counts or collects; and MAX_BINS, the bins of a histogram.
 #define WARP 32
 
-// What the passes hand each other.
+// The state that passes share.
 struct State {
-    uint64 key;   // of the k-th largest magnitude, as far as its digits are known
-    int64 rank;   // of that among the keys with these digits, from 1; at the end: ties to take
-    int64 wrong;  // entries that are NaN or infinite
+    uint64 key;        // known leading digits of the k-th largest magnitude's key
+    int64 rank;        // its rank, from 1, among keys with these digits; finally, ties to take
+    int64 non_finite;  // number of entries that are NaN or infinite
 };
 
-// How often each digit occurs, in bits [shift, shift + bits), among keys with the known digits.
+// Count the digits in bits [shift, shift + bits) of the keys that start with the known digits.
 extern "C" __global__ void histogram(
     const Key* values, int64 size, int64 shift, int64 bits, int64 first, State* state,
     uint64* counts
 ) {
-    __shared__ unsigned int own[MOST_BINS];
+    __shared__ unsigned int local_counts[MAX_BINS];
     int bins = 1 << bits;
-    for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) own[bin] = 0;
+    for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) local_counts[bin] = 0;
     __syncthreads();
-    uint64 known = state->key >> (shift + bits);
+    uint64 prefix = state->key >> (shift + bits);
     int64 step = (int64)gridDim.x * blockDim.x;
     int last = -1;
-    unsigned int run = 0, wrong = 0;
+    unsigned int run = 0, non_finite = 0;
     for (int64 i = (int64)blockIdx.x * blockDim.x + threadIdx.x; i < size; i += step) {
         Key key = values[i] & MAGNITUDE;
-        wrong += key >= NOT_FINITE;
-        if (!first && (uint64)key >> (shift + bits) != known) continue;
+        non_finite += key >= NOT_FINITE;
+        if (!first && (uint64)key >> (shift + bits) != prefix) continue;
         int digit = (int)((uint64)key >> shift) & (bins - 1);
-        // Equal neighbours (zeros, above all) would wait for each other at one counter.
+        // Runs of equal digits, mostly of zeros, are added at once to avoid contention.
         if (digit == last) {
             ++run;
             continue;
         }
-        if (run) atomicAdd(&own[last], run);
+        if (run) atomicAdd(&local_counts[last], run);
         last = digit;
         run = 1;
     }
-    if (run) atomicAdd(&own[last], run);
-    if (first && wrong) atomicAdd((uint64*)&state->wrong, (uint64)wrong);
+    if (run) atomicAdd(&local_counts[last], run);
+    if (first && non_finite) atomicAdd((uint64*)&state->non_finite, (uint64)non_finite);
     __syncthreads();
     for (int bin = threadIdx.x; bin < bins; bin += blockDim.x)
-        if (own[bin]) atomicAdd(&counts[bin], (uint64)own[bin]);
+        if (local_counts[bin]) atomicAdd(&counts[bin], (uint64)local_counts[bin]);
 }
 
-// The digit of the k-th largest key, and its rank among those that have it. One block.
+// Find the next digit of the k-th largest key, and its rank among keys with this digit. One block.
 extern "C" __global__ void choose(int64 shift, int64 bits, State* state, uint64* counts) {
     __shared__ int64 sums[THREADS];
     int bins = 1 << bits;
@@ -109,39 +109,39 @@ extern "C" __global__ void choose(int64 shift, int64 bits, State* state, uint64*
     for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) counts[bin] = 0;
 }
 
-// Entries above the threshold, and at it, in each tile.
+// Count the entries above the threshold and at it in each tile.
 extern "C" __global__ void count(
     const Key* values, int64 size, const State* state, int64* above, int64* ties
 ) {
-    __shared__ unsigned int found[2];
-    if (threadIdx.x < 2) found[threadIdx.x] = 0;
+    __shared__ unsigned int tile_above, tile_ties;
+    if (threadIdx.x == 0) tile_above = tile_ties = 0;
     __syncthreads();
     Key threshold = (Key)state->key;
     int64 start = (int64)blockIdx.x * TILE;
-    unsigned int mine = 0, equal = 0;
-    for (int place = threadIdx.x; place < TILE && start + place < size; place += blockDim.x) {
-        Key key = values[start + place] & MAGNITUDE;
-        mine += key > threshold;
-        equal += key == threshold;
+    unsigned int my_above = 0, my_ties = 0;
+    for (int offset = threadIdx.x; offset < TILE && start + offset < size; offset += blockDim.x) {
+        Key key = values[start + offset] & MAGNITUDE;
+        my_above += key > threshold;
+        my_ties += key == threshold;
     }
-    if (mine) atomicAdd(&found[0], mine);
-    if (equal) atomicAdd(&found[1], equal);
+    if (my_above) atomicAdd(&tile_above, my_above);
+    if (my_ties) atomicAdd(&tile_ties, my_ties);
     __syncthreads();
     if (threadIdx.x == 0) {
-        above[blockIdx.x] = found[0];
-        ties[blockIdx.x] = found[1];
+        above[blockIdx.x] = tile_above;
+        ties[blockIdx.x] = tile_ties;
     }
 }
 
-// Ascending indices, or flags, of the entries chosen: those above the threshold, and of those at it
-// the first. `above` and `ties` are running sums over the tiles.
+// Write ascending indices, or flags, of the selected entries: all above the threshold, and the first
+// ones at it. `above` and `ties` are running sums over the tiles.
 extern "C" __global__ void collect(
     const Key* values, int64 size, const State* state, const int64* above, const int64* ties,
     Index* indices, unsigned char* flags
 ) {
     __shared__ unsigned int warps_above[THREADS / WARP], warps_ties[THREADS / WARP];
     Key threshold = (Key)state->key;
-    int64 room = state->rank;
+    int64 max_ties = state->rank;
     int64 before_above = blockIdx.x ? above[blockIdx.x - 1] : 0;
     int64 before_ties = blockIdx.x ? ties[blockIdx.x - 1] : 0;
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -169,14 +169,15 @@ extern "C" __global__ void collect(
                 my_ties += warps_ties[other];
             }
         }
-        bool chosen = is_above || (is_tie && my_ties < room);
-        if (chosen && indices) indices[my_above + (my_ties < room ? my_ties : room)] = (Index)i;
-        if (inside && flags) flags[i] = chosen;
+        bool selected = is_above || (is_tie && my_ties < max_ties);
+        int64 position = my_above + (my_ties < max_ties ? my_ties : max_ties);
+        if (selected && indices) indices[position] = (Index)i;
+        if (inside && flags) flags[i] = selected;
         __syncthreads();
     }
 }
 
-// Values (count,) at indices into a vector.
+// Write values (count,) at indices into a vector.
 extern "C" __global__ void scatter(
     const Index* indices, const Key* values, int64 count, Key* out
 ) {
@@ -219,77 +220,78 @@ __device__ inline Real load(Value value) { return value; }
 __device__ inline Value store(Real value) { return value; }
 #endif
 
-// An entry of B: its weight, the gradient of the loss and of the exploration penalty, and whether it
-// moves. `on_active` and `on_inactive` are the penalty's coefficient times its weights.
+// An entry of B: its weight, the sum of the gradients of loss and penalty, and whether it moves.
+// `on_active` and `on_exploring` are the penalty's coefficients on A and on the rest of B.
 struct Entry {
     Real value, gradient;
-    bool live;
+    bool moves;
 };
 
 __device__ inline Entry read(
-    Value param, Value gradient, bool active, double on_active, double on_inactive, int64 l1,
+    Value param, Value gradient, bool active, double on_active, double on_exploring, int64 l1,
     int64 exploring
 ) {
     Real value = load(param);
-    Real factor = (Real)(active ? on_active : on_inactive);
+    Real factor = (Real)(active ? on_active : on_exploring);
     Real direction = l1 ? (Real)((value > 0) - (value < 0)) : value;
-    bool live = exploring || active;
-    return {value, live ? load(gradient) + factor * direction : (Real)0, live};
+    bool moves = exploring || active;
+    return {value, moves ? load(gradient) + factor * direction : (Real)0, moves};
 }
 
-// The rules read and write params (a copy) and read gradients, both dense, at the indices of B; state
-// is on B, old and new. B is `count` indices, of which the first `forward` are active; unless
-// `exploring`, what is not active stays where it is.
+// The rules read and write dense params (a copy) and read dense gradients at the indices of B. Their
+// state, old and new, is a vector over B. B has `count` indices, the first `forward` of which are A;
+// unless `exploring`, the others do not move.
 extern "C" __global__ void sgd(
-    const Index* indices, int64 forward, int64 count, double on_active, double on_inactive, int64 l1,
+    const Index* indices, int64 forward, int64 count, double on_active, double on_exploring, int64 l1,
     int64 exploring, Value* params, const Value* gradients,
     const Value* velocity, Value* new_velocity, const double* lr, double momentum, int64 nesterov,
-    double decay
+    double weight_decay
 ) {
     int64 step = (int64)gridDim.x * blockDim.x;
     Real rate = (Real)*lr, factor = (Real)momentum;
     for (int64 k = (int64)blockIdx.x * blockDim.x + threadIdx.x; k < count; k += step) {
         int64 i = indices[k];
         Entry entry =
-            read(params[i], gradients[i], k < forward, on_active, on_inactive, l1, exploring);
-        Real gradient = entry.gradient + (Real)decay * entry.value;
+            read(params[i], gradients[i], k < forward, on_active, on_exploring, l1, exploring);
+        Real gradient = entry.gradient + (Real)weight_decay * entry.value;
         if (velocity) {
-            Real moved = load(velocity[k]) * factor + gradient;
-            new_velocity[k] = store(moved);
-            gradient = nesterov ? gradient + moved * factor : moved;
+            Real next_velocity = load(velocity[k]) * factor + gradient;
+            new_velocity[k] = store(next_velocity);
+            gradient = nesterov ? gradient + next_velocity * factor : next_velocity;
         }
-        if (entry.live) params[i] = store(entry.value - rate * gradient);
+        if (entry.moves) params[i] = store(entry.value - rate * gradient);
     }
 }
 
-// `scale` is the learning rate by the correction of the mean, `root` the root of the other one. The
-// displacement of entries whose age is below `limit` is scaled by factors[age + 1] over the factor of
-// the number of updates; those of others keep their bits.
+// `scale` is the learning rate over the mean's bias correction, and `root` the square root of the
+// square's. If an entry's age is below `limit`, its displacement is scaled by factors[age + 1] over
+// the factor of the number of updates; other displacements keep their bits.
 extern "C" __global__ void adam(
-    const Index* indices, int64 forward, int64 count, double on_active, double on_inactive, int64 l1,
+    const Index* indices, int64 forward, int64 count, double on_active, double on_exploring, int64 l1,
     int64 exploring, Value* params, const Value* gradients,
     const Value* mean, Value* new_mean, const Value* square, Value* new_square, const short* ages,
     int64 limit, const double* factors, const double* factor, const double* lr, const double* scale,
-    const double* root, double beta1, double beta2, double eps, double decay, int64 decoupled
+    const double* root, double beta1, double beta2, double eps, double weight_decay, int64 decoupled
 ) {
     int64 step = (int64)gridDim.x * blockDim.x;
-    Real first = (Real)beta1, second = (Real)beta2;
-    Real other_first = (Real)(1 - beta1), other_second = (Real)(1 - beta2);
-    Real rate = (Real)*scale, shrink = (Real)(*lr * decay), divisor = (Real)*root;
+    Real keep_mean = (Real)beta1, keep_square = (Real)beta2;
+    Real add_mean = (Real)(1 - beta1), add_square = (Real)(1 - beta2);
+    Real rate = (Real)*scale, shrink = (Real)(*lr * weight_decay), divisor = (Real)*root;
     for (int64 k = (int64)blockIdx.x * blockDim.x + threadIdx.x; k < count; k += step) {
         int64 i = indices[k];
         Entry entry =
-            read(params[i], gradients[i], k < forward, on_active, on_inactive, l1, exploring);
-        Real gradient = decoupled ? entry.gradient : entry.gradient + (Real)decay * entry.value;
-        Real average = load(mean[k]) * first + gradient * other_first;
-        Real spread = load(square[k]) * second + gradient * gradient * other_second;
-        new_mean[k] = store(average);
-        new_square[k] = store(spread);
-        Real moved = entry.value - rate * (average / (sqrt(spread) / divisor + (Real)eps));
-        if (decoupled) moved -= shrink * entry.value;
+            read(params[i], gradients[i], k < forward, on_active, on_exploring, l1, exploring);
+        Real gradient = entry.gradient;
+        if (!decoupled) gradient = entry.gradient + (Real)weight_decay * entry.value;
+        Real next_mean = load(mean[k]) * keep_mean + gradient * add_mean;
+        Real next_square = load(square[k]) * keep_square + gradient * gradient * add_square;
+        new_mean[k] = store(next_mean);
+        new_square[k] = store(next_square);
+        Real next = entry.value - rate * (next_mean / (sqrt(next_square) / divisor + (Real)eps));
+        if (decoupled) next -= shrink * entry.value;
         if (ages && ages[k] < limit)
-            moved = entry.value + (moved - entry.value) * (Real)(factors[ages[k] + 1] / *factor);
-        if (entry.live) params[i] = store(moved);
+            next = entry.value + (next - entry.value) * (Real)(factors[ages[k] + 1] / *factor);
+        if (entry.moves) params[i] = store(next);
     }
 }
 

@@ -1,4 +1,4 @@
-"""``python -m topkast``."""
+"""Entry point of ``python -m topkast``."""
 
 import sys
 

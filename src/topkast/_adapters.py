@@ -1,4 +1,4 @@
-"""The adapters that are installed: by the package of an optimizer, or of a model."""
+"""The installed adapters, by the package of an optimizer or of a model."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any
 
 from topkast._errors import AdapterNotFoundError
 
-# The group of entry points by which packages bring adapters: the package that optimizers come from,
-# and the function that wraps one. What else an adapter can do are functions of the same module.
+# The entry-point group of adapters. An entry maps the package of an optimizer to the function that
+# wraps it; the adapter's other functions are found in the same module.
 ENTRY_POINTS = "topkast.adapters"
 
-# The extra that installs what an optimizer of a package needs.
+# The extra that installs the adapter's requirements, by the package of an optimizer.
 EXTRAS = {"torch": "torch", "optax": "jax"}
 
 
 def find_entry(value: Any) -> EntryPoint | None:
-    """The adapter for an optimizer or a model, by the packages of its type and of its bases.
+    """Find the adapter for an optimizer or a model by the packages of its type and of its bases.
 
-    Raises :class:`topkast.AdapterNotFoundError` where it is one of ours, and not installed.
+    Raises :class:`topkast.AdapterNotFoundError` if this project has the adapter but it is not
+    installed.
     """
     roots = [base.__module__.partition(".")[0] for base in type(value).__mro__]
     entries = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
@@ -35,10 +36,10 @@ def find_entry(value: Any) -> EntryPoint | None:
 
 
 def load(entry: EntryPoint, function: str | None = None) -> Any:
-    """What an entry point names, or another function of its module.
+    """Load the object that an entry point names, or another function of its module.
 
-    Raises :class:`topkast.AdapterNotFoundError` where something that it needs is not installed, or
-    the adapter has no such function.
+    Raises :class:`topkast.AdapterNotFoundError` if a requirement is not installed, or if the
+    adapter has no such function.
     """
     try:
         loaded = entry.load()
@@ -51,10 +52,10 @@ def load(entry: EntryPoint, function: str | None = None) -> Any:
     if function is None:
         return loaded
     if not hasattr(module, function):
-        raise AdapterNotFoundError(f"the adapter for {entry.name} has no {function}")
+        raise AdapterNotFoundError(f"the adapter for {entry.name} has no function {function}")
     return getattr(module, function)
 
 
 def known_packages() -> list[str]:
-    """Packages whose optimizers can be wrapped, or could if an extra were installed."""
+    """Packages whose optimizers can be wrapped, perhaps after installing an extra."""
     return sorted({*EXTRAS, *(entry.name for entry in entry_points(group=ENTRY_POINTS))})

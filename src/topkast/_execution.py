@@ -1,4 +1,4 @@
-"""From masked to sparse execution and back, in the framework of the model."""
+"""Switching a model between masked and sparse execution, in its own framework."""
 
 from __future__ import annotations
 
@@ -22,42 +22,42 @@ def sparsify(
     auto: bool = True,
     example: Any = None,
 ) -> ExecutionReport:
-    r"""Compute with sparse weights for real: replace a model's layers by always-sparse ones.
+    r"""Replace a model's layers by sparse ones, which compute with the sparse weights only.
 
-    Layers whose weight `optimizer` keeps sparse change in place: the values on B become their
-    Parameter, of shape (1, …, \|B\|); the forward pass multiplies by A alone, the input gradient
-    by A's transpose, and the gradient is formed on B alone. No dense weight and no dense gradient
-    exist any more. Training goes on with the same optimizer, its state and its sets. A refresh
-    costs as much as several steps: sparse layers gain time where `refresh_every` is large.
+    Layers whose weight `optimizer` keeps sparse change in place. Their Parameter becomes the values
+    on B, of shape (1, …, \|B\|); the forward pass multiplies by A, the input gradient by A's
+    transpose, and the weight gradient is computed on B alone. No dense weight and no dense gradient
+    remain. Training continues with the same optimizer, state and sets. A refresh costs as much as
+    several steps, so sparse layers save time if `refresh_every` is large.
 
-    ``torch.nn.Linear`` and ``torch.nn.Conv2d`` have a sparse form, in float32 and float64. What
-    has none (``torch.nn.MultiheadAttention``, subclasses, tied weights, blocks of weights, tensors
-    that are ranked together) stays masked, and the report says why.
+    ``torch.nn.Linear`` and ``torch.nn.Conv2d`` have a sparse form in float32 and float64. All else
+    (``torch.nn.MultiheadAttention``, subclasses, tied weights, blocks of weights, tensors that are
+    ranked together) stays masked, and the report says why.
 
     Parameters
     ----------
     model
         A ``torch.nn.Module``, before or during training.
     optimizer
-        What :func:`topkast.wrap_optimizer` returned for its parameters.
+        The wrapped optimizer of its parameters.
     only
         Names or globs of the tensors to make sparse; None: all.
     auto
-        With `example`: keep a layer masked where that is faster. The layers are timed alone, in a
+        With `example`, keep a layer masked if that is faster. Each layer is timed by itself, in a
         forward and a backward pass.
     example
-        An input of the model, or a tuple of them, of the size of a batch in training.
+        An input of the model, or a tuple of inputs, as large as a batch in training.
 
     Returns
     -------
     ExecutionReport
-        Which tensor is computed with in which way, and why. Prints as a table.
+        The execution of each tensor, and the reason for it. Prints as a table.
 
     Raises
     ------
     OptionError
         If `optimizer` is not wrapped or belongs to another model, if `only` matches nothing, or if
-        the model does not take `example`.
+        the model does not accept `example`.
     MismatchError
         If the model was made dense by :func:`densify`.
     AdapterNotFoundError
@@ -89,18 +89,18 @@ def densify(model: Mapping[str, Any], /) -> dict[str, Any]: ...
 @overload
 def densify(model: Any, /) -> Any: ...
 def densify(model: Any, /) -> Any:
-    """The inverse of :func:`sparsify`, for export: dense layers that hold the forward view α.
+    """Undo :func:`sparsify` for export: replace sparse layers by dense ones that hold α.
 
     Parameters
     ----------
     model
-        A model, whose sparse layers change in place; what an optimizer does afterwards no longer
-        reaches them. Or a state dict of a sparse model, which stays as it is.
+        A model, whose sparse layers change in place and are no longer trained by its optimizer. Or
+        a state dict of a sparse model, which is not changed.
 
     Returns
     -------
     object
-        The model, or a new state dict for a dense one.
+        The model, or a new state dict for a dense model.
 
     Raises
     ------
@@ -127,20 +127,19 @@ def densify(model: Any, /) -> Any:
 
 
 def unwrap(optimizer: Any, /, *, weights: Literal["forward", "dense"] = "forward") -> Optimizer:
-    """End a wrapped optimizer: the one inside goes on alone, with the whole tensors.
+    """End Top-KAST and return the inner optimizer, which then trains whole tensors.
 
-    Hooks are gone, gradients are dense, and what the inner optimizer kept on B it keeps for every
-    weight, as a fresh one would start outside B.
+    Hooks are removed and gradients are dense. The inner optimizer's state grows from B to every
+    weight; outside B it starts as in a fresh optimizer.
 
     Parameters
     ----------
     optimizer
-        What :func:`topkast.wrap_optimizer` returned for a PyTorch optimizer. It refuses to step
-        from now on.
+        A wrapped PyTorch optimizer. Its ``step`` raises an error from now on.
     weights
-        What the model is left with: ``"forward"``, the forward view α, or ``"dense"``, the weights
-        θ. Layers that :func:`sparsify` made sparse stay sparse under the first, and become dense
-        under the second.
+        The weights that the model keeps: ``"forward"``, the forward view α, or ``"dense"``, θ.
+        Layers that :func:`sparsify` made sparse stay sparse with the first and become dense with
+        the second.
 
     Returns
     -------
@@ -150,8 +149,8 @@ def unwrap(optimizer: Any, /, *, weights: Literal["forward", "dense"] = "forward
     Raises
     ------
     OptionError
-        If `optimizer` is not wrapped, or is a functional one, which holds nothing that could end:
-        go on with the inner transformation.
+        If `optimizer` is not wrapped, or is a functional one, which has no hooks to remove: use the
+        inner transformation instead.
 
     Examples
     --------
@@ -166,7 +165,7 @@ def unwrap(optimizer: Any, /, *, weights: Literal["forward", "dense"] = "forward
     method = getattr(optimizer, "__topkast_unwrap__", None)
     if method is None:
         raise OptionError(
-            f"unwrap takes what topkast.wrap_optimizer returned for a PyTorch optimizer, got "
+            f"unwrap expects a PyTorch optimizer that topkast.wrap_optimizer returned, got "
             f"{type(optimizer).__qualname__}"
         )
     inner: Optimizer = method(weights)
@@ -174,11 +173,11 @@ def unwrap(optimizer: Any, /, *, weights: Literal["forward", "dense"] = "forward
 
 
 def _function_for(model: Any, name: str) -> Any:
-    """What the adapter of a model's framework has under a name."""
+    """Find a function of the adapter of the model's framework."""
     entry = find_entry(model)
     if entry is None:
         raise AdapterNotFoundError(
-            f"no adapter has sparse layers for {type(model).__module__}."
+            f"no adapter has sparse layers for a model of type {type(model).__module__}."
             f"{type(model).__qualname__}: expected a torch.nn.Module"
         )
     return load(entry, name)

@@ -1,4 +1,4 @@
-"""The exploration penalty: it shrinks what is in B, so that others get their turn."""
+"""The exploration penalty: it shrinks the weights in B, so that others can replace them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from array_api_compat import array_namespace
 from topkast._errors import OptionError
 from topkast._options import PenaltyKind
 from topkast._primitives import Array
-from topkast.selection._support import Support, weigh
+from topkast.selection._support import Support, scale_by_set
 
 
 def exploration_penalty(
@@ -29,7 +29,7 @@ def exploration_penalty(
     Parameters
     ----------
     values
-        Values on B, as from :func:`topkast.gather`; \|B\| entries of any shape.
+        Values on B, as :func:`topkast.gather` returns them: \|B\| entries of any shape.
     support
         The sets of the tensor.
     penalty
@@ -42,12 +42,12 @@ def exploration_penalty(
     Returns
     -------
     array
-        A 0-d array of the real dtype of `values`. Differentiable where the library is.
+        A 0-d array of the real dtype of `values`, differentiable if the library supports it.
 
     Raises
     ------
     OptionError
-        For another `penalty_kind`, or a density outside (0, 1].
+        For an unknown `penalty_kind`, or a density outside (0, 1].
 
     Examples
     --------
@@ -60,8 +60,8 @@ def exploration_penalty(
 
     References
     ----------
-    Top-KAST, section 2.3, whose formula is the l1 penalty, and whose text and
-    pseudocode are the l2 one.
+    Top-KAST, section 2.3, whose formula is the l1 penalty, but whose text and
+    pseudocode describe the l2 penalty.
     """
     _check(density, penalty_kind)
     xp = array_namespace(values)
@@ -72,7 +72,7 @@ def exploration_penalty(
         is_complex = xp.isdtype(flat.dtype, "complex floating")
         terms, factor = (xp.abs(flat) ** 2 if is_complex else flat * flat), penalty / 2
     on_active, on_exploring = (
-        xp.sum(part) for part in (terms[: support.forward_size], terms[support.forward_size :])
+        xp.sum(of_set) for of_set in (terms[: support.forward_size], terms[support.forward_size :])
     )
     return factor * (on_active + on_exploring / density)
 
@@ -89,7 +89,7 @@ def exploration_gradient(
     r"""Gradient of :func:`exploration_penalty` with respect to the values on B.
 
     :math:`\lambda w_i \theta_i` (l2) or :math:`\lambda w_i \operatorname{sign} \theta_i` (l1).
-    The gradient on the reservoir C is zero: nothing there is an argument of the penalty.
+    The gradient on the reservoir C is zero: the penalty does not depend on it.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ def exploration_gradient(
     """
     _check(density, penalty_kind)
     direction = array_namespace(values).sign(values) if penalty_kind == "l1" else values
-    return weigh(direction, support, penalty, penalty / density)
+    return scale_by_set(direction, support, penalty, penalty / density)
 
 
 def _check(density: float, penalty_kind: str) -> None:

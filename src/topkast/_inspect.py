@@ -1,4 +1,4 @@
-"""Looking inside a wrapped optimizer: masks, weights, a summary; the same in every framework."""
+"""Inspection of a wrapped optimizer in any framework: masks, weights, a summary."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from topkast.selection._support import Support, in_forward
 
 
 def find_states(x: Any, method: str = "__topkast_inspect__") -> list[Any]:
-    """The states of wrapped optimizers: `x`, or those in what `x` consists of.
+    """Find the states of wrapped optimizers in `x`, which may be such a state itself.
 
-    Searched are tuples, lists, dictionaries, and the ``opt_state`` of a training state. Raises
-    :class:`MismatchError` if there is none with the method of this name.
+    The search enters tuples, lists, dictionaries and the ``opt_state`` of a training state. Raises
+    :class:`MismatchError` if it finds no state, or one without the given `method`.
     """
     states = list(_states_in(x))
     if states and all(hasattr(state, method) for state in states):
@@ -29,17 +29,20 @@ def find_states(x: Any, method: str = "__topkast_inspect__") -> list[Any]:
     name = type(x).__name__
     if states:
         raise MismatchError(
-            f"{name} belongs to a PyTorch optimizer, whose model holds the forward view already: "
-            "forward_params takes params and the state of a functional one"
+            f"{name} is a PyTorch optimizer, whose model holds the forward view already: "
+            "forward_params expects params and the state of a functional optimizer"
         )
     if callable(getattr(x, "init", None)):
-        hint = f"it is the transformation: pass the state that {name}.init(params) returned"
+        hint = f"this is the transformation: pass the state that {name}.init(params) returned"
     elif _is_restored(x):
-        hint = "it is a state without its form, as restored from a file: restore into init(params)"
+        hint = (
+            "this is a state that lost its types, as when restored from a file: restore it into "
+            "the state that init(params) returns"
+        )
     else:
-        hint = "there is none in it"
+        hint = "it contains no such state"
     raise MismatchError(
-        f"expected what topkast.wrap_optimizer returned (PyTorch) or a state that its init "
+        f"expected a wrapped PyTorch optimizer, or the state that init of a wrapped optimizer "
         f"returned, got {name}: {hint}"
     )
 
@@ -48,16 +51,17 @@ def _states_in(x: Any) -> Iterator[Any]:
     if hasattr(x, "__topkast_inspect__"):
         yield x
     elif isinstance(x, (tuple, list)):
-        for part in x:
-            yield from _states_in(part)
+        for item in x:
+            yield from _states_in(item)
     elif isinstance(x, Mapping):
-        for part in x.values():
-            yield from _states_in(part)
+        for item in x.values():
+            yield from _states_in(item)
     elif hasattr(x, "opt_state"):
         yield from _states_in(x.opt_state)
 
 
 def _is_restored(x: Any) -> bool:
+    """Whether `x` contains a state whose named tuples became dictionaries."""
     if isinstance(x, Mapping):
         return {"updates", "supports"} <= x.keys() or any(map(_is_restored, x.values()))
     return isinstance(x, (tuple, list)) and any(map(_is_restored, x))
@@ -68,7 +72,7 @@ def _inspect(x: Any, params: Any) -> list[Inspection]:
 
 
 class Masks(NamedTuple):
-    """Where a tensor is in A (`forward`) and in B (`backward`): booleans of its shape."""
+    """The masks of A (`forward`) and B (`backward`): booleans of the tensor's shape."""
 
     forward: Array
     backward: Array
@@ -76,15 +80,15 @@ class Masks(NamedTuple):
 
 @dataclass(frozen=True)
 class Inspection:
-    """What an adapter shows of itself to the functions of this module."""
+    """The data of an optimizer that the functions of this module report."""
 
     updates: int
-    params: Mapping[str, Array]  # θ, dense tensors included, by name
-    ranked: Mapping[str, RankedTensors]
-    supports: Mapping[str, Support]  # by the key of the tensors, like the next
+    params: Mapping[str, Array]  # θ by name, dense tensors included
+    ranked: Mapping[str, RankedTensors]  # by key, as are supports and entered_active
+    supports: Mapping[str, Support]
     entered_active: Mapping[str, Array]
-    nbytes: Mapping[str, int]  # bytes, by the key of the tensors or the name of a dense one
-    model_bytes: int  # of weights and gradients, as far as `nbytes` does not count them
+    nbytes: Mapping[str, int]  # held by the optimizer; by key, or by name of a dense tensor
+    model_bytes: int  # of weights and gradients that `nbytes` does not count
 
 
 @dataclass(frozen=True)
@@ -97,37 +101,37 @@ class TensorSummary:
     backward: int  # |B|, in weights
     forward_sparsity: float
     backward_sparsity: float
-    mask_change: float  # share of A that the last refresh brought in
+    mask_change: float  # share of A that entered at the last refresh
     empty_rows: int  # indices of the first axis without a weight in A
-    held_bytes: int  # what the optimizer holds for this tensor; see summary()
+    held_bytes: int  # bytes that the optimizer holds for this tensor; see summary()
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What :func:`summary` returns: prints as a table, converts with :meth:`to_dict`."""
+    """The result of :func:`summary`: prints as a table, converts with :meth:`to_dict`."""
 
     updates: int
     tensors: tuple[TensorSummary, ...]
-    model_bytes: int  # of the model's weights and gradients, beside what the optimizer holds
+    model_bytes: int  # of the model's weights and gradients that the optimizer does not hold
 
     @property
     def held_bytes(self) -> int:
-        """What the optimizer holds for all tensors."""
+        """Bytes that the optimizer holds for all tensors."""
         return sum(row.held_bytes for row in self.tensors)
 
     @property
     def total_bytes(self) -> int:
-        """What training these tensors takes: that, and the model's weights and gradients."""
+        """Bytes held by the optimizer plus those of the model's weights and gradients."""
         return self.held_bytes + self.model_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as built-in types, for JSON."""
+        """Convert to built-in types, for JSON."""
         rows = [asdict(row) for row in self.tensors]
         sizes = {"held_bytes": self.held_bytes, "total_bytes": self.total_bytes}
         return {"updates": self.updates, "tensors": rows} | sizes
 
     def scalars(self) -> dict[str, float]:
-        """What changes while training, flat, for TensorBoard and the like.
+        """Return the quantities that change in training, for loggers such as TensorBoard.
 
         >>> import numpy as np, topkast
         >>> tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.9, bwd=0.8)
@@ -180,20 +184,20 @@ def _cells(row: TensorSummary) -> tuple[str, ...]:
 
 
 def masks(x: Any, params: Any = None, /) -> dict[str, Masks]:
-    """Masks of A and B of every sparsified tensor.
+    """Return the masks of A and B of every sparsified tensor.
 
     Parameters
     ----------
     x
-        A wrapped PyTorch optimizer, or the state of a wrapped functional one (or one of optax with
-        that in it).
+        A wrapped PyTorch optimizer, the state of a wrapped functional one, or an optax state that
+        contains such a state.
     params
-        θ, for a functional state, which does not hold it.
+        θ, needed with a functional state, which does not hold it.
 
     Returns
     -------
     dict of str to Masks
-        Boolean arrays of the tensors' shapes, by name; dense tensors have none.
+        Boolean arrays of the tensors' shapes, by name; dense tensors are left out.
 
     Examples
     --------
@@ -221,15 +225,15 @@ def masks(x: Any, params: Any = None, /) -> dict[str, Masks]:
 
 
 def dense_params(x: Any, params: Any = None, /) -> dict[str, Array]:
-    """The weights θ by name, those outside A included, and dense tensors too.
+    """Return the weights θ by name: dense tensors, and all weights of sparsified ones.
 
     Parameters
     ----------
     x
-        A wrapped PyTorch optimizer, whose model holds the forward view α alone; or the state of
-        a wrapped functional one.
+        A wrapped PyTorch optimizer, whose model holds only the forward view α; or the state of a
+        wrapped functional one.
     params
-        θ, for a functional state.
+        θ, needed with a functional state.
 
     Returns
     -------
@@ -252,20 +256,20 @@ def dense_params(x: Any, params: Any = None, /) -> dict[str, Array]:
 
 
 def summary(x: Any, params: Any = None, /) -> Summary:
-    """Shapes, counts, sparsities, mask change and bytes of every tensor.
+    """Report shape, counts, sparsities, mask change and bytes of every tensor.
 
-    The mask change is the share of A that the last refresh brought in. The bytes held are those
-    of a wrapped PyTorch optimizer: compact values, their gradient, the inner optimizer's state,
-    indices, and θ itself; or those of a functional state: indices and the inner rule's state. The
-    total counts the model's weights and gradients too: of masked tensors they are dense. Empty rows
-    are indices of the first axis without a weight in A: units, or rare tokens of an embedding.
+    The mask change is the share of A that entered at the last refresh. A wrapped PyTorch optimizer
+    holds the compact values, their gradient, the inner optimizer's state, the indices and θ itself;
+    a functional state holds the indices and the inner rule's state. The total adds the model's
+    weights and gradients, which are dense for masked tensors. An empty row is an index of the first
+    axis without a weight in A: a neuron, or a rare token of an embedding.
 
     Parameters
     ----------
     x
         A wrapped PyTorch optimizer, or the state of a wrapped functional one.
     params
-        θ, for a functional state.
+        θ, needed with a functional state.
 
     Returns
     -------
@@ -306,20 +310,20 @@ def summary(x: Any, params: Any = None, /) -> Summary:
         for key, ranked in inspection.ranked.items():
             rows |= _summarise(inspection, key, ranked)
     return Summary(
-        max(one.updates for one in inspections),
+        max(inspection.updates for inspection in inspections),
         tuple(rows.values()),
-        sum(one.model_bytes for one in inspections),
+        sum(inspection.model_bytes for inspection in inspections),
     )
 
 
 def _summarise(inspection: Inspection, key: str, ranked: RankedTensors) -> dict[str, TensorSummary]:
-    """The rows of tensors that are ranked together."""
+    """Summarise tensors that are ranked together."""
     support = inspection.supports[key]
     rows = {}
     for number, (name, (start, stop)) in enumerate(ranked.bounds.items()):
         active, exploring = (
-            part[(part >= start) & (part < stop)]
-            for part in (support.active_entries, support.exploring_entries)
+            entries[(entries >= start) & (entries < stop)]
+            for entries in (support.active_entries, support.exploring_entries)
         )
         forward, backward = active.shape[0], active.shape[0] + exploring.shape[0]
         shape, size = tuple(ranked.shapes[name]), stop - start

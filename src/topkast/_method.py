@@ -1,4 +1,4 @@
-"""What a method is: it chooses A and B of one tensor, and says what it looks at."""
+"""The interface of methods, which choose A and B of one tensor."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import ClassVar
 from topkast._primitives import Array
 from topkast.selection._support import Support
 
-# What the library can show to a method.
+# The inputs that the library can give to a method.
 PROVIDED = frozenset({"weights", "random"})
 
 
 @dataclass(frozen=True)
 class View:
-    r"""One tensor as a method sees it; of a stacked tensor, one layer.
+    r"""One tensor, or one layer of a stacked tensor, as a method sees it.
 
     Attributes
     ----------
     weights
-        θ as one vector (n,), of any library. Where units are blocks of weights, their scores: the
-        method chooses n units, whatever they are.
+        θ as one vector (n,) of any library, or the scores of n blocks. The method chooses among
+        these n units.
     forward, backward
-        \|A\| and \|B\|, in units, which the method must return.
+        The numbers of units \|A\| and \|B\| that the method must choose.
     seed
         The option of :func:`topkast.wrap_optimizer`.
     name
-        Of the tensor.
+        Name of the tensor.
     draw
-        Number of the update after which the sets are chosen, 0 for the first ones: it numbers the
-        random draws. Inside ``jax.jit`` it is traced.
+        Number of updates so far, 0 for the first sets: it numbers the random draws. Inside
+        ``jax.jit`` it is traced.
     first
-        Number of the first unit in the tensor; 0 but for layers of stacked tensors.
+        Number of the view's first unit in the tensor; 0 except for layers of stacked tensors.
     """
 
     weights: Array
@@ -45,14 +45,14 @@ class View:
 
 
 class Method(ABC):
-    """How A and B are chosen; the base class of all methods, yours included.
+    """A way to choose A and B: the base class of all methods, yours included.
 
     Attributes
     ----------
     needs
-        What :meth:`choose` looks at: ``"weights"``, ``"random"``.
+        The inputs that :meth:`choose` uses: ``"weights"``, ``"random"``.
     refreshes
-        Whether the sets are ever chosen anew.
+        Whether the sets are chosen again at each refresh.
 
     Examples
     --------
@@ -70,4 +70,4 @@ class Method(ABC):
 
     @abstractmethod
     def choose(self, view: View, /) -> Support:
-        """The sets of one tensor: a function of the view alone."""
+        """Choose the sets of one tensor; they may depend on the view alone."""

@@ -25,7 +25,7 @@ Overrides: TypeAlias = Mapping[str, Mapping[str, Any]] | None
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """See :func:`topkast.wrap_optimizer`, which documents each of them."""
+    """The options of :func:`topkast.wrap_optimizer`, which documents each of them."""
 
     fwd: float
     bwd: float
@@ -47,40 +47,42 @@ class Options:
     def __post_init__(self) -> None:
         fwd, bwd = check_sparsities(self.fwd, self.bwd)
         until = self.explore_until
-        plain = {
+        normalised = {
             "fwd": fwd,
             "bwd": bwd,
-            "refresh_every": _integer("refresh_every", self.refresh_every, min=1),
+            "refresh_every": _check_integer("refresh_every", self.refresh_every, min=1),
             "penalty": _check_penalty(self.penalty),
-            "explore_until": None if until is None else _integer("explore_until", until, min=0),
+            "explore_until": (
+                None if until is None else _check_integer("explore_until", until, min=0)
+            ),
             "block": check_block(self.block),
-            "seed": _integer("seed", self.seed, min=0),
+            "seed": _check_integer("seed", self.seed, min=0),
         }
-        for name, value in plain.items():  # in the place of NumPy's scalars
+        for name, value in normalised.items():  # Python numbers replace NumPy's scalars
             object.__setattr__(self, name, value)
         _check_choice("penalty_kind", self.penalty_kind, get_args(PenaltyKind))
         _check_choice("explore", self.explore, get_args(Explore))
         _check_choice("distribution", self.distribution, get_args(Distribution))
         check_block_score(self.block_score)
-        _check_block_alone(self.block, self.distribution)
+        _check_block_distribution(self.block, self.distribution)
         _check_dense(self.dense)
         _check_names("stacked", self.stacked)
         _check_method(self.method, self.explore)
         self._check_overrides()
 
     def override(self, options: Mapping[str, Any]) -> Options:
-        """These options with those of `options` that a group or a tensor may have of its own."""
+        """Replace options by those in `options` that a parameter group may set."""
         changes = {name: options[name] for name in (*GROUP_OPTIONS, "dense") if name in options}
-        if isinstance(options.get("method"), Method):  # and no option of an inner optimizer
+        if isinstance(options.get("method"), Method):  # not the inner optimizer's own "method"
             changes["method"] = options["method"]
         return replace(self, **changes)
 
     def for_group(self) -> dict[str, Any]:
-        """The options that may differ between the parameter groups of one optimizer."""
+        """Return the options that may differ between parameter groups of one optimizer."""
         return {name: getattr(self, name) for name in GROUP_OPTIONS}
 
     def for_tensor(self, name: str) -> Options:
-        """These options with what `overrides` says of the tensor; of several globs the last."""
+        """Apply the `overrides` of a tensor; if several globs match, the last one wins."""
         changes = self.overrides_of(name)
         try:
             return replace(self, overrides=None, **changes) if changes else self
@@ -88,7 +90,7 @@ class Options:
             raise OptionError(f"overrides of {name!r}: {error}") from None
 
     def overrides_of(self, name: str) -> dict[str, Any]:
-        """What `overrides` says of the tensor called `name`."""
+        """Return the options that `overrides` sets for the tensor `name`."""
         changes: dict[str, Any] = {}
         for pattern, values in (self.overrides or {}).items():
             if fnmatchcase(name, pattern):
@@ -96,16 +98,16 @@ class Options:
         return changes
 
     def without_functions(self) -> Options:
-        """These options for a copy of an optimizer, which may not be able to hold a predicate."""
+        """Drop a `dense` predicate that cannot be pickled, for a copy of the optimizer."""
         name = getattr(self.dense, "__qualname__", "")
-        return replace(self, dense=_forgotten) if "<" in name else self
+        return replace(self, dense=_refuse) if "<" in name else self
 
     def is_stacked(self, name: str) -> bool:
-        """Whether the first axis of the tensor numbers layers that are ranked each alone."""
+        """Whether the tensor's first axis numbers layers that are ranked separately."""
         return matches(name, self.stacked)
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Raise :class:`OptionError` for a name or glob, in any option, that matches no tensor."""
+        """Raise :class:`OptionError` if a name or glob in any option matches no tensor."""
         names = list(names)
         if not callable(self.dense) and not isinstance(self.dense, bool):
             check_patterns(names, "dense", self.dense)
@@ -131,10 +133,10 @@ class Options:
                 )
             if self.distribution == "global" and {"fwd", "bwd"} & set(values):
                 raise OptionError(
-                    f"overrides[{pattern!r}] sets a sparsity, and distribution='global' ranks all "
-                    "tensors as one, of one sparsity"
+                    f"overrides[{pattern!r}] sets a sparsity, but distribution='global' ranks all "
+                    "tensors as one, with one sparsity: choose one of the two"
                 )
-            # What another glob may set for the same tensor is compared by for_tensor.
+            # for_tensor checks fwd >= bwd once all globs that match the tensor are applied.
             set_elsewhere = {name for other in overrides.values() for name in other}
             harmless = {"fwd": values.get("bwd", self.fwd), "bwd": 0.0}
             others = {name: harmless[name] for name in harmless if name in set_elsewhere}
@@ -144,30 +146,30 @@ class Options:
                 raise OptionError(f"overrides[{pattern!r}]: {error}") from None
 
 
-def _forgotten(name: str, tensor: Any) -> bool:
+def _refuse(name: str, tensor: Any) -> bool:
     raise OptionError(
-        "a copy of the optimizer does not keep the predicate that was given as `dense`: name the "
-        "option in the group that is added, as {'params': ..., 'dense': ...}"
+        "a copy of the optimizer does not keep the predicate that was given as `dense`: set "
+        "`dense` in the added group, as {'params': ..., 'dense': ...}"
     )
 
 
-# What the sizes of compact vectors follow from: it cannot change while training.
+# Options that determine the sizes of compact vectors: they cannot change during training.
 FIXED_OPTIONS = ("fwd", "bwd", "distribution", "block")
 
-# `dense` is a group option too, but is spent when the group is added: it may be a function,
-# and what stays in a group is saved in checkpoints.
+# A group may set `dense` too, but does not keep it: it may be a function, and the entries of a
+# group are saved in checkpoints.
 GROUP_OPTIONS = tuple(
     field.name
     for field in fields(Options)
     if field.name not in ("dense", "stacked", "method", "overrides", "seed", "probe")
 )
 
-# What `overrides` may set for a tensor.
+# Options that `overrides` may set for a tensor.
 TENSOR_OPTIONS = (*(name for name in GROUP_OPTIONS if name != "distribution"), "method")
 
 
 def check_sparsities(fwd: float, bwd: float) -> tuple[float, float]:
-    """Both as Python floats; :class:`OptionError` unless ``0 <= bwd <= fwd < 1``."""
+    """Return both as Python floats; raise :class:`OptionError` unless ``0 <= bwd <= fwd < 1``."""
     sparsities = []
     for name, value in (("fwd", fwd), ("bwd", bwd)):
         sparsity = _real(value)
@@ -188,16 +190,16 @@ def check_sparsities(fwd: float, bwd: float) -> tuple[float, float]:
 def kept_dense(tensors: Mapping[str, Any], dense: Dense, stacked: Patterns = None) -> set[str]:
     """Names in `tensors` (name -> array) that stay dense under the options `dense` and `stacked`.
 
-    Those are empty tensors, scalars, and tensors with fewer than two dimensions above one, the
-    leading axis of stacked ones not counted. ``dense=False`` sparsifies all but empty ones and
-    scalars.
+    Empty tensors, scalars and tensors with fewer than two dimensions above one stay dense; the
+    leading axis of stacked tensors does not count. ``dense=False`` sparsifies all tensors except
+    empty ones and scalars.
     """
     small = {
         name
         for name, tensor in tensors.items()
         if 0 in tuple(tensor.shape)
         or not tuple(tensor.shape)
-        or (dense is not False and _dimensions(tensor.shape, matches(name, stacked)) < 2)
+        or (dense is not False and _count_long_axes(tensor.shape, matches(name, stacked)) < 2)
     }
     if dense is None or isinstance(dense, bool):
         return set(tensors) if dense else small
@@ -207,17 +209,17 @@ def kept_dense(tensors: Mapping[str, Any], dense: Dense, stacked: Patterns = Non
     return small | {name for name in tensors if matches(name, dense)}
 
 
-def _dimensions(shape: Sequence[int], stacked: bool) -> int:
+def _count_long_axes(shape: Sequence[int], stacked: bool) -> int:
     return sum(length > 1 for length in tuple(shape)[1 if stacked else 0 :])
 
 
 def matches(name: str, patterns: Patterns) -> bool:
-    """Whether one of some names or globs is `name`."""
+    """Whether `name` matches one of the names or globs."""
     return any(fnmatchcase(name, pattern) for pattern in as_patterns(patterns))
 
 
 def as_patterns(patterns: Patterns) -> Sequence[str]:
-    """One name or glob, several or none, as a sequence."""
+    """Return the names or globs as a sequence: one, several or none."""
     if patterns is None:
         return ()
     return (patterns,) if isinstance(patterns, str) else patterns
@@ -226,7 +228,7 @@ def as_patterns(patterns: Patterns) -> Sequence[str]:
 def check_patterns(names: Iterable[str], option: str, patterns: Patterns) -> None:
     """Raise :class:`OptionError` for a pattern that matches no name.
 
-    A misspelt one would change what is sparsified in silence.
+    A misspelt pattern would silently change which tensors are sparsified.
     """
     names = list(names)
     for pattern in as_patterns(patterns):
@@ -240,16 +242,16 @@ def check_patterns(names: Iterable[str], option: str, patterns: Patterns) -> Non
             hint = "build the PyTorch optimizer from model.named_parameters() to have names"
         else:
             hint = "use one of these names, or a glob"
-        raise OptionError(f"{option}={pattern!r} matches none of {_listed(names)}: {hint}")
+        raise OptionError(f"{option}={pattern!r} matches none of {_format_names(names)}: {hint}")
 
 
-def _listed(names: Sequence[str], max: int = 6) -> str:  # noqa: A002 - the word for it
+def _format_names(names: Sequence[str], max: int = 6) -> str:  # noqa: A002 - the word for it
     shown = ", ".join(map(repr, names[:max]))
     return f"the {len(names)} tensors {shown}" + (", ..." if len(names) > max else "")
 
 
 def _real(value: Any) -> float | None:
-    """A number as the Python float with its decimal digits, so that np.float32(0.9) is 0.9."""
+    """Convert a number by its decimal digits, so that np.float32(0.9) becomes 0.9."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     return float(value) if isinstance(value, (int, Fraction)) else float(str(value))
@@ -262,14 +264,14 @@ def _check_penalty(value: object) -> float:
     return penalty
 
 
-def _integer(name: str, value: object, *, min: int) -> int:  # noqa: A002 - the word for it
+def _check_integer(name: str, value: object, *, min: int) -> int:  # noqa: A002 - the word for it
     if isinstance(value, bool) or not (isinstance(value, Integral) and int(value) >= min):
         raise OptionError(f"{name} must be an integer of at least {min}, got {value!r}")
     return int(value)
 
 
 def check_block(block: object) -> tuple[int, int] | None:
-    """The option `block` as Python integers; :class:`OptionError` unless two are given, or None."""
+    """Validate the option `block`: two Python integers or None, else :class:`OptionError`."""
     if block is None:
         return None
     sides = list(block) if isinstance(block, Sequence) and not isinstance(block, str) else []
@@ -277,23 +279,23 @@ def check_block(block: object) -> tuple[int, int] | None:
         isinstance(side, bool) or not isinstance(side, Integral) or side < 1 for side in sides
     ):
         raise OptionError(
-            "block must be two positive integers, the rows and columns of a block of weights, as "
-            f"(4, 4), or None for single weights, got {block!r}"
+            "block must be two positive integers, the rows and columns of a block of weights, such "
+            f"as (4, 4), or None for single weights, got {block!r}"
         )
     rows, columns = map(int, sides)
     return rows, columns
 
 
 def check_block_score(score: object) -> None:
-    """Raise :class:`OptionError` unless `score` is one of those that the option may have."""
+    """Raise :class:`OptionError` unless `score` is a value of the option `block_score`."""
     _check_choice("block_score", score, get_args(BlockScore))
 
 
-def _check_block_alone(block: tuple[int, int] | None, distribution: str) -> None:
+def _check_block_distribution(block: tuple[int, int] | None, distribution: str) -> None:
     if block not in (None, (1, 1)) and distribution == "global":
         raise OptionError(
-            f"block={block} cannot go with distribution='global': that ranks the weights of all "
-            "tensors as one vector, and blocks are cut from the matrix of each tensor. Choose "
+            f"block={block} cannot be combined with distribution='global', which ranks the weights "
+            "of all tensors as one vector: blocks are cut from the matrix of each tensor. Choose "
             "distribution='uniform' or 'erk', or block=None"
         )
 
@@ -311,13 +313,13 @@ def _check_method(method: object, explore: str) -> None:
         raise OptionError(f"method must be a topkast.methods.Method or None, got {method!r}{hint}")
     if explore != "magnitude":
         raise OptionError(
-            f"explore={explore!r} is a shorthand for a method, and method={method!r} was given "
+            f"explore={explore!r} is a shorthand for a method, but method={method!r} was given "
             "too: choose one of the two"
         )
     unknown = sorted(method.needs - PROVIDED)
     if unknown:
         raise OptionError(
-            f"{type(method).__name__} needs {', '.join(unknown)}, and methods are given "
+            f"{type(method).__name__} needs {', '.join(unknown)}, but a method can need only "
             f"{', '.join(sorted(PROVIDED))}"
         )
 
@@ -327,16 +329,18 @@ def _check_dense(dense: object) -> None:
         return
     if hasattr(dense, "parameters"):
         raise OptionError(
-            f"dense was given a {type(dense).__name__}: name its tensors instead, as dense='head.*'"
+            f"dense was given a {type(dense).__name__}: pass the names of its tensors instead, as "
+            "dense='head.*'"
         )
     if not callable(dense):
         _check_names("dense", dense, " a predicate (name, tensor) -> bool, or a bool,")
 
 
-def _check_names(option: str, names: object, others: str = "") -> None:
+def _check_names(option: str, names: object, alternatives: str = "") -> None:
     if names is None or isinstance(names, str):
         return
     if not isinstance(names, Sequence) or not all(isinstance(item, str) for item in names):
         raise OptionError(
-            f"{option} must be a name or glob, a sequence of them,{others} or None, got {names!r}"
+            f"{option} must be a name or glob, a sequence of them,{alternatives} or None, "
+            f"got {names!r}"
         )

@@ -1,4 +1,4 @@
-"""What is asked of an array's library beyond the standard: the backend of the array does it."""
+"""Array operations beyond the array-API standard, dispatched to the backend of the array."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ T = TypeVar("T")
 
 
 def device(array: Array) -> Any:
-    """Where to make an array that works together with `array`."""
+    """The device on which new arrays can be combined with `array`."""
     return backend_of(array).device(array)
 
 
 def is_traced(array: Array) -> bool:
-    """Whether `array` stands for values that are not known yet (inside ``jax.jit``)."""
+    """Whether the values of `array` are unknown, as inside ``jax.jit``."""
     return backend_of(array).is_traced(array)
 
 
 def possibly_true(flag: Array) -> bool:
-    """Whether a 0-d flag is true, or not known yet."""
+    """Whether a 0-d flag is true or traced."""
     return is_traced(flag) or bool(flag)
 
 
 def asarray_like(host: np.ndarray[Any, Any], array: Array, dtype: Any = None) -> Array:
-    """`host` as an array of the library and on the device of `array`."""
+    """Convert `host` to the library and device of `array`."""
     return array_namespace(array).asarray(host, dtype=dtype, device=device(array))
 
 
 def take(flat: Array, indices: Array) -> Array:
-    """Entries (k,) of a vector (n,) at `indices` (unique, below n)."""
+    """Read the entries (k,) of a vector (n,) at `indices` (unique, below n)."""
     return backend_of(flat).take(flat, indices)
 
 
 def scatter_flat(values: Array, indices: Array, size: int, fill: float) -> Array:
-    """A vector of `size` entries, `values` (k,) at `indices` (unique), `fill` elsewhere."""
+    """Make a vector of `size` entries: `values` (k,) at `indices` (unique), `fill` elsewhere."""
     return backend_of(values).scatter(values, indices, size, fill)
 
 
 def cond(due: Array, change: Callable[..., T], state: T, *operands: Any) -> T:
-    """``change(state, *operands) if due else state``, also where `due` is traced."""
+    """``change(state, *operands) if due else state``, for a flag that may be traced."""
     return backend_of(due).cond(due, change, state, *operands)
 
 
 def where(flags: Array, array: Array, other: float) -> Array:
-    """`array` where `flags` are true, and the number `other` in its dtype elsewhere."""
+    """`array` where `flags` are true, and `other` in the array's dtype elsewhere."""
     xp = array_namespace(array)
     return xp.where(flags, array, xp.full((), other, dtype=array.dtype, device=device(array)))

@@ -1,8 +1,8 @@
-"""What one update does to one tensor: decided here, executed by every loop alike.
+"""The decisions of one update of one tensor, shared by every training loop.
 
-The functional loop, masked and sparse execution in PyTorch and the kernels for CuPy differ in where
-weights and gradients are. What is added to a gradient, what of B moves, how young entries move
-and when sets are chosen anew is the same in all of them.
+The functional loop, masked and sparse execution in PyTorch and the kernels for CuPy store weights
+and gradients differently. They share these rules: the penalty's gradient, whether B∖A moves, the
+scaling of young entries, and when sets are refreshed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from topkast._options import PenaltyKind
 from topkast._primitives import Array, is_traced
 from topkast.selection._support import Support, restrict_to_active
 
-_MOST = (1 << 31) - 1  # updates that can be counted: counts are int32
+_MAX_COUNT = (1 << 31) - 1  # updates: they are counted in int32
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,16 @@ class Step:
     Attributes
     ----------
     penalty
-        The coefficient λ of the exploration penalty; negative for a rule that ascends, which what
-        is added would drive away from zero.
+        The coefficient λ of the exploration penalty, negated for a rule that ascends, so that it
+        shrinks weights in both cases.
     penalty_kind
         ``"l2"`` or ``"l1"``.
     density
         The forward density D: on B∖A the coefficient is λ / D.
     exploring
-        Whether B∖A moves; in a traced computation a 0-d flag.
+        Whether B∖A moves; a 0-d flag in a traced computation.
     betas
-        Of a rule of the Adam family: by them the displacement of young entries is scaled.
+        The factors of a rule of the Adam family, which scale the displacement of young entries.
     """
 
     penalty: float
@@ -55,8 +55,8 @@ class Step:
         return float(self.penalty) / self.density
 
     def add_penalty(self, gradient: Array, values: Array, support: Support) -> Array:
-        r"""What the inner rule sees: a gradient (1, …, \|B\|) with that of the penalty."""
-        if self.penalty:  # where there is none, a gradient keeps its dtype and its bits
+        r"""Add the penalty's gradient to a gradient (1, …, \|B\|), and zero it on a resting B∖A."""
+        if self.penalty:  # without a penalty, the gradient keeps its dtype and its bits
             gradient = gradient + exploration_gradient(
                 values,
                 support,
@@ -67,7 +67,7 @@ class Step:
         return restrict_to_active(gradient, support, self.exploring, 0.0)
 
     def restrict(self, displacement: Array, support: Support) -> Array:
-        r"""A displacement (1, …, \|B\|), -0.0 on B∖A where that rests: it changes no bit."""
+        r"""Set a displacement (1, …, \|B\|) to -0.0, which changes no bit, on a resting B∖A."""
         return restrict_to_active(displacement, support, self.exploring, -0.0)
 
 
@@ -81,7 +81,7 @@ def decide(
     updates: Any,
     betas: Betas | None = None,
 ) -> Step:
-    """The step after some number of updates, under the options of a tensor.
+    """Decide the next update of a tensor from its options and the number of updates so far.
 
     Parameters
     ----------
@@ -91,11 +91,11 @@ def decide(
     density
         The forward density D.
     ascends
-        Whether the inner rule follows the gradient uphill.
+        Whether the inner rule moves along the gradient instead of against it.
     updates
         Number of updates so far: an int, or a 0-d integer array.
     betas
-        Of a rule of the Adam family.
+        The factors of a rule of the Adam family.
 
     Examples
     --------
@@ -109,18 +109,18 @@ def decide(
     ----------
     Top-KAST, section 2.3 for the penalty, table 1 for exploration that stops.
     """
-    signed = -penalty if ascends else penalty
-    return Step(signed, penalty_kind, density, explores(explore_until, updates), betas)
+    signed_penalty = -penalty if ascends else penalty
+    return Step(signed_penalty, penalty_kind, density, is_exploring(explore_until, updates), betas)
 
 
-def explores(until: int | None, updates: Any) -> Any:
-    """Whether the next update, after some number of them, still moves B∖A."""
+def is_exploring(until: int | None, updates: Any) -> Any:
+    """Whether the update that follows `updates` others still moves B∖A."""
     if until is None:
         return True
-    exploring = updates < min(until, _MOST)
+    exploring = updates < min(until, _MAX_COUNT)
     return exploring if is_traced(exploring) else bool(exploring)
 
 
 def is_due(refresh_every: int, updates: Any) -> Any:
-    """Whether sets are chosen anew after a number of updates; where traced, a 0-d flag."""
-    return updates % min(refresh_every, _MOST) == 0
+    """Whether a refresh follows after `updates` updates; a 0-d flag if that is traced."""
+    return updates % min(refresh_every, _MAX_COUNT) == 0

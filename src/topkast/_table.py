@@ -1,4 +1,4 @@
-"""Every table that is printed."""
+"""Text tables."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ def format_table(
     text_columns: int = 1,
     markdown: bool = False,
 ) -> str:
-    r"""Columns of equal width, the first ones aligned to the left and the others to the right.
+    r"""Format a table: the first columns align to the left, the others to the right.
 
     Parameters
     ----------
     head
-        The heads of the columns. A cell may have several lines, of which the last ones align.
+        The column heads. Cells with several lines align at their last line.
     rows
         The cells of each row.
     text_columns
-        Number of columns that hold text.
+        Number of leading columns, which align to the left.
     markdown
-        With bars and a rule under the head; cells then have one line each.
+        Add bars and a rule under the head; cells must then have one line each.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The fixed part of a sparsified tensor (or of several ranked as one): names, shapes, counts."""
+"""Tensors that are ranked together: names, shapes and counts, none of which change in training."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _JOIN = " + "
 
 @dataclass(frozen=True)
 class RankedTensors:
-    """What shares one compact vector: a tensor, or all tensors of a group if ranked globally.
+    """Tensors that share one compact vector: a single one, or a whole group if ranked globally.
 
     Attributes
     ----------
     shapes
-        Shape of each member, by name, in the order in which their entries are numbered.
+        Shape of each member, by name. Flat indices number the members in this order.
     forward, backward
         |A| and |B|, in units.
     density
-        The forward density D of the exploration penalty.
+        The forward density D in the exploration penalty.
     layers
-        Length of the first axis where it numbers layers that are ranked each alone, else 1.
+        Number of layers that are ranked separately: the first axis of a stacked tensor, else 1.
     blocks
-        How the tensor is cut into units; None where they are single weights.
+        The division of the tensor into blocks; None if units are single weights.
     """
 
     shapes: Mapping[str, Shape]
@@ -52,7 +52,7 @@ class RankedTensors:
 
     @property
     def key(self) -> str:
-        """The tensor's name; for several, their names joined."""
+        """The tensor's name, or the joined names of several tensors."""
         return _JOIN.join(self.shapes)
 
     @property
@@ -66,12 +66,12 @@ class RankedTensors:
 
     @property
     def compact_shape(self) -> Shape:
-        """(1, …, 1, |B|): as many dimensions as the tensor, which some optimizers look at."""
+        """(1, …, 1, |B|): it keeps the number of dimensions, which some optimizers depend on."""
         return (1,) * (max(map(len, self.shapes.values())) - 1) + (self.backward_size,)
 
     @property
     def bounds(self) -> dict[str, tuple[int, int]]:
-        """First flat index of each member, and the one behind its last."""
+        """Half-open range of flat indices of each member."""
         bounds, start = {}, 0
         for name, shape in self.shapes.items():
             bounds[name] = (start, start + math.prod(shape))
@@ -79,14 +79,14 @@ class RankedTensors:
         return bounds
 
     def flatten(self, tensors: Mapping[str, Array]) -> Array:
-        """The members of this block as one vector (size,)."""
+        """Join the members into one vector (size,)."""
         members = [tensors[name] for name in self.shapes]
         xp = array_namespace(*members)
         flat = [xp.reshape(member, (-1,)) for member in members]
         return flat[0] if len(flat) == 1 else xp.concat(flat)
 
     def unflatten(self, flat: Array) -> dict[str, Array]:
-        """The inverse of :meth:`flatten`."""
+        """Split a vector (size,) into the members: the inverse of :meth:`flatten`."""
         xp = array_namespace(flat)
         return {
             name: xp.reshape(flat[start:stop], self.shapes[name])
@@ -94,41 +94,42 @@ class RankedTensors:
         }
 
     def select(self, flat: Array, options: Options, draw: Array | int = 0) -> Support:
-        """Sets of the tensors from their weights as one vector; `draw` numbers random draws."""
+        """Choose A and B from the weights (size,); `draw` numbers the random draws."""
         method = method_of(options)
         forward, backward = self.forward // self.layers, self.backward // self.layers
 
-        def choose(part: Array, first: Array | int) -> Support:
-            view = View(part, forward, backward, options.seed, self.key, draw, first)
+        def choose(layer: Array, first: Array | int) -> Support:
+            view = View(layer, forward, backward, options.seed, self.key, draw, first)
             return check_chosen(method.choose(view), view, method)
 
-        with _named(self.key), ranked_units(flat, self.blocks, options.block_score) as units:
+        with _naming(self.key), ranked_units(flat, self.blocks, options.block_score) as units:
             if self.layers == 1:
                 return choose(units, 0).in_blocks(self.blocks)
             indices = backend_of(units).for_each_layer(
-                lambda part, first: choose(part, first).indices, units, self.layers
+                lambda layer, first: choose(layer, first).indices, units, self.layers
             )
         return join_layers(indices, forward, units.shape[0]).in_blocks(self.blocks)
 
     def check_finite(self, tensors: Mapping[str, Array]) -> None:
-        """Raise :class:`topkast.NonFiniteError` for NaN or infinity in a member."""
+        """Raise :class:`topkast.NonFiniteError` if a member contains NaN or infinity."""
         for name in self.shapes:
-            with _named(name):
+            with _naming(name):
                 check_finite(tensors[name])
 
     def refresh(self, flat: Array, old: Support, options: Options, draw: Array | int) -> Refresh:
-        """Select anew from the current weights (size,)."""
+        """Choose new sets from the current weights (size,)."""
         new = self.select(flat, options, draw)
         migration = Migration.between(old, new, self.size)
         entered = migration.entered_forward(old, new)
         return Refresh(new, migration, self._count_members(new.active_entries, entered))
 
     def no_change(self, like: Array) -> Array:
-        """The `entered_active` of a :class:`Refresh` that changed nothing."""
+        """Return the `entered_active` of a :class:`Refresh` that changed nothing."""
         xp = array_namespace(like)
         return xp.zeros(len(self.shapes), dtype=xp.int32, device=device(like))
 
     def _count_members(self, indices: Array, flags: Array) -> Array:
+        """Number of flagged indices in each member; int32."""
         xp = array_namespace(indices)
         return xp.stack(
             [
@@ -142,16 +143,16 @@ class RankedTensors:
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Say in the error which tensor has the entries that have no rank."""
+def _naming(name: str) -> Iterator[None]:
+    """Add the name of the tensor to a :class:`NonFiniteError`."""
     try:
         yield
     except NonFiniteError as error:
-        raise NonFiniteError(f"{name}: {error}; it has no rank by magnitude") from None
+        raise NonFiniteError(f"{name}: {error}; these cannot be ranked by magnitude") from None
 
 
 class Refresh(NamedTuple):
-    """Outcome of a refresh: new sets, how B moved, entries new to A by member (int32)."""
+    """Result of a refresh: the new sets, the migration of B, entries new to A by member (int32)."""
 
     support: Support
     migration: Migration
@@ -159,33 +160,33 @@ class Refresh(NamedTuple):
 
 
 def rank_tensors(shapes: Mapping[str, Shape], options: Options) -> list[RankedTensors]:
-    """What is ranked together of the tensors that are to be sparsified, given their shapes."""
+    """Group the tensors to sparsify, given their shapes, into those that are ranked together."""
     if not shapes:
         return []
     stacked = {name for name in shapes if options.is_stacked(name)}
     if options.distribution == "global":
-        return [_plan_global(shapes, options, stacked)]
-    own = {name: options.for_tensor(name) for name in shapes if options.overrides_of(name)}
-    others = {
+        return [_rank_globally(shapes, options, stacked)]
+    overridden = {name: options.for_tensor(name) for name in shapes if options.overrides_of(name)}
+    distributed = {
         name: shape[1:] if name in stacked else shape
         for name, shape in shapes.items()
         if not {"fwd", "bwd"} & options.overrides_of(name).keys()
     }
-    pair = [
-        exact_densities(others, sparsity, distribution=options.distribution)
+    forward, backward = (
+        exact_densities(distributed, sparsity, distribution=options.distribution)
         | {
-            name: 1 - exact_fraction(getattr(own[name], which))
+            name: 1 - exact_fraction(getattr(overridden[name], option))
             for name in shapes
-            if name not in others
+            if name not in distributed
         }
-        for which, sparsity in (("fwd", options.fwd), ("bwd", options.bwd))
-    ]
+        for option, sparsity in (("fwd", options.fwd), ("bwd", options.bwd))
+    )
     return [
         _rank_alone(
             name,
             shape,
-            (pair[0][name], pair[1][name]),
-            own.get(name, options).block,
+            (forward[name], backward[name]),
+            overridden.get(name, options).block,
             stacked=name in stacked,
         )
         for name, shape in shapes.items()
@@ -208,19 +209,24 @@ def _rank_alone(
 
 
 def members(key: str, names: Mapping[str, object]) -> list[str]:
-    """Names of the members of the block with this key."""
+    """Names of the tensors that are ranked together under this key."""
     return [key] if key in names else key.split(_JOIN)
 
 
-def _plan_global(shapes: Mapping[str, Shape], options: Options, stacked: set[str]) -> RankedTensors:
+def _rank_globally(
+    shapes: Mapping[str, Shape], options: Options, stacked: set[str]
+) -> RankedTensors:
     if stacked:
         raise OptionError(
-            f"stacked tensors ({', '.join(sorted(stacked))}) are ranked layer by layer, and "
+            f"stacked tensors ({', '.join(sorted(stacked))}) are ranked layer by layer, but "
             "distribution='global' ranks all tensors as one: choose one of the two"
         )
     for name in shapes:
         if _JOIN in name:
-            raise OptionError(f"distribution='global' needs names without {_JOIN!r}, got {name!r}")
+            raise OptionError(
+                f"distribution='global' joins the names of tensors with {_JOIN!r}, which {name!r} "
+                "contains: rename the tensor"
+            )
     size = sum(map(math.prod, shapes.values()))
     fwd, bwd = (1 - exact_fraction(sparsity) for sparsity in (options.fwd, options.bwd))
     return RankedTensors(dict(shapes), kept_count(size, fwd), kept_count(size, bwd), float(fwd))

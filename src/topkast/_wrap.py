@@ -1,4 +1,4 @@
-"""From an optimizer to the adapter of its framework, without importing any other framework."""
+"""``wrap_optimizer``, which dispatches to the adapter and imports no other framework."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from topkast_torch import TopKASTOptimizer
 
 
-class _OptionsGiven(TypedDict, total=False):
+class _OptionalArguments(TypedDict, total=False):
     refresh_every: int
     penalty: float
     penalty_kind: PenaltyKind
@@ -45,7 +45,7 @@ class _OptionsGiven(TypedDict, total=False):
 
 
 class _TorchOptimizer(Protocol):
-    """What a ``torch.optim.Optimizer`` has, so that type checkers know one without PyTorch."""
+    """The attributes of ``torch.optim.Optimizer``, for type checkers without PyTorch."""
 
     param_groups: list[dict[str, Any]]
 
@@ -53,7 +53,7 @@ class _TorchOptimizer(Protocol):
 
 
 class _GradientTransformation(Protocol):
-    """What an ``optax.GradientTransformation`` has: a NamedTuple of two functions."""
+    """The attributes of ``optax.GradientTransformation``, a NamedTuple of two functions."""
 
     @property
     def init(self) -> Callable[..., Any]: ...
@@ -64,19 +64,23 @@ class _GradientTransformation(Protocol):
 
 @overload
 def wrap_optimizer(
-    optimizer: _TorchOptimizer, *, fwd: float, bwd: float, **options: Unpack[_OptionsGiven]
+    optimizer: _TorchOptimizer, *, fwd: float, bwd: float, **options: Unpack[_OptionalArguments]
 ) -> TopKASTOptimizer: ...
 @overload
 def wrap_optimizer(
-    optimizer: SGD | Adam, *, fwd: float, bwd: float, **options: Unpack[_OptionsGiven]
+    optimizer: SGD | Adam, *, fwd: float, bwd: float, **options: Unpack[_OptionalArguments]
 ) -> TopKASTTransform: ...
 @overload
 def wrap_optimizer(
-    optimizer: _GradientTransformation, *, fwd: float, bwd: float, **options: Unpack[_OptionsGiven]
+    optimizer: _GradientTransformation,
+    *,
+    fwd: float,
+    bwd: float,
+    **options: Unpack[_OptionalArguments],
 ) -> TopKASTGradientTransformation: ...
 @overload
 def wrap_optimizer(
-    optimizer: Any, *, fwd: float, bwd: float, **options: Unpack[_OptionsGiven]
+    optimizer: Any, *, fwd: float, bwd: float, **options: Unpack[_OptionalArguments]
 ) -> Any: ...
 def wrap_optimizer(
     optimizer: Any,
@@ -98,24 +102,25 @@ def wrap_optimizer(
     seed: int = 0,
     probe: bool = True,
 ) -> Any:
-    r"""Make an optimizer train sparse weights, always: Top-KAST around it.
+    r"""Wrap an optimizer so that it trains always-sparse weights by Top-KAST.
 
-    Of every tensor with at least two dimensions above one the forward pass sees the ``1 - fwd``
-    largest magnitudes (set A); gradient, update and optimizer state exist for the ``1 - bwd``
-    largest (set B). The optimizer is handed the values on B as one vector per tensor.
+    Every tensor with at least two dimensions above one is sparsified. The forward pass sees its
+    ``1 - fwd`` largest magnitudes (set A); gradient, update and optimizer state exist for its
+    ``1 - bwd`` largest (set B). The optimizer gets the values on B as one vector per tensor.
 
     Parameters
     ----------
     optimizer
-        A ``torch.optim.Optimizer``, which is taken over; an ``optax.GradientTransformation``;
-        or :class:`topkast.SGD`, :class:`topkast.Adam` or :class:`topkast.AdamW` for plain arrays.
+        A ``torch.optim.Optimizer``, which must then not be used directly; an
+        ``optax.GradientTransformation``; or :class:`topkast.SGD`, :class:`topkast.Adam` or
+        :class:`topkast.AdamW` for plain arrays.
     fwd
         Forward sparsity: share of zeros in the forward pass, in [0, 1).
     bwd
         Backward sparsity: share of weights without a gradient, ``0 <= bwd <= fwd``.
     refresh_every
         Number of updates between two selections of A and B. 1 is the paper's main setting; 100,
-        that of its appendix C, takes less time and suits long runs.
+        from its appendix C, takes less time and suits long runs.
     penalty
         Coefficient λ of the exploration penalty.
     penalty_kind
@@ -124,59 +129,58 @@ def wrap_optimizer(
         How B∖A is chosen: ``"magnitude"``, the next largest; or ``"random"``. Shorthands for two
         of the methods.
     explore_until
-        Number of updates after which B∖A is no longer updated (None: it always is).
+        Number of updates after which B∖A is no longer updated; None: B∖A is always updated.
     distribution
-        ``"uniform"``: the same density for every tensor; ``"erk"``: denser where layers are
-        thin, see :func:`topkast.densities`; ``"global"``: all tensors ranked as if they were one.
+        ``"uniform"``: the same density for every tensor; ``"erk"``: thin layers are denser, see
+        :func:`topkast.densities`; ``"global"``: all tensors are ranked as if they were one.
     block
-        Rows and columns of a unit: A and B consist of whole blocks of each tensor as a matrix, its
-        first axis × all others (of a `stacked` tensor, each layer is one). Of n blocks they hold
-        ``max(1, n - floor(fwd * n))`` and likewise for `bwd`. None: single weights.
+        Rows and columns of a unit. A and B consist of whole blocks of each tensor as a matrix, its
+        first axis × all others; each layer of a `stacked` tensor is a matrix. Out of n blocks, A
+        holds ``max(1, n - floor(fwd * n))``; likewise B with `bwd`. None: single weights.
     block_score
-        What blocks are ranked by: the ``"sum"`` of the magnitudes in them, or the ``"max"``.
+        The score by which blocks are ranked: ``"sum"`` or ``"max"`` of their magnitudes.
     dense
-        What is kept dense besides tensors with fewer than two dimensions above one: a name or
+        The tensors to keep dense besides those with fewer than two dimensions above one: a name or
         glob (``"head.*"``), a sequence of them, or a predicate ``(name, tensor) -> bool``. True
-        keeps all dense; False sparsifies one-dimensional tensors too.
+        keeps all tensors dense; False sparsifies one-dimensional tensors too.
     stacked
-        Names or globs of tensors whose first axis numbers layers, as for ``jax.lax.scan`` or of
-        experts: each layer is ranked alone, and dimensions are counted without that axis.
+        Names or globs of tensors whose first axis numbers layers, as for ``jax.lax.scan``, or
+        experts. Each layer is ranked separately, and the first axis does not count as a dimension.
     method
         How A and B are chosen: one of :mod:`topkast.methods`, or your own. None: by `explore`.
     overrides
-        Options of single tensors, by name or glob: ``{"head.*": {"fwd": 0.5, "bwd": 0.2}}``; of
-        several globs that match, the last. May set ``fwd``, ``bwd``, ``refresh_every``,
+        Options of single tensors, by name or glob: ``{"head.*": {"fwd": 0.5, "bwd": 0.2}}``. If
+        several globs match, the last one wins. Can set ``fwd``, ``bwd``, ``refresh_every``,
         ``penalty``, ``penalty_kind``, ``explore``, ``explore_until``, ``block``, ``block_score``
         and ``method``.
     seed
-        Of the hash that ranks equal magnitudes, and of the random choice.
+        Seed of the hash that ranks equal magnitudes, and of random choices.
     probe
-        Check that the optimizer treats a tensor as a bag of coordinates, by two steps on tensors
-        like those given and on the same entries in another order. Switch it off for rules that
-        add noise.
+        Check that the optimizer treats a tensor as a bag of coordinates, by trial steps on tensors
+        like the given ones and on their permuted entries. Switch it off for rules that add noise.
 
     Returns
     -------
     TopKASTOptimizer, TopKASTGradientTransformation or TopKASTTransform
-        A ``torch.optim.Optimizer`` for one; an ``optax.GradientTransformationExtraArgs`` for
-        another; for the rules of this package an object with optax's ``init(params)`` and
-        ``update(grads, state, params)``. Functional forms raise :class:`NonFiniteError` and
-        :class:`UnsupportedTensorError` in ``init``, which sees the weights.
+        A ``torch.optim.Optimizer`` for PyTorch; an ``optax.GradientTransformationExtraArgs`` for
+        optax; for the rules of this package, an object with optax's ``init(params)`` and
+        ``update(grads, state, params)``. The functional forms raise :class:`NonFiniteError` and
+        :class:`UnsupportedTensorError` in ``init``, which gets the weights.
 
     Raises
     ------
     OptionError
-        If an option has a value that it cannot have, or `block` does not divide a tensor
-        (functional forms: in ``init``).
+        If an option has an invalid value, or `block` does not divide a tensor (functional forms: in
+        ``init``).
     AdapterNotFoundError
-        If no adapter serves the optimizer's framework.
+        If no installed adapter supports the optimizer's framework.
     UnsupportedOptimizerError
-        If the optimizer looks at more than single coordinates (Muon, Adafactor, Shampoo), or
-        cannot work on vectors of fixed length (LBFGS, SparseAdam).
+        If the optimizer is not elementwise (Muon, Adafactor, Shampoo), or cannot work on vectors of
+        fixed length (LBFGS, SparseAdam).
     NonFiniteError
         If a weight is NaN or infinite.
     UnsupportedTensorError
-        If a tensor is of a kind that cannot be kept sparse (sharded, quantised, integer).
+        If a tensor cannot be kept sparse (sharded, quantised, integer).
 
     Examples
     --------
@@ -197,7 +201,7 @@ def wrap_optimizer(
     >>> opt = topkast.wrap_optimizer(
     ...     torch.optim.AdamW(model.named_parameters(), 1e-3), fwd=0.9, bwd=0.8, block=(2, 5))
     >>> blocks = model.weight.detach().reshape(5, 2, 20, 5)
-    >>> int((blocks != 0).all(dim=(1, 3)).sum())  # of 100, whole ones
+    >>> int((blocks != 0).all(dim=(1, 3)).sum())  # out of 100 blocks
     10
 
     References
@@ -228,16 +232,18 @@ def wrap_optimizer(
 def _find_adapter(optimizer: Any) -> Callable[[Any, Options], Any]:
     if isinstance(optimizer, type):
         raise AdapterNotFoundError(
-            f"wrap_optimizer takes an optimizer, got the class {optimizer.__name__}: "
+            f"wrap_optimizer expects an optimizer, got the class {optimizer.__name__}: "
             f"construct it first, {optimizer.__name__}(...)"
         )
     if inspect.isroutine(optimizer):
         raise AdapterNotFoundError(
-            f"wrap_optimizer takes an optimizer, got the function {optimizer.__name__}: call it "
+            f"wrap_optimizer expects an optimizer, got the function {optimizer.__name__}: call it "
             f"first, {optimizer.__name__}(...)"
         )
     if isinstance(optimizer, TopKASTTransform):
-        raise UnsupportedOptimizerError("the rule is wrapped already: use what was returned")
+        raise UnsupportedOptimizerError(
+            "the rule is wrapped already: use the transform that wrap_optimizer returned"
+        )
     entry = find_entry(optimizer)
     if entry is not None:
         wrap: Callable[[Any, Options], Any] = load(entry)

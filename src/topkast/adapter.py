@@ -1,16 +1,16 @@
-"""What adapters are made of: the contract for those of this project and for those of others.
+"""The interface that adapters are built on, those of this project and of others.
 
 An adapter connects one framework's optimizers to the algorithm. It is a module with a function
-``wrap(optimizer, options)``, registered under the entry points ``topkast.adapters`` by the package
-that the optimizers come from; ``sparsify(model, optimizer, ...)`` and ``densify(model)`` are
-optional. It holds the state, and converts containers: the decisions are made here.
+``wrap(optimizer, options)``, registered in the entry-point group ``topkast.adapters`` under the
+package of the optimizers. The functions ``sparsify(model, optimizer, ...)`` and ``densify(model)``
+are optional. The adapter holds the state and converts containers; this interface decides.
 
-- :class:`Options` are checked when the optimizer is wrapped, and know the overrides of each tensor.
-- :class:`RankedTensors` are tensors that share one compact vector; it selects and refreshes.
-- :class:`Step` says what one update does to one tensor (:func:`decide`, :func:`is_due`).
-- :class:`Inspection` is what ``__topkast_inspect__`` returns, which :func:`topkast.summary` shows.
-- :class:`Backend` does what the array-API standard lacks for the arrays of a library.
-- :func:`check_permutation`, :func:`check_joint` and :func:`observe` try the inner optimizer.
+- :class:`Options` validates the options and applies the overrides of each tensor.
+- :class:`RankedTensors` selects and refreshes the sets of tensors that share one compact vector.
+- :class:`Step` describes one update of one tensor (:func:`decide`, :func:`is_due`).
+- :class:`Inspection` is the result of ``__topkast_inspect__``, which :func:`topkast.summary` reads.
+- :class:`Backend` adds operations that the array-API standard lacks, for one array library.
+- :func:`check_permutation`, :func:`check_joint` and :func:`observe` probe the inner optimizer.
 """
 
 from topkast._age import SETTLED, Betas, corrections, grow, kappa, settled_ages, young_limit

@@ -1,7 +1,7 @@
-"""Algorithm 1 of the paper in plain NumPy: dense, slow, and meant to be read beside it.
+"""Algorithm 1 of the paper in plain NumPy: dense, slow, and meant to be read along with the paper.
 
-This is the oracle that every backend is tested against. It shares no code with the library: the
-sets are masks of the tensor's shape, found by sorting, and the moments are dense arrays.
+Every backend is tested against it. It shares no code with the library: the sets are masks of the
+tensor's shape, found by sorting, and the moments are dense arrays.
 
 Examples
 --------
@@ -43,21 +43,21 @@ def tie_words(size: int, seed: int, name: str) -> Vector:
 
 
 def unit_scores(theta: Vector, block: tuple[int, int], score: str = "sum") -> Vector:
-    """What blocks of the tensor as a matrix are ranked by: the sum or maximum of magnitudes."""
+    """Scores of the blocks of a tensor as a matrix: the sum or maximum of their magnitudes."""
     (rows, columns), combine = block, {"sum": np.add, "max": np.maximum}[score]
     matrix = np.abs(theta).reshape(len(theta), -1)
     if matrix.dtype == np.float16:
         matrix = matrix.astype(np.float32)
 
-    def pairwise(parts: list[Vector]) -> Vector:  # ((0 + 1) + (2 + 3)) + 4: every library's order
-        while len(parts) > 1:
-            odd = parts[len(parts) // 2 * 2 :]
-            pairs = zip(parts[::2], parts[1::2], strict=False)
-            parts = [combine(first, second) for first, second in pairs] + odd
-        return parts[0]
+    def reduce(terms: list[Vector]) -> Vector:  # in the order ((0 + 1) + (2 + 3)) + 4
+        while len(terms) > 1:
+            unpaired = terms[len(terms) // 2 * 2 :]
+            pairs = zip(terms[::2], terms[1::2], strict=False)
+            terms = [combine(first, second) for first, second in pairs] + unpaired
+        return terms[0]
 
-    matrix = pairwise([matrix[row::rows] for row in range(rows)])
-    return pairwise([matrix[:, column::columns] for column in range(columns)])
+    matrix = reduce([matrix[row::rows] for row in range(rows)])
+    return reduce([matrix[:, column::columns] for column in range(columns)])
 
 
 def top_k(
@@ -69,7 +69,7 @@ def top_k(
     seed: int = 0,
     name: str = "",
 ) -> Vector:
-    """Mask of the units of the largest magnitudes; equal ones rank by hash."""
+    """Mask of the units with the largest magnitudes; ties are broken by hash."""
     scores = np.abs(theta) if block is None else unit_scores(theta, block, block_score)
     n = scores.size
     k = max(1, n - math.floor(Decimal(str(sparsity)) * n)) if n else 0
@@ -77,22 +77,22 @@ def top_k(
     order = np.lexsort((-words, -scores.ravel()))
     mask = np.zeros(n, dtype=bool)
     mask[order[:k]] = True
-    if block is not None:  # each unit as many times as it has weights
+    if block is not None:  # repeat the flag of each unit for its weights
         mask = np.kron(mask.reshape(scores.shape), np.ones(block, dtype=bool))
     return mask.reshape(theta.shape)
 
 
 class Rule(Protocol):
-    """An optimizer: the change of theta, with moments that `moments` names."""
+    """An optimizer that changes theta and keeps moments by name."""
 
     moments: dict[str, Vector]
 
     def change(self, theta: Vector, gradient: Vector) -> Vector:
-        """What to add to theta, given the gradient on B and zeros elsewhere."""
+        """The change of theta, given a gradient that is zero outside B."""
         ...
 
     def maturity(self, steps: Any) -> Any:
-        """What a change of Adam is divided by after some steps, 1 for rules that count none."""
+        """Size of Adam's bias correction after `steps` steps; 1 for rules without one."""
         ...
 
 
@@ -115,7 +115,7 @@ class TopKAST:
         name: str = "",
     ) -> None:
         self.theta, self.rule, self.updates = theta.copy(), rule, 0
-        self.age = np.zeros(theta.shape, dtype=int)  # updates since an entry entered B
+        self.age = np.zeros(theta.shape, dtype=int)  # updates since each entry entered B
         self.fwd, self.bwd, self.refresh_every = fwd, bwd, refresh_every
         self.penalty, self.penalty_kind = penalty, penalty_kind
         self.rule.moments = {name: np.zeros_like(theta) for name in rule.moments}
@@ -140,11 +140,11 @@ class TopKAST:
 
     @property
     def alpha(self) -> Vector:
-        """What the model computes with, ``output = model(fwd_params, input)``."""
+        """The weights of the forward pass, ``output = model(fwd_params, input)``."""
         return np.where(self.forward, self.theta, 0)
 
     def step(self, gradient: Vector) -> None:
-        """One update from the gradient of the loss at alpha, dense."""
+        """Take one update from the dense gradient of the loss at alpha."""
         # loss += l2(fwd_params) + l2(just_bwd_set) / (X / 100): X is the density in per cent
         density = 1 - self.fwd
         weight = np.where(self.forward, 1, np.where(self.backward, 1 / density, 0))
@@ -153,7 +153,7 @@ class TopKAST:
         # bwd_params = bwd_params - grad(loss, bwd_params)
         change = self.rule.change(self.theta, np.where(self.backward, gradient, 0))
         self.updates, self.age = self.updates + 1, self.age + 1
-        # An entry that entered late moves as Adam moves a new parameter, by its own step count.
+        # An entry that entered late moves like a new parameter under Adam, by its own step count.
         change = change * self.rule.maturity(self.age) / self.rule.maturity(self.updates)
         change = change.astype(self.theta.dtype)
         self.theta = np.where(self.backward, self.theta + change, self.theta)

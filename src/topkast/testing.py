@@ -1,7 +1,7 @@
-"""Hypothesis strategies and assertions for the invariants of sparse masks: test your own with them.
+"""Hypothesis strategies and assertions for the invariants of sparse masks, yours included.
 
-Arrays of any library are taken, and masks from anywhere: a mask is a boolean array of the shape
-of its tensor. Needs ``pip install 'topkast[testing]'`` for the strategies.
+Arrays may belong to any library. A mask is a boolean array of its tensor's shape, from any source.
+The strategies need ``pip install 'topkast[testing]'``.
 
 Examples
 --------
@@ -63,24 +63,24 @@ def _need_hypothesis() -> None:
 
 
 def sparsities() -> SearchStrategy[tuple[float, float]]:
-    """Pairs (fwd, bwd) with ``0 <= bwd <= fwd < 1``, the limits among them."""
+    """Draw pairs (fwd, bwd) with ``0 <= bwd <= fwd < 1``, including the limits."""
     _need_hypothesis()
     from hypothesis import strategies as st
 
     typical = st.sampled_from([0.0, 0.1, 0.5, 0.8, 0.9, 0.95, 0.98, 0.999])
-    one = typical | st.floats(0, 1, exclude_max=True, width=32)
-    return st.tuples(one, one).map(lambda pair: (max(pair), min(pair)))
+    sparsity = typical | st.floats(0, 1, exclude_max=True, width=32)
+    return st.tuples(sparsity, sparsity).map(lambda pair: (max(pair), min(pair)))
 
 
 def weights(
     *, min_size: int = 0, max_size: int = 60, dtype: Any = np.float32
 ) -> SearchStrategy[HostArray]:
-    """Tensors of one or two dimensions, with ties, zeros of both signs, subnormals, huge ratios.
+    """Draw tensors of 1 or 2 dimensions, with ties, signed zeros, subnormals and huge ratios.
 
     Parameters
     ----------
     min_size, max_size
-        Of the tensor, in entries.
+        Limits of the number of entries.
     dtype
         ``float32`` or ``float64``.
     """
@@ -89,13 +89,15 @@ def weights(
     from hypothesis.extra import numpy as stnp
 
     info = np.finfo(dtype)
-    few = [0.0, -0.0, 0.5, -0.5, 1.0, -1.0, float(info.smallest_subnormal), float(info.tiny) / 2]
+    tied = [0.0, -0.0, 0.5, -0.5, 1.0, -1.0, float(info.smallest_subnormal), float(info.tiny) / 2]
     wide = st.floats(-1e6, 1e6, width=info.bits)  # type: ignore[arg-type]
-    entry = st.sampled_from([*few, float(info.max), -1e-30]) | wide
-    side = st.integers(0, max_size)
-    shape = st.one_of(st.tuples(side), st.tuples(st.integers(0, 8), st.integers(0, max_size // 8)))
-    kept = shape.filter(lambda dims: min_size <= int(np.prod(dims)) <= max_size)
-    return kept.flatmap(lambda dims: stnp.arrays(dtype, dims, elements=entry))
+    entries = st.sampled_from([*tied, float(info.max), -1e-30]) | wide
+    vectors = st.tuples(st.integers(0, max_size))
+    matrices = st.tuples(st.integers(0, 8), st.integers(0, max_size // 8))
+    shapes = st.one_of(vectors, matrices).filter(
+        lambda shape: min_size <= int(np.prod(shape)) <= max_size
+    )
+    return shapes.flatmap(lambda shape: stnp.arrays(dtype, shape, elements=entries))
 
 
 def assert_masks(
@@ -109,12 +111,12 @@ def assert_masks(
     seed: int = 0,
     name: str = "",
 ) -> None:
-    """All that holds for A and B chosen by magnitude: counts, nesting, order, ties.
+    """Assert all laws of A and B chosen by magnitude: counts, nesting, order and ties.
 
     Parameters
     ----------
     theta
-        The weights that they were chosen from.
+        The weights from which the masks were chosen.
     masks
         Boolean arrays of the shape of `theta`.
     fwd, bwd
@@ -125,7 +127,7 @@ def assert_masks(
     Raises
     ------
     AssertionError
-        Naming the law that is broken.
+        If a law is broken; the message names it.
     OptionError
         If `block` does not divide the matrix.
 
@@ -146,23 +148,23 @@ def assert_masks(
 
 
 def assert_counts(masks: Masks, *, fwd: float, bwd: float, block: Block = None) -> None:
-    """``|A| = max(1, n - floor(fwd * n))``, and likewise ``|B|``, exactly.
+    """Assert that ``|A| = max(1, n - floor(fwd * n))``, and likewise ``|B|``, exactly.
 
-    With `block` n is the number of blocks of the tensor as a matrix (first axis × all others), and
-    A and B must consist of whole ones.
+    With `block`, n is the number of blocks of the tensor as a matrix (first axis × all others), and
+    A and B must consist of whole blocks.
     """
     for name, mask, sparsity in zip("AB", masks, (fwd, bwd), strict=True):
         flags = _unit_flags(mask, block, name)
-        found, size = int(flags.sum()), flags.size
+        count, size = int(flags.sum()), flags.size
         expected = kept_count(size, 1 - exact_fraction(sparsity))
-        of_what = "entries" if block is None else "blocks"
-        assert found == expected, (
-            f"|{name}| is {found}, expected {expected} of {size} {of_what} at sparsity {sparsity}"
+        units = "entries" if block is None else "blocks"
+        assert count == expected, (
+            f"|{name}| is {count}, expected {expected} of {size} {units} at sparsity {sparsity}"
         )
 
 
 def assert_nested(masks: Masks) -> None:
-    """A is a subset of B."""
+    """Assert that A is a subset of B."""
     outside = to_numpy(masks.forward) & ~to_numpy(masks.backward)
     assert not outside.any(), f"A has {int(outside.sum())} entries outside B"
 
@@ -170,11 +172,13 @@ def assert_nested(masks: Masks) -> None:
 def assert_magnitude_order(
     theta: Array, mask: Array, *, block: Block = None, block_score: BlockScore = "sum"
 ) -> None:
-    """No dropped magnitude exceeds a kept one; with `block`, no score of a block does."""
-    magnitudes, kept = _ranked(theta, block, block_score), _unit_flags(mask, block)
+    """Assert that no dropped magnitude, or score of a block, exceeds a kept one."""
+    scores, kept = _unit_scores(theta, block, block_score), _unit_flags(mask, block)
     if kept.any() and not kept.all():
-        least, largest = magnitudes[kept].min(), magnitudes[~kept].max()
-        assert least >= largest, f"kept a magnitude of {least} and dropped one of {largest}"
+        smallest_kept, largest_dropped = scores[kept].min(), scores[~kept].max()
+        assert smallest_kept >= largest_dropped, (
+            f"kept a magnitude of {smallest_kept} and dropped one of {largest_dropped}"
+        )
 
 
 def assert_tie_order(
@@ -186,33 +190,33 @@ def assert_tie_order(
     seed: int = 0,
     name: str = "",
 ) -> None:
-    """Among equal magnitudes those with the largest hash of (seed, name, flat index) are kept.
+    """Assert that ties are broken by the hash of (seed, name, flat index), the largest kept first.
 
-    `block`, `block_score` and `seed` are those of :func:`topkast.wrap_optimizer` and `name` that of
-    the tensor, or what :func:`topkast.select` was given. With `block`, scores and numbers of blocks
-    stand in the place of magnitudes and indices.
+    `block`, `block_score` and `seed` are the options of :func:`topkast.wrap_optimizer`, and `name`
+    is the tensor's; or all are the arguments of :func:`topkast.select`. With `block`, scores and
+    block numbers replace magnitudes and indices.
     """
-    magnitudes, kept = _ranked(theta, block, block_score), _unit_flags(mask, block)
+    scores, kept = _unit_scores(theta, block, block_score), _unit_flags(mask, block)
     if kept.any():
-        ties = np.flatnonzero(magnitudes == magnitudes[kept].min())
-        ranked = kept[ties[np.argsort(-ranks(ties, make_key(seed, name, "ties")))]]
-        assert not np.any(ranked[1:] & ~ranked[:-1]), (
-            "kept a tie and dropped one of a larger hash; are `seed` and `name` those that the "
-            "mask was chosen with?"
+        ties = np.flatnonzero(scores == scores[kept].min())
+        by_rank = kept[ties[np.argsort(-ranks(ties, make_key(seed, name, "ties")))]]
+        assert not np.any(by_rank[1:] & ~by_rank[:-1]), (
+            "kept a tie and dropped one with a larger hash: pass the `seed` and `name` with which "
+            "the mask was chosen"
         )
 
 
 def assert_forward_view(theta: Array, alpha: Array, forward: Array) -> None:
-    """α is θ on A, with the same bits, and +0 elsewhere."""
-    full, view, mask = to_numpy(theta), to_numpy(alpha), to_numpy(forward)
-    assert view.dtype == full.dtype, f"the view is {view.dtype}, the weights are {full.dtype}"
-    assert _bits(view[mask]) == _bits(full[mask]), "the view differs from the weights on A"
-    zeros = np.zeros_like(full[~mask])
+    """Assert that α is θ on A, with the same bits, and +0 elsewhere."""
+    dense, view, mask = to_numpy(theta), to_numpy(alpha), to_numpy(forward)
+    assert view.dtype == dense.dtype, f"the view is {view.dtype}, the weights are {dense.dtype}"
+    assert _bits(view[mask]) == _bits(dense[mask]), "the view differs from the weights on A"
+    zeros = np.zeros_like(dense[~mask])
     assert _bits(view[~mask]) == _bits(zeros), "the view is not +0 outside A"
 
 
 def assert_reservoir_unchanged(before: Array, after: Array, backward: Array) -> None:
-    """Outside B, θ has the same bits before and after."""
+    """Assert that θ has the same bits before and after, outside B."""
     outside = ~to_numpy(backward)
     first, second = to_numpy(before)[outside], to_numpy(after)[outside]
     assert _bits(first) == _bits(second), (
@@ -223,31 +227,31 @@ def assert_reservoir_unchanged(before: Array, after: Array, backward: Array) -> 
 def assert_survivors_unchanged(
     before: Array, after: Array, old: Support, new: Support, *, fresh: Array | float = 0.0
 ) -> None:
-    """Entries of indices that stay in B keep their bits; those that enter are `fresh`.
+    """Assert that entries that stay in B keep their bits, and that entries that enter are `fresh`.
 
     `fresh` is a number, or an array like `after`.
     """
     first, second = to_numpy(before).ravel(), to_numpy(after).ravel()
-    indices_old, indices_new = to_numpy(old.entries), to_numpy(new.entries)
-    _, stay_old, stay_new = np.intersect1d(indices_old, indices_new, return_indices=True)
-    assert _bits(second[stay_new]) == _bits(first[stay_old]), "an entry changed while it was in B"
+    old_entries, new_entries = to_numpy(old.entries), to_numpy(new.entries)
+    _, in_old, in_new = np.intersect1d(old_entries, new_entries, return_indices=True)
+    assert _bits(second[in_new]) == _bits(first[in_old]), "an entry changed while it was in B"
     entered = np.ones(second.size, dtype=bool)
-    entered[stay_new] = False
-    start = fresh if isinstance(fresh, (int, float)) else to_numpy(fresh).ravel()
-    expected = np.broadcast_to(start, second.shape).astype(second.dtype)[entered]
+    entered[in_new] = False
+    initial = fresh if isinstance(fresh, (int, float)) else to_numpy(fresh).ravel()
+    expected = np.broadcast_to(initial, second.shape).astype(second.dtype)[entered]
     assert _bits(second[entered]) == _bits(expected), f"an entry did not enter B as {fresh}"
 
 
 def assert_same_support(first: Support, second: Support) -> None:
-    """Both have the same A and B, in the same units; their libraries may differ."""
+    """Assert equal sets A and B in the same units; the libraries may differ."""
     assert first.blocks == second.blocks, f"the units are {first.blocks} and {second.blocks}"
     pairs = {"A": (first.active, second.active), "B∖A": (first.exploring, second.exploring)}
     for name, (left, right) in pairs.items():
         assert np.array_equal(to_numpy(left), to_numpy(right)), f"{name} differs"
 
 
-def _ranked(theta: Array, block: Block, block_score: BlockScore) -> HostArray:
-    """What the units of a tensor are ranked by (n,)."""
+def _unit_scores(theta: Array, block: Block, block_score: BlockScore) -> HostArray:
+    """Magnitudes of weights or scores of blocks (n,), by which units rank."""
     host = to_numpy(theta)
     blocks = blocks_of("theta", host.shape, block)
     flat = host.ravel()
@@ -255,29 +259,29 @@ def _ranked(theta: Array, block: Block, block_score: BlockScore) -> HostArray:
 
 
 def _unit_flags(mask: Array, block: Block, name: str = "the mask") -> HostArray:
-    """Which units of a tensor are in a mask (n,)."""
+    """Flags (n,) of the units of a tensor that are in a mask."""
     host = to_numpy(mask)
     blocks = blocks_of("mask", host.shape, block)
     if blocks is None:
         return host.ravel()
     units = np.arange(blocks.count)
     kept = host.ravel()[blocks.entries(units)].reshape(blocks.count, blocks.size)
-    broken = int((kept.any(axis=1) & ~kept.all(axis=1)).sum())
-    assert not broken, f"{name} has parts of {broken} blocks of {blocks.rows} × {blocks.columns}"
+    partial = int((kept.any(axis=1) & ~kept.all(axis=1)).sum())
+    assert not partial, f"{name} has parts of {partial} blocks of {blocks.rows} × {blocks.columns}"
     return np.asarray(kept.all(axis=1))
 
 
 def to_numpy(array: Array) -> HostArray:
-    """An array of any library as a NumPy array."""
+    """Convert an array of any library to NumPy."""
     if is_cupy_array(array):
         return np.asarray(array.get())
     if hasattr(array, "detach"):  # PyTorch
         array = array.detach().cpu().resolve_conj()
-        if str(array.dtype) == "torch.bfloat16":  # which NumPy lacks, and float32 holds exactly
+        if str(array.dtype) == "torch.bfloat16":  # NumPy lacks it; float32 holds it exactly
             array = array.float()
     try:
         return np.asarray(array)
-    except TypeError:  # a library that allows the exchange protocol of the standard alone
+    except TypeError:  # the library supports only the standard's exchange protocol
         return np.from_dlpack(array)
 
 

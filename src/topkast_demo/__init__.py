@@ -1,5 +1,5 @@
-"""What ``python -m topkast demo`` runs; never imported by ``import topkast``."""
+"""The demo that ``python -m topkast demo`` runs; ``import topkast`` never imports it."""
 
 
 class DemoError(Exception):
-    """A mistake of the user, told in one line."""
+    """A user error, described in one line."""

@@ -14,14 +14,14 @@ from topkast_demo.settings import EXECUTIONS, FRAMEWORKS, OPTIMIZERS, STEPS, Set
 
 _DESCRIPTION = """\
 Train one network three ways, for the same steps on the same batches: dense; sparse on a fixed
-random mask; and sparse with Top-KAST, which looks for a good mask while it trains. Prints a table
-and writes plots and JSON to a folder. The last layer stays dense, and so do embeddings.
+random mask; and sparse with Top-KAST, which searches for a good mask while it trains. Prints a
+table and writes plots and JSON to a folder. The last layer and embeddings stay dense.
 """
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
+        self.exit(2, f"{self.prog}: error: {message}\n")  # argparse would print the usage first
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,15 +62,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         choices=FRAMEWORKS,
         default="torch",
         help="torch: PyTorch; jax: JAX with optax, which trains the same networks on the same "
-        "batches, and needs pip install 'topkast[demo,jax]' (default: torch)",
+        "batches and needs pip install 'topkast[demo,jax]' (default: torch)",
     )
     add(
         "--execution",
         choices=EXECUTIONS,
         default="masked",
-        help="masked: the sparse runs multiply by dense tensors with zeros; sparse: by the weights "
-        "that are not zero alone, which pays for large layers; faster with pip install "
-        "'topkast[cpu]' (default: masked)",
+        help="masked: the sparse runs multiply by dense tensors with zeros; sparse: they multiply "
+        "by the nonzero weights only, which pays off for large layers and is faster with pip "
+        "install 'topkast[cpu]' (default: masked)",
     )
     add(
         "--task",
@@ -83,32 +83,33 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         metavar="PATH",
-        help="train on this instead: a gzipped IDX file of images such as MNIST's, whose name "
-        "contains 'images-idx3' and whose labels lie beside it under 'labels-idx1'; or a text file",
+        help="train on this file instead: a text file, or a gzipped IDX file of images such as "
+        "MNIST's, whose name contains 'images-idx3'; the labels are read from the file with "
+        "'labels-idx1' in its place",
     )
     add(
         "--fwd",
         type=float,
         default=0.9,
         metavar="SPARSITY",
-        help="forward sparsity: share of zeros among the weights that the network computes with; "
-        "also that of the random mask (default: 0.9)",
+        help="forward sparsity: share of zeros among the weights of the forward pass, and of the "
+        "random mask (default: 0.9)",
     )
     add(
         "--bwd",
         type=float,
         default=0.8,
         metavar="SPARSITY",
-        help="backward sparsity: share of the weights that get no gradient (default: 0.8)",
+        help="backward sparsity: share of weights that get no gradient (default: 0.8)",
     )
     add(
         "--refresh-every",
         type=int,
         default=Settings.refresh_every,
         metavar="UPDATES",
-        help="choose both sets of weights anew every so many updates (default: %(default)s, which "
-        "costs next to nothing). 1 is the paper's main setting, slower and often better in a run "
-        "as short as this",
+        help="number of updates between two selections of A and B (default: %(default)s, which "
+        "costs next to nothing). 1 is the paper's main setting; it is slower and often better in a "
+        "run as short as this",
     )
     add(
         "--penalty",
@@ -133,15 +134,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--lr",
         type=float,
         metavar="NUMBER",
-        help="highest learning rate, after a warm-up and before a decay to zero (default: one that "
-        "fits optimizer and task)",
+        help="peak learning rate, between a warm-up and a decay to zero (default: depends on "
+        "optimizer and task)",
     )
     add(
         "--seed",
         type=int,
         default=0,
         metavar="NUMBER",
-        help="of weights, batches and the random mask (default: 0)",
+        help="seed of weights, batches and the random mask (default: 0)",
     )
     add(
         "--report",
@@ -168,7 +169,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         lr=lr if arguments.lr is None else arguments.lr,
         seed=arguments.seed,
     )
-    try:  # imported here, so that --help and mistakes need no framework, and take no time
+    try:  # imported here, so that --help and argument errors are fast and need no framework
         from topkast_demo.compare import compare
 
         compare(settings, arguments.report)

@@ -1,4 +1,4 @@
-"""The comparison from beginning to end: three runs, a table, a folder of plots."""
+"""The whole comparison: three runs, a table, a folder of plots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from topkast_demo.trainers import find_trainer
 
 
 def compare(settings: Settings, folder: Path) -> None:
-    """Train in all three ways, print how they compare and write the report to `folder`."""
+    """Train with all three methods, print the table and write the report to `folder`."""
     trainer = find_trainer(settings.framework)
     task = load_task(settings)
     try:

@@ -1,4 +1,4 @@
-"""Real data without a download: what scikit-learn and Python ship, or files of the user."""
+"""Real data without a download: bundled with scikit-learn and Python, or in the user's files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from topkast_demo import DemoError
 
 @dataclass(frozen=True)
 class Images:
-    """Images as rows of pixels in [0, 1], with the number of the class that each shows."""
+    """Images as rows of pixels in [0, 1], with the class number of each."""
 
     source: str
     classes: int
@@ -29,25 +29,25 @@ class Images:
 
 @dataclass(frozen=True)
 class Text:
-    """Text as numbers of its characters, counted in their order in Unicode."""
+    """Text as a sequence of character numbers, in the order of Unicode."""
 
     source: str
-    characters: int  # that differ
+    characters: int  # number of distinct characters
     train: NDArray[np.int64]
     valid: NDArray[np.int64]
 
 
 def load_images(path: Path | None = None) -> Images:
-    """scikit-learn's digits, or an IDX file and its labels; the last 20 % are for testing."""
+    """Load scikit-learn's digits, or an IDX file and its labels; the last 20 % are for testing."""
     if path is None:
         from sklearn.datasets import load_digits
 
         digits: Any = load_digits()
         source = "scikit-learn's digits"
-        pixels, labels, white = digits.data, digits.target, 16
+        pixels, labels, max_value = digits.data, digits.target, 16
     else:
         source = path.name
-        pixels, white = read_idx(path), 255
+        pixels, max_value = read_idx(path), 255
         labels = read_idx(_labels_path(path))
         if pixels.ndim < 2 or labels.shape != pixels.shape[:1]:
             raise DemoError(
@@ -55,25 +55,25 @@ def load_images(path: Path | None = None) -> Images:
                 f"{pixels.shape} and labels of shape {labels.shape}"
             )
     count = len(pixels)
-    train = count * 4 // 5
-    if train == 0:
+    train_size = count * 4 // 5
+    if train_size == 0:
         raise DemoError(f"{source}: {count} images are too few to train and test on")
-    scaled = pixels.reshape(count, -1).astype(np.float32) / np.float32(white)
-    numbers = labels.astype(np.int64)
+    scaled = pixels.reshape(count, -1).astype(np.float32) / np.float32(max_value)
+    classes = labels.astype(np.int64)
     return Images(
         source,
-        int(numbers.max()) + 1,
-        scaled[:train],
-        numbers[:train],
-        scaled[train:],
-        numbers[train:],
+        int(classes.max()) + 1,
+        scaled[:train_size],
+        classes[:train_size],
+        scaled[train_size:],
+        classes[train_size:],
     )
 
 
-def load_text(path: Path | None = None, *, least: int = 1) -> Text:
-    """The language reference inside Python, or a text file; the last 10 % for validation.
+def load_text(path: Path | None = None, *, min_valid_size: int = 1) -> Text:
+    """Load Python's language reference, or a text file; the last 10 % are for validation.
 
-    `least` is the number of characters that the shorter part must have.
+    `min_valid_size` is the minimum number of characters for validation.
     """
     if path is None:
         from pydoc_data.topics import topics
@@ -88,20 +88,20 @@ def load_text(path: Path | None = None, *, least: int = 1) -> Text:
             raise DemoError(f"{path} is not text in UTF-8: {error.reason}") from None
         except OSError as error:
             raise DemoError(f"{path} cannot be read: {error.strerror}") from None
-    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    alphabet, numbers = np.unique(points, return_inverse=True)
-    train = len(numbers) * 9 // 10
-    if len(numbers) - train < least:
+    code_points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    alphabet, numbers = np.unique(code_points, return_inverse=True)
+    train_size = len(numbers) * 9 // 10
+    if len(numbers) - train_size < min_valid_size:
         raise DemoError(
-            f"{source} has {len(numbers):,} characters: at least {10 * least:,} are needed, a "
-            "tenth of them for validation"
+            f"{source} has {len(numbers):,} characters: at least {10 * min_valid_size:,} are "
+            "needed, a tenth of them for validation"
         )
     numbers = numbers.astype(np.int64)
-    return Text(source, len(alphabet), numbers[:train], numbers[train:])
+    return Text(source, len(alphabet), numbers[:train_size], numbers[train_size:])
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """Array of bytes in a gzipped IDX file: 0, 0, 8, the number of dimensions, each, the bytes."""
+    """Read a gzipped IDX file of bytes: 0, 0, 8, number of dimensions, their sizes, the bytes."""
     try:
         content = gzip.decompress(path.read_bytes())
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -110,16 +110,16 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
         raise DemoError(f"{path} cannot be read: {error.strerror}") from None
     if len(content) < 4 or content[:3] != b"\0\0\x08":
         raise DemoError(
-            f"{path} is not an IDX file of bytes: it begins with {content[:4]!r}. For a text add "
-            "--task text"
+            f"{path} is not an IDX file of bytes: it begins with {content[:4]!r}. To train on "
+            "text, add --task text"
         )
     dimensions = content[3]
     header = 4 * (1 + dimensions)
-    shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, header, 4)]
+    shape = [int.from_bytes(content[start : start + 4], "big") for start in range(4, header, 4)]
     if len(content) != header + math.prod(shape):
         raise DemoError(
-            f"{path}: an IDX file of shape {tuple(shape)} has {header + math.prod(shape):,} bytes, "
-            f"got {len(content):,}"
+            f"{path}: an IDX file of shape {tuple(shape)} must have "
+            f"{header + math.prod(shape):,} bytes, got {len(content):,}"
         )
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
 
@@ -127,7 +127,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 def _labels_path(path: Path) -> Path:
     if "images-idx3" not in path.name:
         raise DemoError(
-            f"{path}: the name of an image file must contain 'images-idx3', so that its labels "
-            "are found beside it under 'labels-idx1'"
+            f"{path}: the name of an image file must contain 'images-idx3', because the labels are "
+            "read from the file with 'labels-idx1' in its place"
         )
     return path.with_name(path.name.replace("images-idx3", "labels-idx1"))

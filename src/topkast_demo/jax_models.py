@@ -1,4 +1,4 @@
-"""The two networks as pure functions of pytrees; names and initialisation are those of PyTorch."""
+"""The two networks as pure functions of pytrees, with the names and initialisation of PyTorch."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from topkast_demo.networks import EMBEDDING_SPREAD, MLP, Network, Transformer
+from topkast_demo.networks import EMBEDDING_STD, MLP, Network, Transformer
 
 Params: TypeAlias = dict[str, Any]
 
 
 def initialise(network: Network, key: jax.Array) -> Params:
-    """Random weights: nested dictionaries of arrays, which are (inputs, outputs) in a layer."""
+    """Draw random weights: nested dictionaries of arrays, of shape (inputs, outputs) in a layer."""
     if isinstance(network, MLP):
         return _initialise_mlp(network, key)
     return _initialise_transformer(network, key)
 
 
 def apply(network: Network, params: Params, inputs: jax.Array) -> jax.Array:
-    """Logits (…, classes)."""
+    """Compute logits (…, classes)."""
     if isinstance(network, MLP):
         return _apply_mlp(network, params, inputs)
     return _apply_transformer(network, params, inputs)
@@ -29,7 +29,7 @@ def apply(network: Network, params: Params, inputs: jax.Array) -> jax.Array:
 
 def _initialise_mlp(network: MLP, key: jax.Array) -> Params:
     layers = list(itertools.pairwise(network.widths))
-    names = [*_hidden(network), "head"]
+    names = [*_hidden_names(network), "head"]
     keys = jax.random.split(key, len(layers))
     return {
         name: _uniform_linear(key, *widths)
@@ -39,38 +39,38 @@ def _initialise_mlp(network: MLP, key: jax.Array) -> Params:
 
 def _apply_mlp(network: MLP, params: Params, pixels: jax.Array) -> jax.Array:
     hidden = pixels
-    for name in _hidden(network):
+    for name in _hidden_names(network):
         hidden = jax.nn.relu(_linear(params[name], hidden))
     return _linear(params["head"], hidden)
 
 
-def _hidden(network: MLP) -> list[str]:
-    return [f"hidden{place}" for place in range(len(network.widths) - 2)]
+def _hidden_names(network: MLP) -> list[str]:
+    return [f"hidden{layer}" for layer in range(len(network.widths) - 2)]
 
 
 def _initialise_transformer(network: Transformer, key: jax.Array) -> Params:
     width = network.width
-    embedding, positions, head, *blocks = jax.random.split(key, 3 + network.layers)
+    embedding, positions, head, *layers = jax.random.split(key, 3 + network.layers)
     shapes = {"embedding": (network.characters, width), "positions": (network.context, width)}
     tables = {
-        name: {"weight": EMBEDDING_SPREAD * jax.random.normal(key, shapes[name])}
+        name: {"weight": EMBEDDING_STD * jax.random.normal(key, shapes[name])}
         for name, key in (("embedding", embedding), ("positions", positions))
     }
     return {
         **tables,
-        "blocks": [_initialise_block(network, key) for key in blocks],
+        "blocks": [_initialise_layer(network, key) for key in layers],
         "norm": _initialise_norm(width),
         "head": _uniform_linear(head, width, network.characters),
     }
 
 
-def _initialise_block(network: Transformer, key: jax.Array) -> Params:
+def _initialise_layer(network: Transformer, key: jax.Array) -> Params:
     width = network.width
     keys = jax.random.split(key, 4)
 
     def linear(key: jax.Array, inputs: int, outputs: int, *, residual: bool = False) -> Params:
-        spread = network.spread(inputs, residual=residual)
-        weight = spread * jax.random.normal(key, (inputs, outputs))
+        std = network.initial_std(inputs, residual=residual)
+        weight = std * jax.random.normal(key, (inputs, outputs))
         return {"weight": weight, "bias": jnp.zeros(outputs)}
 
     return {
@@ -84,26 +84,26 @@ def _initialise_block(network: Transformer, key: jax.Array) -> Params:
 
 
 def _apply_transformer(network: Transformer, params: Params, text: jax.Array) -> jax.Array:
-    places = params["positions"]["weight"][: text.shape[1]]
-    hidden = params["embedding"]["weight"][text] + places
-    for block in params["blocks"]:
-        hidden += _attend(network, block, _norm(block["attention_norm"], hidden))
-        fed = _linear(block["feed_in"], _norm(block["feed_norm"], hidden))
-        hidden += _linear(block["feed_out"], jax.nn.gelu(fed, approximate=False))
+    positions = params["positions"]["weight"][: text.shape[1]]
+    hidden = params["embedding"]["weight"][text] + positions
+    for layer in params["blocks"]:
+        hidden += _attend(network, layer, _norm(layer["attention_norm"], hidden))
+        expanded = _linear(layer["feed_in"], _norm(layer["feed_norm"], hidden))
+        hidden += _linear(layer["feed_out"], jax.nn.gelu(expanded, approximate=False))
     return _linear(params["head"], _norm(params["norm"], hidden))
 
 
-def _attend(network: Transformer, block: Params, hidden: jax.Array) -> jax.Array:
+def _attend(network: Transformer, layer: Params, hidden: jax.Array) -> jax.Array:
     batch, time, width = hidden.shape
-    split = (batch, time, 3, network.heads, width // network.heads)
-    parts = _linear(block["attention_in"], hidden).reshape(split)
-    query, key, value = (parts[:, :, place] for place in range(3))
-    mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-    return _linear(block["attention_out"], mixed.reshape(hidden.shape))
+    by_head = (batch, time, 3, network.heads, width // network.heads)
+    projected = _linear(layer["attention_in"], hidden).reshape(by_head)
+    query, key, value = (projected[:, :, index] for index in range(3))
+    attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+    return _linear(layer["attention_out"], attended.reshape(hidden.shape))
 
 
 def _uniform_linear(key: jax.Array, inputs: int, outputs: int) -> Params:
-    """As ``torch.nn.Linear`` is at first."""
+    """Initialise a linear layer like ``torch.nn.Linear``."""
     bound = inputs**-0.5
     weight, bias = jax.random.split(key)
     return {

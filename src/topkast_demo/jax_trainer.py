@@ -21,7 +21,7 @@ from topkast_demo.networks import Network
 from topkast_demo.settings import Settings
 from topkast_demo.trainer import Batch, Trainer
 
-# With the constants of torch.optim, whose Adagrad has its eps outside the root.
+# With the constants of torch.optim, which adds Adagrad's eps outside the root.
 OPTIMIZERS: dict[str, Any] = {
     "adamw": partial(optax.adamw, weight_decay=1e-2),
     "adam": optax.adam,
@@ -39,7 +39,7 @@ class JaxTrainer(Trainer):
 
     @classmethod
     def limit_threads(cls, count: int | None) -> AbstractContextManager[int | None]:
-        return nullcontext()  # XLA reads its flags once, before the first computation
+        return nullcontext()  # XLA reads its flags only before the first computation
 
     def __init__(
         self, network: Network, method: str, settings: Settings, *, dense: tuple[str, ...]
@@ -50,15 +50,16 @@ class JaxTrainer(Trainer):
             self._params = tree_map_with_path(
                 lambda path, leaf: leaf * masks.get(_name(path), 1), self._params
             )
-        rates = jnp.asarray([settings.lr * settings.schedule(at) for at in range(settings.steps)])
+        schedule = map(settings.schedule, range(settings.steps))
+        rates = jnp.asarray([settings.lr * factor for factor in schedule])
         tx = OPTIMIZERS[settings.optimizer](lambda count: rates[count])
         options = wrapper_options(method, settings, dense)
         self._is_wrapped = options is not None
-        move: Callable[..., tuple[Any, Any]] = partial(_move, tx)
-        view: Callable[[Any, Any], Any] = _all
+        apply_gradients: Callable[..., tuple[Any, Any]] = partial(_apply_gradients, tx)
+        view: Callable[[Any, Any], Any] = _get_params
         if options is not None:
             tx = topkast.wrap_optimizer(tx, **options)
-            move, view = tx.step, topkast.forward_params
+            apply_gradients, view = tx.step, topkast.forward_params
         self._state = tx.init(self._params)
 
         def loss(alpha: Any, batch: Any) -> jax.Array:
@@ -68,8 +69,8 @@ class JaxTrainer(Trainer):
             return losses.mean()
 
         def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
-            found, grads = jax.value_and_grad(loss)(view(params, state), batch)
-            return *move(grads, state, params), found
+            value, grads = jax.value_and_grad(loss)(view(params, state), batch)
+            return *apply_gradients(grads, state, params), value
 
         self._step = jax.jit(step, donate_argnums=(0, 1))
         self._loss = jax.jit(lambda params, state, batch: loss(view(params, state), batch))
@@ -78,9 +79,9 @@ class JaxTrainer(Trainer):
         )
 
     def step(self, batch: Batch) -> float:
-        self._params, self._state, found = self._step(self._params, self._state, batch)
+        self._params, self._state, loss = self._step(self._params, self._state, batch)
         jax.block_until_ready(self._params)
-        return float(found)
+        return float(loss)
 
     def loss(self, batch: Batch) -> float:
         return float(self._loss(self._params, self._state, batch))
@@ -94,7 +95,7 @@ class JaxTrainer(Trainer):
     def masks(self) -> dict[str, topkast.Masks]:
         if not self._is_wrapped:
             return {}
-        # As NumPy arrays, since JAX takes long over each of many small operations.
+        # In NumPy, because many small operations are slow in JAX.
         supports = jax.device_get(self._state.supports)
         return topkast.masks(
             self._state._replace(core=self._state.core._replace(supports=supports)), self._params
@@ -111,13 +112,15 @@ class JaxTrainer(Trainer):
         return 2 * weights + self.state_bytes()
 
 
-def _move(tx: optax.GradientTransformation, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-    """What ``step`` of a wrapped transformation does, for any."""
+def _apply_gradients(
+    tx: optax.GradientTransformation, grads: Any, state: Any, params: Any
+) -> tuple[Any, Any]:
+    """The ``step`` of a wrapped transformation, for any transformation."""
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
 
-def _all(params: Any, _: Any) -> Any:
+def _get_params(params: Any, _: Any) -> Any:
     return params
 
 

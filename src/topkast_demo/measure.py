@@ -1,4 +1,4 @@
-"""Sizes and bytes of a network in training, counted on its tensors."""
+"""Sizes and bytes of a network in training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from topkast_demo.trainer import Trainer
 
 @dataclass(frozen=True)
 class Size:
-    """Number of weights of a tensor, and how many of them are in A and in B."""
+    """Numbers of weights of a tensor, of its set A and of its set B."""
 
     weights: int
     forward: int
@@ -23,18 +23,18 @@ class Size:
 class Memory:
     """Bytes over all tensors of a network."""
 
-    gradient: int  # that the optimizer is given
-    state: int  # that it keeps
-    total: int  # with weights, whole gradients, and what it holds besides
+    gradient: int  # gradients that the optimizer gets
+    state: int  # the inner optimizer's state
+    total: int  # weights, whole gradients and everything that the optimizer holds
 
 
 def measure_sizes(trainer: Trainer, dense: tuple[str, ...]) -> dict[str, Size]:
-    """Sizes of the tensors that are not kept dense, whether the method makes them sparse or not."""
+    """Measure the tensors that sparse runs make sparse, also in a dense run."""
     params, masks = trainer.params(), trainer.masks()
-    kept = kept_dense(params, dense)
+    dense_names = kept_dense(params, dense)
     sizes = {}
     for name, param in params.items():
-        if name not in kept:
+        if name not in dense_names:
             weights = math.prod(param.shape)
             sizes[name] = Size(weights, weights, weights)
             if name in masks:
@@ -43,7 +43,7 @@ def measure_sizes(trainer: Trainer, dense: tuple[str, ...]) -> dict[str, Size]:
 
 
 def measure_memory(trainer: Trainer) -> Memory:
-    """Bytes of gradient and state after a step; of a sparse tensor those on B."""
+    """Measure bytes of gradients and state after a step; a sparse tensor's gradient is on B."""
     masks = trainer.masks()
     gradient = 0
     for name, param in trainer.params().items():

@@ -1,4 +1,4 @@
-"""The three ways to train that the demo compares, whatever the framework."""
+"""The three training methods that the demo compares, in any framework."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ LABELS = {"dense": "dense", "static": "static random", "topkast": "Top-KAST"}
 def wrapper_options(
     method: str, settings: Settings, dense: tuple[str, ...]
 ) -> dict[str, Any] | None:
-    """Options of :func:`topkast.wrap_optimizer` for a method; None: it is not to be wrapped.
+    """Options of :func:`topkast.wrap_optimizer` for a method; None: the optimizer is not wrapped.
 
-    Without exploration and refreshes Top-KAST trains the weights that are the largest at the
-    start and no others: the random ones that are not zero.
+    The static method is Top-KAST without exploration and refreshes. It trains only the largest
+    initial weights, which are the nonzero ones of the random mask.
     """
     if method == "dense":
         return None
-    static = method == "static"
+    is_static = method == "static"
     return {
         "fwd": settings.fwd,
-        "bwd": settings.fwd if static else settings.bwd,
-        "refresh_every": settings.steps + 1 if static else settings.refresh_every,
-        "penalty": 0.0 if static else settings.penalty,
+        "bwd": settings.fwd if is_static else settings.bwd,
+        "refresh_every": settings.steps + 1 if is_static else settings.refresh_every,
+        "penalty": 0.0 if is_static else settings.penalty,
         "dense": dense,
         "seed": settings.seed,
     }
@@ -40,19 +40,19 @@ def wrapper_options(
 def draw_static_masks(
     params: Mapping[str, Any], settings: Settings, dense: tuple[str, ...]
 ) -> dict[str, NDArray[np.float32]]:
-    """A random |A| of each tensor that is to be sparse: 1 for what is kept of it, 0 elsewhere.
+    """Draw a random mask of |A| entries for each sparse tensor: 1 if kept, 0 elsewhere.
 
-    torch draws for all frameworks.
+    torch draws the masks for all frameworks.
     """
     generator = torch.Generator().manual_seed(settings.seed)
-    kept = kept_dense(params, dense)
+    dense_names = kept_dense(params, dense)
     masks = {}
     for name, param in params.items():
-        if name not in kept:
+        if name not in dense_names:
             shape = tuple(param.shape)
-            draws = torch.rand(shape, generator=generator, dtype=torch.float64).numpy()
-            chosen = topkast.select(draws, fwd=settings.fwd, bwd=settings.fwd)
-            mask = np.zeros(draws.size, dtype=np.float32)
-            mask[chosen.indices] = 1
+            scores = torch.rand(shape, generator=generator, dtype=torch.float64).numpy()
+            support = topkast.select(scores, fwd=settings.fwd, bwd=settings.fwd)
+            mask = np.zeros(scores.size, dtype=np.float32)
+            mask[support.indices] = 1
             masks[name] = mask.reshape(shape)
     return masks

@@ -1,4 +1,4 @@
-"""The report: a table to print, and plots and JSON in a folder."""
+"""The report: a printed table, and plots and JSON in a folder."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy as np
 
 import topkast
 from topkast._table import format_table
-from topkast_demo.dynamics import Spread
+from topkast_demo.dynamics import Shares
 from topkast_demo.measure import density
-from topkast_demo.plots import plot_curves, plot_spread
+from topkast_demo.plots import plot_curves, plot_shares
 from topkast_demo.settings import FRAMEWORKS, Settings
 from topkast_demo.tasks import Task
 from topkast_demo.train import Run
 
 
 def format_report(task: Task, settings: Settings, runs: list[Run]) -> str:
-    """How the runs compare, and what has to be known to read it."""
+    """Format the table of the runs, and notes on how to read it."""
     head = (
         "",
         task.metric,
@@ -52,20 +52,20 @@ def _cells(task: Task, run: Run) -> tuple[str, ...]:
 
 def _notes(task: Task, settings: Settings, runs: list[Run]) -> list[str]:
     notes = [
-        f"Dense in all runs: {', '.join(task.dense)} and tensors of one dimension. Densities are "
-        "those of the rest, bytes of all tensors; in all are weights, gradients and whatever the "
-        "optimizer holds.",
-        "Sparse layers multiply by A alone and form the gradient on B alone. It pays for layers "
-        "larger than these; the refresh costs the more."
+        f"Dense in all runs: {', '.join(task.dense)} and tensors of one dimension. Densities leave "
+        "them out, bytes count all tensors; bytes in all are those of weights, gradients and "
+        "everything that the optimizer holds.",
+        "Sparse layers multiply by A alone and compute the gradient on B alone. This pays off for "
+        "layers larger than these; in exchange, a refresh takes longer."
         if settings.execution == "sparse"
-        else "This demo runs masked dense kernels and computes the whole gradient: neither time "
-        "per step nor bytes in all are the gain here; see --execution sparse.",
+        else "This demo runs masked dense kernels and computes the whole gradient, so it saves "
+        "neither time per step nor bytes in all; see --execution sparse.",
     ]
     for run in runs:
         if run.refresh_seconds is not None and settings.refresh_every > 1:
             notes.append(
-                f"Every {settings.refresh_every:,} steps {run.label} chooses A and B anew, in a "
-                f"step of {1e3 * run.refresh_seconds:.2f} ms."
+                f"Every {settings.refresh_every:,} steps {run.label} chooses new sets A and B, in "
+                f"a step of {1e3 * run.refresh_seconds:.2f} ms."
             )
     return notes
 
@@ -79,7 +79,7 @@ def write_report(
     versions: dict[str, str],
     threads: int | None,
 ) -> list[Path]:
-    """Write plots and data; returns the files."""
+    """Write plots and data, and return their paths."""
     curves = folder / "learning_curves.png"
     title = (
         f"{task.title} with {FRAMEWORKS[settings.framework]} at forward sparsity {settings.fwd:g}, "
@@ -90,15 +90,15 @@ def write_report(
     for run in runs:
         if run.dynamics:
             change, awakened = folder / "mask_change.png", folder / "reservoir.png"
-            plot_spread(
+            plot_shares(
                 change,
                 run.dynamics.change,
                 title="Mask change from refresh to refresh",
                 label="units of a tensor that entered or left A\n"
-                f"at a refresh, each after {_updates(settings.refresh_every)} (%)",
-                empty=f"no refresh in {_updates(settings.steps)}",
+                f"at a refresh, each after {_format_updates(settings.refresh_every)} (%)",
+                empty=f"no refresh in {_format_updates(settings.steps)}",
             )
-            plot_spread(
+            plot_shares(
                 awakened,
                 run.dynamics.awakened,
                 title="Reservoir units that were ever active",
@@ -122,7 +122,7 @@ def write_report(
     return [*written, data]
 
 
-def _updates(count: int) -> str:
+def _format_updates(count: int) -> str:
     return "1 update" if count == 1 else f"{count:,} updates"
 
 
@@ -159,10 +159,10 @@ def _run_to_dict(run: Run) -> dict[str, Any]:
         "tensors": {name: dataclasses.asdict(size) for name, size in run.sizes.items()},
         "loss": {"step": list(range(1, len(run.losses) + 1)), "nats": run.losses},
         "metric": {"step": run.metric_steps, "value": run.metric_values},
-        "mask_change": _spread_to_dict(run.dynamics.change) if run.dynamics else None,
-        "awakened": _spread_to_dict(run.dynamics.awakened) if run.dynamics else None,
+        "mask_change": _shares_to_dict(run.dynamics.change) if run.dynamics else None,
+        "awakened": _shares_to_dict(run.dynamics.awakened) if run.dynamics else None,
     }
 
 
-def _spread_to_dict(spread: Spread) -> dict[str, Any]:
-    return {"step": spread.step, "mean": spread.mean, "min": spread.least, "max": spread.most}
+def _shares_to_dict(shares: Shares) -> dict[str, Any]:
+    return {"step": shares.step, "mean": shares.mean, "min": shares.min, "max": shares.max}

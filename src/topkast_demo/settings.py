@@ -1,4 +1,4 @@
-"""What a run of the demo can be told, and the defaults that fit about a minute on two cores."""
+"""The settings of the demo; by default it takes about a minute on two cores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from topkast_demo import DemoError
 FRAMEWORKS = {"torch": "PyTorch", "jax": "JAX"}
 EXECUTIONS = ("masked", "sparse")
 
-# Learning rates for each task.
+# Learning rates by optimizer and task.
 OPTIMIZERS = {
     "adamw": {"digits": 2e-3, "text": 4e-3},
     "adam": {"digits": 2e-3, "text": 4e-3},
@@ -23,12 +23,12 @@ OPTIMIZERS = {
 }
 
 STEPS = {"digits": 2000, "text": 800}
-WARM_UP = 0.05  # share of the steps
+WARM_UP = 0.05  # share of the steps in which the learning rate rises
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One comparison: the same for all methods, which differ in what they keep of the weights."""
+    """The settings of one comparison, shared by all methods."""
 
     framework: str = "torch"
     execution: str = "masked"
@@ -41,11 +41,11 @@ class Settings:
     steps: int
     optimizer: str = "adamw"
     lr: float
-    decay: bool = True  # of the learning rate, to zero; after a warm-up
+    decay: bool = True  # whether the learning rate warms up and decays to zero
     seed: int = 0
 
     def __post_init__(self) -> None:
-        Options(  # raises OptionError now and not after the dense run
+        Options(  # raises OptionError before the dense run
             fwd=self.fwd,
             bwd=self.bwd,
             refresh_every=self.refresh_every,
@@ -53,7 +53,9 @@ class Settings:
             seed=self.seed,
         )
         if self.execution == "sparse" and self.framework != "torch":
-            raise DemoError("--execution sparse needs --framework torch: the sparse layers are its")
+            raise DemoError(
+                "--execution sparse needs --framework torch, the only one with sparse layers"
+            )
         if self.steps < 1:
             raise DemoError(f"steps must be at least 1, got {self.steps}")
         if not 0 < self.lr < math.inf:
@@ -62,7 +64,7 @@ class Settings:
             raise DemoError(f"seed must be less than 2**63, got {self.seed}")
 
     def schedule(self, step: int) -> float:
-        """What the learning rate is multiplied with: a warm-up, then a straight line to zero."""
+        """Factor of the learning rate: a warm-up, then a linear decay to zero."""
         if not self.decay:
             return 1.0
         warm_up = max(1, round(WARM_UP * self.steps))
@@ -70,7 +72,7 @@ class Settings:
 
 
 def find_rates(name: str) -> dict[str, float]:
-    """The learning rates of the optimizer of that name, in whatever case."""
+    """Find the learning rates of an optimizer; its name is not case-sensitive."""
     try:
         return OPTIMIZERS[name.lower()]
     except KeyError:

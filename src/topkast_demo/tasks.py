@@ -1,4 +1,4 @@
-"""The two tasks of the demo: data, a network for it, and how good the network is."""
+"""The two tasks of the demo: data, a network, and a metric."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from topkast_demo.trainer import Batch, Trainer
 
 
 class Task(ABC):
-    """Something to learn: inputs and the numbers of the classes that they belong to."""
+    """A classification task: inputs and their class numbers."""
 
     title: str
-    metric: str  # what evaluate() returns
+    metric: str  # name of the quantity that evaluate() returns
     unit: str
     short_unit: str
     higher_is_better: bool
     log_loss: bool  # whether the training loss falls by orders of magnitude
     dense: tuple[str, ...]  # tensors that the sparse runs keep dense
-    threads: int | None  # that the framework should use; None: as many as it likes
+    threads: int | None  # number of threads to use; None: the framework's default
     network: Network
     description: str
 
     @abstractmethod
     def batches(self, seed: int) -> Iterator[Batch]:
-        """Batches to train on, without an end; the same ones for the same seed.
+        """Yield training batches without end; equal seeds give equal batches.
 
-        torch draws them for all frameworks.
+        torch draws the batches for all frameworks.
         """
 
     @abstractmethod
     def evaluate(self, trainer: Trainer) -> float:
-        """How good the network is on the data that it was not trained on."""
+        """Evaluate the metric on data that was not used for training."""
 
 
 class DigitsTask(Task):
@@ -48,7 +48,7 @@ class DigitsTask(Task):
     higher_is_better = True
     log_loss = True
     dense = ("head.*",)
-    threads = 1  # so small a network loses more to several than it gains
+    threads = 1  # more threads slow down a network this small
 
     def __init__(self, images: Images, *, hidden: tuple[int, ...], batch: int = 50):
         self._images = images
@@ -63,14 +63,14 @@ class DigitsTask(Task):
         generator = torch.Generator().manual_seed(seed)
         pixels, labels = self._images.train_pixels, self._images.train_labels
         while True:
-            for chosen in torch.randperm(len(labels), generator=generator).split(self._batch):
-                if len(chosen) == self._batch:
-                    yield pixels[chosen.numpy()], labels[chosen.numpy()]
+            for batch in torch.randperm(len(labels), generator=generator).split(self._batch):
+                if len(batch) == self._batch:
+                    yield pixels[batch.numpy()], labels[batch.numpy()]
 
     def evaluate(self, trainer: Trainer) -> float:
         labels = self._images.test_labels
-        right = int((trainer.predict(self._images.test_pixels) == labels).sum())
-        return 100 * right / len(labels)
+        correct = int((trainer.predict(self._images.test_pixels) == labels).sum())
+        return 100 * correct / len(labels)
 
 
 class TextTask(Task):
@@ -108,22 +108,22 @@ class TextTask(Task):
         while True:
             last = len(self._train) - self.context
             starts = torch.randint(last, (self._batch, 1), generator=generator)
-            chosen = self._train[starts.numpy() + window]
-            yield chosen[:, :-1], chosen[:, 1:]
+            batch = self._train[starts.numpy() + window]
+            yield batch[:, :-1], batch[:, 1:]
 
     def evaluate(self, trainer: Trainer) -> float:
-        text, following = self._valid
+        text, targets = self._valid
         total = 0.0
         for start in range(0, len(text), 64):
-            part = slice(start, start + 64)
-            total += trainer.loss((text[part], following[part])) * following[part].size
-        return total / following.size / math.log(2)
+            batch = slice(start, start + 64)
+            total += trainer.loss((text[batch], targets[batch])) * targets[batch].size
+        return total / targets.size / math.log(2)
 
 
 def load_task(settings: Settings) -> Task:
-    """The task that the settings name, on its own data or on theirs."""
+    """Load the task of the settings, on its bundled data or on the user's file."""
     if settings.task == "digits":
-        # The bundled digits are so easy that only a thin network shows what sparsity costs.
+        # The bundled digits are so easy that only a thin network shows the cost of sparsity.
         hidden = (300, 300) if settings.data else (48, 48)
         return DigitsTask(load_images(settings.data), hidden=hidden)
-    return TextTask(load_text(settings.data, least=TextTask.context + 1))
+    return TextTask(load_text(settings.data, min_valid_size=TextTask.context + 1))

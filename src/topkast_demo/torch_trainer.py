@@ -57,8 +57,8 @@ class TorchTrainer(Trainer):
             for name, mask in draw_static_masks(self.params(), settings, dense).items():
                 with torch.no_grad():
                     self._model.get_parameter(name).mul_(torch.from_numpy(mask))
-        make = OPTIMIZERS[settings.optimizer]
-        self._optimizer = make(self._model.named_parameters(), lr=settings.lr)
+        make_optimizer = OPTIMIZERS[settings.optimizer]
+        self._optimizer = make_optimizer(self._model.named_parameters(), lr=settings.lr)
         options = wrapper_options(method, settings, dense)
         if options is not None:
             self._optimizer = topkast.wrap_optimizer(self._optimizer, **options)
@@ -69,11 +69,11 @@ class TorchTrainer(Trainer):
 
     def step(self, batch: Batch) -> float:
         self._optimizer.zero_grad()
-        found = self._loss(batch)
-        found.backward()
+        loss = self._loss(batch)
+        loss.backward()
         self._optimizer.step()
         self._scheduler.step()
-        return found.item()
+        return loss.item()
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> float:
@@ -81,18 +81,19 @@ class TorchTrainer(Trainer):
 
     @torch.no_grad()
     def predict(self, inputs: NDArray[Any]) -> NDArray[np.int64]:
-        found: NDArray[np.int64] = self._model(torch.from_numpy(inputs)).argmax(-1).numpy()
-        return found
+        classes: NDArray[np.int64] = self._model(torch.from_numpy(inputs)).argmax(-1).numpy()
+        return classes
 
     def params(self) -> Mapping[str, Tensor]:
-        if self._is_wrapped:  # its model holds θ no more, and may hold no dense tensors at all
+        if self._is_wrapped:  # the model holds only the forward view, or only sparse layers
             return topkast.dense_params(self._optimizer)
         return dict(self._model.named_parameters())
 
     def masks(self) -> dict[str, topkast.Masks]:
-        found = topkast.masks(self._optimizer) if self._is_wrapped else {}
+        masks = topkast.masks(self._optimizer) if self._is_wrapped else {}
         return {
-            name: topkast.Masks(*(mask.numpy() for mask in pair)) for name, pair in found.items()
+            name: topkast.Masks(forward.numpy(), backward.numpy())
+            for name, (forward, backward) in masks.items()
         }
 
     def state_bytes(self) -> int:

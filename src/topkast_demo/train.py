@@ -1,4 +1,4 @@
-"""One training run, and everything about it that the report shows."""
+"""One training run, and the measurements that the report shows."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ EVALUATIONS = 10
 
 @dataclass(frozen=True)
 class Run:
-    """What was measured while training in one way."""
+    """The measurements of training by one method."""
 
     method: str
     losses: list[float]  # nats, by step
     metric_steps: list[int]
     metric_values: list[float]
-    dynamics: MaskDynamics | None  # of Top-KAST alone: the others have one mask
-    sizes: dict[str, Size]  # of the tensors that the sparse runs make sparse
+    dynamics: MaskDynamics | None  # only for Top-KAST: the masks of other methods are fixed
+    sizes: dict[str, Size]  # of the tensors that sparse runs make sparse
     memory: Memory
-    step_seconds: float  # the median
-    refresh_seconds: float | None  # the median of the steps that choose A and B anew
+    step_seconds: float  # median over all steps
+    refresh_seconds: float | None  # median over steps with a refresh
 
     @property
     def label(self) -> str:
@@ -52,14 +52,14 @@ def train(
 ) -> Run:
     """Train a network for the task densely, on a static random mask, or with Top-KAST.
 
-    The network is evaluated after the steps `evaluate_at`; if there are none given, after ten
-    steps that lie evenly, the last one among them.
+    The network is evaluated after the steps `evaluate_at`, by default after ten evenly spaced steps
+    that include the last one.
     """
     if evaluate_at is None:
         every = math.ceil(settings.steps / EVALUATIONS)
         evaluate_at = {*range(every, settings.steps, every), settings.steps}
-    make = find_trainer(settings.framework)
-    trainer = make(task.network, method, settings, dense=task.dense)
+    make_trainer = find_trainer(settings.framework)
+    trainer = make_trainer(task.network, method, settings, dense=task.dense)
     dynamics = MaskDynamics(trainer.masks()) if method == "topkast" else None
     losses: list[float] = []
     metric_steps: list[int] = []
@@ -71,17 +71,17 @@ def train(
     ) as bar:
         for step in range(1, settings.steps + 1):
             batch = next(batches)
-            value, elapsed = _timed_step(trainer, batch, step, settings)
-            losses.append(value)
+            loss, elapsed = _timed_step(trainer, batch, step, settings)
+            losses.append(loss)
             seconds.append(elapsed)
             if dynamics and step % settings.refresh_every == 0:
                 dynamics.record(step, trainer.masks())
             if step in evaluate_at:
                 metric_steps.append(step)
                 metric_values.append(task.evaluate(trainer))
-            bar.set_postfix_str(_progress(value, dynamics), refresh=False)
+            bar.set_postfix_str(_format_progress(loss, dynamics), refresh=False)
             bar.update()
-    # Of the last step, whose effect no other has met.
+    # No later step reveals whether the last one diverged.
     _check_finite(trainer.loss(batch), settings.steps, settings)
     refreshes = seconds[settings.refresh_every - 1 :: settings.refresh_every] if dynamics else []
     return Run(
@@ -100,15 +100,15 @@ def train(
 def _timed_step(
     trainer: Trainer, batch: Batch, step: int, settings: Settings
 ) -> tuple[float, float]:
-    """Loss before the step, and the seconds that all of it took."""
+    """Take a step; return the loss before it and the seconds that it took."""
     start = time.perf_counter()
     try:
-        value = trainer.step(batch)
+        loss = trainer.step(batch)
     except topkast.NonFiniteError as error:
         raise _diverged(step, settings, str(error)) from None
     elapsed = time.perf_counter() - start
-    _check_finite(value, step, settings)
-    return value, elapsed
+    _check_finite(loss, step, settings)
+    return loss, elapsed
 
 
 def _check_finite(loss: float, step: int, settings: Settings) -> None:
@@ -116,15 +116,15 @@ def _check_finite(loss: float, step: int, settings: Settings) -> None:
         raise _diverged(step, settings, f"the loss is {loss}")
 
 
-def _diverged(step: int, settings: Settings, what: str) -> DemoError:
+def _diverged(step: int, settings: Settings, reason: str) -> DemoError:
     return DemoError(
         f"training diverged at step {step} with {settings.optimizer} at lr={settings.lr:g} "
-        f"({what}): try a smaller --lr"
+        f"({reason}): try a smaller --lr"
     )
 
 
-def _progress(value: float, dynamics: MaskDynamics | None) -> str:
-    text = f"loss {value:.3f}"
+def _format_progress(loss: float, dynamics: MaskDynamics | None) -> str:
+    text = f"loss {loss:.3f}"
     if dynamics and dynamics.change.mean:
         text += f", mask change {dynamics.change.mean[-1]:.3%}"
     return text

@@ -1,4 +1,4 @@
-"""All that the demo asks of a framework: a network that can be trained, evaluated and measured."""
+"""The interface of trainers: a network that is trained, evaluated and measured."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ import topkast
 from topkast_demo.networks import Network
 from topkast_demo.settings import Settings
 
-Batch: TypeAlias = tuple[NDArray[Any], NDArray[np.int64]]  # inputs, and the numbers of classes
+Batch: TypeAlias = tuple[NDArray[Any], NDArray[np.int64]]  # inputs and class numbers
 
 
 class Trainer(ABC):
-    """A network in training by one of the three methods, in one framework.
+    """A network trained by one of the three methods in one framework.
 
-    Whatever is sparse is evaluated at its forward view.
+    Sparse tensors are evaluated at their forward view.
     """
 
     @classmethod
     @abstractmethod
     def versions(cls) -> dict[str, str]:
-        """Versions of the packages that it computes with."""
+        """Versions of the framework's packages."""
 
     @classmethod
     @abstractmethod
     def limit_threads(cls, count: int | None) -> AbstractContextManager[int | None]:
-        """Use so many threads, if that can be told; gives the number in use, if it is known."""
+        """Use `count` threads in a context, if possible; gives the number in use, if known."""
 
     @abstractmethod
     def __init__(
@@ -40,7 +40,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def step(self, batch: Batch) -> float:
-        """Take a step of the optimizer, to its end; returns the loss before it.
+        """Take a step of the optimizer and wait for its end; returns the loss before the step.
 
         May raise :class:`topkast.NonFiniteError`.
         """
@@ -51,20 +51,20 @@ class Trainer(ABC):
 
     @abstractmethod
     def predict(self, inputs: NDArray[Any]) -> NDArray[np.int64]:
-        """Number of the likeliest class of each input."""
+        """The number of the most likely class of each input."""
 
     @abstractmethod
     def params(self) -> Mapping[str, Any]:
-        """Arrays of the framework by the names of the weights."""
+        """The weights, as arrays of the framework, by name."""
 
     @abstractmethod
     def masks(self) -> dict[str, topkast.Masks]:
-        """Masks of the tensors that are sparse, as NumPy arrays."""
+        """Masks of the sparse tensors, as NumPy arrays."""
 
     @abstractmethod
     def state_bytes(self) -> int:
-        """Bytes of the optimizer's state, without the sets of Top-KAST."""
+        """Bytes of the inner optimizer's state, without the sets of Top-KAST."""
 
     @abstractmethod
     def total_bytes(self) -> int:
-        """Bytes of weights, gradients and all that the optimizer holds."""
+        """Bytes of weights, gradients and everything that the optimizer holds."""

@@ -1,4 +1,4 @@
-"""The trainer of each framework."""
+"""Dispatch to the trainer of a framework."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from topkast_demo.trainer import Trainer
 
 
 def find_trainer(framework: str) -> type[Trainer]:
-    """The trainer of that framework: the one place that imports it."""
+    """Find the trainer of a framework; only this function imports it."""
     if framework == "jax":
         from topkast_demo.jax_trainer import JaxTrainer
 

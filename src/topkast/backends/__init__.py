@@ -1,12 +1,12 @@
-"""What the array-API standard lacks: one file a library, chosen by the type of an array.
+"""Operations that the array-API standard lacks: one file for each library.
 
-:class:`Backend` does everything by the functions of the standard. A library's own class overrides
-what that library can do better, and is loaded when an array of it is seen for the first time. That
-of a library which is not here is found by an entry point ``topkast.backends``, whose name is the
-library's package and whose value is a function that returns the backend.
+:class:`Backend` implements them with functions of the standard. A library's subclass overrides the
+operations that the library does better, and is loaded at the first array of the library. Other
+packages add backends by an entry point in the group ``topkast.backends``: its name is the library's
+package, and its value is a function that returns the backend.
 """
 
 from topkast.backends._base import Backend, Ranks
-from topkast.backends._find import ENTRY_POINTS, backend_of, load_own
+from topkast.backends._find import ENTRY_POINTS, backend_of, load_builtin
 
-__all__ = ["ENTRY_POINTS", "Backend", "Ranks", "backend_of", "load_own"]
+__all__ = ["ENTRY_POINTS", "Backend", "Ranks", "backend_of", "load_builtin"]

@@ -1,4 +1,4 @@
-"""The backend of any array library: what is asked of one, by functions of the standard alone."""
+"""The backend interface, implemented for any array library by functions of the standard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Host = Any  # numpy.ndarray
 
 
 class Ranks(Protocol):
-    """The rank of each entry among those of equal magnitude; see ``topkast.selection._random``."""
+    """Ranks of entries with equal magnitudes; see ``topkast.selection._random``."""
 
     @property
     def key(self) -> tuple[int, int, int, int]: ...
@@ -28,22 +28,22 @@ class Ranks(Protocol):
     def indices(self) -> Array | None: ...
 
     def __call__(self, positions: Array) -> Array:
-        """Ranks at some positions (k,), the largest first; int64 of 32 bits, all different."""
+        """Ranks at positions (k,): distinct 32-bit numbers as int64; the largest comes first."""
 
     def at(self, indices: Array) -> Ranks:
-        """Those of the entries at some positions (k,)."""
+        """The ranks of the entries at `indices` (k,)."""
 
 
 class Backend:
-    """How vectors of one array library are read, written and ranked.
+    """Operations that read, write and rank vectors of one array library.
 
-    A vector is of shape (n,); indices into it are integers (k,), unique and below n, in any order.
+    A vector has shape (n,); indices into it are integers (k,), unique and below n, in any order.
 
     Attributes
     ----------
     by_elements
-        Whether vectors over B are better treated entry by entry, under a condition, than cut into
-        A and B∖A: where a compiler fuses the one, and cannot lay out the other over devices.
+        Whether code should select entries of A by a mask instead of slicing a vector over B into A
+        and B∖A. A compiler fuses masks, but cannot place slices on several devices.
 
     Examples
     --------
@@ -59,31 +59,31 @@ class Backend:
     by_elements: ClassVar[bool] = False
 
     def check(self, name: str, array: Array) -> None:
-        """Raise an error that names `array`, if this backend cannot work on it."""
+        """Raise an error that names the array, if this backend does not support it."""
 
     def device(self, array: Array) -> Any:
-        """Where to make an array that works together with `array`."""
+        """The device on which new arrays can be combined with `array`."""
         return device_of(array)
 
     def host(self, array: Array) -> Host | None:
-        """The same numbers as a NumPy array without a copy, or None where that cannot be.
+        """View `array` as a NumPy array without a copy, or return None if that is impossible.
 
-        It cannot on an accelerator, in a traced computation, and for libraries that hide their
-        memory. Floats that NumPy lacks or is slow at (bfloat16, float16) come as float32, which
-        holds each of their values exactly.
+        It is impossible on an accelerator, in a traced computation, and for libraries that hide
+        their memory. Dtypes that NumPy lacks or computes slowly (bfloat16, float16) are converted
+        to float32, which is exact.
         """
         return None
 
     def is_traced(self, array: Array) -> bool:
-        """Whether `array` stands for values that are not known yet."""
+        """Whether the values of `array` are unknown, as inside ``jax.jit``."""
         return False
 
     def constant(self, array: Array) -> Array:
-        """The same numbers, from which nothing is differentiated."""
+        """Detach `array` from differentiation."""
         return array
 
     def zero_count(self, beside: Array) -> Array:
-        """A 0-d int32 zero that can be read without waiting for the device of `beside`."""
+        """Make a 0-d int32 zero that can be read without waiting for the device of `beside`."""
         xp = array_namespace(beside)
         return xp.zeros((), dtype=xp.int32, device=self.device(beside))
 
@@ -92,59 +92,59 @@ class Backend:
         return change(state, *operands) if bool(due) else state
 
     def take(self, flat: Array, indices: Array) -> Array:
-        """Entries (k,) of a vector."""
+        """Read the entries (k,) of a vector at `indices`."""
         return array_namespace(flat).take(flat, indices)
 
     def lookup(self, table: Array, indices: Array) -> Array:
-        """Entries (k,) of a short vector, at indices of which some may be equal."""
+        """Read the entries (k,) of a short vector at `indices`, which may repeat."""
         return array_namespace(table).take(table, indices)
 
     def scatter(self, values: Array, indices: Array, size: int, fill: float) -> Array:
-        """A vector of `size` entries, `values` (k,) at `indices` and `fill` elsewhere."""
+        """Make a vector of `size` entries: `values` (k,) at `indices` and `fill` elsewhere."""
         xp = array_namespace(values, indices)
         base = xp.full((size,), fill, dtype=values.dtype, device=self.device(values))
         if not values.shape[0]:
             return base
         order = xp.argsort(indices)
         indices, values = xp.take(indices, order), xp.take(values, order)
-        everywhere = xp.arange(size, dtype=indices.dtype)
-        place = xp.searchsorted(indices, everywhere)
-        place = xp.minimum(place, xp.asarray(values.shape[0] - 1, dtype=place.dtype))
-        hit = xp.take(indices, place) == everywhere
-        return xp.where(hit, xp.take(values, place), base)
+        all_indices = xp.arange(size, dtype=indices.dtype)
+        position = xp.searchsorted(indices, all_indices)
+        position = xp.minimum(position, xp.asarray(values.shape[0] - 1, dtype=position.dtype))
+        is_written = xp.take(indices, position) == all_indices
+        return xp.where(is_written, xp.take(values, position), base)
 
     def put(self, flat: Array, indices: Array, values: Array) -> Array:
-        """A copy of a vector with `values` (k,) at `indices`."""
+        """Copy a vector and write `values` (k,) at `indices`."""
         xp, size = array_namespace(flat), flat.shape[0]
-        everywhere = xp.ones(indices.shape[0], dtype=xp.bool, device=self.device(flat))
-        inside = self.scatter(everywhere, indices, size, False)
-        return xp.where(inside, self.scatter(values, indices, size, 0.0), flat)
+        flags = xp.ones(indices.shape[0], dtype=xp.bool, device=self.device(flat))
+        is_written = self.scatter(flags, indices, size, False)
+        return xp.where(is_written, self.scatter(values, indices, size, 0.0), flat)
 
     def true_indices(self, mask: Array, count: int) -> Array:
-        """Ascending indices of the `count` true entries of a mask (n,), `count` being known."""
+        """Ascending indices of the true entries of a mask (n,), which has `count` of them."""
         xp = array_namespace(mask)
         dtype = self.index_dtype(mask)
-        seen = xp.cumulative_sum(xp.astype(mask, dtype), dtype=dtype)
-        wanted = xp.arange(1, count + 1, dtype=dtype, device=self.device(mask))
-        return xp.astype(xp.searchsorted(seen, wanted), dtype)
+        running_count = xp.cumulative_sum(xp.astype(mask, dtype), dtype=dtype)
+        ordinals = xp.arange(1, count + 1, dtype=dtype, device=self.device(mask))
+        return xp.astype(xp.searchsorted(running_count, ordinals), dtype)
 
     def index_dtype(self, beside: Array) -> Any:
-        """The library's own dtype for indices (int64; int32 in JAX unless 64 bits are enabled)."""
+        """The library's default index dtype (int64; int32 in JAX unless 64 bits are enabled)."""
         info = array_namespace(beside).__array_namespace_info__()
         return info.default_dtypes(device=self.device(beside))["indexing"]
 
     def flagged_first(self, entries: Array, flags: Array, count: int) -> Array:
-        """Entries (k,) in their order, but the `count` of them that are flagged (k,) first."""
-        chosen = self.take(entries, self.true_indices(flags, count))
+        """Move the `count` flagged entries (k,) to the front, and keep the order otherwise."""
+        flagged = self.take(entries, self.true_indices(flags, count))
         others = self.take(entries, self.true_indices(~flags, entries.shape[0] - count))
-        return array_namespace(entries).concat([chosen, others])
+        return array_namespace(entries).concat([flagged, others])
 
     def largest_first(self, flat: Array, forward: int, backward: int, ranks: Ranks) -> Array:
-        """Indices of the `backward` largest magnitudes, of which the `forward` largest come first.
+        """Indices of the `backward` largest magnitudes, with those of the `forward` largest first.
 
-        Both parts ascend. Equal magnitudes rank by `ranks`, the largest first. Raises
-        :class:`topkast.NonFiniteError` for NaN and infinity, where values can be looked at;
-        elsewhere NaN ranks last.
+        Both groups ascend. Equal magnitudes rank by `ranks`, the largest first. Raises
+        :class:`topkast.NonFiniteError` for NaN and infinity; in a traced computation NaN ranks last
+        instead.
         """
         indices = self.true_indices(self.largest_flags(flat, backward, ranks), backward)
         flags = self.largest_flags(self.take(flat, indices), forward, ranks.at(indices))
@@ -155,65 +155,66 @@ class Backend:
         xp, keys = array_namespace(flat), self.magnitudes(flat)
         threshold = self.kth_largest(keys, count)
         above, equal = keys > threshold, keys == threshold
-        found = int(xp.count_nonzero(equal))
-        wanted = count - int(xp.count_nonzero(above))
-        if found > wanted:
-            positions = self.true_indices(equal, found)
-            order = ranks(positions)
-            chosen = order >= self.kth_largest(order, wanted)
+        ties = int(xp.count_nonzero(equal))
+        remaining = count - int(xp.count_nonzero(above))
+        if ties > remaining:
+            positions = self.true_indices(equal, ties)
+            tie_ranks = ranks(positions)
+            chosen = tie_ranks >= self.kth_largest(tie_ranks, remaining)
             equal = self.scatter(chosen, positions, keys.shape[0], False)
         return above | equal
 
     def magnitudes(self, flat: Array) -> Array:
-        """Absolute values of floats; integers as they are."""
+        """Absolute values of floats; integers unchanged."""
         xp = array_namespace(flat)
         if not xp.isdtype(flat.dtype, "real floating"):
             return flat
         magnitudes = xp.abs(flat)
         if not bool(xp.isfinite(xp.max(magnitudes))):
-            bad = flat.shape[0] - int(xp.count_nonzero(xp.isfinite(flat)))
-            raise NonFiniteError(f"{bad} of {flat.shape[0]} entries are NaN or infinite")
+            bad_count = flat.shape[0] - int(xp.count_nonzero(xp.isfinite(flat)))
+            raise NonFiniteError(f"{bad_count} of {flat.shape[0]} entries are NaN or infinite")
         return magnitudes
 
     def kth_largest(self, keys: Array, count: int) -> Array:
-        """The `count`-th largest of a vector, 0-d."""
+        """The `count`-th largest entry of a vector, 0-d."""
         return array_namespace(keys).sort(keys)[keys.shape[0] - count]
 
     def positions(
         self, old: Array, old_split: int, new: Array, new_split: int, size: int | None
     ) -> tuple[Array, Array]:
-        """Where each of the indices `new` (k,) is in `old` (k,), and flags of those that are.
+        """Positions in `old` (k,) of the indices `new` (k,), and flags of those in `old`.
 
-        Both are two ascending parts, of which the second begins at the split, of indices below
-        `size`, which is None where they are traced and it is not known. Where one is nowhere, any
-        position below k is returned for it.
+        Both vectors consist of two ascending runs, the second of which begins at the split. Indices
+        are below `size`, which is None if they are traced and it is unknown. The position of an
+        index that `old` lacks is arbitrary, but below k.
         """
         xp = array_namespace(old, new)
-        source, found = xp.zeros_like(new), xp.zeros_like(new, dtype=xp.bool)
-        for part, first in ((old[:old_split], 0), (old[old_split:], old_split)):
-            if part.shape[0]:
-                last = xp.full((), part.shape[0] - 1, dtype=part.dtype, device=self.device(part))
-                position = xp.minimum(xp.astype(xp.searchsorted(part, new), part.dtype), last)
-                hit = xp.take(part, position) == new
-                source, found = xp.where(hit, position + first, source), found | hit
-        return source, found
+        source, is_found = xp.zeros_like(new), xp.zeros_like(new, dtype=xp.bool)
+        for run, start in ((old[:old_split], 0), (old[old_split:], old_split)):
+            if run.shape[0]:
+                last = xp.full((), run.shape[0] - 1, dtype=run.dtype, device=self.device(run))
+                position = xp.minimum(xp.astype(xp.searchsorted(run, new), run.dtype), last)
+                is_match = xp.take(run, position) == new
+                source = xp.where(is_match, position + start, source)
+                is_found = is_found | is_match
+        return source, is_found
 
     def for_each_layer(
         self, choose: Callable[[Array, Any], Array], flat: Array, layers: int
     ) -> Array:
-        """``choose(part, first index)`` for parts of equal length of a vector, stacked."""
+        """Stack ``choose(layer, first index)`` over the layers of a vector, of equal length."""
         length = flat.shape[0] // layers
         starts = range(0, flat.shape[0], length)
         chosen = [choose(flat[start : start + length], start) for start in starts]
         return array_namespace(*chosen).stack(chosen)
 
     def fuses(self, rule: Any) -> bool:
-        """Whether :meth:`step` does a whole update of this rule."""
+        """Whether :meth:`step` supports this rule."""
         return False
 
     def step(self, rule: Any, plan: Any, steps: Any, grads: Any, state: Any, params: Any) -> Any:
-        """The next parameters, the rule's next state, and ages, for a rule that it fuses.
+        """Take a whole update in fused kernels; return parameters, the rule's state and ages.
 
-        `steps` say what the update does to each tensor, by its key.
+        `steps` are the :class:`topkast.adapter.Step` of each tensor, by key.
         """
         raise NotImplementedError

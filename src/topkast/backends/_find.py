@@ -1,4 +1,4 @@
-"""From an array to the backend of its library."""
+"""Dispatch from an array to the backend of its library."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from typing import Any
 
 from topkast.backends._base import Backend
 
-# The group of entry points by which other packages bring the backend of a library.
+# The entry-point group in which other packages register the backend of a library.
 ENTRY_POINTS = "topkast.backends"
 
-# The module of this package for arrays whose type is of a package.
-_OWN = {"numpy": "numpy", "torch": "torch", "jax": "jax", "jaxlib": "jax"}
+# The module of this package, by the root package of an array's type.
+_BUILTIN = {"numpy": "numpy", "torch": "torch", "jax": "jax", "jaxlib": "jax"}
 
 
 def backend_of(array: Any) -> Backend:
-    """The backend for the library of an array; that of the standard where it has none."""
-    kind: Any = type(array)
-    return load_backend(kind)
+    """The backend of an array's library, or the standard one if the library has none."""
+    array_type: Any = type(array)
+    return load_backend(array_type)
 
 
 @functools.cache
-def load_backend(kind: type[Any]) -> Backend:
-    """The backend for arrays of a type: by the package of the type, or of one that it inherits."""
-    for base in kind.__mro__:
+def load_backend(array_type: type[Any]) -> Backend:
+    """Load the backend for arrays of a type, by the package of the type or of one of its bases."""
+    for base in array_type.__mro__:
         root = base.__module__.partition(".")[0]
         for entry in entry_points(group=ENTRY_POINTS, name=root):
-            found: Backend = entry.load()()
-            return found
-        if root in _OWN:
-            return load_own(_OWN[root])
+            backend: Backend = entry.load()()
+            return backend
+        if root in _BUILTIN:
+            return load_builtin(_BUILTIN[root])
     return _standard()
 
 
 @functools.cache
-def load_own(name: str) -> Backend:
-    """The backend that a module of this package has."""
+def load_builtin(name: str) -> Backend:
+    """Load the backend of a module of this package."""
     backend: Backend = importlib.import_module(f"topkast.backends.{name}").BACKEND
     return backend
 

@@ -1,9 +1,9 @@
-"""The k largest magnitudes of an array in host memory: exact, in two streaming reads of it.
+"""Exact selection of the k largest magnitudes of an array in host memory, in two streaming reads.
 
 NumPy's ``partition`` of the whole array moves every entry several times. Here a sample brackets
-the threshold; one pass in cache-sized chunks counts what lies above the bracket and keeps what
-lies inside, so that only that is partitioned; a second pass collects what reaches the threshold.
-Sampling decides speed, never the result.
+the threshold. The first pass, in cache-sized chunks, counts the magnitudes above the bracket and
+partitions only those inside; the second pass collects the magnitudes that reach the threshold.
+Sampling affects speed, never the result.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ import numpy as np
 from topkast._errors import NonFiniteError
 
 Vector: TypeAlias = np.ndarray[Any, Any]
-Ranks: TypeAlias = Callable[[Vector], Vector]  # of entries with equal magnitudes, by position
+Ranks: TypeAlias = Callable[[Vector], Vector]  # from positions to ranks among equal magnitudes
 
-_CHUNK = 1 << 16  # entries: a chunk's magnitudes and flags stay in a core's second-level cache
+_CHUNK = 1 << 16  # entries: a chunk's magnitudes and flags fit into a core's second-level cache
 _SAMPLE = 1 << 15  # entries
-_WINDOW = 1 << 18  # entries, of which a table of int32 stays in a core's second-level cache
-_SPREAD = 4.0  # half-width of the bracket, in standard deviations of a sampled quantile
+_WINDOW = 1 << 18  # entries: an int32 table of this length fits into a core's second-level cache
+_BRACKET_WIDTH = 4.0  # half-width of the bracket, in standard deviations of a sampled quantile
 
 
 def largest_on_host(vector: Vector, count: int, ranks: Ranks) -> tuple[Vector, Vector]:
-    """Ascending indices of the `count` largest magnitudes of `vector` (n,), and those magnitudes.
+    """Ascending indices of the `count` largest magnitudes of `vector` (n,), and the magnitudes.
 
-    Equal ones rank by ``ranks(indices)``, which all differ, the largest first. Raises
-    :class:`NonFiniteError` where an entry is NaN or infinite.
+    Equal magnitudes rank by ``ranks(indices)``, which are distinct; the largest comes first. Raises
+    :class:`NonFiniteError` if an entry is NaN or infinite.
     """
     threshold, surplus = _threshold(vector, count)
     indices = np.empty(count + surplus, dtype=np.int32 if vector.size < 1 << 31 else np.int64)
     magnitudes = np.empty(count + surplus, dtype=vector.dtype)
     filled = 0
     for start, chunk in _magnitudes(vector):
-        reached = np.flatnonzero(chunk >= threshold)
-        stop = filled + reached.size
-        magnitudes[filled:stop] = chunk.take(reached)
-        np.add(reached, start, out=indices[filled:stop], casting="same_kind")
+        selected = np.flatnonzero(chunk >= threshold)
+        stop = filled + selected.size
+        magnitudes[filled:stop] = chunk.take(selected)
+        np.add(selected, start, out=indices[filled:stop], casting="same_kind")
         filled = stop
     if surplus:
-        keep = np.ones(magnitudes.size, dtype=np.bool_)
+        is_kept = np.ones(magnitudes.size, dtype=np.bool_)
         equal = np.flatnonzero(magnitudes == threshold)
-        keep[equal[_smallest(ranks(indices[equal]), surplus)]] = False
-        indices, magnitudes = indices.compress(keep), magnitudes.compress(keep)
+        is_kept[equal[_smallest(ranks(indices[equal]), surplus)]] = False
+        indices, magnitudes = indices.compress(is_kept), magnitudes.compress(is_kept)
     return indices, magnitudes
 
 
 def largest_first(vector: Vector, forward: int, backward: int, ranks: Ranks) -> Vector:
-    """Indices of the `backward` largest magnitudes, ranked as above: the `forward` largest first.
+    """Indices of the `backward` largest magnitudes, with those of the `forward` largest first.
 
-    Both parts ascend.
+    Both groups ascend. Ties rank as in :func:`largest_on_host`.
     """
     indices, magnitudes = largest_on_host(vector, backward, ranks)
     threshold, surplus = _threshold(magnitudes, forward)
@@ -67,16 +67,16 @@ def largest_first(vector: Vector, forward: int, backward: int, ranks: Ranks) -> 
         flags = magnitudes[start : start + _CHUNK] >= threshold
         first, last = np.searchsorted(dropped, (start, start + _CHUNK))
         flags[dropped[first:last] - start] = False
-        chosen = chunk.compress(flags)
-        rest = chunk.compress(np.logical_not(flags, out=flags))
-        out[active : active + chosen.size] = chosen
-        out[exploring : exploring + rest.size] = rest
-        active, exploring = active + chosen.size, exploring + rest.size
+        in_forward = chunk.compress(flags)
+        others = chunk.compress(np.logical_not(flags, out=flags))
+        out[active : active + in_forward.size] = in_forward
+        out[exploring : exploring + others.size] = others
+        active, exploring = active + in_forward.size, exploring + others.size
     return out
 
 
 def largest_flags(vector: Vector, count: int, ranks: Ranks) -> Vector:
-    """Flags (n,) of the `count` largest magnitudes of `vector` (n,), ranked as above."""
+    """Flags (n,) of the magnitudes that :func:`largest_on_host` selects."""
     threshold, surplus = _threshold(vector, count)
     magnitudes = np.abs(vector)
     flags = np.asarray(magnitudes >= threshold)
@@ -94,56 +94,56 @@ def _smallest(ranks: Vector, count: int) -> Vector:
 def common_positions(
     old: Vector, old_split: int, new: Vector, new_split: int
 ) -> tuple[Vector, Vector]:
-    """Where each of the indices `new` (k,) is in `old` (k,), int32, and flags of those that are.
+    """Positions in `old` (k,) of the indices `new` (k,), int32, and flags of those in `old`.
 
-    Both are two ascending parts, of which the second begins at the split. Window by window of the
-    tensor the places of `old` are noted in a table, which a cache holds.
+    Both vectors consist of two ascending runs, the second of which begins at the split. For each
+    window of the tensor, a table that fits into a cache maps indices to positions in `old`.
     """
     source = np.zeros(new.size, dtype=np.int32)
-    largest = max((int(part.max(initial=-1)) for part in (old, new)), default=-1)
+    largest = max((int(indices.max(initial=-1)) for indices in (old, new)), default=-1)
     starts = np.arange(0, largest + _WINDOW, _WINDOW)
-    noted, wanted = (
-        [(first, first + np.searchsorted(part, starts.astype(part.dtype))) for first, part in parts]
-        for parts in (_parts(old, old_split), _parts(new, new_split))
+    old_edges, new_edges = (
+        [first + np.searchsorted(run, starts.astype(run.dtype)) for first, run in runs]
+        for runs in (_runs(old, old_split), _runs(new, new_split))
     )
     table = np.empty(_WINDOW, dtype=np.int32)
     for window, start in enumerate(starts[:-1].tolist()):
         table.fill(-1)
-        for _, edges in noted:
+        for edges in old_edges:
             first, last = edges[window : window + 2]
             table[(old[first:last] - start).astype(np.intp)] = np.arange(first, last)
-        for _, edges in wanted:
+        for edges in new_edges:
             first, last = edges[window : window + 2]
             source[first:last] = table.take(new[first:last] - start)
     survives = source >= 0
     return np.maximum(source, 0, out=source), survives
 
 
-def _parts(indices: Vector, split: int) -> list[tuple[int, Vector]]:
+def _runs(indices: Vector, split: int) -> list[tuple[int, Vector]]:
     return [(0, indices[:split]), (split, indices[split:])]
 
 
 def _threshold(vector: Vector, count: int) -> tuple[Any, int]:
-    """The `count`-th largest magnitude, and how many more than `count` reach it."""
+    """The `count`-th largest magnitude, and the number of entries beyond `count` that reach it."""
     above, inside = _split(vector, *_bracket(vector, count))
     rank = count - above
-    if not 1 <= rank <= inside.size:  # the sample misled: look at everything
+    if not 1 <= rank <= inside.size:  # the sampled bracket missed the threshold
         above, inside = _split(vector, -1.0, math.inf)
         rank = count
-    place = inside.size - rank
-    inside.partition(place)
-    threshold = inside[place]
+    position = inside.size - rank
+    inside.partition(position)
+    threshold = inside[position]
     return threshold, int(np.count_nonzero(inside >= threshold)) - rank
 
 
 def _bracket(vector: Vector, count: int) -> tuple[float, float]:
-    """Bounds that hold the `count`-th largest magnitude, most likely, and few others."""
+    """Bounds that most likely contain the `count`-th largest magnitude and few others."""
     if vector.size <= 2 * _SAMPLE:
         return -1.0, math.inf
     sample = np.abs(vector[:: vector.size // _SAMPLE])
     share = count / vector.size
     rank = sample.size * (1 - share)
-    margin = _SPREAD * math.sqrt(sample.size * share * (1 - share)) + 1
+    margin = _BRACKET_WIDTH * math.sqrt(sample.size * share * (1 - share)) + 1
     first, last = int(rank - margin), int(rank + margin) + 1
     ends = [min(max(end, 0), sample.size - 1) for end in (first, last)]
     sample.partition(ends)
@@ -153,20 +153,20 @@ def _bracket(vector: Vector, count: int) -> tuple[float, float]:
 
 
 def _split(vector: Vector, low: float, high: float) -> tuple[int, Vector]:
-    """How many magnitudes exceed `high`, and those in [low, high]."""
+    """Number of magnitudes above `high`, and the magnitudes in [low, high]."""
     above, inside = 0, []
     for _, chunk in _magnitudes(vector):
         if not chunk.max() < math.inf:
-            bad = int(np.count_nonzero(~np.isfinite(vector)))
-            raise NonFiniteError(f"{bad} of {vector.size} entries are NaN or infinite")
-        too_high = chunk > high
-        above += int(np.count_nonzero(too_high))
-        inside.append(chunk.compress((chunk >= low) ^ too_high))
+            bad_count = int(np.count_nonzero(~np.isfinite(vector)))
+            raise NonFiniteError(f"{bad_count} of {vector.size} entries are NaN or infinite")
+        is_above = chunk > high
+        above += int(np.count_nonzero(is_above))
+        inside.append(chunk.compress((chunk >= low) ^ is_above))
     return above, np.concatenate(inside)
 
 
 def _magnitudes(vector: Vector) -> Iterator[tuple[int, Vector]]:
-    """Magnitudes of consecutive chunks, each with its first index, in a buffer that is reused."""
+    """Yield the first index and the magnitudes of each chunk, in a buffer that is reused."""
     buffer = np.empty(min(_CHUNK, vector.size), dtype=vector.dtype)
     for start in range(0, vector.size, _CHUNK):
         chunk = vector[start : start + _CHUNK]

@@ -1,4 +1,4 @@
-"""JAX: inside compiled functions, where nothing can be looked at."""
+"""JAX, including compiled functions, where values cannot be inspected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from topkast.selection._support import Support
 
 T = TypeVar("T")
 
-# What need not be checked of our indices.
+# Our indices are always in bounds, so that XLA can skip the checks.
 _IN_BOUNDS: dict[str, Any] = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 
 
@@ -28,11 +28,11 @@ class JAXBackend(Backend):
 
     def device(self, array: Array) -> Any:
         if self.is_traced(array) or not array.committed:
-            return None  # to choose one would commit what is computed from `array` to it
+            return None  # an explicit device would commit the results to it
         return _xla.replicated_beside(array)
 
     def host(self, array: Array) -> np.ndarray[Any, Any] | None:
-        if self.is_traced(array) or {one.platform for one in array.devices()} != {"cpu"}:
+        if self.is_traced(array) or {device.platform for device in array.devices()} != {"cpu"}:
             return None
         view = np.asarray(array)
         return view.astype(np.float32) if view.dtype.itemsize <= 2 else view
@@ -75,22 +75,22 @@ class JAXBackend(Backend):
         return _xla.largest_flags(keys, count, indices + ranks.first, ranks.key)
 
     def magnitudes(self, flat: Array) -> Array:
-        """Bit patterns of them, with NaN below all: XLA may flush subnormal floats to zero."""
+        """Bit patterns of magnitudes, NaN lowest: XLA may flush subnormal floats to zero."""
         if not jnp.issubdtype(flat.dtype, jnp.floating):
             return flat
         magnitudes = jnp.abs(flat) if self.is_traced(flat) else super().magnitudes(flat)
-        integer = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[flat.dtype.itemsize]
-        bits = lax.bitcast_convert_type(magnitudes, integer)
-        return jnp.where(jnp.isnan(flat), jnp.asarray(-1, dtype=integer), bits)
+        dtype = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[flat.dtype.itemsize]
+        bits = lax.bitcast_convert_type(magnitudes, dtype)
+        return jnp.where(jnp.isnan(flat), jnp.asarray(-1, dtype=dtype), bits)
 
     def positions(
         self, old: Array, old_split: int, new: Array, new_split: int, size: int | None
     ) -> tuple[Array, Array]:
         if size is None:
             return super().positions(old, old_split, new, new_split, size)
-        numbers = jnp.arange(old.shape[0], dtype=jnp.int32, device=self.device(old))
+        positions = jnp.arange(old.shape[0], dtype=jnp.int32, device=self.device(old))
         table = jnp.full((size,), -1, dtype=jnp.int32, device=self.device(old))
-        source = self.take(self.put(table, old, numbers), new)
+        source = self.take(self.put(table, old, positions), new)
         return jnp.maximum(source, 0), source >= 0
 
     def for_each_layer(
@@ -98,11 +98,11 @@ class JAXBackend(Backend):
     ) -> Array:
         if not self.is_traced(flat):
             return super().for_each_layer(choose, flat, layers)
-        parts = flat.reshape(layers, -1)
-        return jax.vmap(choose)(parts, jnp.arange(layers) * parts.shape[1])
+        by_layer = flat.reshape(layers, -1)
+        return jax.vmap(choose)(by_layer, jnp.arange(layers) * by_layer.shape[1])
 
 
-# A support is data, its indices, in a structure to which |A| and the blocks belong.
+# The indices of a support are data; |A| and the blocks belong to the tree structure.
 register_dataclass(Support, data_fields=["indices"], meta_fields=["forward", "blocks"])
 
 BACKEND = JAXBackend()

@@ -1,4 +1,4 @@
-"""NumPy: in the memory of the host, by chunks that caches hold."""
+"""NumPy: host memory, processed in chunks that fit into caches."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class NumPyBackend(Backend):
         return array.astype(np.float32) if array.dtype.itemsize <= 2 else array
 
     def take(self, flat: Vector, indices: Vector) -> Vector:
-        return flat.take(_wide(indices))
+        return flat.take(_as_intp(indices))
 
     def scatter(self, values: Vector, indices: Vector, size: int, fill: float) -> Vector:
         base = np.full((size,), fill, dtype=values.dtype)
-        base[_wide(indices)] = values
+        base[_as_intp(indices)] = values
         return base
 
     def put(self, flat: Vector, indices: Vector, values: Vector) -> Vector:
         copy = flat.copy()
-        copy[_wide(indices)] = values
+        copy[_as_intp(indices)] = values
         return copy
 
     def true_indices(self, mask: Vector, count: int) -> Vector:
@@ -46,8 +46,8 @@ class NumPyBackend(Backend):
         return _host.common_positions(old, old_split, new, new_split)
 
 
-def _wide(indices: Vector) -> Vector:
-    """Indices as NumPy wants them: it converts narrower ones piece by piece, which is slower."""
+def _as_intp(indices: Vector) -> Vector:
+    """Convert indices at once: NumPy converts narrower ones in small pieces, which is slower."""
     return indices.astype(np.intp, copy=False)
 
 

@@ -1,4 +1,4 @@
-"""PyTorch: NumPy's way in the memory of the host, PyTorch's own functions elsewhere."""
+"""PyTorch: NumPy's algorithms in host memory, PyTorch's own functions on other devices."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ class TorchBackend(Backend):
     def positions(
         self, old: Tensor, old_split: int, new: Tensor, new_split: int, size: int | None
     ) -> tuple[Tensor, Tensor]:
-        hosts = self.host(old), self.host(new)
-        if hosts[0] is not None and hosts[1] is not None:
-            found = _host.common_positions(hosts[0], old_split, hosts[1], new_split)
-            source, flags = map(torch.from_numpy, found)
-            return source, flags
-        assert size is not None  # nothing is traced here
+        old_host, new_host = self.host(old), self.host(new)
+        if old_host is not None and new_host is not None:
+            migration = _host.common_positions(old_host, old_split, new_host, new_split)
+            source, survives = map(torch.from_numpy, migration)
+            return source, survives
+        assert size is not None  # only traced indices have an unknown size
         table = torch.full((size,), -1, dtype=torch.int32, device=old.device)
-        numbers = torch.arange(len(old), dtype=torch.int32, device=old.device)
-        source = table.index_copy_(0, old.long(), numbers).index_select(0, new)
+        positions = torch.arange(len(old), dtype=torch.int32, device=old.device)
+        source = table.index_copy_(0, old.long(), positions).index_select(0, new)
         return source.clamp(min=0), source >= 0
 
 

@@ -1,4 +1,4 @@
-"""Whether gradients, parameters and a state belong together."""
+"""Checks that gradients, parameters and a state belong together."""
 
 from __future__ import annotations
 
@@ -14,51 +14,60 @@ from topkast._primitives import (
 from topkast.functional._plan import Plan
 from topkast.functional._state import TopKASTState
 
-_MAX_COUNT = (1 << 31) - 1  # of updates: counts are int32
+_MAX_COUNT = (1 << 31) - 1  # updates: they are counted in int32
 
 
-def check_same(grads: Mapping[str, Array], params: Mapping[str, Array]) -> None:
+def check_gradients(grads: Mapping[str, Array], params: Mapping[str, Array]) -> None:
+    """Raise :class:`MismatchError` unless gradients and parameters agree in names and shapes."""
     if grads.keys() != params.keys():
-        odd = sorted(grads.keys() ^ params.keys())
-        raise MismatchError(f"grads and params have different names: {odd} are in one alone")
+        unmatched = sorted(grads.keys() ^ params.keys())
+        raise MismatchError(
+            f"grads and params must have the same names, but {unmatched} are in one alone"
+        )
     for name, grad in grads.items():
         param = params[name]
-        check_together({name: param, f"the gradient of {name}": grad})
+        check_compatible({name: param, f"the gradient of {name}": grad})
         xp = array_namespace(param)
-        real = [xp.isdtype(array.dtype, "real floating") for array in (grad, param)]
-        if tuple(grad.shape) != tuple(param.shape) or real[0] != real[1]:
+        is_real = [xp.isdtype(array.dtype, "real floating") for array in (grad, param)]
+        if tuple(grad.shape) != tuple(param.shape) or is_real[0] != is_real[1]:
             raise MismatchError(
-                f"{name}: the gradient is {grad.dtype}{tuple(grad.shape)}, the parameter "
+                f"{name}: the gradient is {grad.dtype}{tuple(grad.shape)}, but the parameter is "
                 f"{param.dtype}{tuple(param.shape)}"
             )
 
 
-def check_together(arrays: Mapping[str, Array]) -> None:
-    """Raise :class:`MismatchError` unless all are of one library and on one device."""
-    (first, one), *others = arrays.items()
+def check_compatible(arrays: Mapping[str, Array]) -> None:
+    """Raise :class:`MismatchError` unless all arrays share one library and one device."""
+    (first_name, first), *others = arrays.items()
     for name, other in others:
         try:
-            array_namespace(one, other)
+            array_namespace(first, other)
         except TypeError:
-            kinds = [f"{type(array).__module__}.{type(array).__name__}" for array in (one, other)]
-            raise MismatchError(f"{first} is a {kinds[0]} and {name} a {kinds[1]}") from None
-        if not is_jax_array(one) and device(one) != device(other):
-            raise MismatchError(f"{first} is on {device(one)} and {name} on {device(other)}")
+            types = [f"{type(array).__module__}.{type(array).__name__}" for array in (first, other)]
+            raise MismatchError(
+                f"{first_name} is a {types[0]} and {name} a {types[1]}: expected one library"
+            ) from None
+        if not is_jax_array(first) and device(first) != device(other):
+            raise MismatchError(
+                f"{first_name} is on {device(first)} and {name} on {device(other)}: expected one "
+                "device"
+            )
 
 
 def check_plan(plan: Plan, state: TopKASTState) -> None:
+    """Raise :class:`MismatchError` unless the state was initialised under this plan."""
     expected = {ranked.key: (ranked.forward, ranked.backward) for ranked in plan.tensors}
-    given = {key: (support.forward, support.backward) for key, support in state.supports.items()}
-    if expected != given:
+    actual = {key: (support.forward, support.backward) for key, support in state.supports.items()}
+    if expected != actual:
         raise MismatchError(
-            f"params differ from those given to init: |A| and |B| by tensor would be {expected}, "
-            f"the state has {given}"
+            f"params differ from those given to init: they need |A| and |B| of {expected} by "
+            f"tensor, but the state has {actual}"
         )
     for ranked in plan.tensors:
         blocks = state.supports[ranked.key].blocks
         if blocks != ranked.blocks:
             raise MismatchError(
-                f"{ranked.key} has units of {ranked.blocks or 'single weights'} here, and of "
-                f"{blocks or 'single weights'} in the state: wrap with the `block` that the state "
-                "was made with, or init anew"
+                f"{ranked.key} has units of {ranked.blocks or 'single weights'} under the current "
+                f"options, but {blocks or 'single weights'} in the state: wrap with the `block` of "
+                "the state, or call init again"
             )

@@ -1,4 +1,4 @@
-"""What of a dictionary of tensors is sparsified, and how: a function of shapes and options."""
+"""The plan for a dictionary of tensors: what is sparsified and how, from shapes and options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from topkast.selection._distribution import Shape
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a predicate for `dense` is given of a tensor."""
+    """The shape and dtype of a tensor, for predicates of the option `dense`."""
 
     shape: Shape
     dtype: Any
@@ -29,12 +29,12 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Plan:
-    """What follows from names, shapes and options alone."""
+    """Everything that follows from names, shapes and options alone."""
 
     tensors: list[RankedTensors]
-    options: dict[str, Options]  # by the key of the tensors, like the next
+    options: dict[str, Options]  # by key of the tensors, as are traits
     traits: dict[str, Traits]
-    copies: frozenset[int]  # entries of the inner state that started as copies of their tensor
+    copies: frozenset[int]  # numbers of entries of the inner state that started as copies of θ
 
     @property
     def inside(self) -> set[str]:
@@ -42,50 +42,50 @@ class Plan:
         return {name for ranked in self.tensors for name in ranked.shapes}
 
     def keys(self, params: Mapping[str, Any]) -> set[str]:
-        """Keys of what the inner rule is given."""
+        """Keys of the arrays that the inner rule gets."""
         inside = self.inside
         return {ranked.key for ranked in self.tensors} | {n for n in params if n not in inside}
 
 
 def make_plan(tensors: Mapping[str, TensorInfo], options: Options, rule: WrappedRule) -> Plan:
-    """The plan for tensors by name; raises what :func:`topkast.wrap_optimizer` documents."""
+    """Make the plan for tensors by name; raises what :func:`topkast.wrap_optimizer` documents."""
     options.check_names(tensors)
     dense = kept_dense(tensors, options.dense, options.stacked)
     shapes = {name: tensor.shape for name, tensor in tensors.items() if name not in dense}
     check_any(shapes, tensors, options)
-    ranked = rank_tensors(shapes, options)
-    _check_global(ranked, tensors)
-    rows = {one.key: len(one.compact_shape) for one in ranked}
-    rows |= {name: len(tensor.shape) for name, tensor in tensors.items() if name in dense}
+    groups = rank_tensors(shapes, options)
+    _check_dtypes(groups, tensors)
+    dimensions = {ranked.key: len(ranked.compact_shape) for ranked in groups}
+    dimensions |= {name: len(tensor.shape) for name, tensor in tensors.items() if name in dense}
     if options.probe:
-        rule.probe({one.key: next(iter(one.shapes.values())) for one in ranked})
-        for one in ranked:
-            if len(one.shapes) > 1:
-                rule.probe_joint(list(one.shapes), one.key)
-    traits, copies = rule.observe(rows)
+        rule.probe({ranked.key: next(iter(ranked.shapes.values())) for ranked in groups})
+        for ranked in groups:
+            if len(ranked.shapes) > 1:
+                rule.probe_joint(list(ranked.shapes), ranked.key)
+    traits, copies = rule.observe(dimensions)
     return Plan(
-        ranked,
-        {one.key: options.for_tensor(one.key) for one in ranked},
-        {one.key: traits.get(one.key, Traits()) for one in ranked},
+        groups,
+        {ranked.key: options.for_tensor(ranked.key) for ranked in groups},
+        {ranked.key: traits.get(ranked.key, Traits()) for ranked in groups},
         copies,
     )
 
 
 def check_any(sparse: Mapping[str, Any], tensors: Mapping[str, Any], options: Options) -> None:
-    """Raise :class:`topkast.OptionError` if nothing is sparsified, unless that was asked for."""
+    """Raise :class:`topkast.OptionError` if nothing is sparsified, unless ``dense=True``."""
     if not sparse and options.dense is not True:
         raise OptionError(
             f"nothing is left to sparsify of {len(tensors)} tensors: each has fewer than two "
-            "dimensions above one, or is kept dense by the option `dense`. dense=False "
-            "sparsifies all, dense=True says that this is meant"
+            "dimensions above one, or is kept dense by the option `dense`. Pass dense=False to "
+            "sparsify all tensors, or dense=True to confirm that all stay dense"
         )
 
 
-def _check_global(tensors: list[RankedTensors], infos: Mapping[str, TensorInfo]) -> None:
-    for ranked in tensors:
+def _check_dtypes(groups: list[RankedTensors], infos: Mapping[str, TensorInfo]) -> None:
+    for ranked in groups:
         dtypes = sorted({str(infos[name].dtype) for name in ranked.shapes})
         if len(dtypes) > 1:
             raise OptionError(
                 "distribution='global' ranks tensors together, which must have one dtype, got "
-                f"{', '.join(dtypes)}: convert them, or wrap those of each dtype by themselves"
+                f"{', '.join(dtypes)}: convert them, or wrap the tensors of each dtype separately"
             )

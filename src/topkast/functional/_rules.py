@@ -42,11 +42,11 @@ class SGD:
     Parameters
     ----------
     lr
-        Learning rate η, or a function of the number of steps taken before (a 0-d int32 array).
+        Learning rate η, or a function of the number of previous steps (a 0-d int32 array).
     momentum
         Factor μ, in [0, 1).
     nesterov
-        Look ahead by one step of momentum.
+        Whether to use Nesterov's variant.
     weight_decay
         Coefficient w, added to the gradient.
 
@@ -89,7 +89,7 @@ class SGD:
     def update(
         self, grads: Mapping[str, Array], state: SGDState, params: Mapping[str, Array], /
     ) -> tuple[Arrays, SGDState]:
-        """What to add to the parameters, and the next state."""
+        """Compute the displacements of the parameters, and the next state."""
         lr = learning_rate(self.lr, state.step)
         gradients = _with_decay(grads, params, self.weight_decay)
         velocity: Arrays = {}
@@ -105,8 +105,8 @@ class SGD:
                 }
             else:
                 gradients = velocity
-        steps = {name: -lr * gradient for name, gradient in gradients.items()}
-        return steps, SGDState(state.step + 1, velocity)
+        displacements = {name: -lr * gradient for name, gradient in gradients.items()}
+        return displacements, SGDState(state.step + 1, velocity)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Adam:
     Parameters
     ----------
     lr
-        Learning rate η, or a function of the number of steps taken before (a 0-d int32 array).
+        Learning rate η, or a function of the number of previous steps (a 0-d int32 array).
     betas
         Factors β₁ and β₂, each in [0, 1).
     eps
@@ -167,30 +167,29 @@ class Adam:
     def update(
         self, grads: Mapping[str, Array], state: AdamState, params: Mapping[str, Array], /
     ) -> tuple[Arrays, AdamState]:
-        """What to add to the parameters, and the next state."""
+        """Compute the displacements of the parameters, and the next state."""
         lr = learning_rate(self.lr, state.step)
         step = state.step + 1
         beta1, beta2 = self.betas
         gradients = dict(grads) if self.decoupled else _with_decay(grads, params, self.weight_decay)
-        mean, square, steps = {}, {}, {}
+        mean, square, displacements = {}, {}, {}
         for name, gradient in gradients.items():
             xp = array_namespace(gradient)
             real = _real_dtype(gradient)
             mean[name] = state.mean[name] * beta1 + gradient * (1 - beta1)
-            squared = _by_part(lambda part: part * part, gradient)
+            squared = _by_component(lambda component: component * component, gradient)
             square[name] = state.square[name] * beta2 + squared * (1 - beta2)
             scale = lr / bias_correction(beta1, step, real)
             root = array_namespace(step).sqrt(bias_correction(beta2, step, real))
-            steps[name] = -scale * _by_part(
-                lambda average, spread, root=root, xp=xp: (
-                    average / (xp.sqrt(spread) / root + self.eps)
-                ),
+            displacement = -scale * _by_component(
+                lambda mean, square, root=root, xp=xp: mean / (xp.sqrt(square) / root + self.eps),
                 mean[name],
                 square[name],
             )
             if self.decoupled and self.weight_decay:
-                steps[name] = steps[name] - lr * self.weight_decay * params[name]
-        return steps, AdamState(step, mean, square)
+                displacement = displacement - lr * self.weight_decay * params[name]
+            displacements[name] = displacement
+        return displacements, AdamState(step, mean, square)
 
 
 @dataclass(frozen=True)
@@ -227,20 +226,23 @@ def _real_dtype(array: Array) -> Any:
     return xp.real(array).dtype if is_complex else array.dtype
 
 
-def _by_part(function: Callable[..., Array], *arrays: Array) -> Array:
-    """A real function, of the real and of the imaginary parts of complex arrays as in PyTorch."""
+def _by_component(function: Callable[..., Array], *arrays: Array) -> Array:
+    """Apply a real function to the real and imaginary parts of complex arrays, as PyTorch does."""
     xp = array_namespace(*arrays)
     dtype = arrays[0].dtype
     if not xp.isdtype(dtype, "complex floating"):
         return function(*arrays)
-    real, imag = (xp.astype(function(*map(part, arrays)), dtype) for part in (xp.real, xp.imag))
+    real, imag = (
+        xp.astype(function(*map(component_of, arrays)), dtype)
+        for component_of in (xp.real, xp.imag)
+    )
     return real + imag * 1j
 
 
 def _no_steps(params: Mapping[str, Array]) -> Array:
-    some = next(iter(params.values()))
-    xp = array_namespace(some)
-    return xp.zeros((), dtype=xp.int32, device=device(some))
+    first = next(iter(params.values()))
+    xp = array_namespace(first)
+    return xp.zeros((), dtype=xp.int32, device=device(first))
 
 
 def _zeros(params: Mapping[str, Array]) -> Arrays:
@@ -248,7 +250,7 @@ def _zeros(params: Mapping[str, Array]) -> Arrays:
 
 
 def learning_rate(lr: LearningRate, step: Array) -> Any:
-    """The rate of the step after so many."""
+    """The learning rate after `step` steps."""
     return lr(step) if callable(lr) else lr
 
 
@@ -259,7 +261,7 @@ def _with_decay(grads: Mapping[str, Array], params: Mapping[str, Array], factor:
 
 
 def bias_correction(beta: float, step: Array, dtype: Any) -> Array:
-    """1 - β^t. By way of expm1: in float32, 1 - 0.999 has lost four of its seven digits."""
+    """1 - β^t, through expm1: in float32, 1 - 0.999 has lost four of its seven digits."""
     xp = array_namespace(step)
     if beta == 0:
         return xp.ones((), dtype=dtype, device=device(step))
@@ -267,7 +269,7 @@ def bias_correction(beta: float, step: Array, dtype: Any) -> Array:
 
 
 def _set_numbers(rule: object, *names: str) -> None:
-    """Plain numbers in the place of NumPy's, which would promote the arrays they multiply."""
+    """Convert NumPy's scalars, which would promote the arrays they multiply, to Python floats."""
     for name in names:
         value = getattr(rule, name)
         if not callable(value):

@@ -1,4 +1,4 @@
-"""The state of a wrapped update rule: what it shows, and the forward view of weights under it."""
+"""The state of a wrapped update rule, its inspection, and the forward view of weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from topkast.selection._support import Support, in_forward
 
 Arrays = dict[str, Array]
 Params = TypeVar("Params")
-Visit = Callable[[str, Array, Array], Any]  # key, an entry of the state, what it was at first
+Visit = Callable[[str, Array, Array], Any]  # key, entry of the state, entry of a fresh state
 
 
 class TopKASTState(NamedTuple):
@@ -28,12 +28,12 @@ class TopKASTState(NamedTuple):
     updates
         Number of updates so far; 0-d int32.
     supports
-        The sets, by the name of the tensor.
+        The sets, by name of the tensor.
     entered_active
-        Entries that the last refresh made active, by the name of the tensor; int32 of shape (1,).
+        Number of entries that entered A at the last refresh, by name of the tensor; int32 (1,).
     ages
-        Updates since each entry of B entered it, int16, by the name of the tensor: for rules of the
-        Adam family, whose entrants would move too fast.
+        Number of updates since each entry entered B, int16, by name of the tensor. Only for rules
+        of the Adam family, whose entrants would move too fast.
     inner
         State of the inner rule, whose arrays cover B alone.
     """
@@ -64,17 +64,17 @@ class TopKASTState(NamedTuple):
 
 
 def inspection(state: Any, params: Arrays, nbytes: Mapping[str, int]) -> Inspection:
-    """What a functional state shows; `nbytes` are the bytes of its inner state, by key."""
+    """Inspect a functional state; `nbytes` are the bytes of its inner state, by key."""
     ranked, total = {}, dict(nbytes)
     for key, support in state.supports.items():
         shapes = {name: tuple(params[name].shape) for name in members(key, params)}
         ranked[key] = _ranked(shapes, support)
         total[key] += count_bytes(support.indices)
-        if support.blocks is not None and not is_jax_array(support.indices):  # where they are kept
+        if support.blocks is not None and not is_jax_array(support.indices):  # cached entries
             total[key] += count_bytes(support.entries)
         if key in state.ages:
             total[key] += count_bytes(state.ages[key])
-    # Gradients of all, and forward views of what is sparse, beside the parameters.
+    # Parameters, their gradients, and the forward views of sparsified tensors.
     members_of = {name for one in ranked.values() for name in one.shapes}
     model = sum(
         (3 if name in members_of else 2) * count_bytes(array) for name, array in params.items()
@@ -85,19 +85,19 @@ def inspection(state: Any, params: Arrays, nbytes: Mapping[str, int]) -> Inspect
 
 
 def forward_params(params: Params, state: Any, /) -> Params:
-    """The forward view α of every tensor: what the model is to be evaluated at.
+    """Make the forward view α of every tensor, at which the model is evaluated.
 
     Parameters
     ----------
     params
         θ, by name; in JAX any pytree.
     state
-        State of the wrapped rule, or of what is around it.
+        State of the wrapped rule, or of an optimizer that contains it.
 
     Returns
     -------
     dict of str to array, or a pytree
-        Sparsified tensors with zeros outside A; dense ones as they are.
+        Sparsified tensors with zeros outside A; dense tensors unchanged.
 
     Examples
     --------
@@ -121,7 +121,7 @@ def forward_views(params: Mapping[str, Array], supports: Mapping[str, Support]) 
         shapes = {name: tuple(params[name].shape) for name in members(key, params)}
         ranked = _ranked(shapes, support)
         if is_jax_array(support.indices):
-            # Where parameters are spread over devices, XLA puts what is chosen from them there.
+            # If parameters are sharded over devices, XLA shards the result of `where` likewise.
             flags = in_forward(support)
             active = ranked.unflatten(scatter(flags, support, shape=(ranked.size,), fill=False))
             views |= {name: where(active[name], params[name], 0.0) for name in shapes}
@@ -132,17 +132,17 @@ def forward_views(params: Mapping[str, Array], supports: Mapping[str, Support]) 
 
 
 def _ranked(shapes: Mapping[str, Shape], support: Support) -> RankedTensors:
-    """What of the fixed part follows from shapes and a support."""
+    """Reconstruct the ranked tensors from shapes and a support; their density is not known."""
     return RankedTensors(
         shapes, support.forward, support.backward, density=1.0, blocks=support.blocks
     )
 
 
 def map_dictionaries(visit: Visit, state: Any, fresh: Any, keys: set[str]) -> Any:
-    """Apply `visit` wherever a state mirrors the compact parameters.
+    """Apply `visit` to the entries of every dictionary in a state that has exactly these keys.
 
-    A rule is given a dictionary with the keys `keys`, so that what it keeps per parameter is a
-    dictionary with those keys, however deep in tuples and dictionaries of its own.
+    The inner rule gets a dictionary with `keys`, and its state mirrors it in dictionaries with the
+    same keys, at any depth of tuples and other dictionaries.
     """
     if isinstance(state, dict):
         if state.keys() == keys:

@@ -1,4 +1,4 @@
-"""Top-KAST as a pure transform of updates: the loop of the method, once, for named arrays.
+"""Top-KAST as a pure transform of updates: the training loop for named arrays.
 
         ┌───────────── refresh, every N updates ─────────────┐
 θ ──select──► Support                                        │
@@ -28,7 +28,7 @@ from topkast._primitives import (
 from topkast._step import Step, decide, is_due
 from topkast._tensors import RankedTensors
 from topkast.backends import backend_of
-from topkast.functional._checks import check_plan, check_same, check_together
+from topkast.functional._checks import check_compatible, check_gradients, check_plan
 from topkast.functional._plan import Plan, TensorInfo, make_plan
 from topkast.functional._state import Arrays, TopKASTState
 from topkast.functional._wrapped_rule import UpdateRule, WrappedRule
@@ -36,7 +36,7 @@ from topkast.methods._chosen import method_of
 from topkast.selection._compact import gather, scatter
 from topkast.selection._support import Support
 
-_MAX_COUNT = (1 << 31) - 1  # of updates: counts are int32
+_MAX_COUNT = (1 << 31) - 1  # updates: they are counted in int32
 
 
 class TopKASTTransform:
@@ -44,10 +44,10 @@ class TopKASTTransform:
 
     Made by :func:`topkast.wrap_optimizer` from :class:`topkast.SGD`, :class:`topkast.Adam` or
     :class:`topkast.AdamW`. Parameters are a flat ``dict[str, array]`` of one array library. The
-    caller holds θ; differentiate the loss at :func:`topkast.forward_params` of it.
+    caller holds θ and differentiates the loss at its :func:`topkast.forward_params`.
 
-    Since ``update`` selects from the weights that result from its updates, it must be the
-    outermost transform: change its updates afterwards, and A and B are those of other weights.
+    ``update`` selects from the weights that its updates lead to, so that it must be the outermost
+    transform: if its updates are changed afterwards, A and B belong to other weights.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class TopKASTTransform:
         """Choose the first sets, and initialise the inner rule on B.
 
         Raises :class:`topkast.UnsupportedTensorError` for weights that are not floating-point,
-        :class:`topkast.NonFiniteError` for NaN or infinity in one, and
-        :class:`topkast.OptionError` if nothing is left to sparsify.
+        :class:`topkast.NonFiniteError` for NaN or infinity, and :class:`topkast.OptionError` if
+        nothing is left to sparsify.
         """
         plan = self.plan(params)
         supports = {
@@ -93,11 +93,11 @@ class TopKASTTransform:
         /,
         **extra: Any,
     ) -> tuple[Arrays, TopKASTState]:
-        """Updates for θ from the gradient at the forward view; new sets when a refresh is due.
+        """Compute updates for θ from the gradient at the forward view; refresh if it is due.
 
-        `params` is θ. Add the result with :func:`topkast.apply_updates`. Outside B the updates
-        are -0.0, the one number that changes no bit of what it is added to. Further keyword
-        arguments reach the inner rule.
+        `params` is θ. Add the updates with :func:`topkast.apply_updates`. Outside B they are -0.0,
+        the only number whose addition changes no bit. Further keyword arguments are passed to the
+        inner rule.
 
         >>> import numpy as np, topkast
         >>> tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.75, bwd=0.5, penalty=0.0)
@@ -113,19 +113,17 @@ class TopKASTTransform:
         if params is None:
             raise MismatchError("update needs params: update(grads, state, params)")
         advance = self._advance(grads, state, params, extra)
-        steps = advance.steps
-        updates = {name: steps[name] for name in params if name in steps}
+        displacements = advance.displacements
+        updates = {name: displacements[name] for name in params if name in displacements}
         for ranked in advance.plan.tensors:
-            flat = scatter(
-                steps[ranked.key], state.supports[ranked.key], shape=(ranked.size,), fill=-0.0
-            )
+            support = state.supports[ranked.key]
+            flat = scatter(displacements[ranked.key], support, shape=(ranked.size,), fill=-0.0)
             updates |= ranked.unflatten(flat)
         updates = {name: updates[name] for name in params}
-        following = advance.following
-        moved = self._refresh_if_due(
-            advance.plan, following, lambda: apply_updates(params, updates)
+        next_state = self._refresh_if_due(
+            advance.plan, advance.next_state, lambda: apply_updates(params, updates)
         )
-        return updates, moved
+        return updates, next_state
 
     def step(
         self,
@@ -135,10 +133,10 @@ class TopKASTTransform:
         /,
         **extra: Any,
     ) -> tuple[Arrays, TopKASTState]:
-        """The next θ and state: :meth:`update` and :func:`topkast.apply_updates` in one.
+        """Compute the next θ and state: :meth:`update` and :func:`topkast.apply_updates` in one.
 
-        It writes the values on B into a copy of θ and never forms updates as large as θ, which
-        is faster; inside ``jax.jit`` with `params` and `state` donated, there is no copy either.
+        This is faster, because it writes the values on B into a copy of θ and never forms updates
+        as large as θ. Inside ``jax.jit`` with `params` and `state` donated, it makes no copy.
 
         >>> import numpy as np, topkast
         >>> tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.75, bwd=0.5, penalty=0.0)
@@ -153,22 +151,22 @@ class TopKASTTransform:
         backend = backend_of(next(iter(params.values()), None))
         if backend.fuses(self.inner) and not extra:
             plan = self.check(grads, params, state)
-            decided = self._decide(plan, state)
-            weights, inner, ages = backend.step(self.inner, plan, decided, grads, state, params)
-            following = state._replace(updates=_increment(state.updates), inner=inner, ages=ages)
-            return weights, self._refresh_if_due(plan, following, lambda: weights)
+            steps = self._decide(plan, state)
+            weights, inner, ages = backend.step(self.inner, plan, steps, grads, state, params)
+            next_state = state._replace(updates=_increment(state.updates), inner=inner, ages=ages)
+            return weights, self._refresh_if_due(plan, next_state, lambda: weights)
         advance = self._advance(grads, state, params, extra)
-        stepped = apply_updates(advance.values, advance.steps)
-        weights = {name: stepped[name] for name in params if name in stepped}
+        compact = apply_updates(advance.values, advance.displacements)
+        weights = {name: compact[name] for name in params if name in compact}
         for ranked in advance.plan.tensors:
             entries = state.supports[ranked.key].entries
             flat = ranked.flatten(params)
-            values = array_namespace(flat).reshape(stepped[ranked.key], (-1,))
+            values = array_namespace(flat).reshape(compact[ranked.key], (-1,))
             flat = backend_of(flat).put(flat, entries, values)
             weights |= ranked.unflatten(flat)
         weights = {name: weights[name] for name in params}
-        following = self._refresh_if_due(advance.plan, advance.following, lambda: weights)
-        return weights, following
+        next_state = self._refresh_if_due(advance.plan, advance.next_state, lambda: weights)
+        return weights, next_state
 
     def _advance(
         self,
@@ -177,25 +175,25 @@ class TopKASTTransform:
         params: Mapping[str, Array],
         extra: Mapping[str, Any],
     ) -> _Advance:
-        """One update of what the inner rule sees."""
+        """Update the compact parameters and the state, without a refresh."""
         plan = self.check(grads, params, state)
         values = _compact(plan, params, state.supports)
         gradients = _compact(plan, grads, state.supports)
-        decided = self._decide(plan, state)
-        for key, one in decided.items():
-            gradients[key] = one.add_penalty(gradients[key], values[key], state.supports[key])
-        steps, inner = self.inner.update(gradients, state.inner, values, **extra)
-        steps = dict(steps)
+        steps = self._decide(plan, state)
+        for key, step in steps.items():
+            gradients[key] = step.add_penalty(gradients[key], values[key], state.supports[key])
+        displacements, inner = self.inner.update(gradients, state.inner, values, **extra)
+        displacements = dict(displacements)
         updates = _increment(state.updates)
-        steps, inner = self._scale_young(plan, decided, state, updates, steps, inner)
-        for key, one in decided.items():
-            steps[key] = one.restrict(steps[key], state.supports[key])
+        displacements, inner = self._scale_young(plan, steps, state, updates, displacements, inner)
+        for key, step in steps.items():
+            displacements[key] = step.restrict(displacements[key], state.supports[key])
         ages = {key: grow(age) for key, age in state.ages.items()}
-        following = state._replace(updates=updates, inner=inner, ages=ages)
-        return _Advance(plan, values, steps, following)
+        next_state = state._replace(updates=updates, inner=inner, ages=ages)
+        return _Advance(plan, values, displacements, next_state)
 
     def _decide(self, plan: Plan, state: TopKASTState) -> dict[str, Step]:
-        """What the next update does to each tensor, by its key."""
+        """Decide the next update of each tensor, by key."""
         return {
             ranked.key: decide(
                 penalty=plan.options[ranked.key].penalty,
@@ -212,50 +210,51 @@ class TopKASTTransform:
     def _scale_young(
         self,
         plan: Plan,
-        decided: Mapping[str, Step],
+        steps: Mapping[str, Step],
         state: TopKASTState,
         updates: Array,
-        steps: Arrays,
+        displacements: Arrays,
         inner: Any,
     ) -> tuple[Arrays, Any]:
-        """Steps, and those of copies of the tensors in the inner state: young entries slowed."""
+        """Scale young entries of the displacements, and of tensor copies in the inner state."""
         for key, ages in state.ages.items():
-            betas = decided[key].betas
+            betas = steps[key].betas
             if betas is not None:
-                steps[key] = scale_young(steps[key], ages, updates, betas)
+                displacements[key] = scale_young(displacements[key], ages, updates, betas)
         if not plan.copies or not state.ages:
-            return steps, inner
+            return displacements, inner
         numbers = iter(range(_MAX_COUNT))
 
         def scale(key: str, entry: Array, before: Array) -> Array:
             if next(numbers) not in plan.copies or key not in state.ages:
                 return entry
-            betas = decided[key].betas
+            betas = steps[key].betas
             assert betas is not None
             return before + scale_young(entry - before, state.ages[key], updates, betas)
 
-        return steps, self._rule.map_entries(scale, inner, state.inner, steps.keys())
+        inner = self._rule.map_entries(scale, inner, state.inner, displacements.keys())
+        return displacements, inner
 
     def compact(self, arrays: Mapping[str, Array], supports: Mapping[str, Support]) -> Arrays:
-        """What the inner rule sees of arrays like the parameters: those on B, and dense ones."""
+        """Convert arrays like the parameters to the inner rule's: values on B, and dense arrays."""
         return _compact(self.plan(arrays), arrays, supports)
 
     def check_finite(self, params: Mapping[str, Array]) -> None:
-        """Raise :class:`topkast.NonFiniteError` for NaN or infinity in what is sparsified."""
+        """Raise :class:`topkast.NonFiniteError` for NaN or infinity in a sparsified tensor."""
         for ranked in self.plan(params).tensors:
             ranked.check_finite(params)
 
     def check(
         self, grads: Mapping[str, Array], params: Mapping[str, Array], state: TopKASTState
     ) -> Plan:
-        """Raise :class:`topkast.MismatchError` unless these belong together."""
-        check_same(grads, params)
+        """Raise :class:`topkast.MismatchError` unless these belong together; return the plan."""
+        check_gradients(grads, params)
         plan = self.plan(params)
         check_plan(plan, state)
         return plan
 
     def plan(self, params: Mapping[str, Array]) -> Plan:
-        """What is sparsified, in what numbers; made once for parameters of the same shapes."""
+        """Return the plan for parameters of these shapes; it is made once and cached."""
         if not params:
             raise MismatchError("params is empty")
         for name, array in params.items():
@@ -264,7 +263,7 @@ class TopKASTTransform:
             ):
                 raise UnsupportedTensorError(f"{name}: weights must be floats, got {array.dtype}")
             backend_of(array).check(name, array)
-        check_together(params)
+        check_compatible(params)
         signature = tuple(
             (name, tuple(array.shape), str(array.dtype)) for name, array in params.items()
         )
@@ -276,75 +275,79 @@ class TopKASTTransform:
         return self._plans[signature]
 
     def _refresh_if_due(
-        self, plan: Plan, state: TopKASTState, moved: Callable[[], Arrays]
+        self, plan: Plan, state: TopKASTState, get_weights: Callable[[], Arrays]
     ) -> TopKASTState:
-        """`state`, or the one with sets chosen from the weights that `moved` returns."""
-        changing = [one for one in plan.tensors if method_of(plan.options[one.key]).refreshes]
-        intervals = {plan.options[one.key].refresh_every for one in changing}
+        """Choose new sets from the weights that `get_weights` returns, for tensors that are due."""
+        refreshing = [
+            ranked for ranked in plan.tensors if method_of(plan.options[ranked.key]).refreshes
+        ]
+        intervals = {plan.options[ranked.key].refresh_every for ranked in refreshing}
         for interval in sorted(intervals):
             due = is_due(interval, state.updates)
             if possibly_true(due):
-                chosen = [
-                    one for one in changing if plan.options[one.key].refresh_every == interval
+                tensors = [
+                    ranked
+                    for ranked in refreshing
+                    if plan.options[ranked.key].refresh_every == interval
                 ]
 
                 def refresh(
-                    state: TopKASTState, params: Arrays, chosen: list[RankedTensors] = chosen
+                    state: TopKASTState, params: Arrays, tensors: list[RankedTensors] = tensors
                 ) -> TopKASTState:
-                    return self._refresh(plan, chosen, state, params)
+                    return self._refresh(plan, tensors, state, params)
 
-                state = cond(due, refresh, state, moved())
+                state = cond(due, refresh, state, get_weights())
         return state
 
     def _refresh(
-        self, plan: Plan, chosen: list[RankedTensors], state: TopKASTState, params: Arrays
+        self, plan: Plan, tensors: list[RankedTensors], state: TopKASTState, params: Arrays
     ) -> TopKASTState:
-        """New sets for some tensors, and what the inner rule keeps carried over to them."""
-        outcome = {
+        """Choose new sets for `tensors`, and migrate ages and the inner rule's state."""
+        refreshes = {
             ranked.key: ranked.refresh(
                 ranked.flatten(params),
                 state.supports[ranked.key],
                 plan.options[ranked.key],
                 state.updates,
             )
-            for ranked in chosen
+            for ranked in tensors
         }
-        supports = state.supports | {key: new.support for key, new in outcome.items()}
-        # What the rule would have initialised: zeros nearly always, and right otherwise.
+        supports = state.supports | {key: refresh.support for key, refresh in refreshes.items()}
+        # Entries that enter B start as the rule initialises them, which is not always zero.
         fresh = self.inner.init(_compact(plan, params, supports))
-        shapes = {ranked.key: ranked.compact_shape for ranked in chosen}
+        shapes = {ranked.key: ranked.compact_shape for ranked in tensors}
 
-        def carry(key: str, entry: Array, initial: Array) -> Array:
+        def migrate(key: str, entry: Array, initial: Array) -> Array:
             if key not in shapes or tuple(entry.shape) != shapes[key]:
                 return entry
-            return outcome[key].migration.apply(entry, initial)
+            return refreshes[key].migration.apply(entry, initial)
 
         return state._replace(
             supports=supports,
             entered_active=state.entered_active
-            | {key: new.entered_active for key, new in outcome.items()},
+            | {key: refresh.entered_active for key, refresh in refreshes.items()},
             ages=state.ages
             | {
-                key: new.migration.apply(state.ages[key])
-                for key, new in outcome.items()
+                key: refresh.migration.apply(state.ages[key])
+                for key, refresh in refreshes.items()
                 if key in state.ages
             },
-            inner=self._rule.map_entries(carry, state.inner, fresh, plan.keys(params)),
+            inner=self._rule.map_entries(migrate, state.inner, fresh, plan.keys(params)),
         )
 
 
 @dataclass
 class _Advance:
-    """One update: what the inner rule saw, what it would add to it, and the next state."""
+    """One update: the inner rule's parameters, their displacements, and the next state."""
 
     plan: Plan
     values: Arrays
-    steps: Arrays
-    following: TopKASTState
+    displacements: Arrays
+    next_state: TopKASTState
 
 
 def apply_updates(params: Mapping[str, Array], updates: Mapping[str, Array], /) -> Arrays:
-    """The parameters with the updates added, in the dtype of the parameters.
+    """Add updates to parameters, in the dtype of the parameters.
 
     Parameters
     ----------
@@ -368,7 +371,7 @@ def apply_updates(params: Mapping[str, Array], updates: Mapping[str, Array], /) 
 
 
 def _compact(plan: Plan, arrays: Mapping[str, Array], supports: Mapping[str, Support]) -> Arrays:
-    """What the inner rule sees: dense tensors as they are, the others on B."""
+    """Convert arrays to those of the inner rule: dense tensors unchanged, the others on B."""
     inside = plan.inside
     compact = {name: array for name, array in arrays.items() if name not in inside}
     for ranked in plan.tensors:
@@ -383,6 +386,6 @@ def _zero_count(params: Mapping[str, Array]) -> Array:
 
 
 def _increment(count: Array) -> Array:
-    """One more, or the same at the end of the integers: a count must not turn negative."""
+    """Increment a count, and saturate at the largest integer instead of turning negative."""
     xp = array_namespace(count)
     return xp.where(count < xp.iinfo(count.dtype).max, count + 1, count)

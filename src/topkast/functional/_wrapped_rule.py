@@ -1,4 +1,4 @@
-"""The rule inside a transform: what it keeps per tensor, and what trials of it show."""
+"""The update rule inside a transform: its entries per tensor, and its probes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from topkast.selection._distribution import Shape
 
 
 class UpdateRule(Protocol):
-    """What can be wrapped: optax's two functions, on a dictionary of arrays.
+    """A rule that can be wrapped: optax's two functions, on a dictionary of arrays.
 
-    A rule whose state keeps entries per parameter elsewhere than in dictionaries with the keys of
-    the parameters has a third function, ``map_entries(visit, state, fresh)``, which returns the
-    state with ``visit(key, entry, initial)`` in the place of each such entry; `fresh` is a state
-    as ``init`` returns it. A rule of the Adam family has its factors as ``betas``; one with
+    A rule whose state does not keep entries per parameter in dictionaries with the parameters' keys
+    needs a third function, ``map_entries(visit, state, fresh)``. It replaces each such entry by
+    ``visit(key, entry, initial)``, where `initial` is the entry of `fresh`, a state that ``init``
+    returned. A rule of the Adam family has its factors as ``betas``. A rule with
     ``elementwise = True`` is not probed.
     """
 
@@ -38,33 +38,33 @@ class UpdateRule(Protocol):
 
 
 class WrappedRule:
-    """An update rule as the loop sees it.
+    """An update rule with the operations that the training loop needs.
 
     Parameters
     ----------
     rule
         The rule.
     asarray
-        Makes an array of the library that the rule works on.
+        Converts a NumPy array to the library that the rule works on.
     """
 
     def __init__(
         self, rule: UpdateRule, asarray: Callable[[HostArray], Array] = np.asarray
     ) -> None:
         self._rule, self.asarray = rule, asarray
-        self.fixed: HostArrays = {}  # tensors that are there in trials, and not tried
+        self.fixed: HostArrays = {}  # tensors that trials contain but do not observe
 
     def init(self, params: Arrays) -> Any:
-        """The first state of a trial."""
+        """Initialise the state of a trial."""
         return self._rule.init(params)
 
     def update(self, grads: Arrays, state: Any, params: Arrays) -> tuple[Arrays, Any]:
-        """One step of a trial."""
-        steps, state = self._rule.update(grads, state, params)
-        return steps, state
+        """Take one step of a trial."""
+        displacements, state = self._rule.update(grads, state, params)
+        return displacements, state
 
     def map_entries(self, visit: Visit, state: Any, fresh: Any, keys: Collection[str]) -> Any:
-        """Apply `visit` to what the rule keeps per parameter: its own way, or by `keys`."""
+        """Apply `visit` to the rule's entries per parameter, by its own function or by `keys`."""
         if hasattr(self._rule, "map_entries"):
             return self._rule.map_entries(visit, state, fresh)
         return map_dictionaries(visit, state, fresh, set(keys))
@@ -80,9 +80,9 @@ class WrappedRule:
             check_joint(self._start, names, joint, type(self._rule).__name__)
 
     def observe(self, dimensions: Mapping[str, int]) -> tuple[dict[str, Traits], frozenset[int]]:
-        """How the rule moves tensors, and which entries of its state are copies of them.
+        """Determine the rule's traits by tensor, and the entries of its state that copy a tensor.
 
-        `dimensions` are the numbers of dimensions of all tensors that it is given, by key.
+        `dimensions` are the numbers of dimensions of all tensors, by key.
         """
         pairs = beta_pairs(getattr(self._rule, "betas", ()))
         return self.observe_with(dict.fromkeys(dimensions, pairs), dimensions)
@@ -90,7 +90,7 @@ class WrappedRule:
     def observe_with(
         self, candidates: Mapping[str, list[Betas]], dimensions: Mapping[str, int]
     ) -> tuple[dict[str, Traits], frozenset[int]]:
-        """The same, for pairs of betas by key."""
+        """:meth:`observe` for given candidate betas, by key."""
         trials: list[_RuleTrial] = []
 
         def start(params: HostArrays) -> _RuleTrial:
@@ -104,42 +104,42 @@ class WrappedRule:
 
 
 class _RuleTrial:
-    """A run of an update rule on tensors of its own; see :class:`topkast._probe.Trial`."""
+    """A run of an update rule on its own tensors; see :class:`topkast._probe.Trial`."""
 
     def __init__(self, wrapped: WrappedRule, params: HostArrays) -> None:
         self._wrapped = wrapped
         self._params = self._arrays(params | wrapped.fixed)
         self._state = wrapped.init(self._params)
-        # Which of the entries visited, by number, started as a copy of its tensor.
+        # Numbers of the visited entries that started as copies of their tensor.
         self.copies = self._find_copies()
 
     def step(self, grads: HostArrays) -> list[HostArrays]:
         grads = grads | {key: np.ones_like(array) for key, array in self._wrapped.fixed.items()}
         steps, state = self._wrapped.update(self._arrays(grads), self._state, self._params)
-        tried = self._params.keys() - self._wrapped.fixed.keys()
-        moved = [{key: np.asarray(steps[key], dtype=np.float64) for key in tried}]
+        observed = self._params.keys() - self._wrapped.fixed.keys()
+        displacements = [{key: np.asarray(steps[key], dtype=np.float64) for key in observed}]
 
-        def compare(number: int, key: str, entry: Array, earlier: Array) -> None:
+        def compare(number: int, key: str, entry: Array, previous: Array) -> None:
             if number in self.copies:
-                step = np.asarray(entry, np.float64) - np.asarray(earlier, np.float64)
-                moved.append({key: step})
+                step = np.asarray(entry, np.float64) - np.asarray(previous, np.float64)
+                displacements.append({key: step})
 
         self._visit(compare, state, self._state)
         self._state = state
         self._params = {key: param + steps[key] for key, param in self._params.items()}
-        return moved
+        return displacements
 
     def renew(self, entrants: HostArray) -> None:
         fresh = self._wrapped.init(self._params)
 
-        def start(key: str, entry: Array, initial: Array) -> Array:
+        def reset(key: str, entry: Array, initial: Array) -> Array:
             if key not in self._params or tuple(entry.shape) != self._params[key].shape:
                 return entry
-            new = np.asarray(entry).copy().reshape(-1)
-            new[entrants] = np.asarray(initial).reshape(-1)[entrants]
-            return self._wrapped.asarray(new.reshape(entry.shape))
+            renewed = np.asarray(entry).copy().reshape(-1)
+            renewed[entrants] = np.asarray(initial).reshape(-1)[entrants]
+            return self._wrapped.asarray(renewed.reshape(entry.shape))
 
-        self._state = self._wrapped.map_entries(start, self._state, fresh, self._params)
+        self._state = self._wrapped.map_entries(reset, self._state, fresh, self._params)
 
     def _find_copies(self) -> frozenset[int]:
         copies: list[int] = []
@@ -152,14 +152,15 @@ class _RuleTrial:
         return frozenset(copies)
 
     def _visit(
-        self, look: Callable[[int, str, Array, Array], None], state: Any, other: Any
+        self, inspect: Callable[[int, str, Array, Array], None], state: Any, other: Any
     ) -> None:
+        """Call `inspect` with number, key and both states' values of each entry per parameter."""
         numbers = iter(range(1 << 30))
 
         def visit(key: str, entry: Array, second: Array) -> Array:
             number = next(numbers)
             if key in self._params and tuple(entry.shape) == self._params[key].shape:
-                look(number, key, entry, second)
+                inspect(number, key, entry, second)
             return entry
 
         self._wrapped.map_entries(visit, state, other, self._params)

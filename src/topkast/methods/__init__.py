@@ -1,4 +1,4 @@
-"""How A and B are chosen: one file a method."""
+"""Methods, which choose A and B: one file for each."""
 
 from topkast._method import Method, View
 from topkast.methods._mixed import Mixed

@@ -1,4 +1,4 @@
-"""The method that options ask for, and whether what it chose can be."""
+"""The method that options select, and the check of the sets that it chose."""
 
 from __future__ import annotations
 
@@ -15,35 +15,36 @@ _SHORTHANDS: dict[str, Method] = {"magnitude": TopKAST(), "random": Random()}
 
 
 def method_of(options: Options) -> Method:
-    """The option `method`, or the one for which `explore` is a shorthand."""
+    """The option `method`, or the method that `explore` abbreviates."""
     method: Method | None = options.method
     return _SHORTHANDS[options.explore] if method is None else method
 
 
 def check_chosen(support: Support, view: View, method: Method) -> Support:
-    """Raise :class:`topkast.MismatchError` unless the sets are as numerous and ordered as asked.
+    """Raise :class:`topkast.MismatchError` unless the sets are valid and have the asked counts.
 
-    The methods of the library are trusted: their choices are tested.
+    The library's own methods are not checked, because tests cover them.
     """
     if type(method).__module__.startswith("topkast.methods."):
         return support
     name = type(method).__name__
     if not isinstance(support, Support):
         raise MismatchError(
-            f"{name} chose a {type(support).__name__} for {view.name}: expected a topkast.Support"
+            f"{name} chose a {type(support).__name__} for {view.name}, expected a topkast.Support"
         )
     try:
         array_namespace(view.weights, support.indices)
     except TypeError:
         raise MismatchError(
-            f"{name} chose sets for {view.name} that are no arrays of the library of its weights, "
-            f"{type(view.weights).__module__}"
+            f"{name} chose indices of type {type(support.indices).__module__}."
+            f"{type(support.indices).__qualname__} for {view.name}, expected the library of its "
+            f"weights, {type(view.weights).__module__}"
         ) from None
     size = view.weights.shape[0]
-    support.check(size, f"{name} chose sets for {view.name}: what it returned")
-    found, expected = (support.forward, support.backward), (view.forward, view.backward)
-    if found != expected:
+    support.check(size, f"the support that {name} chose for {view.name}")
+    counts, expected = (support.forward, support.backward), (view.forward, view.backward)
+    if counts != expected:
         raise MismatchError(
-            f"{name} chose |A|, |B| = {found} entries of {view.name}: expected {expected}"
+            f"{name} chose |A|, |B| = {counts} units of {view.name}, expected {expected}"
         )
     return support.narrowed(size)

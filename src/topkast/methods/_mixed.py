@@ -1,4 +1,4 @@
-"""Between Top-KAST and its random variant."""
+"""A mixture of Top-KAST and its random variant."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from topkast.selection._support import Support
 
 @dataclass(frozen=True)
 class Mixed(Method):
-    """A by magnitude; of B∖A the share `by_magnitude` too, and the rest drawn uniformly.
+    """A and a share of B∖A are chosen by magnitude; the rest of B∖A is drawn uniformly.
 
-    The number of entries of B∖A that are chosen by magnitude is rounded down. 1 is
+    The share is `by_magnitude`, and its number of entries is rounded down. 1 is
     :class:`TopKAST`, 0 is :class:`Random`.
 
     Raises :class:`topkast.OptionError` for a share outside [0, 1].
@@ -38,14 +38,14 @@ class Mixed(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"weights", "random"})
 
     def __post_init__(self) -> None:
-        share: Any = self.by_magnitude  # of whatever type was given
+        share: Any = self.by_magnitude  # callers may pass any type
         if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= float(share) <= 1:
             raise OptionError(
-                f"by_magnitude is a share of B∖A: it must lie in [0, 1], got {share!r}"
+                f"by_magnitude is a share of B∖A and must lie in [0, 1], got {share!r}"
             )
 
     def choose(self, view: View, /) -> Support:
-        """A and some of B∖A by magnitude."""
+        """Choose A and the share of B∖A by magnitude."""
         share = exact_fraction(self.by_magnitude)
         exploring = math.floor(share * (view.backward - view.forward))
         return choose_by_magnitude(view, view.forward + exploring)

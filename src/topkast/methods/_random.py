@@ -1,4 +1,4 @@
-"""Top-KAST whose exploration is random."""
+"""Top-KAST with random exploration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from topkast.selection._support import Support
 
 @dataclass(frozen=True)
 class Random(Method):
-    """A by magnitude, B∖A drawn uniformly from the rest: ``explore="random"``.
+    """A is chosen by magnitude, B∖A is drawn uniformly from the rest: ``explore="random"``.
 
     Examples
     --------
@@ -30,5 +30,5 @@ class Random(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"weights", "random"})
 
     def choose(self, view: View, /) -> Support:
-        """A by magnitude and no more."""
+        """Choose A by magnitude and draw B∖A."""
         return choose_by_magnitude(view, view.forward)

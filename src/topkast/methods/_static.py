@@ -1,4 +1,4 @@
-"""Sets that stay."""
+"""Sets that never change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from topkast.selection._support import Support
 
 @dataclass(frozen=True)
 class Static(Method):
-    """A and B are drawn uniformly at the start, and never again: what every method must beat.
+    """A and B are drawn uniformly once, at the start: the baseline for every other method.
 
     Examples
     --------
@@ -32,5 +32,5 @@ class Static(Method):
     refreshes: ClassVar[bool] = False
 
     def choose(self, view: View, /) -> Support:
-        """Both sets by random words."""
+        """Draw both sets uniformly."""
         return choose_at_random(view)

@@ -27,5 +27,5 @@ class TopKAST(Method):
     """
 
     def choose(self, view: View, /) -> Support:
-        """The largest magnitudes; equal ones rank by hash."""
+        """Choose the largest magnitudes; ties are broken by hash."""
         return choose_by_magnitude(view, view.backward)

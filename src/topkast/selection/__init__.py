@@ -1,1 +1,1 @@
-"""Which entries are in A and B: how they are ranked and counted, and vectors over B."""
+"""Selection of A and B, the counts of their entries, and vectors over B."""

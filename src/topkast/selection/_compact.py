@@ -1,4 +1,4 @@
-"""The compact representation: what learns of a tensor is one vector, its values on B."""
+"""The compact representation: the trained weights of a tensor are one vector, its values on B."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from topkast.selection._support import Support
 
 
 def gather(params: Array, support: Support, /) -> Array:
-    r"""Values of a tensor on B.
+    r"""Read the values of a tensor on B.
 
     Parameters
     ----------
     params
         A tensor of any shape.
     support
-        Its sets.
+        The sets of the tensor.
 
     Returns
     -------
@@ -38,7 +38,7 @@ def gather(params: Array, support: Support, /) -> Array:
 def scatter(
     values: Array, support: Support, /, *, shape: tuple[int, ...], fill: float = 0.0
 ) -> Array:
-    r"""The tensor with `values` on B and `fill` elsewhere.
+    r"""Make the tensor that has `values` on B and `fill` elsewhere.
 
     Parameters
     ----------
@@ -49,12 +49,12 @@ def scatter(
     shape
         Shape of the tensor.
     fill
-        What the reservoir C is filled with.
+        Value of the reservoir C.
 
     Returns
     -------
     array
-        Of the given shape, dtype of `values`.
+        An array of the given shape and the dtype of `values`.
 
     Examples
     --------
@@ -70,14 +70,14 @@ def scatter(
 
 
 def forward_view(values: Array, support: Support, /, *, shape: tuple[int, ...]) -> Array:
-    r"""The forward view α: the weights on A with the same bits, and +0 elsewhere.
+    r"""Make the forward view α: the weights on A with the same bits, and +0 elsewhere.
 
     .. math:: \alpha_i = \begin{cases} \theta_i & i \in A \\ 0 & \text{otherwise} \end{cases}
 
     Parameters
     ----------
     values
-        Values on B, as from :func:`gather`; \|B\| entries of any shape.
+        Values on B, as :func:`gather` returns them: \|B\| entries of any shape.
     support
         The sets of the tensor.
     shape
@@ -86,7 +86,7 @@ def forward_view(values: Array, support: Support, /, *, shape: tuple[int, ...]) 
     Returns
     -------
     array
-        Of the given shape, dtype of `values`.
+        An array of the given shape and the dtype of `values`.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""How many entries each tensor keeps: exact counts, uniform, Erdős–Rényi-Kernel or global."""
+"""Density of each tensor (uniform or Erdős–Rényi-Kernel), and exact counts of kept entries."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Shape = tuple[int, ...]
 def densities(
     shapes: Mapping[str, Shape], sparsity: float, *, distribution: Distribution = "uniform"
 ) -> dict[str, float]:
-    r"""Density of each tensor, so that the whole has the given sparsity.
+    r"""Distribute a sparsity over tensors: the density of each.
 
     ``"uniform"`` gives every tensor the density :math:`1 - s`. ``"erk"`` (Erdős–Rényi-Kernel)
-    makes it proportional to the sum of the tensor's dimensions over their product,
+    makes the density proportional to the sum of the tensor's dimensions over their product,
 
     .. math:: d_l = \min\Bigl(1, \varepsilon \frac{\sum_i n_{l,i}}{\prod_i n_{l,i}}\Bigr),
 
     with :math:`\varepsilon` such that :math:`\sum_l d_l n_l = (1 - s) \sum_l n_l`: thin layers
-    are kept denser.
+    are denser.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def densities(
     Raises
     ------
     OptionError
-        For a sparsity outside [0, 1), or ``"global"``, whose densities depend on the weights.
+        For a sparsity outside [0, 1), or for ``"global"``, whose densities depend on the weights.
 
     Examples
     --------
@@ -67,14 +67,17 @@ def densities(
 def exact_densities(
     shapes: Mapping[str, Shape], sparsity: float, *, distribution: Distribution
 ) -> dict[str, Fraction]:
-    """As :func:`densities`, in rational arithmetic: counts derived from it never round."""
+    """:func:`densities` in rational arithmetic, so that counts derived from them are exact."""
     check_sparsities(sparsity, sparsity)
     density = 1 - exact_fraction(sparsity)
     if distribution == "uniform":
         return dict.fromkeys(shapes, density)
     if distribution == "erk":
         return _erdos_renyi_kernel(shapes, density)
-    raise OptionError(f"distribution={distribution!r} fixes no density per tensor, only in total")
+    raise OptionError(
+        f"distribution={distribution!r} fixes the density only in total, not of each tensor: "
+        "expected 'uniform' or 'erk'"
+    )
 
 
 def kept_count(size: int, density: Fraction) -> int:
@@ -91,7 +94,7 @@ def kept_count(size: int, density: Fraction) -> int:
 
 
 def exact_fraction(sparsity: float) -> Fraction:
-    """The decimal that the user wrote, so that 0.9 is nine tenths and not its nearest double."""
+    """Convert a float by its decimal digits: 0.9 is nine tenths and not the nearest double."""
     return Fraction(str(sparsity))
 
 
@@ -101,10 +104,10 @@ def _erdos_renyi_kernel(shapes: Mapping[str, Shape], density: Fraction) -> dict[
     budget = density * sum(sizes.values())
     full: set[str] = {name for name, size in sizes.items() if not size}
     while True:
-        # Tensors whose share would exceed 1 are kept whole, and the rest share what is left.
+        # Tensors whose density would exceed 1 are full; the others share the remaining budget.
         weight = sum((raw[name] * sizes[name] for name in raw if name not in full), Fraction())
-        left = budget - sum(sizes[name] for name in full)
-        scale = left / weight if weight else Fraction()
+        remaining = budget - sum(sizes[name] for name in full)
+        scale = remaining / weight if weight else Fraction()
         over = {name for name in raw if name not in full and scale * raw[name] > 1}
         if not over:
             break

@@ -14,8 +14,8 @@ from topkast._options import Explore, check_block, check_block_score, check_spar
 from topkast._primitives import Array, asarray_like, device, is_traced, take
 from topkast.backends import backend_of
 from topkast.selection._distribution import exact_fraction, kept_count
-from topkast.selection._random import BITS, Ranks, draws, make_key
-from topkast.selection._support import Support, width
+from topkast.selection._random import BITS, Ranks, make_key, random_draws
+from topkast.selection._support import Support, index_dtype_for
 from topkast.selection._units import Blocks, BlockScore, blocks_of, modulus, unit_scores
 
 
@@ -31,15 +31,15 @@ def select(
     seed: int = 0,
     name: str = "",
 ) -> Support:
-    r"""Choose A and B: the largest magnitudes of a tensor, in exact numbers.
+    r"""Choose A and B as the largest magnitudes of a tensor, with exact counts.
 
     .. math:: A = \mathrm{TopK}(|\theta|, D), \quad B = \mathrm{TopK}(|\theta|, D + M),
        \quad D = 1 - \mathtt{fwd}, \quad D + M = 1 - \mathtt{bwd}
 
     :math:`|A| = \max(1, n - \lfloor \mathtt{fwd} \cdot n \rfloor)` and likewise for B. Equal
-    magnitudes rank by a hash of (`seed`, `name`, flat index), which differs for each: both sets
-    are unique, nested and the same in every library, and those of a constant tensor are a random
-    subset, spread over all its rows.
+    magnitudes rank by a hash of (`seed`, `name`, flat index), which is different for each entry.
+    Both sets are unique, nested and the same in every library. In a constant tensor they are
+    random subsets, spread over all rows.
 
     Parameters
     ----------
@@ -48,28 +48,27 @@ def select(
     fwd, bwd
         Forward and backward sparsity, ``0 <= bwd <= fwd < 1``.
     explore
-        ``"magnitude"``, or ``"random"``: B∖A is then drawn uniformly from what is not in A.
+        ``"magnitude"``; or ``"random"``, which draws B∖A uniformly from all entries outside A.
     block
-        Rows and columns of a unit: whole blocks of the tensor as a matrix (first axis × all
-        others) are chosen, and n is their number. None: single weights.
+        Rows and columns of a unit: the sets consist of whole blocks of the tensor as a matrix
+        (first axis × all others), and n is the number of blocks. None: single weights.
     block_score
-        What a block is ranked by: the ``"sum"`` of the magnitudes of its weights, or the
-        ``"max"``.
+        The score by which blocks are ranked: the ``"sum"`` or ``"max"`` of their magnitudes.
     seed
-        Of the hash and of the random draw.
+        Seed of the hash and of the random draw.
     name
-        Of the tensor: tensors of one size and of different names break ties differently.
+        Name of the tensor: tensors of equal size but different names break ties differently.
 
     Returns
     -------
     Support
-        In the library and on the device of `params`.
+        The sets, in the library and on the device of `params`.
 
     Raises
     ------
     OptionError
-        If the sparsities are not as above, if `block` is not two positive integers or does not
-        divide the matrix, or for another score.
+        If a sparsity is out of range, if `block` is not two positive integers or does not divide
+        the matrix, or if `block_score` is unknown.
     NonFiniteError
         If an entry is NaN or infinite. Inside ``jax.jit``, where values cannot be inspected, NaN
         ranks last instead, and the counts stay exact.
@@ -82,7 +81,7 @@ def select(
     >>> support.active, support.exploring
     (array([1, 6], dtype=int32), array([2, 4], dtype=int32))
 
-    Of four blocks of 2 × 1 the third has the largest sum of magnitudes, and the second follows:
+    In blocks of 2 × 1, the third of the four has the largest sum of magnitudes, then the second:
 
     >>> support = topkast.select(theta, fwd=0.75, bwd=0.5, block=(2, 1))
     >>> support.active, support.exploring
@@ -100,7 +99,7 @@ def select(
     blocks = blocks_of(name or "params", tuple(params.shape), check_block(block))
     with ranked_units(flat, blocks, block_score) as scores:
         forward, backward = (
-            kept_count(scores.shape[0], 1 - exact_fraction(one)) for one in (fwd, bwd)
+            kept_count(scores.shape[0], 1 - exact_fraction(sparsity)) for sparsity in (fwd, bwd)
         )
         view = View(scores, forward, backward, seed, name)
         support = choose_by_magnitude(view, backward if explore == "magnitude" else forward)
@@ -109,9 +108,9 @@ def select(
 
 @contextmanager
 def ranked_units(flat: Array, blocks: Blocks | None, score: BlockScore) -> Iterator[Array]:
-    """What the units of a tensor (n,) are ranked by: its weights, or the scores of its blocks.
+    """Yield the values that rank the units of a tensor (n,): its weights, or scores of blocks.
 
-    A :class:`NonFiniteError` raised meanwhile counts weights, not blocks.
+    A :class:`NonFiniteError` raised in the context counts weights, not blocks.
     """
     if blocks is None:
         yield flat
@@ -125,25 +124,25 @@ def ranked_units(flat: Array, blocks: Blocks | None, score: BlockScore) -> Itera
 
 
 def choose_by_magnitude(view: View, count: int) -> Support:
-    """Sets whose first `count` entries, A among them, are the largest; the rest of B is drawn."""
+    """Choose the `count` largest units, which include A, and draw the rest of B at random."""
     flat = view.weights
     if array_namespace(flat).isdtype(flat.dtype, "complex floating"):
         flat = modulus(flat)
     if count == view.backward:
-        return _on_host(_by_magnitude, flat, view)
-    return _on_host(lambda work, view: _draw(work, view, count), flat, view)
+        return _prefer_host(_take_largest, flat, view)
+    return _prefer_host(lambda flat, view: _draw_exploring(flat, view, count), flat, view)
 
 
 def choose_at_random(view: View) -> Support:
-    """Both sets drawn uniformly."""
-    return _on_host(_draw_both, view.weights, view)
+    """Draw both sets uniformly."""
+    return _prefer_host(_draw_both, view.weights, view)
 
 
-def _on_host(choose: Callable[[Array, View], Support], flat: Array, view: View) -> Support:
-    """The sets, found by NumPy where the weights are in its reach."""
+def _prefer_host(choose: Callable[[Array, View], Support], flat: Array, view: View) -> Support:
+    """Choose the sets with NumPy if it can read the weights in place."""
     xp = array_namespace(flat)
     check_size(flat)
-    dtype = width(xp, flat.shape[0])
+    dtype = index_dtype_for(xp, flat.shape[0])
     if view.backward == 0:
         return Support(xp.zeros(0, dtype=dtype, device=device(flat)), 0)
     host = backend_of(flat).host(flat)
@@ -154,59 +153,59 @@ def _on_host(choose: Callable[[Array, View], Support], flat: Array, view: View) 
 
 
 def check_size(flat: Array) -> None:
-    """Raise :class:`UnsupportedTensorError` for a vector that is too long for its library."""
+    """Raise :class:`UnsupportedTensorError` for a vector too long for the library's indices."""
     xp = array_namespace(flat)
     dtype = backend_of(flat).index_dtype(flat)
     if flat.shape[0] > min(int(xp.iinfo(dtype).max), 1 << 32):
         raise UnsupportedTensorError(
-            f"{flat.shape[0]} entries are too many for one tensor with indices of {dtype} (in JAX, "
-            "enable 64 bits; at most 2**32)"
+            f"a tensor of {flat.shape[0]} entries is too large for indices of {dtype} (at most "
+            "2**32 entries; in JAX, enable 64 bits)"
         )
 
 
-def _by_magnitude(work: Array, view: View) -> Support:
-    """The largest magnitudes."""
+def _take_largest(flat: Array, view: View) -> Support:
+    """Take the largest magnitudes."""
     ranks = Ranks(make_key(view.seed, view.name, "ties"), view.first)
-    backend = backend_of(work)
-    return Support(backend.largest_first(work, view.forward, view.backward, ranks), view.forward)
+    backend = backend_of(flat)
+    return Support(backend.largest_first(flat, view.forward, view.backward, ranks), view.forward)
 
 
-def _draw(flat: Array, view: View, count: int) -> Support:
-    """`count` entries by magnitude, then the largest of random words that all lie below theirs."""
+def _draw_exploring(flat: Array, view: View, count: int) -> Support:
+    """Take the `count` largest magnitudes, and draw the rest of B by the largest random words."""
     xp, backend = array_namespace(flat), backend_of(flat)
     ties = Ranks(make_key(view.seed, view.name, "ties"), view.first)
     in_forward = kept = backend.largest_flags(flat, view.forward, ties)
     if count > view.forward:
         kept = backend.largest_flags(flat, count, ties)
-    words = _words(flat, view)
-    above_all = xp.asarray(1 << BITS, dtype=words.dtype, device=device(words))
-    words = xp.where(kept, above_all, words)
+    words = _draw_words(flat, view)
+    above_draws = xp.asarray(1 << BITS, dtype=words.dtype, device=device(words))
+    words = xp.where(kept, above_draws, words)
     flags = backend.largest_flags(words, view.backward, ties)
     indices = backend.true_indices(flags, view.backward)
     return Support.split(indices, take(in_forward, indices), view.forward)
 
 
 def _draw_both(flat: Array, view: View) -> Support:
-    """The largest of random words: those of B, and among them those of A."""
+    """Draw B by the largest random words, and A by the largest among them."""
     backend = backend_of(flat)
     ties = Ranks(make_key(view.seed, view.name, "ties"), view.first)
-    words = _words(flat, view)
+    words = _draw_words(flat, view)
     return Support(backend.largest_first(words, view.forward, view.backward, ties), view.forward)
 
 
-def _words(flat: Array, view: View) -> Array:
-    """A random word for each entry (n,); integers of 30 bits."""
+def _draw_words(flat: Array, view: View) -> Array:
+    """Draw a random word of 30 bits for each entry (n,)."""
     xp = array_namespace(flat)
     dtype = backend_of(flat).index_dtype(flat)
     positions = xp.arange(flat.shape[0], dtype=dtype, device=device(flat))
     key = make_key(view.seed, view.name, "draws")
-    return draws(positions + view.first, key, view.draw)
+    return random_draws(positions + view.first, key, view.draw)
 
 
 def check_finite(array: Array) -> None:
-    """Raise :class:`NonFiniteError` for NaN or infinity, where values can be inspected."""
+    """Raise :class:`NonFiniteError` for NaN or infinity, unless `array` is traced."""
     if not is_traced(array):
         xp = array_namespace(array)
-        bad = int(xp.sum(xp.astype(~xp.isfinite(array), xp.int32)))
-        if bad:
-            raise NonFiniteError(f"{bad} of {math.prod(array.shape)} entries are NaN or infinite")
+        count = int(xp.sum(xp.astype(~xp.isfinite(array), xp.int32)))
+        if count:
+            raise NonFiniteError(f"{count} of {math.prod(array.shape)} entries are NaN or infinite")

@@ -1,4 +1,4 @@
-"""The sets A and B of a tensor, and how a vector over B follows when they change."""
+"""The sets A and B of a tensor, and the migration of vectors over B when they change."""
 
 from __future__ import annotations
 
@@ -10,28 +10,27 @@ from array_api_compat import array_namespace, is_jax_array
 
 from topkast._errors import MismatchError
 from topkast._primitives import Array, Namespace, device, is_traced
-from topkast.backends import backend_of, load_own
+from topkast.backends import backend_of, load_builtin
 from topkast.selection._units import Blocks
 
 
 @dataclass(frozen=True)
 class Support:
-    r"""The sets of one tensor: the units of B, those of A first.
+    r"""The sets of one tensor: the units of B, with those of A first.
 
-    A unit is a weight, or a block of weights. Every vector over B (values, gradient, moments) holds
-    unit by unit in this order, so that its first `forward_size` entries are what the forward pass
-    sees, and the others what explores.
+    A unit is a weight, or a block of weights. Every vector over B (values, gradient, moments) is in
+    this order, unit by unit: its first `forward_size` entries belong to A, which the forward pass
+    sees, and the others to B∖A, which explores.
 
     Attributes
     ----------
     indices
-        Numbers of the units of B, of shape (\|B\|,): those of A ascending, then those of B∖A
-        ascending. Of single weights they are the flat (C-order) indices. int32 where the tensor has
-        fewer than 2³¹ units, else int64.
+        Unit numbers of B, of shape (\|B\|,): A ascending, then B∖A ascending. For single weights
+        they are flat (C-order) indices. int32 if the tensor has fewer than 2³¹ units, else int64.
     forward
         \|A\|, in units.
     blocks
-        How the tensor is cut into blocks; None where units are single weights.
+        The division of the tensor into blocks; None if units are single weights.
 
     Examples
     --------
@@ -42,7 +41,7 @@ class Support:
     >>> support.active, support.exploring
     (array([2, 5]), array([0, 3]))
 
-    Of a 4 × 4 matrix in blocks of 2 × 2, A is the last block and B∖A the first:
+    A 4 × 4 matrix in blocks of 2 × 2, where A is the last block and B∖A the first:
 
     >>> blocks = topkast.Blocks(rows=2, columns=2, height=4, width=4)
     >>> support = topkast.Support(np.asarray([3, 0], np.int32), 1, blocks)
@@ -56,10 +55,10 @@ class Support:
 
     def __post_init__(self) -> None:
         if sys.modules.get("jax") is not None:
-            load_own("jax")  # to which a support is a pytree
+            load_builtin("jax")  # registers Support as a pytree
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: part for name, part in self.__dict__.items() if name != "_entries"}
+        return {name: value for name, value in self.__dict__.items() if name != "_entries"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -67,13 +66,13 @@ class Support:
 
     @classmethod
     def of(cls, active: Array, exploring: Array) -> Support:
-        r"""From the ascending indices of A (\|A\|,) and of B∖A, arrays of one library."""
+        r"""Make a support from ascending indices of A (\|A\|,) and of B∖A, of one library."""
         xp = array_namespace(active, exploring)
         return cls(xp.concat([active, exploring]), active.shape[0])
 
     @classmethod
     def split(cls, indices: Array, in_forward: Array, forward: int) -> Support:
-        r"""From ascending indices of B (\|B\|,) and flags (\|B\|,) of the \|A\| that are in A."""
+        r"""Make a support from ascending indices of B (\|B\|,) and flags (\|B\|,) of A."""
         return cls(backend_of(indices).flagged_first(indices, in_forward, forward), forward)
 
     @property
@@ -94,7 +93,7 @@ class Support:
 
     @property
     def forward_size(self) -> int:
-        r"""Number of weights in A: where vectors over B go over from A to B∖A."""
+        r"""Number of weights in A: the position at which B∖A begins in vectors over B."""
         return self.forward * self._unit_size
 
     @property
@@ -104,13 +103,13 @@ class Support:
 
     @property
     def entries(self) -> Array:
-        """Flat (C-order) indices of the weights in B (backward_size,): unit by unit, A's first.
+        """Flat (C-order) indices of the weights in B (backward_size,): unit by unit, A first.
 
-        Those of a block stand row by row.
+        The weights of a block are in row-major order.
         """
         if self.blocks is None:
             return self.indices
-        if is_jax_array(self.indices):  # what is traced must not outlive the trace
+        if is_jax_array(self.indices):  # a traced array must not outlive its trace
             return self.blocks.entries(self.indices)
         if "_entries" not in self.__dict__:
             self.__dict__["_entries"] = self.blocks.entries(self.indices)
@@ -132,20 +131,21 @@ class Support:
         return 1 if self.blocks is None else self.blocks.size
 
     def in_blocks(self, blocks: Blocks | None) -> Support:
-        """The same units, as blocks of a tensor, or as single weights."""
+        """Reinterpret the units as blocks of a tensor, or as single weights."""
         return self if blocks is self.blocks else replace(self, blocks=blocks)
 
     def check(self, size: int, what: str) -> None:
-        """Raise :class:`topkast.MismatchError` unless these are sets of a tensor of that size.
+        """Raise :class:`topkast.MismatchError` unless these are valid sets of a tensor.
 
-        Where values cannot be inspected, inside ``jax.jit``, the shape alone is checked.
+        Inside ``jax.jit``, where values cannot be inspected, only dtype, shape and counts are
+        checked.
 
         Parameters
         ----------
         size
             Number of entries of the tensor.
         what
-            The subject of the message.
+            Subject of the error message.
         """
         indices = self.indices
         if self.blocks is not None:
@@ -156,88 +156,90 @@ class Support:
                 f"{what} has indices of {indices.dtype} and shape {tuple(indices.shape)}: "
                 "expected one vector of signed integers"
             )
-        count: Any = self.forward  # of whatever type was given
+        count: Any = self.forward  # a custom method may set any type
         if not isinstance(count, int) or not 0 <= count <= self.backward:
             raise MismatchError(
-                f"{what} has |A| = {self.forward!r} and |B| = {self.backward}: A is in B"
+                f"{what} has |A| = {self.forward!r} and |B| = {self.backward}: expected an integer "
+                "|A| between 0 and |B|"
             )
         if is_traced(indices):
             return
-        parts = {
-            name: part
-            for name, part in (("A", self.active), ("B∖A", self.exploring))
-            if part.shape[0]
+        nonempty = {
+            name: units
+            for name, units in (("A", self.active), ("B∖A", self.exploring))
+            if units.shape[0]
         }
-        for name, part in parts.items():
-            if bool(xp.any(part[1:] <= part[:-1])):
+        for name, units in nonempty.items():
+            if bool(xp.any(units[1:] <= units[:-1])):
                 raise MismatchError(f"{what} has indices of {name} that do not ascend")
-            if int(part[0]) < 0 or int(part[-1]) >= size:
+            if int(units[0]) < 0 or int(units[-1]) >= size:
                 raise MismatchError(f"{what} has indices outside of [0, {size})")
-        if len(parts) == 2:
-            active, exploring = parts.values()
+        if len(nonempty) == 2:
+            active, exploring = nonempty.values()
             _, in_both = backend_of(indices).positions(
                 active, active.shape[0], exploring, exploring.shape[0], size
             )
             if bool(xp.any(in_both)):
-                raise MismatchError(f"{what} has an index twice")
+                raise MismatchError(f"{what} has an index twice, in A and in B∖A")
 
     def _count_blocks(self, size: int, what: str) -> int:
         blocks = self.blocks
         assert blocks is not None
         if blocks.height * blocks.width != size:
             raise MismatchError(
-                f"{what} has blocks of a matrix of {blocks.height} × {blocks.width}: the tensor "
-                f"has {size} entries"
+                f"{what} has blocks of a matrix of {blocks.height} × {blocks.width}, but the "
+                f"tensor has {size} entries"
             )
         return blocks.count
 
     def narrowed(self, size: int) -> Support:
-        """The same with indices as wide as a tensor of that many units needs."""
+        """Convert the indices to the dtype for a tensor of `size` units."""
         xp = array_namespace(self.indices)
-        return replace(self, indices=xp.astype(self.indices, width(xp, size), copy=False))
+        dtype = index_dtype_for(xp, size)
+        return replace(self, indices=xp.astype(self.indices, dtype, copy=False))
 
 
-def width(xp: Namespace, size: int) -> Any:
-    """The dtype of indices into a tensor of that size, or of numbers of that many units."""
+def index_dtype_for(xp: Namespace, size: int) -> Any:
+    """The dtype of indices of a tensor of `size` units."""
     return xp.int32 if size < 1 << 31 else xp.int64
 
 
 def join_layers(indices: Array, forward: int, size: int) -> Support:
-    """The sets of a tensor of some size from those of its layers.
+    """Join the sets of layers into those of a stacked tensor of `size` units.
 
-    Of each layer there are the indices (layers, k), the first `forward` of them those of its A.
+    Row i of `indices` (layers, k) holds the indices of layer i, the first `forward` of them its A.
     """
     xp = array_namespace(indices)
     layers = indices.shape[0]
-    dtype = width(xp, size)
+    dtype = index_dtype_for(xp, size)
     firsts = xp.arange(layers, dtype=dtype, device=device(indices)) * (size // layers)
     indices = xp.astype(indices, dtype) + firsts[:, None]
-    parts = indices[:, :forward], indices[:, forward:]
-    return Support.of(*(xp.reshape(part, (-1,)) for part in parts))
+    active, exploring = indices[:, :forward], indices[:, forward:]
+    return Support.of(xp.reshape(active, (-1,)), xp.reshape(exploring, (-1,)))
 
 
 def in_forward(support: Support) -> Array:
-    r"""Flags (backward_size,) of the weights in B that are in A: the first ones."""
+    r"""Flags (backward_size,) of the weights in B that are in A."""
     xp = array_namespace(support.indices)
     numbers = xp.arange(support.backward_size, dtype=xp.int32, device=device(support.indices))
     return numbers < support.forward_size
 
 
-def weigh(values: Array, support: Support, on_active: float, on_exploring: float) -> Array:
-    r"""`values` (shape (1, …, \|B\|)) times one number on A and another one on B∖A."""
+def scale_by_set(values: Array, support: Support, on_active: float, on_exploring: float) -> Array:
+    r"""Multiply `values` (1, …, \|B\|) by one factor on A and another on B∖A."""
     xp = array_namespace(values)
     if backend_of(values).by_elements:
-        weights = xp.where(in_forward(support), on_active, on_exploring)
-        return xp.reshape(xp.astype(weights, values.real.dtype), values.shape) * values
+        factors = xp.where(in_forward(support), on_active, on_exploring)
+        return xp.reshape(xp.astype(factors, values.real.dtype), values.shape) * values
     flat, split = xp.reshape(values, (-1,)), support.forward_size
-    weighed = xp.concat([flat[:split] * on_active, flat[split:] * on_exploring])
-    return xp.reshape(weighed, values.shape)
+    scaled = xp.concat([flat[:split] * on_active, flat[split:] * on_exploring])
+    return xp.reshape(scaled, values.shape)
 
 
 def restrict_to_active(
     values: Array, support: Support, exploring: Array | bool, fill: float
 ) -> Array:
-    r"""`values` (shape (1, …, \|B\|)), with `fill` on B∖A unless `exploring`."""
+    r"""Set `values` (1, …, \|B\|) to `fill` on B∖A unless `exploring`."""
     if exploring is True:
         return values
     xp = array_namespace(values)
@@ -252,14 +254,14 @@ def restrict_to_active(
 
 
 class Migration(NamedTuple):
-    r"""How the entries of vectors over B move when the sets change.
+    r"""The positions from which entries of vectors over B are taken when the sets change.
 
     Attributes
     ----------
     source
-        For each weight of the new B its position in the old one; integers (backward_size,).
+        Position in the old B of each weight of the new B; integers (backward_size,).
     survives
-        Whether it was there at all; booleans (backward_size,).
+        Whether each weight of the new B was in the old B; booleans (backward_size,).
     """
 
     source: Array
@@ -267,10 +269,11 @@ class Migration(NamedTuple):
 
     @classmethod
     def between(cls, old: Support, new: Support, size: int | None = None) -> Migration:
-        """From one support to the next, of one tensor, whose size saves time where it is known."""
+        """Compute the migration between two supports of a tensor; giving its `size` saves time."""
         if old.blocks != new.blocks:
             raise MismatchError(
-                f"the units changed: from {old.blocks or 'weights'} to {new.blocks or 'weights'}"
+                f"the units changed from {old.blocks or 'single weights'} to "
+                f"{new.blocks or 'single weights'}: both supports must have the same blocks"
             )
         if new.blocks is None:
             return cls._between_units(old, new, size)
@@ -285,7 +288,7 @@ class Migration(NamedTuple):
         return cls(*backend.positions(old.indices, old.forward, new.indices, new.forward, size))
 
     def apply(self, entry: Array, fresh: Array | float = 0.0) -> Array:
-        r"""`entry` (shape (1, …, \|B\|), any dtype) on the new B, `fresh` for what enters it."""
+        r"""Move `entry` (1, …, \|B\|) of any dtype to the new B; entries that enter get `fresh`."""
         xp = array_namespace(entry)
         flat = xp.reshape(entry, (-1,))
         if isinstance(fresh, (int, float)):
@@ -296,7 +299,7 @@ class Migration(NamedTuple):
         return xp.reshape(moved, entry.shape)
 
     def entered_forward(self, old: Support, new: Support) -> Array:
-        """Flags (forward_size,) of the weights in the new A that were not in the old one."""
+        """Flags (forward_size,) of the weights in the new A that were not in the old A."""
         split = new.forward_size
         source, survives = self.source[:split], self.survives[:split]
         return ~survives | (source >= old.forward_size)
@@ -305,16 +308,16 @@ class Migration(NamedTuple):
 def migrate(entry: Array, old: Support, new: Support, /, *, fresh: Array | float = 0.0) -> Array:
     """Carry a vector over B from one support to the next.
 
-    Entries of indices that stay in B keep their bits, those of indices that leave are dropped.
+    Entries that stay in B keep their bits; entries that leave B are dropped.
 
     Parameters
     ----------
     entry
-        One value per index of ``old.entries``, of any dtype: a moment, say.
+        One value per index of ``old.entries``, of any dtype; a moment, for example.
     old, new
         The supports before and after a refresh.
     fresh
-        Value for indices that enter B: a number, or an array like `entry`.
+        Value of entries that enter B: a number, or an array like `entry`.
 
     Returns
     -------
@@ -324,7 +327,7 @@ def migrate(entry: Array, old: Support, new: Support, /, *, fresh: Array | float
     Raises
     ------
     MismatchError
-        If the units of the two supports are cut differently.
+        If the two supports have different blocks.
 
     Examples
     --------
@@ -338,6 +341,6 @@ def migrate(entry: Array, old: Support, new: Support, /, *, fresh: Array | float
 
 
 def _largest(support: Support) -> int:
-    """The largest index, -1 where there is none."""
-    parts = [part for part in (support.active, support.exploring) if part.shape[0]]
-    return max((int(part[-1]) for part in parts), default=-1)
+    """The largest index, or -1 if B is empty."""
+    nonempty = [units for units in (support.active, support.exploring) if units.shape[0]]
+    return max((int(units[-1]) for units in nonempty), default=-1)

@@ -1,4 +1,4 @@
-"""Units: what is ranked is a weight, or a block of weights of the tensor seen as a matrix."""
+"""Units, which are ranked: single weights, or blocks of weights of the tensor as a matrix."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ BlockScore: TypeAlias = Literal["sum", "max"]
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a tensor is cut into blocks, which are numbered row by row of blocks.
+    """The division of a tensor into blocks, numbered from left to right, then from top to bottom.
 
-    The tensor is seen as a matrix: its first axis × all others. Of a stacked tensor each layer is
-    such a matrix, and they stand one below the other.
+    The tensor is seen as a matrix: its first axis × all others. For a stacked tensor, the matrices
+    of its layers are placed below each other.
 
     Attributes
     ----------
     rows, columns
-        Of a block.
+        Size of a block.
     height, width
-        Rows and columns of the matrix: multiples of those of a block.
+        Size of the matrix: multiples of `rows` and `columns`.
 
     Raises
     ------
     OptionError
-        If blocks have no weights, or do not divide the matrix.
+        If a block is empty, or blocks do not divide the matrix.
 
     Examples
     --------
@@ -57,7 +57,7 @@ class Blocks:
         ):
             raise OptionError(
                 f"blocks of {self.rows} × {self.columns} do not divide a matrix of {self.height} × "
-                f"{self.width}"
+                f"{self.width}: expected positive divisors of its sides"
             )
 
     @property
@@ -71,51 +71,52 @@ class Blocks:
         return self.height * self.width // self.size
 
     def entries(self, units: Array) -> Array:
-        """Flat (C-order) indices of the weights in some blocks (k,): block by block, row by row.
+        """Flat (C-order) indices of the weights in blocks (k,): block by block, row by row.
 
-        int32 (k · rows · columns,) where the tensor has fewer than 2³¹ entries, else int64.
+        int32 (k · rows · columns,) if the tensor has fewer than 2³¹ entries, else int64.
         """
         xp = array_namespace(units)
         units = self._widen(units)
-        across = self.width // self.columns
-        above = units // across
-        first = above * (self.rows * self.width) + (units - above * across) * self.columns
-        down, right = (_count_up(n, units) for n in (self.rows, self.columns))
-        inside = xp.reshape(down[:, None] * self.width + right[None, :], (1, -1))
-        return xp.reshape(first[:, None] + inside, (-1,))
+        blocks_per_row = self.width // self.columns
+        block_rows = units // blocks_per_row
+        block_columns = units - block_rows * blocks_per_row
+        firsts = block_rows * (self.rows * self.width) + block_columns * self.columns
+        rows, columns = (_arange(n, units) for n in (self.rows, self.columns))
+        offsets = xp.reshape(rows[:, None] * self.width + columns[None, :], (1, -1))
+        return xp.reshape(firsts[:, None] + offsets, (-1,))
 
     def positions(self, of_units: Array) -> Array:
-        """Positions of weights in a vector over B, from those of their units (k,) among units."""
+        """Convert positions of units (k,) in B to positions of their weights in a vector over B."""
         xp = array_namespace(of_units)
         of_units = self._widen(of_units)
-        inside = _count_up(self.size, of_units)
-        return xp.reshape(of_units[:, None] * self.size + inside[None, :], (-1,))
+        offsets = _arange(self.size, of_units)
+        return xp.reshape(of_units[:, None] * self.size + offsets[None, :], (-1,))
 
-    def _widen(self, numbers: Array) -> Array:
-        """Numbers of units as wide as numbers of weights need to be."""
-        xp = array_namespace(numbers)
+    def _widen(self, units: Array) -> Array:
+        """Convert unit numbers to the dtype that indices of weights need."""
+        xp = array_namespace(units)
         dtype = xp.int32 if self.height * self.width < 1 << 31 else xp.int64
-        return xp.astype(numbers, dtype, copy=False)
+        return xp.astype(units, dtype, copy=False)
 
     def repeat(self, of_units: Array) -> Array:
-        """Values of units (k,), each as often as its block has weights."""
+        """Repeat values of units (k,) for each weight of the unit."""
         xp = array_namespace(of_units)
         shape = (of_units.shape[0], self.size)
         return xp.reshape(xp.broadcast_to(of_units[:, None], shape), (-1,))
 
 
-def _count_up(n: int, beside: Array) -> Array:
-    xp = array_namespace(beside)
-    return xp.arange(n, dtype=beside.dtype, device=device(beside))
+def _arange(n: int, like: Array) -> Array:
+    xp = array_namespace(like)
+    return xp.arange(n, dtype=like.dtype, device=device(like))
 
 
 def blocks_of(
     name: str, shape: tuple[int, ...], block: tuple[int, int] | None, *, stacked: bool = False
 ) -> Blocks | None:
-    """The blocks of a tensor; None where units are single weights.
+    """Divide a tensor into blocks; None if units are single weights.
 
-    Raises :class:`topkast.OptionError` if `block` does not divide the matrix, of a `stacked`
-    tensor that of a layer.
+    Raises :class:`topkast.OptionError` if `block` does not divide the matrix, or that of each layer
+    of a `stacked` tensor.
     """
     if block is None or block == (1, 1):
         return None
@@ -125,19 +126,19 @@ def blocks_of(
         which = "the matrix of each of its layers" if stacked else "its matrix"
         raise OptionError(
             f"{name}: block={block} does not divide {which}, {height} × {width} (first axis × all "
-            f"others). Choose another block, keep the tensor dense by dense={name!r}, or rank its "
-            f'single weights by overrides={{{name!r}: {{"block": None}}}}'
+            f"others). Choose another block, keep the tensor dense with dense={name!r}, or rank "
+            f'its single weights with overrides={{{name!r}: {{"block": None}}}}'
         )
     return Blocks(rows, columns, height * layers, width)
 
 
 def unit_scores(flat: Array, blocks: Blocks, score: BlockScore) -> Array:
-    """Scores (blocks.count,) of the units of a tensor (n,): sums or maxima of magnitudes.
+    """Score (blocks.count,) the blocks of a tensor (n,) by the sum or maximum of magnitudes.
 
-    In the dtype of the magnitudes; float32 for half precision. NaN in a unit makes its score NaN.
-    The order of the additions is fixed, so that all libraries round alike: neighbouring rows are
-    added, then neighbouring sums, until one row is left; and so are its columns. Where a sum
-    overflows, the scores are those of weights scaled down by a power of two.
+    Scores have the dtype of the magnitudes, or float32 for half precision. A block with NaN scores
+    NaN. The order of additions is fixed, so that all libraries round alike: neighbouring rows are
+    added, then neighbouring sums, until one row is left; then its columns in the same way. If a sum
+    overflows, all weights are scaled down by a power of two.
     """
     flat = backend_of(flat).constant(flat)
     host = backend_of(flat).host(flat)
@@ -167,30 +168,34 @@ def _scores(flat: Array, blocks: Blocks, score: BlockScore) -> Array:
 
 
 def _reduce(array: Array, blocks: Blocks, combine: Callable[[Array, Array], Array]) -> Array:
-    """The values (n,) of each block, combined pair by pair: first its rows, then its columns."""
+    """Combine the values (n,) of each block pair by pair: first its rows, then its columns."""
     xp = array_namespace(array)
-    down, across = blocks.height // blocks.rows, blocks.width // blocks.columns
-    rows = _fold(xp.reshape(array, (down, blocks.rows, blocks.width)), 1, combine)
-    columns = _fold(xp.reshape(rows, (down, across, blocks.columns)), 2, combine)
+    block_rows, block_columns = blocks.height // blocks.rows, blocks.width // blocks.columns
+    rows = _fold(xp.reshape(array, (block_rows, blocks.rows, blocks.width)), 1, combine)
+    columns = _fold(xp.reshape(rows, (block_rows, block_columns, blocks.columns)), 2, combine)
     return xp.reshape(columns, (-1,))
 
 
 def _fold(array: Array, axis: int, combine: Callable[[Array, Array], Array]) -> Array:
-    """An array of three dimensions, combined along one of them until its length is 1."""
+    """Combine an array of three dimensions along an axis until its length is 1."""
     xp = array_namespace(array)
     while (length := array.shape[axis]) > 1:
         first, second, last = (
-            array[(*(slice(None),) * axis, chosen, ...)]
-            for chosen in (slice(0, length - 1, 2), slice(1, length, 2), slice(length - 1, length))
+            array[(*(slice(None),) * axis, selected, ...)]
+            for selected in (
+                slice(0, length - 1, 2),
+                slice(1, length, 2),
+                slice(length - 1, length),
+            )
         )
         array = combine(first, second)
-        if length % 2:  # the odd one out waits for the next turn
+        if length % 2:  # the last one has no partner and waits for the next round
             array = xp.concat([array, last], axis=axis)
     return array
 
 
 def modulus(flat: Array) -> Array:
-    """Magnitudes of numbers; of a quarter of them where that of a complex one would overflow."""
+    """Magnitudes of numbers, all scaled by 1/4 if a finite complex number's would overflow."""
     xp = array_namespace(flat)
     moduli = xp.abs(flat)
     if not xp.isdtype(flat.dtype, "complex floating"):
