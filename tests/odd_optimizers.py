@@ -69,7 +69,7 @@ class Queue(Odd):
 
 
 class OnItself(Odd):
-    """Stores moments by Parameter in an attribute, counters in attributes and under a string key."""
+    """Stores moments by Parameter in an attribute, counters in attributes and by a string key."""
 
     def __init__(self, params: Any, lr: float = 0.05) -> None:
         super().__init__(params, lr)

@@ -40,12 +40,13 @@ def test_without_sparsity_the_wrapper_equals_the_inner_optimizer(build: Any) -> 
         for model, optimizer in zip(models, (plain, wrapped), strict=True):
             train(model, optimizer, range(step, step + 1))
         assert_same_bits(dict(models[0].named_parameters()), dict(models[1].named_parameters()))
-    for one, other in zip(*(model.parameters() for model in models), strict=True):
+    for plain_param, param in zip(*(model.parameters() for model in models), strict=True):
         assert_same_bits(
-            dict(plain.state)[one] if one in plain.state else {}, dict(wrapped.state[other])
+            dict(plain.state)[plain_param] if plain_param in plain.state else {},
+            dict(wrapped.state[param]),
         )
-    counted = {"lr", "seen"} & plain.param_groups[0].keys()
-    for name in counted:
+    options = {"lr", "seen"} & plain.param_groups[0].keys()
+    for name in options:
         assert plain.param_groups[0][name] == wrapped.param_groups[0][name]
 
 
@@ -71,8 +72,8 @@ def test_a_deep_copy_trains_like_the_original(build: Any) -> None:
     optimizer = topkast.wrap_optimizer(build(model.parameters()), **OPTIONS)
     train(model, optimizer, range(4))
     other_model, other = copy.deepcopy((model, optimizer))
-    for one, two in ((model, optimizer), (other_model, other)):
-        train(one, two, range(4, 9))
+    for network, wrapper in ((model, optimizer), (other_model, other)):
+        train(network, wrapper, range(4, 9))
     assert_same_bits(optimizer.state_dict(), other.state_dict())
 
 
@@ -88,14 +89,15 @@ def test_survivors_keep_their_entries_and_entrants_start_anew(build: Any) -> Non
     train(model, optimizer, range(8, 9))
     train(other_model, other, range(8, 9))
     entered = 0
-    for one, two in zip(
+    for unrefreshed, refreshed in zip(
         optimizer._wrapper_state.executions, other._wrapper_state.executions, strict=True
     ):
-        before, after = entries_by_index(optimizer, one), entries_by_index(other, two)
-        theta = two.theta()
+        before = entries_by_index(optimizer, unrefreshed)
+        after = entries_by_index(other, refreshed)
+        theta = refreshed.theta()
         assert before.keys() == after.keys()
         for entry, columns in after.items():
-            start = two.profile.layout.starts[entry[0]]
+            start = refreshed.profile.layout.starts[entry[0]]
             for index, column in columns.items():
                 if index in before[entry]:
                     assert torch.equal(column, before[entry][index]), entry
@@ -248,7 +250,7 @@ class TestMethods:
         optimizer = topkast.wrap_optimizer(
             torch.optim.SGD(nn.Linear(20, 30).parameters(), 0.1), **OPTIONS
         )
-        with pytest.raises(AttributeError, match="neither TopKASTOptimizer nor the SGD"):
+        with pytest.raises(AttributeError, match="neither TopKASTOptimizer nor its SGD"):
             optimizer.eval()
         assert not hasattr(
             optimizer, "_step_supports_amp_scaling"

@@ -43,10 +43,10 @@ def test_sparsify_continues_training(backend: str, model: str) -> None:
     """Sparsify after masked steps, between two accumulated gradients."""
     masked, masked_opt, inputs = prepare(model)
     sparse, sparse_opt, _ = prepare(model)
-    for one, optimizer in ((masked, masked_opt), (sparse, sparse_opt)):
-        train(one, optimizer, inputs, 9)
+    for network, optimizer in ((masked, masked_opt), (sparse, sparse_opt)):
+        train(network, optimizer, inputs, 9)
         optimizer.zero_grad()
-        one(inputs).square().mean().backward()
+        network(inputs).square().mean().backward()
     moments = {
         name: entry["exp_avg"].clone()
         for name, entry in zip(
@@ -56,10 +56,10 @@ def test_sparsify_continues_training(backend: str, model: str) -> None:
     topkast.sparsify(sparse, sparse_opt)
     for name, entry in zip(moments, sparse_opt.state.values(), strict=True):
         assert torch.equal(entry["exp_avg"], moments[name])
-    for one, optimizer in ((masked, masked_opt), (sparse, sparse_opt)):
-        one(inputs).mean().backward()
+    for network, optimizer in ((masked, masked_opt), (sparse, sparse_opt)):
+        network(inputs).mean().backward()
         optimizer.step()
-        train(one, optimizer, inputs, 9)
+        train(network, optimizer, inputs, 9)
     assert_agree(masked_opt, sparse_opt)
 
 
@@ -81,8 +81,8 @@ def test_options_agree_with_masked_execution(options: dict[str, Any]) -> None:
     masked, masked_opt, inputs = prepare("mlp", dtype=torch.float64, **options)
     sparse, sparse_opt, _ = prepare("mlp", dtype=torch.float64, **options)
     topkast.sparsify(sparse, sparse_opt)
-    for one, optimizer in ((masked, masked_opt), (sparse, sparse_opt)):
-        train(one, optimizer, inputs, 15)
+    for network, optimizer in ((masked, masked_opt), (sparse, sparse_opt)):
+        train(network, optimizer, inputs, 15)
     assert_agree(masked_opt, sparse_opt, 1e-11)
 
 

@@ -23,8 +23,8 @@ class TestState:
         masked, masked_opt, inputs = prepare(model)
         built, opt, _ = prepare(model)
         topkast.sparsify(built, opt)
-        for one, optimizer in ((masked, masked_opt), (built, opt)):
-            train(one, optimizer, inputs, 9)
+        for network, optimizer in ((masked, masked_opt), (built, opt)):
+            train(network, optimizer, inputs, 9)
         expected = built.eval()(inputs)
         dense_state = topkast.densify(built.state_dict())
         assert topkast.densify(built) is built
@@ -57,8 +57,8 @@ class TestState:
         with pytest.raises(topkast.MismatchError, match="load the optimizer's state dict too"):
             train(other, other_opt, inputs, 1)
         other_opt.load_state_dict(saved[1])
-        for one, optimizer in ((model, opt), (other, other_opt)):
-            train(one, optimizer, inputs, 10)
+        for network, optimizer in ((model, opt), (other, other_opt)):
+            train(network, optimizer, inputs, 10)
         assert_agree(opt, other_opt, 0.0)
 
     def test_an_optimizer_state_moves_between_executions(self) -> None:
@@ -70,8 +70,8 @@ class TestState:
         with torch.no_grad():
             for name in ("0.bias", "2.bias", "4.bias"):
                 sparse.get_parameter(name).copy_(masked.get_parameter(name))
-        for one, optimizer in ((masked, masked_opt), (sparse, sparse_opt)):
-            train(one, optimizer, inputs, 9)
+        for network, optimizer in ((masked, masked_opt), (sparse, sparse_opt)):
+            train(network, optimizer, inputs, 9)
         assert_agree(masked_opt, sparse_opt, 1e-11)
 
     def test_copies_are_independent(self) -> None:

@@ -73,8 +73,8 @@ class TestDerivatives:
 
         grads = torch.func.grad(loss)(params, x)
         expected = torch.autograd.grad(loss(params, x), list(params.values()))
-        for one, other in zip(grads.values(), expected, strict=True):
-            torch.testing.assert_close(one, other)
+        for grad, expected_grad in zip(grads.values(), expected, strict=True):
+            torch.testing.assert_close(grad, expected_grad)
 
     def test_gradients_per_sample(self, layer_type: str, backend: str) -> None:
         layer, x = make_layer(layer_type)

@@ -80,9 +80,9 @@ def test_micro_batches_equal_one_batch() -> None:
     for count in (1, 4):
         model = make_model().double()
         optimizer = wrap(torch.optim.SGD(model.named_parameters(), 0.1, momentum=0.9))
-        for whole in inputs:
+        for large_batch in inputs:
             optimizer.zero_grad()
-            for micro_batch in whole.double().chunk(count):
+            for micro_batch in large_batch.double().chunk(count):
                 (loss_of(model, micro_batch) / count).backward()
             optimizer.step()
         results.append((theta(optimizer), topkast.masks(optimizer), topkast.summary(optimizer)))
@@ -271,11 +271,11 @@ def test_group_added_later() -> None:
     named = [(f"head.{name}", param) for name, param in head.named_parameters()]
     optimizer.add_param_group({"params": named, "fwd": 0.5, "bwd": 0.25, "lr": 0.5})
     assert int(torch.count_nonzero(head.weight)) == 20
-    whole = nn.Sequential(model, head)
+    extended = nn.Sequential(model, head)
     before = theta(optimizer)
     for step in range(2):
         optimizer.zero_grad()
-        whole(batch(step)).square().mean().backward()
+        extended(batch(step)).square().mean().backward()
         optimizer.step()
     assert optimizer.state[head.weight]["exp_avg"].shape == (1, 30)
     assert not torch.equal(theta(optimizer)["head.weight"], before["head.weight"])

@@ -124,8 +124,8 @@ class TestDistributedCheckpoint:
             optim_state_dict=saved,
             options=options,
         )
-        for one, two in ((model, opt), (other_model, other)):
-            train(one, two, range(5, 10))
+        for network, wrapper in ((model, opt), (other_model, other)):
+            train(network, wrapper, range(5, 10))
         assert_equal(model.state_dict(), other_model.state_dict())
 
 

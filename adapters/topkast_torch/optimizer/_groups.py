@@ -87,7 +87,7 @@ class Group:
 
 @dataclass
 class WrapperState:
-    """All state of the wrapper, in one object that its shallow copies share."""
+    """All state of the wrapper, in one object that shallow copies of the wrapper share."""
 
     # Fixed at wrapping
     inner: torch.optim.Optimizer

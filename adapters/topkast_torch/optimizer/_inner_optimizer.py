@@ -1,4 +1,4 @@
-"""The inner optimizer's handle: it swaps in the compact vectors for a step, and disables the rest.
+"""A handle of the inner optimizer, which steps it on compact vectors and disables direct calls.
 
 The inner optimizer and the wrapper share the group dictionaries: both see whatever one of them or a
 scheduler writes there. A group holds the model's Parameters between steps, and compact vectors in
