@@ -195,14 +195,14 @@ def _check_other_stores(optimizer: torch.optim.Optimizer, small: _Run, large: _R
             for run in (small, large)
         ],
     }
-    for owner, trees in other_stores.items():
+    for location, trees in other_stores.items():
         small_shapes, large_shapes = (
             [(path, tuple(entry.shape)) for path, entry in walk(tree)] for tree in trees
         )
         for small_shape, large_shape in zip(small_shapes, large_shapes, strict=False):
             if small_shape != large_shape:
                 raise UnsupportedOptimizerError(
-                    f"{class_name(optimizer)} keeps values per weight in its {owner} "
+                    f"{class_name(optimizer)} keeps values per weight in its {location} "
                     f"{_format_path(small_shape[0])}, not by Parameter: they cannot be carried "
                     "over when B changes"
                 )

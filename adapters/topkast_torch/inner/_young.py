@@ -26,24 +26,24 @@ class YoungEntries:
     Attributes
     ----------
     ages
-        Updates between each entry's entry into B and the last refresh, int16.
-    since
+        Updates from each weight's entry into B to the last refresh, int16.
+    updates_since
         Updates since the last refresh.
     """
 
     def __init__(self, ages: Tensor, profile: InnerProfile) -> None:
-        self.ages, self.since, self._profile = ages, 0, profile
+        self.ages, self.updates_since, self._profile = ages, 0, profile
         self._find_young(None)
 
     def current_ages(self) -> Tensor:
         """The ages now, int16."""
-        grown = self.ages.int() + self.since
+        grown = self.ages.int() + self.updates_since
         ages = torch.where(self.ages == SETTLED, SETTLED, grown.clamp_(max=SETTLED))
         return ages.to(torch.int16)
 
     def restore(self, ages: Tensor, group: Mapping[str, Any] | None = None) -> None:
         """Set the ages."""
-        self.ages, self.since = ages, 0
+        self.ages, self.updates_since = ages, 0
         self._find_young(group)
 
     def migrate(self, migration: Migration, group: Mapping[str, Any]) -> None:
@@ -52,7 +52,7 @@ class YoungEntries:
 
     def count_step(self) -> None:
         """Count an update."""
-        self.since += 1
+        self.updates_since += 1
 
     def _find_young(self, group: Mapping[str, Any] | None) -> None:
         """Find the positions of young entries, and of entrants that have not been stepped."""
@@ -99,7 +99,11 @@ class YoungEntries:
                 young = _true_positions(self.ages < self._limit)
             before = [flat.index_select(0, young) for flat in self._moving_tensors(inner, values)]
             self._before = young, before
-        if not self._profile.layout.starts_suffice and not self.since and self._entrants.numel():
+        if (
+            not self._profile.layout.starts_suffice
+            and not self.updates_since
+            and self._entrants.numel()
+        ):
             self._first_steps = self._step_entrants(inner, group, values)
 
     def after_step(
@@ -113,7 +117,7 @@ class YoungEntries:
         if self._before is not None and betas is not None:
             young, before = self._before
             factors = self._factors(betas, steps + 1, values.device)
-            ages = self.ages.index_select(0, young).int() + (self.since + 1)
+            ages = self.ages.index_select(0, young).int() + (self.updates_since + 1)
             ages.clamp_(max=len(factors) - 1)
             share = factors.index_select(0, ages)
             for old, flat in zip(before, self._moving_tensors(inner, values), strict=False):
