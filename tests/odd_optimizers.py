@@ -1,4 +1,4 @@
-"""Elementwise optimizers that keep their state in every way that optimizers of others do."""
+"""Elementwise optimizers that store their state in all the ways of third-party optimizers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Odd(torch.optim.Optimizer):
-    """Momentum, kept by `update` in a way of its own."""
+    """Base class of optimizers that move weights along :meth:`direction`."""
 
     def __init__(self, params: Any, lr: float = 0.05, **options: Any) -> None:
         super().__init__(params, {"lr": lr, **options})
@@ -25,14 +25,14 @@ class Odd(torch.optim.Optimizer):
                     param.add_(self.direction(group, param, param.grad), alpha=-group["lr"])
 
     def begin(self, group: dict[str, Any]) -> None:
-        """What is done once for a group and a step."""
+        """Called once per group and step."""
 
     def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
         raise NotImplementedError
 
 
 class Flattened(Odd):
-    """One vector per tensor, whatever its shape."""
+    """Stores one flat vector per tensor."""
 
     def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
         mean = self.state[param].setdefault("mean", torch.zeros(param.numel()).to(param))
@@ -41,7 +41,7 @@ class Flattened(Odd):
 
 
 class Stacked(Odd):
-    """Histories (k, *shape), and (*shape, k)."""
+    """Stores histories (k, *shape) and (*shape, k)."""
 
     def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
         state = self.state[param]
@@ -55,7 +55,7 @@ class Stacked(Odd):
 
 
 class Queue(Odd):
-    """A deque of past gradients, and a list in a dictionary."""
+    """Stores a deque of past gradients, and a list in a dictionary."""
 
     def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
         state = self.state[param]
@@ -69,7 +69,7 @@ class Queue(Odd):
 
 
 class OnItself(Odd):
-    """Moments in a dictionary of its own by Parameter, counters in attributes, a string key."""
+    """Stores moments by Parameter in an attribute, counters in attributes and by a string key."""
 
     def __init__(self, params: Any, lr: float = 0.05) -> None:
         super().__init__(params, lr)
@@ -92,7 +92,7 @@ class OnItself(Odd):
 
 
 class Copies(Odd):
-    """Starts at the weight (`z`), at a number (`step_size`), and averages the weight (`mean`)."""
+    """Stores an entry that starts at the weight (`z`), and one at a number (`step_size`)."""
 
     def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
         state = self.state[param]
@@ -107,7 +107,7 @@ class Copies(Odd):
 
 
 class FirstGradient(Odd):
-    """Begins with the gradient itself, which zeros would not reproduce."""
+    """Stores entries that start at the first gradient; zeros would give another first step."""
 
     def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
         state = self.state[param]
@@ -121,7 +121,7 @@ class FirstGradient(Odd):
 
 
 class Switching(Odd):
-    """Has modes, like schedule-free optimizers, and methods that users call."""
+    """Has training and evaluation modes, like schedule-free optimizers."""
 
     def __init__(self, params: Any, lr: float = 0.05) -> None:
         super().__init__(params, lr)
@@ -143,9 +143,9 @@ class Switching(Odd):
             for param in group["params"]:
                 average = self.state[param].get("average")
                 if average is not None:
-                    kept = param.clone()
+                    saved = param.clone()
                     param.copy_(average)
-                    average.copy_(kept)
+                    average.copy_(saved)
 
     def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
         assert self.training
@@ -154,11 +154,11 @@ class Switching(Odd):
         return grad
 
 
-# What cannot follow B.
+# Optimizers whose state cannot be migrated, or that are not elementwise.
 
 
 class Quantised(Odd):
-    """A scale for each block of 16 weights."""
+    """Stores a scale for each group of 16 weights."""
 
     def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
         blocks = -(-param.numel() // 16)
@@ -167,7 +167,7 @@ class Quantised(Odd):
 
 
 class OnItselfByNumber(Odd):
-    """Moments in a list of its own, which belongs to no Parameter."""
+    """Stores gradients in an attribute, not by Parameter."""
 
     def __init__(self, params: Any, lr: float = 0.05) -> None:
         super().__init__(params, lr)
@@ -179,7 +179,7 @@ class OnItselfByNumber(Odd):
 
 
 class InAnObject(Odd):
-    """An object in the state, which may hold anything."""
+    """Stores an opaque object in the state."""
 
     def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
         self.state[param].setdefault("object", object())
@@ -187,14 +187,14 @@ class InAnObject(Odd):
 
 
 class ByShape(Odd):
-    """Scales by the length of a row, which a compact vector does not have."""
+    """Scales by the row length, which a compact vector does not have."""
 
     def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
         return grad / param.shape[-1]
 
 
 class Late(Odd):
-    """Uses rows after 30 steps alone."""
+    """Uses rows, but only after 30 steps."""
 
     def begin(self, group: dict[str, Any]) -> None:
         group["seen"] = group.get("seen", 0) + 1
@@ -204,27 +204,27 @@ class Late(Odd):
 
 
 class OnLongAxes(Odd):
-    """Uses rows of tensors with more than 200 of them."""
+    """Uses rows, but only of tensors with more than 200 rows."""
 
     def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
         return grad - grad.mean(0) if param.dim() > 1 and param.shape[0] > 200 else grad
 
 
 class OnThreeDimensions(Odd):
-    """Uses the first axis of tensors with three dimensions."""
+    """Uses the first axis, but only of tensors with three dimensions."""
 
     def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
         return grad - grad.mean(0) if param.dim() == 3 else grad
 
 
 class StandsStill(Odd):
-    """Moves nothing, so that nothing can be seen."""
+    """Moves nothing, so that the probe cannot observe it."""
 
     def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
         return torch.zeros_like(grad)
 
 
-KEPT: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+WRAPPED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "flattened": Flattened,
     "stacked": Stacked,
     "queue": Queue,

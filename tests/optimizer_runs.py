@@ -11,7 +11,7 @@ from topkast_torch.inner._inner_state import entries_of, walk
 from torch import Tensor, nn
 
 OPTIONS: dict[str, Any] = {"fwd": 0.8, "bwd": 0.5, "refresh_every": 3, "penalty": 0.2}
-NOTHING: dict[str, Any] = {"fwd": 0.0, "bwd": 0.0, "penalty": 0.0, "refresh_every": 2}
+DENSE: dict[str, Any] = {"fwd": 0.0, "bwd": 0.0, "penalty": 0.0, "refresh_every": 2}
 
 
 def make_model() -> nn.Sequential:
@@ -33,42 +33,42 @@ def backward(model: nn.Module, step: int) -> None:
 def train(model: nn.Module, optimizer: Any, steps: range) -> None:
     for step in steps:
         backward(model, step)
-        torch.manual_seed(step)  # for optimizers that draw
+        torch.manual_seed(step)  # for optimizers that draw random numbers
         optimizer.step()
 
 
-def through_a_file(state: Any) -> Any:
-    """Saved, and read without running code from the file."""
+def save_and_load(state: Any) -> Any:
+    """Save to a file and load without running code from it."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
     return torch.load(buffer, weights_only=True)
 
 
-def assert_alike(first: Any, second: Any, where: str = "") -> None:
-    """Equal bit for bit, tensors up to their shape: a compact vector has that of a row."""
+def assert_same_bits(first: Any, second: Any, where: str = "") -> None:
+    """Raise unless two trees have equal bits; tensors may differ in shape, as compact ones do."""
     if isinstance(first, Tensor):
         assert torch.equal(first.reshape(-1), second.reshape(-1)), where
     elif isinstance(first, Mapping):
         assert first.keys() == second.keys(), where
         for key in first:
-            assert_alike(first[key], second[key], f"{where}.{key}")
+            assert_same_bits(first[key], second[key], f"{where}.{key}")
     elif isinstance(first, (list, tuple)) or hasattr(first, "maxlen"):
         assert len(first) == len(second), where
-        for one, other in zip(first, second, strict=True):
-            assert_alike(one, other, where)
+        for item, other in zip(first, second, strict=True):
+            assert_same_bits(item, other, where)
     else:
         assert first == second, where
 
 
-def kept_by_index(optimizer: Any, execution: Any) -> dict[Any, dict[int, Tensor]]:
-    """Each entry per weight, as a dictionary from the index of the weight to a column."""
+def entries_by_index(optimizer: Any, execution: Any) -> dict[Any, dict[int, Tensor]]:
+    """The values of each entry per weight, by index of the weight."""
     state = optimizer._wrapper_state
-    kept = entries_of(state.inner, execution.values, state.stores)
+    entries = entries_of(state.inner, execution.values, state.stores)
     indices = execution.support.indices
     specs = execution.profile.layout.specs
     columns: dict[Any, dict[int, Tensor]] = {}
-    for number, (path, entry) in enumerate(walk(kept)):
+    for number, (path, entry) in enumerate(walk(entries)):
         if path in specs:
             axis = specs[path].axis(execution.ranked.compact_shape)
             rows = entry.movedim(axis, 0).reshape(len(indices), -1)

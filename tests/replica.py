@@ -1,4 +1,4 @@
-"""One process of a data-parallel run: a module of its own, so that a new process can import it."""
+"""One process of a data-parallel run, in its own module so that a new process can import it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import topkast
 
 
 def train(rank: int, folder: str, explore: Any, seeds: tuple[int, int] | None = None) -> None:
-    """Masked execution or, with `seeds` of the initial weights, sparse execution."""
+    """Train in masked execution, or in sparse execution if `seeds` of the weights are given."""
     torch.set_num_threads(1)
     store = FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
@@ -35,7 +35,7 @@ def train(rank: int, folder: str, explore: Any, seeds: tuple[int, int] | None = 
         torch.manual_seed(rank)
     for _ in range(7):
         optimizer.zero_grad()
-        inputs = torch.randn(8, 12)  # each process has its own
+        inputs = torch.randn(8, 12)  # differs between processes
         (model(inputs) - inputs[:, :4]).square().mean().backward()
         optimizer.step()
     state = {"theta": topkast.dense_params(optimizer), "masks": dict(topkast.masks(optimizer))}

@@ -1,4 +1,4 @@
-"""Small networks, trained alike in masked and in sparse execution."""
+"""Small networks, trained in masked and in sparse execution."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from topkast.selection._support import in_forward
 OPTIONS: dict[str, Any] = {"fwd": 0.8, "bwd": 0.6, "refresh_every": 7, "penalty": 1e-2}
 
 
-# No layer here has a bias whose gradient is zero (that of keys, or before a BatchNorm): Adam would
-# make steps of its rounding errors.
+# No bias has a zero gradient (as that of keys, or before a BatchNorm): Adam would turn its rounding
+# errors into full steps.
 
 
 class Attention(nn.Module):
@@ -92,39 +92,39 @@ def train(model: nn.Module, optimizer: Any, inputs: Tensor, steps: int) -> None:
         optimizer.step()
 
 
-def assert_agree(one: Any, other: Any, tolerance: float = 1e-5) -> None:
-    """Supports identical, θ within `tolerance` of its norm."""
-    masks, others = topkast.masks(one), topkast.masks(other)
+def assert_agree(first: Any, second: Any, tolerance: float = 1e-5) -> None:
+    """Raise unless supports are identical and θ agrees within `tolerance` of its norm."""
+    masks, others = topkast.masks(first), topkast.masks(second)
     assert masks.keys() == others.keys()
     for name, mask in masks.items():
         assert torch.equal(mask.forward, others[name].forward), name
         assert torch.equal(mask.backward, others[name].backward), name
-    for (name, theta), found in zip(
-        topkast.dense_params(one).items(), topkast.dense_params(other).values(), strict=True
+    for (name, theta), other in zip(
+        topkast.dense_params(first).items(), topkast.dense_params(second).values(), strict=True
     ):
-        assert (theta - found).norm() <= tolerance * theta.norm(), name
+        assert (theta - other).norm() <= tolerance * theta.norm(), name
 
 
 def check_gradients(layer: Any, inputs: Tensor, dense: Callable[..., Tensor]) -> None:
-    """By differences, and against the dense layer: the output, and gradients on B."""
-    found = layer(inputs)
+    """Compare output and gradients on B with the dense layer, and with finite differences."""
+    output = layer(inputs)
     weight = layer.weight.requires_grad_()
     expected = dense(inputs, weight, layer.bias)
-    torch.testing.assert_close(found, expected)
-    grad_output = torch.randn_like(found)
-    given = [tensor for tensor in (inputs, layer.bias) if tensor is not None]
-    grads = torch.autograd.grad(found, [layer.values, *given], grad_output)
-    dense_grads = torch.autograd.grad(expected, [weight, *given], grad_output)
+    torch.testing.assert_close(output, expected)
+    grad_output = torch.randn_like(output)
+    others = [tensor for tensor in (inputs, layer.bias) if tensor is not None]
+    grads = torch.autograd.grad(output, [layer.values, *others], grad_output)
+    dense_grads = torch.autograd.grad(expected, [weight, *others], grad_output)
     on_b = dense_grads[0].reshape(-1)[layer.indices].view(layer.values.shape)
     torch.testing.assert_close(grads, (on_b, *dense_grads[1:]))
 
     def on_a(inputs: Tensor, values: Tensor, *bias: Tensor) -> Tensor:
-        # What the layer does is no function of B∖A, whose gradient is that of a dense weight.
-        flags = in_forward(layer.support).view(values.shape)
-        held = torch.where(flags, values, layer.values.detach())
-        given = {"values": held} | ({"bias": bias[0]} if bias else {})
-        found: Tensor = torch.func.functional_call(layer, given, inputs)
-        return found
+        # The output does not depend on B∖A, so that finite differences would give zero there.
+        is_active = in_forward(layer.support).view(values.shape)
+        masked = torch.where(is_active, values, layer.values.detach())
+        params = {"values": masked} | ({"bias": bias[0]} if bias else {})
+        output: Tensor = torch.func.functional_call(layer, params, inputs)
+        return output
 
     if inputs.numel():
-        assert torch.autograd.gradcheck(on_a, (inputs, layer.values, *given[1:]))
+        assert torch.autograd.gradcheck(on_a, (inputs, layer.values, *others[1:]))

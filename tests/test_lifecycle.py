@@ -296,7 +296,7 @@ class TestAStepThatRaises:
 
     def test_in_the_inner_step_before_it_moves(self, sparse: bool) -> None:
         def attempt(model: Any, optimizer: Any, patch: pytest.MonkeyPatch) -> None:
-            patch.setattr("topkast_torch.optimizer._seat.step_without_hooks", fail)
+            patch.setattr("topkast_torch.optimizer._inner_optimizer.step_without_hooks", fail)
             optimizer.step()
 
         self.check(sparse, attempt)
@@ -333,7 +333,7 @@ class TestAStepThatRaises:
             raise error
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("topkast_torch.optimizer._seat.step_without_hooks", halfway)
+            patch.setattr("topkast_torch.optimizer._inner_optimizer.step_without_hooks", halfway)
             with pytest.raises(error):
                 optimizer.step()
         for one, param in zip(gradients, model.parameters(), strict=True):

@@ -1,4 +1,4 @@
-"""Sparse convolutions: their gradients, and images of any size and number."""
+"""Sparse convolutions: gradients, and images of any size and number."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ def test_convolution_gradients(
     topkast.sparsify(model, opt)
 
     def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        given = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-        found: Tensor = torch.func.functional_call(dense, given, x)
-        return found
+        params = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        output: Tensor = torch.func.functional_call(dense, params, x)
+        return output
 
     check_gradients(model, inputs, convolve)
 
 
 def convolution(**options: Any) -> Any:
-    """A sparse convolution of 4 channels, and the dense one that does the same."""
+    """A sparse convolution of 4 channels, and the equivalent dense convolution."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, 3, **options))
     opt = topkast.wrap_optimizer(
@@ -71,26 +71,26 @@ def convolution(**options: Any) -> Any:
 
 
 class TestImages:
-    """What changes from one call of a convolution to the next."""
+    """Convolutions whose images or attributes change between calls."""
 
-    def test_sizes_and_numbers_of_images(self, backend: str) -> None:
+    def test_images_of_any_size_and_number(self, backend: str) -> None:
         layer, dense = convolution(padding=1, dtype=torch.float64)
         shapes = [(1, 7, 6), (40, 7, 6), (3, 9, 8), (2, 3, 30), (1, 40, 3), (17, 7, 6), (5, 5, 5)]
         batches = [
             torch.randn(count, 4, height, width, dtype=torch.float64, requires_grad=True)
             for count, height, width in shapes
         ]
-        outputs = [layer(images) for images in batches]  # more sizes than are remembered
-        for images, found in zip(batches, outputs, strict=True):
-            expected, grad_output = dense(images), torch.randn_like(found)
-            torch.testing.assert_close(found, expected)
-            wanted = [images, layer.values]
-            gradients = torch.autograd.grad(found, wanted, grad_output)
+        outputs = [layer(images) for images in batches]  # more sizes than the cache holds
+        for images, output in zip(batches, outputs, strict=True):
+            expected, grad_output = dense(images), torch.randn_like(output)
+            torch.testing.assert_close(output, expected)
+            sources = [images, layer.values]
+            gradients = torch.autograd.grad(output, sources, grad_output)
             torch.testing.assert_close(
-                gradients, torch.autograd.grad(expected, wanted, grad_output)
+                gradients, torch.autograd.grad(expected, sources, grad_output)
             )
 
-    def test_what_is_remembered_of_them_is_bounded(self) -> None:
+    def test_the_cache_of_image_sizes_is_bounded(self) -> None:
         layer, _ = convolution()
         sizes = []
         for width in range(5, 25):
@@ -98,7 +98,7 @@ class TestImages:
             sizes.append(layer.products.nbytes)
         assert sizes[0] < sizes[3] == sizes[-1]
 
-    def test_attributes_that_are_changed(self, backend: str) -> None:
+    def test_attributes_may_be_changed(self, backend: str) -> None:
         layer, dense = convolution()
         images = torch.randn(3, 4, 11, 12)
         layer(images)
@@ -111,52 +111,52 @@ class TestImages:
         layer, _ = convolution()
         images = torch.randn(1, 4, 9, 9)
         expected = layer(images)
-        given = {name: param.double() for name, param in layer.named_parameters()}
-        found = torch.func.functional_call(layer, given, images.double())
-        torch.testing.assert_close(found.float(), expected)
+        params = {name: param.double() for name, param in layer.named_parameters()}
+        output = torch.func.functional_call(layer, params, images.double())
+        torch.testing.assert_close(output.float(), expected)
 
     def test_another_default_device(self, backend: str) -> None:
         layer, dense = convolution()
         images = torch.randn(2, 4, 9, 9)
         expected = dense(images)
         with torch.device("meta"):
-            found = layer(images)
-        torch.testing.assert_close(found, expected)
+            output = layer(images)
+        torch.testing.assert_close(output, expected)
 
-    def test_frozen_weights_keep_no_images(self) -> None:
+    def test_frozen_weights_save_no_images(self) -> None:
         layer, dense = convolution()
         layer.values.requires_grad_(requires_grad=False)
         images = torch.randn(2, 4, 9, 9, requires_grad=True)
-        found = layer(images)
-        assert found.grad_fn.saved_tensors[0] is None
-        grad_output = torch.randn_like(found)
-        (gradient,) = torch.autograd.grad(found, images, grad_output)
+        output = layer(images)
+        assert output.grad_fn.saved_tensors[0] is None
+        grad_output = torch.randn_like(output)
+        (gradient,) = torch.autograd.grad(output, images, grad_output)
         (expected,) = torch.autograd.grad(dense(images), images, grad_output)
         torch.testing.assert_close(gradient, expected)
 
     def test_checkpointing(self, backend: str) -> None:
-        """All that is kept for the backward pass is kept where hooks of PyTorch reach it."""
+        """All tensors for the backward pass are saved through PyTorch's hooks."""
         layer, dense = convolution()
         images = torch.randn(2, 4, 9, 9, requires_grad=True)
-        kept: list[Tensor] = []
+        saved: list[Tensor] = []
 
-        def remember(tensor: Tensor) -> Tensor:
-            kept.append(tensor)
+        def record(tensor: Tensor) -> Tensor:
+            saved.append(tensor)
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
             layer(images)
-        assert len(kept) == 3  # the input itself, for derivatives of derivatives
-        assert kept[0] is images
-        assert kept[1].numel() >= images.numel()
-        assert kept[2] is layer.values
-        found = checkpoint(layer, images, use_reentrant=False)
-        gradients = torch.autograd.grad(found.sum(), [images, layer.values])
+        assert len(saved) == 3  # the input is needed for second derivatives
+        assert saved[0] is images
+        assert saved[1].numel() >= images.numel()
+        assert saved[2] is layer.values
+        output = checkpoint(layer, images, use_reentrant=False)
+        gradients = torch.autograd.grad(output.sum(), [images, layer.values])
         expected = torch.autograd.grad(dense(images).sum(), [images, layer.values])
         torch.testing.assert_close(gradients, expected)
 
     @pytest.mark.parametrize("shape", [(1, 4, 2, 9), (1, 4, 0, 9), (1, 4, 9, 0), (1, 3, 9, 9)])
-    def test_images_that_do_not_fit_are_told(self, backend: str, shape: tuple[int, ...]) -> None:
+    def test_images_that_do_not_fit_raise(self, backend: str, shape: tuple[int, ...]) -> None:
         layer, _ = convolution(padding=(0, 1))
         with pytest.raises(topkast.MismatchError, match=r"does not fit|of 4 channels"):
             layer(torch.randn(shape))

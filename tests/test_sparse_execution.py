@@ -1,4 +1,4 @@
-"""Sparse layers compute what masked ones do, and never form anything as large as a dense weight."""
+"""Sparse layers agree with masked ones, and allocate nothing as large as a dense weight."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def test_sparse_and_masked_execution_agree(
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_training_goes_on_where_it_was(backend: str, model: str) -> None:
-    """Sparsified after masked steps, in the midst of an accumulation."""
+def test_sparsify_continues_training(backend: str, model: str) -> None:
+    """Sparsify after masked steps, between two accumulated gradients."""
     masked, masked_opt, inputs = prepare(model)
     sparse, sparse_opt, _ = prepare(model)
-    for one, optimizer in ((masked, masked_opt), (sparse, sparse_opt)):
-        train(one, optimizer, inputs, 9)
+    for network, optimizer in ((masked, masked_opt), (sparse, sparse_opt)):
+        train(network, optimizer, inputs, 9)
         optimizer.zero_grad()
-        one(inputs).square().mean().backward()
+        network(inputs).square().mean().backward()
     moments = {
         name: entry["exp_avg"].clone()
         for name, entry in zip(
@@ -56,10 +56,10 @@ def test_training_goes_on_where_it_was(backend: str, model: str) -> None:
     topkast.sparsify(sparse, sparse_opt)
     for name, entry in zip(moments, sparse_opt.state.values(), strict=True):
         assert torch.equal(entry["exp_avg"], moments[name])
-    for one, optimizer in ((masked, masked_opt), (sparse, sparse_opt)):
-        one(inputs).mean().backward()
+    for network, optimizer in ((masked, masked_opt), (sparse, sparse_opt)):
+        network(inputs).mean().backward()
         optimizer.step()
-        train(one, optimizer, inputs, 9)
+        train(network, optimizer, inputs, 9)
     assert_agree(masked_opt, sparse_opt)
 
 
@@ -77,25 +77,25 @@ def test_training_goes_on_where_it_was(backend: str, model: str) -> None:
     ],
     ids=str,
 )
-def test_options_mean_the_same(options: dict[str, Any]) -> None:
+def test_options_agree_with_masked_execution(options: dict[str, Any]) -> None:
     masked, masked_opt, inputs = prepare("mlp", dtype=torch.float64, **options)
     sparse, sparse_opt, _ = prepare("mlp", dtype=torch.float64, **options)
     topkast.sparsify(sparse, sparse_opt)
-    for one, optimizer in ((masked, masked_opt), (sparse, sparse_opt)):
-        train(one, optimizer, inputs, 15)
+    for network, optimizer in ((masked, masked_opt), (sparse, sparse_opt)):
+        train(network, optimizer, inputs, 15)
     assert_agree(masked_opt, sparse_opt, 1e-11)
 
 
 def test_nothing_as_large_as_a_dense_weight_is_allocated(backend: str) -> None:
-    """Forward, backward and step, between refreshes, by PyTorch's profiler of memory."""
+    """Measured by PyTorch's memory profiler over forward, backward and step, without a refresh."""
     model = nn.Sequential(nn.Linear(300, 400), nn.ReLU(), nn.Linear(400, 300))
     inner = torch.optim.AdamW(model.named_parameters())
     opt = topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.8, refresh_every=100)
     batch = torch.randn(8, 300)
 
-    def largest() -> int:
-        kinds = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=kinds, profile_memory=True) as profiler:
+    def largest_allocation() -> int:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
             train(model, opt, batch, 1)
         sizes = [
             event.nbytes() if callable(event.nbytes) else event.nbytes
@@ -107,15 +107,15 @@ def test_nothing_as_large_as_a_dense_weight_is_allocated(backend: str) -> None:
 
     train(model, opt, batch, 2)
     weight = 300 * 400 * 4
-    assert largest() >= weight  # the gradient of a masked layer
+    assert largest_allocation() >= weight  # the gradient of a masked layer
     topkast.sparsify(model, opt)
     train(model, opt, batch, 2)
-    assert largest() <= (0.3 if backend == "compiled" else 0.5) * weight
+    assert largest_allocation() <= (0.3 if backend == "compiled" else 0.5) * weight
 
 
 @pytest.mark.parametrize("threads", [2, 3])
 def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
-    def after(count: int) -> dict[str, Tensor]:
+    def train_with(count: int) -> dict[str, Tensor]:
         torch.set_num_threads(count)
         try:
             model, opt, inputs = prepare("mlp")
@@ -125,13 +125,13 @@ def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
             torch.set_num_threads(1)
         return topkast.dense_params(opt)
 
-    expected, found = after(1), after(threads)
+    expected, actual = train_with(1), train_with(threads)
     for name, theta in expected.items():
-        torch.testing.assert_close(found[name], theta, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(actual[name], theta, rtol=1e-5, atol=1e-6)
 
 
 class TestChoice:
-    def test_the_report_names_what_stays_masked(self) -> None:
+    def test_the_report_names_layers_that_stay_masked(self) -> None:
         class Tied(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -143,8 +143,8 @@ class TestChoice:
 
             def forward(self, x: Tensor) -> Tensor:
                 x = self.other(self.one(x))
-                found: Tensor = self.free(self.attention(x, x, x)[0])
-                return found
+                output: Tensor = self.free(self.attention(x, x, x)[0])
+                return output
 
         model = Tied()
         opt = topkast.wrap_optimizer(torch.optim.AdamW(model.named_parameters()), fwd=0.9, bwd=0.8)
@@ -166,7 +166,7 @@ class TestChoice:
         assert all("distribution='global'" in row.reason for row in report.layers)
         train(model, opt, inputs, 2)
 
-    def test_only_some(self) -> None:
+    def test_only_selects_layers(self) -> None:
         model, opt, inputs = prepare("mlp")
         report = topkast.sparsify(model, opt, only=["0.*", "2.*"])
         assert [row.execution for row in report.layers] == ["sparse", "sparse", "masked"]
@@ -180,15 +180,15 @@ class TestChoice:
 
     @pytest.mark.parametrize("model", MODELS)
     @pytest.mark.parametrize("faster", ["masked", "sparse"])
-    def test_an_example_decides(
+    def test_an_example_decides_by_time(
         self, model: str, faster: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         built, opt, inputs = prepare(model)
         before = copy.deepcopy(built.state_dict())
         clock = iter(range(10**6))
 
-        def passes(module: nn.Module, given: Tensor) -> Callable[[], Any]:
-            run = real(module, given)
+        def make_slow_passes(module: nn.Module, layer_input: Tensor) -> Callable[[], Any]:
+            run = make_passes(module, layer_input)
             slow = isinstance(module, _sparse_layer.SparseLayer) == (faster == "masked")
 
             def timed() -> Any:
@@ -198,8 +198,8 @@ class TestChoice:
 
             return timed
 
-        real = _sparsify._passes
-        monkeypatch.setattr(_sparsify, "_passes", passes)
+        make_passes = _sparsify._make_passes
+        monkeypatch.setattr(_sparsify, "_make_passes", make_slow_passes)
         monkeypatch.setattr("time.perf_counter", lambda: next(clock))
         report = topkast.sparsify(built, opt, example=inputs)
         assert {row.execution for row in report.layers} == {faster}
@@ -212,7 +212,7 @@ class TestChoice:
         assert built.training
         train(built, opt, inputs, 8)
 
-    def test_what_is_no_wrapped_optimizer_is_refused(self) -> None:
+    def test_invalid_arguments_are_refused(self) -> None:
         model = nn.Linear(3, 3)
         with pytest.raises(topkast.OptionError, match="needs the optimizer that"):
             topkast.sparsify(model, torch.optim.SGD(model.parameters(), 0.1))
@@ -223,12 +223,12 @@ class TestChoice:
         with pytest.raises(topkast.OptionError, match="not built for the parameters of this"):
             topkast.sparsify(nn.Linear(3, 3), prepare("mlp")[1])
         for example in (torch.ones(2, 3), (torch.ones(2, 30), 1), "x"):
-            with pytest.raises(topkast.OptionError, match="does not take the example"):
+            with pytest.raises(topkast.OptionError, match="cannot compute with the example"):
                 topkast.sparsify(*prepare("mlp")[:2], example=example)
 
 
-def test_the_step_leaves_the_gradient_of_the_loss() -> None:
-    """As in masked execution: the penalty's gradient is the optimizer's alone."""
+def test_a_step_leaves_the_gradient_of_the_loss() -> None:
+    """As in masked execution, only the inner optimizer sees the penalty's gradient."""
     model, opt, inputs = prepare("mlp", penalty=1.0)
     topkast.sparsify(model, opt)
     model(inputs).square().mean().backward()
@@ -240,11 +240,10 @@ def test_the_step_leaves_the_gradient_of_the_loss() -> None:
 
 
 class TestAgreementInOddLoops:
-    """What the tests of training loops do in masked execution, and what a reviewer thought of."""
+    """Unusual training loops give the same result in masked and in sparse execution."""
 
-    def both(self, loop: Callable[[Any, Any, Tensor], None], **options: Any) -> None:
-        given = prepare("mlp", dtype=torch.float64, **options)
-        masked, masked_opt, inputs = given
+    def run_both(self, loop: Callable[[Any, Any, Tensor], None], **options: Any) -> None:
+        masked, masked_opt, inputs = prepare("mlp", dtype=torch.float64, **options)
         sparse, sparse_opt, _ = prepare("mlp", dtype=torch.float64, **options)
         topkast.sparsify(sparse, sparse_opt)
         loop(masked, masked_opt, inputs)
@@ -257,7 +256,7 @@ class TestAgreementInOddLoops:
                 model(inputs).square().mean().backward()
                 opt.step()
 
-        self.both(loop, refresh_every=2)
+        self.run_both(loop, refresh_every=2)
 
     def test_clipping_after_exploration_has_stopped(self) -> None:
         def loop(model: Any, opt: Any, inputs: Tensor) -> None:
@@ -267,7 +266,7 @@ class TestAgreementInOddLoops:
                 nn.utils.clip_grad_norm_(model.parameters(), 0.05)
                 opt.step()
 
-        self.both(loop, explore_until=2, refresh_every=3)
+        self.run_both(loop, explore_until=2, refresh_every=3)
 
     def test_scaler_with_an_overflow(self) -> None:
         def loop(model: Any, opt: Any, inputs: Tensor) -> None:
@@ -279,7 +278,7 @@ class TestAgreementInOddLoops:
                 scaler.step(opt)
                 scaler.update()
 
-        self.both(loop, refresh_every=3)
+        self.run_both(loop, refresh_every=3)
 
     def test_closures(self) -> None:
         def loop(model: Any, opt: Any, inputs: Tensor) -> None:
@@ -292,7 +291,7 @@ class TestAgreementInOddLoops:
             for _ in range(9):
                 opt.step(closure)
 
-        self.both(loop, refresh_every=2)
+        self.run_both(loop, refresh_every=2)
 
     def test_a_group_added_later(self) -> None:
         def loop(model: Any, opt: Any, inputs: Tensor) -> None:
@@ -302,7 +301,7 @@ class TestAgreementInOddLoops:
             opt.add_param_group({"params": named, "fwd": 0.5, "bwd": 0.2})
             train(nn.Sequential(model, head), opt, inputs, 9)
 
-        self.both(loop)
+        self.run_both(loop)
 
     def test_an_inner_step_that_fails_leaves_the_gradient(self) -> None:
         model, opt, inputs = prepare("mlp", penalty=1.0)

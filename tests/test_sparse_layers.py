@@ -1,4 +1,4 @@
-"""Sparse layers: their gradients, their inputs, and what may be done to them."""
+"""Sparse layers: gradients, inputs, state and conversion."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_layers_used_directly() -> None:
         opt = torch.optim.AdamW(model.named_parameters(), 1e-2)
         optimizers.append(topkast.wrap_optimizer(opt, **OPTIONS, dense="2.*"))
         train(model, optimizers[-1], torch.randn(16, 20, generator=torch.manual_seed(1)), 20)
-    masked, found = (list(topkast.masks(opt).values()) for opt in optimizers)
-    assert torch.equal(masked[0].forward, found[0].forward)
+    dense_masks, sparse_masks = (list(topkast.masks(opt).values()) for opt in optimizers)
+    assert torch.equal(dense_masks[0].forward, sparse_masks[0].forward)
     assert topkast.summary(optimizers[1]).tensors[0].shape == (30, 20)
     theta, other = (next(iter(topkast.dense_params(opt).values())) for opt in optimizers)
     torch.testing.assert_close(theta, other, rtol=1e-5, atol=1e-6)
@@ -49,21 +49,21 @@ def test_a_layer_under_a_plain_optimizer_keeps_its_mask() -> None:
     assert torch.equal(layer.weight != 0, before)
 
 
-def test_bookkeeping_of_a_linear_layer() -> None:
-    """The kernels need at most 4 bytes for each entry of B, beside its index."""
+def test_memory_of_a_linear_layers_products() -> None:
+    """The kernels need at most 4 bytes for each entry of B besides its index."""
     pytest.importorskip("numba")
     for fwd, bwd in ((0.9, 0.8), (0.95, 0.9)):
         layer = topkast_torch.SparseLinear(1024, 512, fwd=fwd, bwd=bwd)
         assert layer.products.nbytes <= 4 * layer.values.numel()
 
 
-@pytest.mark.parametrize("kind", ["linear", "convolution"])
-def test_indices_that_are_written_to_between_the_passes(kind: str) -> None:
-    """The kernels read them where they are, and would go astray."""
+@pytest.mark.parametrize("layer_type", ["linear", "convolution"])
+def test_indices_written_to_between_the_passes_are_refused(layer_type: str) -> None:
+    """The kernels read the indices in place, and would read invalid ones."""
     pytest.importorskip("numba")
     layer: Any = topkast_torch.SparseLinear(20, 30, fwd=0.8, bwd=0.6)
     inputs = torch.randn(4, 20)
-    if kind == "convolution":
+    if layer_type == "convolution":
         model = nn.Sequential(nn.Conv2d(4, 6, 3))
         opt = torch.optim.SGD(model.named_parameters(), 0.1)
         topkast.sparsify(model, topkast.wrap_optimizer(opt, fwd=0.8, bwd=0.6))
@@ -76,21 +76,21 @@ def test_indices_that_are_written_to_between_the_passes(kind: str) -> None:
 
 
 class TestInputs:
-    def test_other_precision_is_refused_but_under_autocast(self) -> None:
+    def test_other_precisions_are_refused_except_under_autocast(self) -> None:
         layer = topkast_torch.SparseLinear(6, 9, fwd=0.8, bwd=0.6)
         inputs = torch.randn(4, 6)
-        with pytest.raises(topkast.MismatchError, match=r"input .* is torch\.bfloat16"):
+        with pytest.raises(topkast.MismatchError, match=r"input .* has dtype torch\.bfloat16"):
             layer(inputs.bfloat16())
         with torch.autocast("cpu", torch.bfloat16):
-            found = layer(inputs.bfloat16())
-        assert found.dtype == torch.float32
+            output = layer(inputs.bfloat16())
+        assert output.dtype == torch.float32
 
     def test_inputs_of_any_strides(self, backend: str) -> None:
         layer = topkast_torch.SparseLinear(6, 9, fwd=0.8, bwd=0.6)
         inputs = torch.randn(12, 10)[::2, 2:8]
-        for given in (inputs, inputs.t().contiguous().t(), inputs[:1].expand(5, 6)):
+        for strided in (inputs, inputs.t().contiguous().t(), inputs[:1].expand(5, 6)):
             torch.testing.assert_close(
-                layer(given), nn.functional.linear(given, layer.weight, layer.bias)
+                layer(strided), nn.functional.linear(strided, layer.weight, layer.bias)
             )
 
     @pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 6)])
@@ -99,20 +99,20 @@ class TestInputs:
     ) -> None:
         layer = topkast_torch.SparseLinear(6, 9, fwd=0.8, bwd=0.6)
         inputs = torch.randn(shape, requires_grad=True)
-        found = layer(inputs)
-        (grad_output,) = torch.autograd.grad(found.view(-1).sum(), inputs)
-        assert found.is_contiguous()
+        output = layer(inputs)
+        (grad_output,) = torch.autograd.grad(output.view(-1).sum(), inputs)
+        assert output.is_contiguous()
         assert grad_output.is_contiguous()
 
-    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile reads it
     def test_compiled_models(self) -> None:
         model, opt, inputs = prepare("mlp")
         topkast.sparsify(model, opt)
         expected = model(inputs)
-        found = torch.compile(model, backend="eager")(inputs)
-        torch.testing.assert_close(found, expected)
+        output = torch.compile(model, backend="eager")(inputs)
+        torch.testing.assert_close(output, expected)
 
-    def test_frozen_layers_stay(self) -> None:
+    def test_frozen_layers_do_not_move(self) -> None:
         model, opt, inputs = prepare("mlp")
         model.get_parameter("2.weight").requires_grad_(False)
         topkast.sparsify(model, opt)
@@ -120,7 +120,7 @@ class TestInputs:
         train(model, opt, inputs, 9)
         assert torch.equal(topkast.dense_params(opt)["2.weight"], before)
 
-    def test_converting_a_model_in_training_is_told(self) -> None:
+    def test_converting_a_model_in_training_raises(self) -> None:
         model, opt, inputs = prepare("mlp")
         topkast.sparsify(model, opt)
         model.double()
@@ -145,43 +145,45 @@ class TestLayer:
         with pytest.raises(topkast.MismatchError, match="images of 4 channels"):
             model(torch.ones(1, 8, 5, 5))
 
-    def test_what_follows_may_work_in_place(self, backend: str) -> None:
+    def test_outputs_may_be_changed_in_place(self, backend: str) -> None:
         layer = self.make()
-        found = torch.relu_(layer(torch.ones(4, 20)))
-        found.sum().backward()
+        output = torch.relu_(layer(torch.ones(4, 20)))
+        output.sum().backward()
         assert layer.values.grad is not None
 
-    def test_without_numba_under_autocast(self, backend: str) -> None:
+    def test_autocast_returns_float32(self, backend: str) -> None:
         layer = self.make()
         with torch.autocast("cpu", torch.bfloat16):
-            found = layer(torch.ones(4, 20))
-        assert found.dtype == torch.float32
+            output = layer(torch.ones(4, 20))
+        assert output.dtype == torch.float32
 
-    def test_writing_into_its_buffers_is_noticed(self) -> None:
-        """As an average of models does, or DistributedDataParallel."""
+    def test_products_follow_written_buffers_and_values(self) -> None:
+        """As averages of models and DistributedDataParallel write to them."""
         layer, other = self.make(), self.make()
         inputs = torch.ones(4, 20)
         layer(inputs)
         with torch.no_grad():
-            for own, given in zip(layer.buffers(), other.buffers(), strict=True):
-                own.copy_(given)
+            for buffer, other_buffer in zip(layer.buffers(), other.buffers(), strict=True):
+                buffer.copy_(other_buffer)
             layer.values.copy_(other.values)
         torch.testing.assert_close(
             layer(inputs), nn.functional.linear(inputs, layer.weight, layer.bias)
         )
 
-    def test_replicas_that_were_given_one_state_stay_equal(self) -> None:
+    def test_replicas_with_one_state_stay_equal(self) -> None:
         replicas = [self.make(), self.make()]
         state = replicas[0].state_dict()
         for layer in replicas:
-            assert not list(layer.buffers())  # DistributedDataParallel would send them each step
+            assert not list(
+                layer.buffers()
+            )  # DistributedDataParallel would broadcast them at each step
             layer.load_state_dict(state)
         optimizers = [self.wrap(layer) for layer in replicas]
         for layer, opt in zip(replicas, optimizers, strict=True):
             train(layer, opt, torch.ones(4, 20), 5)
         assert_agree(optimizers[0], optimizers[1], 0.0)
 
-    def test_a_loaded_layer_knows_nothing_outside_b(self) -> None:
+    def test_a_loaded_layer_has_no_weights_outside_b(self) -> None:
         layer, other = self.make(), self.make()
         other.load_state_dict(layer.state_dict())
         assert int((topkast.dense_params(self.wrap(other))["values"] != 0).sum()) == 120
@@ -213,18 +215,18 @@ class TestLayer:
     def test_the_weight_can_be_differentiated(self) -> None:
         layer, inputs = self.make(), torch.randn(4, 20)
         (direct,) = torch.autograd.grad(layer(inputs).square().sum(), layer.values)
-        found = nn.functional.linear(inputs, layer.weight, layer.bias).square().sum()
-        torch.testing.assert_close(torch.autograd.grad(found, layer.values)[0], direct)
+        output = nn.functional.linear(inputs, layer.weight, layer.bias).square().sum()
+        torch.testing.assert_close(torch.autograd.grad(output, layer.values)[0], direct)
 
     def test_low_precision_is_refused(self) -> None:
         with pytest.raises(topkast.UnsupportedTensorError, match="bfloat16"):
             self.make(dtype=torch.bfloat16)
 
-    def test_a_layer_converted_to_low_precision_is_told(self) -> None:
+    def test_a_layer_converted_to_low_precision_raises(self) -> None:
         with pytest.raises(topkast.MismatchError, match=r"converted to torch\.float16"):
             self.make().half()(torch.ones(4, 20).half())
 
-    def test_there_must_be_something_sparse_to_save(self, tmp_path: Path) -> None:
+    def test_saving_a_model_without_sparse_layers_raises(self, tmp_path: Path) -> None:
         with pytest.raises(topkast.MismatchError, match="no sparse layer"):
             topkast_torch.save_forward(nn.Linear(3, 3), tmp_path / "file")
 
@@ -244,15 +246,15 @@ class TestLayer:
             with pytest.raises(topkast.MismatchError, match=r"made dense by topkast\.densify"):
                 use()
 
-    def test_sparsified_layers_leave_no_hook_behind(self) -> None:
+    def test_sparsify_removes_the_hooks_of_masked_execution(self) -> None:
         model, opt, _ = prepare("mlp")
         weights = [param for name, param in model.named_parameters() if "weight" in name]
         topkast.sparsify(model, opt)
-        for weight in weights:  # the hook of masked execution would look for a dense gradient
+        for weight in weights:  # masked execution's hook would expect a dense gradient
             (hook,) = weight._post_accumulate_grad_hooks.values()
             assert "_sparse_execution" in type(hook).__module__
 
-    def test_a_layer_with_a_forward_of_its_own_stays(self) -> None:
+    def test_a_layer_with_a_replaced_forward_stays_masked(self) -> None:
         model, opt, inputs = prepare("mlp")
         layer: Any = model.get_submodule("0")
         layer.forward = lambda x: nn.functional.linear(x, layer.weight, layer.bias)

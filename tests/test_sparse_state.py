@@ -19,12 +19,12 @@ import topkast
 
 class TestState:
     @pytest.mark.parametrize("model", MODELS)
-    def test_densify_is_the_inverse(self, model: str) -> None:
+    def test_densify_inverts_sparsify(self, model: str) -> None:
         masked, masked_opt, inputs = prepare(model)
         built, opt, _ = prepare(model)
         topkast.sparsify(built, opt)
-        for one, optimizer in ((masked, masked_opt), (built, opt)):
-            train(one, optimizer, inputs, 9)
+        for network, optimizer in ((masked, masked_opt), (built, opt)):
+            train(network, optimizer, inputs, 9)
         expected = built.eval()(inputs)
         dense_state = topkast.densify(built.state_dict())
         assert topkast.densify(built) is built
@@ -39,7 +39,7 @@ class TestState:
         masked, masked_opt, inputs = prepare("mlp")
         sparse, opt, _ = prepare("mlp")
         topkast.sparsify(sparse, opt)
-        train(masked, masked_opt, inputs, 3)  # the sets are those of the first selection
+        train(masked, masked_opt, inputs, 3)  # the sets are still those of the first selection
         sparse.load_state_dict(masked.state_dict())
         torch.testing.assert_close(sparse(inputs), masked(inputs))
         train(sparse, opt, inputs, 2)
@@ -57,8 +57,8 @@ class TestState:
         with pytest.raises(topkast.MismatchError, match="load the optimizer's state dict too"):
             train(other, other_opt, inputs, 1)
         other_opt.load_state_dict(saved[1])
-        for one, optimizer in ((model, opt), (other, other_opt)):
-            train(one, optimizer, inputs, 10)
+        for network, optimizer in ((model, opt), (other, other_opt)):
+            train(network, optimizer, inputs, 10)
         assert_agree(opt, other_opt, 0.0)
 
     def test_an_optimizer_state_moves_between_executions(self) -> None:
@@ -70,8 +70,8 @@ class TestState:
         with torch.no_grad():
             for name in ("0.bias", "2.bias", "4.bias"):
                 sparse.get_parameter(name).copy_(masked.get_parameter(name))
-        for one, optimizer in ((masked, masked_opt), (sparse, sparse_opt)):
-            train(one, optimizer, inputs, 9)
+        for network, optimizer in ((masked, masked_opt), (sparse, sparse_opt)):
+            train(network, optimizer, inputs, 9)
         assert_agree(masked_opt, sparse_opt, 1e-11)
 
     def test_copies_are_independent(self) -> None:
@@ -88,10 +88,10 @@ class TestState:
         layer = topkast_torch.SparseLinear(6, 9, fwd=0.8, bwd=0.6)
         before = copy.deepcopy(layer.state_dict())
         state = copy.deepcopy(before)
-        lacking = {key: entry for key, entry in before.items() if key != name}
+        incomplete = {key: entry for key, entry in before.items() if key != name}
         for strict in (True, False):
-            with pytest.raises(topkast.MismatchError, match="belong together"):
-                layer.load_state_dict(lacking, strict=strict)
+            with pytest.raises(topkast.MismatchError, match="must be loaded together"):
+                layer.load_state_dict(incomplete, strict=strict)
         changes: dict[str, Callable[[Tensor], Tensor]] = {
             "indices": lambda entry: entry.flip(0),
             "active_count": lambda entry: entry + 1,
@@ -104,15 +104,15 @@ class TestState:
         for key, entry in layer.state_dict().items():
             assert torch.equal(entry, before[key]), key
 
-    def test_safetensors_hold_the_forward_view_alone(self, tmp_path: Path) -> None:
+    def test_safetensors_hold_only_the_forward_view(self, tmp_path: Path) -> None:
         model, opt, inputs = prepare("convolutional")
         topkast.sparsify(model, opt)
         train(model, opt, inputs, 8)
         path = tmp_path / "model.safetensors"
         topkast_torch.save_forward(model, path)
         with safe_open(path, framework="pt") as file:
-            held = file.get_tensor("0.weight.values")
-        assert held.shape == (87,)  # 20 % of 432
+            values = file.get_tensor("0.weight.values")
+        assert values.shape == (87,)  # 20 % of 432
         dense = topkast_torch.load_forward(path)
         expected = topkast.densify(model).state_dict()
         assert dense.keys() == expected.keys()

@@ -1,4 +1,4 @@
-"""Sparse layers as people bring them: derivatives, exports, lists of Parameters, odd structures."""
+"""Sparse layers in use: derivatives, export, lists of Parameters, invalid structures, files."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import topkast
 OPTIONS: dict[str, Any] = {"fwd": 0.8, "bwd": 0.5, "refresh_every": 3, "penalty": 0.1}
 
 
-def make_layer(kind: str) -> tuple[Any, Tensor]:
+def make_layer(layer_type: str) -> tuple[Any, Tensor]:
     torch.manual_seed(0)
-    if kind == "linear":
+    if layer_type == "linear":
         return SparseLinear(6, 5, fwd=0.6, bwd=0.4).double(), torch.randn(3, 6).double()
     dense = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1)).double()
     opt = topkast.wrap_optimizer(torch.optim.SGD(dense.named_parameters(), 0.1), fwd=0.6, bwd=0.4)
@@ -27,9 +27,9 @@ def make_layer(kind: str) -> tuple[Any, Tensor]:
 
 
 @pytest.fixture(params=["linear", "convolution"])
-def kind(request: pytest.FixtureRequest) -> str:
-    chosen: str = request.param
-    return chosen
+def layer_type(request: pytest.FixtureRequest) -> str:
+    layer_type: str = request.param
+    return layer_type
 
 
 def masked_twin(layer: Any) -> Any:
@@ -38,9 +38,9 @@ def masked_twin(layer: Any) -> Any:
 
 
 class TestDerivatives:
-    def test_of_derivatives(self, kind: str, backend: str) -> None:
-        """A gradient penalty: equal to that of the dense layer, on B."""
-        layer, x = make_layer(kind)
+    def test_second_derivatives(self, layer_type: str, backend: str) -> None:
+        """A gradient penalty has the gradient of the dense layer, on B."""
+        layer, x = make_layer(layer_type)
         twin = masked_twin(layer)
         results = []
         for model, weight in ((layer, layer.values), (twin, twin.weight)):
@@ -59,12 +59,12 @@ class TestDerivatives:
         torch.testing.assert_close(x_one, x_two)
         torch.testing.assert_close(b_one, b_two)
         on_b = w_two.reshape(-1)[layer.indices].view(w_one.shape)
-        # B∖A is no argument of the dense layer's output, nor of its gradient.
+        # The dense layer's output and gradient do not depend on B∖A.
         count = layer.active_count
         torch.testing.assert_close(w_one.view(-1)[:count], on_b.view(-1)[:count])
 
-    def test_by_functions(self, kind: str, backend: str) -> None:
-        layer, x = make_layer(kind)
+    def test_functional_gradients(self, layer_type: str, backend: str) -> None:
+        layer, x = make_layer(layer_type)
         params = dict(layer.named_parameters())
 
         def loss(params: Any, x: Tensor) -> Tensor:
@@ -73,25 +73,25 @@ class TestDerivatives:
 
         grads = torch.func.grad(loss)(params, x)
         expected = torch.autograd.grad(loss(params, x), list(params.values()))
-        for one, other in zip(grads.values(), expected, strict=True):
-            torch.testing.assert_close(one, other)
+        for grad, expected_grad in zip(grads.values(), expected, strict=True):
+            torch.testing.assert_close(grad, expected_grad)
 
-    def test_for_each_sample(self, kind: str, backend: str) -> None:
-        layer, x = make_layer(kind)
+    def test_gradients_per_sample(self, layer_type: str, backend: str) -> None:
+        layer, x = make_layer(layer_type)
         params = dict(layer.named_parameters())
 
         def loss(params: Any, x: Tensor) -> Tensor:
             output: Tensor = torch.func.functional_call(layer, params, x[None])
             return output.square().sum()
 
-        found = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, x)
+        grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, x)
         for number in range(len(x)):
-            one = torch.func.grad(loss)(params, x[number])
-            for name, grad in one.items():
-                torch.testing.assert_close(found[name][number], grad)
+            expected = torch.func.grad(loss)(params, x[number])
+            for name, grad in expected.items():
+                torch.testing.assert_close(grads[name][number], grad)
 
-    def test_over_a_batch_of_inputs(self, kind: str, backend: str) -> None:
-        layer, x = make_layer(kind)
+    def test_vmap_over_inputs(self, layer_type: str, backend: str) -> None:
+        layer, x = make_layer(layer_type)
         many = torch.stack([x, 2 * x, -x])
         torch.testing.assert_close(torch.func.vmap(layer)(many), torch.stack([*map(layer, many)]))
 
@@ -104,7 +104,7 @@ class TestCompileAndExport:
             function(x)
         torch.compiler.reset()
 
-    def test_export_says_densify_and_that_works(self) -> None:
+    def test_export_is_refused_and_works_after_densify(self) -> None:
         layer, x = make_layer("linear")
         model = nn.Sequential(layer, nn.ReLU())
         with pytest.raises(Exception, match=r"topkast\.densify"):
@@ -142,10 +142,10 @@ def backward(model: nn.Module, step: int) -> Tensor:
 
 
 class TestParameters:
-    def test_those_from_before_are_those_that_are_trained(self) -> None:
+    def test_parameters_keep_their_identity_and_are_trained(self) -> None:
         model, opt = make_model()
         params = list(model.parameters())
-        loss = backward(model, 0)  # whose graph, still alive, knows the dense shapes
+        loss = backward(model, 0)  # its graph stays alive and has the dense shapes
         opt.step()
         topkast.sparsify(model, opt)
         assert [id(param) for param in params] == [id(param) for param in model.parameters()]
@@ -160,7 +160,7 @@ class TestParameters:
         del loss
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_a_gradient_that_waits_is_carried_over(self, dtype: torch.dtype) -> None:
+    def test_an_accumulated_gradient_is_carried_over(self, dtype: torch.dtype) -> None:
         runs = []
         for sparse in (False, True):
             model, opt = make_model()
@@ -174,7 +174,7 @@ class TestParameters:
             torch.testing.assert_close(theta, runs[1][name])
 
     def test_optimizers_in_the_backward_pass(self) -> None:
-        """One for each Parameter, stepped by a hook as soon as its gradient is there."""
+        """One optimizer for each Parameter, stepped by a hook once its gradient is accumulated."""
         runs = []
         for sparse in (False, True):
             torch.manual_seed(0)
@@ -204,7 +204,7 @@ class TestParameters:
         for name, theta in runs[0].items():
             torch.testing.assert_close(theta, runs[1][name])
 
-    def test_one_frozen_when_it_became_sparse_and_trained_later(self) -> None:
+    def test_a_layer_sparsified_while_frozen_trains_once_unfrozen(self) -> None:
         runs = []
         for sparse in (False, True):
             torch.manual_seed(0)
@@ -229,7 +229,7 @@ class TestParameters:
 
 
 class TestWeight:
-    """What ``layer.weight`` returns is a copy."""
+    """``layer.weight`` is a read-only copy."""
 
     @pytest.mark.parametrize(
         "write",
@@ -245,15 +245,15 @@ class TestWeight:
             lambda weight: weight.data[0].zero_(),
         ],
     )
-    def test_writing_to_it_is_refused(self, write: Any) -> None:
-        """As merging an adapter does, which would be lost."""
+    def test_writes_are_refused(self, write: Any) -> None:
+        """A write would be lost, such as that of merging an adapter."""
         layer, x = make_layer("linear")
         expected = layer(x)
-        with pytest.raises(topkast.MismatchError, match=r"a copy.*densify"):
+        with pytest.raises(topkast.MismatchError, match=r"a read-only copy.*densify"):
             write(layer.weight)
         assert torch.equal(layer(x), expected)
 
-    def test_reading_it_is_as_ever(self) -> None:
+    def test_reads_and_gradients_work(self) -> None:
         layer, x = make_layer("linear")
         torch.testing.assert_close(nn.functional.linear(x, layer.weight, layer.bias), layer(x))
         assert type(layer.weight + 1) is type(layer.weight.clone()) is Tensor
@@ -262,9 +262,9 @@ class TestWeight:
 
 
 class TestStructures:
-    """What may be written is checked when it changes."""
+    """Sets are checked whenever they change."""
 
-    def test_entries_permuted_alike_are_refused(self) -> None:
+    def test_permuted_entries_are_refused(self) -> None:
         layer, x = make_layer("linear")
         order = torch.randperm(len(layer.indices))
         layer.indices = layer.indices[order]
@@ -285,7 +285,7 @@ class TestStructures:
             lambda layer: setattr(layer, "active_count", float(layer.active_count)),
         ],
     )
-    def test_broken_ones_are_refused_before_a_product(self, change: Any) -> None:
+    def test_invalid_sets_are_refused_before_a_product(self, change: Any) -> None:
         layer, x = make_layer("linear")
         layer(x)
         change(layer)
@@ -318,17 +318,17 @@ class TestStructures:
             layer.load_state_dict(state)
         assert torch.equal(layer(x), expected)
 
-    def test_structure_is_no_buffer(self) -> None:
+    def test_structure_is_not_in_buffers(self) -> None:
         model, opt = make_model()
         topkast.sparsify(model, opt)
         assert not list(model.buffers())
         assert {"0.indices", "0.active_count", "0.shape"} <= model.state_dict().keys()
 
-    def test_a_users_buffers_of_these_names_are_let_be(self) -> None:
+    def test_densify_leaves_other_buffers_of_these_names_unchanged(self) -> None:
         state = {"indices": torch.arange(3), "shape": torch.tensor([2]), "values": torch.ones(3)}
         assert topkast.densify(state) == state
 
-    def test_moving_keeps_structure(self) -> None:
+    def test_moving_keeps_the_structure(self) -> None:
         layer, x = make_layer("linear")
         expected = layer(x)
         assert torch.equal(layer.to("meta").indices, layer.indices)
@@ -369,7 +369,7 @@ class TestFiles:
             ({"weight.values": None}, {}),
         ],
     )
-    def test_load_forward_raises_what_it_documents(
+    def test_invalid_files_are_refused(
         self, tmp_path: Any, change: dict[str, Any], metadata: dict[str, str]
     ) -> None:
         from safetensors.torch import save_file

@@ -1,4 +1,4 @@
-"""Two processes with different seeds: their masks stay identical, or an error says why not."""
+"""Two processes with different seeds have identical masks, or raise an error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_sparse_replicas_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_sparse_replicas_with_other_weights_are_told(tmp_path: Path) -> None:
+def test_sparse_replicas_with_different_weights_raise(tmp_path: Path) -> None:
     with pytest.raises(ProcessRaisedException, match="start all processes with the same weights"):
         spawn(train, args=(str(tmp_path), "magnitude", (3, 4)), nprocs=2)
 

@@ -1,4 +1,4 @@
-"""What people do with optimizers: schedulers, scalers, clipping, accumulation, hooks, compiling."""
+"""Wrapped optimizers with schedulers, scalers, clipping, accumulation, hooks and compilation."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 # Gradients
 
 
-def test_gradient_vanishes_outside_the_backward_set_as_soon_as_it_is_accumulated() -> None:
+def test_gradient_is_zero_outside_the_backward_set_once_accumulated() -> None:
     model, optimizer = make(refresh_every=2)
     for step in range(5):
         optimizer.zero_grad()
@@ -77,13 +77,13 @@ def test_gradient_vanishes_outside_the_backward_set_as_soon_as_it_is_accumulated
 def test_micro_batches_equal_one_batch() -> None:
     inputs = [batch(step, size=32) for step in range(9)]
     results = []
-    for parts in (1, 4):
+    for count in (1, 4):
         model = make_model().double()
         optimizer = wrap(torch.optim.SGD(model.named_parameters(), 0.1, momentum=0.9))
-        for whole in inputs:
+        for large_batch in inputs:
             optimizer.zero_grad()
-            for part in whole.double().chunk(parts):
-                (loss_of(model, part) / parts).backward()
+            for micro_batch in large_batch.double().chunk(count):
+                (loss_of(model, micro_batch) / count).backward()
             optimizer.step()
         results.append((theta(optimizer), topkast.masks(optimizer), topkast.summary(optimizer)))
     for name in results[0][1]:
@@ -92,12 +92,12 @@ def test_micro_batches_equal_one_batch() -> None:
     assert results[0][2].updates == results[1][2].updates == 9
 
 
-def test_clipping_sees_what_the_inner_optimizer_will_see() -> None:
+def test_clipping_sees_the_inner_optimizers_gradient() -> None:
     model, optimizer = make()
     loss_of(model, batch(0)).backward()
     total = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-    seen = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    assert float(seen.norm()) == pytest.approx(1e-3, rel=1e-3)
+    clipped = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert float(clipped.norm()) == pytest.approx(1e-3, rel=1e-3)
     assert float(total) > 1e-3
     optimizer.step()
 
@@ -118,7 +118,7 @@ def test_missing_and_late_gradients() -> None:
     assert not torch.equal(theta(optimizer)["2.weight"], before["2.weight"])
 
 
-def test_frozen_tensor_rests_and_then_trains() -> None:
+def test_frozen_tensor_trains_once_unfrozen() -> None:
     model = make_model()
     model[0].weight.requires_grad_(False)
     optimizer = wrap(torch.optim.AdamW(model.named_parameters(), 0.02))
@@ -133,7 +133,7 @@ def test_frozen_tensor_rests_and_then_trains() -> None:
     assert torch.count_nonzero(grad) <= 58
 
 
-def test_forwards_without_a_step_change_nothing() -> None:
+def test_forward_passes_change_nothing() -> None:
     model, optimizer = make()
     train(model, optimizer, range(2))
     before, alpha = theta(optimizer), {k: v.clone() for k, v in model.state_dict().items()}
@@ -164,7 +164,7 @@ def test_refresh_on_a_non_finite_weight_names_the_tensor() -> None:
         optimizer.step()
 
 
-# Options that act during training
+# Options that change during training
 
 
 def test_exploration_stops_at_a_step() -> None:
@@ -225,7 +225,7 @@ def test_global_seed_of_torch_does_not_matter() -> None:
         assert torch.equal(masks[0][name].backward, masks[1][name].backward)
 
 
-def test_penalty_may_be_scheduled_and_sparsity_not() -> None:
+def test_penalty_may_be_scheduled_but_sparsity_may_not() -> None:
     model, optimizer = make(penalty=0.0)
     other_model, other = make(penalty=0.5)
     optimizer.param_groups[0]["penalty"] = 0.5
@@ -237,7 +237,7 @@ def test_penalty_may_be_scheduled_and_sparsity_not() -> None:
         train(model, optimizer, range(4, 5))
 
 
-def test_options_of_a_group() -> None:
+def test_group_options() -> None:
     model = make_model()
     groups: Any = [
         {"params": list(model[0].named_parameters()), "fwd": 0.98, "bwd": 0.5, "penalty": 0.0},
@@ -271,11 +271,11 @@ def test_group_added_later() -> None:
     named = [(f"head.{name}", param) for name, param in head.named_parameters()]
     optimizer.add_param_group({"params": named, "fwd": 0.5, "bwd": 0.25, "lr": 0.5})
     assert int(torch.count_nonzero(head.weight)) == 20
-    whole = nn.Sequential(model, head)
+    extended = nn.Sequential(model, head)
     before = theta(optimizer)
     for step in range(2):
         optimizer.zero_grad()
-        whole(batch(step)).square().mean().backward()
+        extended(batch(step)).square().mean().backward()
         optimizer.step()
     assert optimizer.state[head.weight]["exp_avg"].shape == (1, 30)
     assert not torch.equal(theta(optimizer)["head.weight"], before["head.weight"])
@@ -290,7 +290,7 @@ def test_group_added_later() -> None:
         ({"dense": "no.*"}, topkast.OptionError),
     ],
 )
-def test_group_that_is_refused_is_not_added(group: dict[str, Any], error: type[Exception]) -> None:
+def test_refused_group_is_not_added(group: dict[str, Any], error: type[Exception]) -> None:
     model, head = make_model(), nn.Linear(4, 10)
     optimizer = wrap(torch.optim.AdamW(model.parameters(), 0.02))
     weights = head.weight.detach().clone()
@@ -302,7 +302,7 @@ def test_group_that_is_refused_is_not_added(group: dict[str, Any], error: type[E
     optimizer.load_state_dict(optimizer.state_dict())
 
 
-# Other people's code around the optimizer
+# Other libraries' code around the optimizer
 
 
 SCHEDULERS: dict[str, Any] = {
@@ -420,7 +420,7 @@ def test_skipped_step_moves_no_weight_no_mask_and_no_counter() -> None:
     assert topkast.summary(optimizer).updates == 2
 
 
-def test_closure() -> None:
+def test_closures() -> None:
     model, optimizer = make()
     other_model, other = make()
 
@@ -438,12 +438,12 @@ def test_closure() -> None:
 
 
 def test_prepared_optimizer_equals_a_plain_one() -> None:
-    """What Accelerate does (reloads the fresh state) and Lightning (shares a copied __dict__)."""
+    """As in Accelerate, which reloads the fresh state, and Lightning, which copies ``__dict__``."""
     model, optimizer = make()
     other_model, other = make()
     other.load_state_dict(other.state_dict())
-    kind = type("Prepared", (type(other),), {})
-    prepared: Any = object.__new__(kind)
+    prepared_class = type("Prepared", (type(other),), {})
+    prepared: Any = object.__new__(prepared_class)
     prepared.__dict__.update({k: v for k, v in other.__dict__.items() if k != "step"})
     for step in range(7):
         train(model, optimizer, range(step, step + 1))
@@ -471,7 +471,7 @@ def test_compiled_model_is_not_compiled_again() -> None:
     assert_equal(theta(expected), theta(optimizer))
 
 
-def test_dropped_wrapper_lets_go_of_the_model() -> None:
+def test_deleted_wrapper_has_no_effect_on_the_model() -> None:
     model, optimizer = make()
     del optimizer
     gc.collect()
@@ -482,10 +482,10 @@ def test_dropped_wrapper_lets_go_of_the_model() -> None:
             assert torch.count_nonzero(param.grad) > 0.31 * param.numel()  # |B| is 0.3 of it
 
 
-# Writing to the parameters from outside
+# External writes to the Parameters
 
 
-def test_weights_changed_on_the_forward_set_are_taken_over() -> None:
+def test_external_writes_on_the_forward_set_are_accepted() -> None:
     model, optimizer = make(refresh_every=100)
     train(model, optimizer, range(2))
     with torch.no_grad():
@@ -499,7 +499,7 @@ def test_loading_dense_weights_under_the_optimizer_is_an_error() -> None:
     model, optimizer = make()
     model.load_state_dict(make_model().state_dict())
     loss_of(model, batch(0)).backward()
-    with pytest.raises(topkast.MismatchError, match=r"0\.weight.*wrap the optimizer then"):
+    with pytest.raises(topkast.MismatchError, match=r"0\.weight.*before wrapping the optimizer"):
         optimizer.step()
 
 
@@ -513,14 +513,14 @@ def test_exported_model_is_sparse_at_any_moment() -> None:
         assert (counts["0.weight"], counts["2.weight"]) == (20, 7)
 
 
-def test_signature_is_that_of_any_optimizer() -> None:
+def test_signature_equals_any_optimizers() -> None:
     _, optimizer = make()
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert list(inspect.signature(type(optimizer).step).parameters) == ["self", "closure"]
     assert repr(optimizer).startswith("TopKASTOptimizer around AdamW (")
 
 
-def test_replaced_memory_is_noticed() -> None:
+def test_replaced_memory_is_accepted() -> None:
     model, optimizer = make(refresh_every=100)
     weight = model.get_parameter("0.weight")
     weight.data = weight.data * 2
@@ -534,5 +534,5 @@ def test_converting_the_model_under_the_optimizer_is_an_error() -> None:
     model, optimizer = make()
     model.double()
     model(batch(0).double()).square().mean().backward()
-    with pytest.raises(topkast.MismatchError, match=r"float64 on cpu now, and was torch.float32"):
+    with pytest.raises(topkast.MismatchError, match=r"float64 on cpu now, but was torch.float32"):
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Every elementwise ``torch.optim`` optimizer, in each of its implementations, wrapped."""
+"""Every elementwise optimizer of ``torch.optim``, wrapped, in each of its implementations."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"lr": 0.05, "momentum": 0.9, "nesterov": True},
     ],
 }
-FUSED = {"Adagrad", "Adam", "AdamW", "SGD"}  # that have a fused CPU implementation
+FUSED = {"Adagrad", "Adam", "AdamW", "SGD"}  # they have a fused CPU implementation
 REFUSED = {"Muon", "Adafactor", "SparseAdam", "LBFGS"}
 
 
@@ -47,9 +47,9 @@ class Case:
     options: dict[str, Any]
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        kind = getattr(torch.optim, self.name)
-        made: torch.optim.Optimizer = kind(model.named_parameters(), **self.options)
-        return made
+        optimizer_class = getattr(torch.optim, self.name)
+        optimizer: torch.optim.Optimizer = optimizer_class(model.named_parameters(), **self.options)
+        return optimizer
 
     def __str__(self) -> str:
         return "-".join([self.name, *(f"{key}={value}" for key, value in self.options.items())])
@@ -69,8 +69,8 @@ CASES = [
 
 @pytest.fixture(params=CASES, ids=str)
 def case(request: pytest.FixtureRequest) -> Case:
-    chosen: Case = request.param
-    return chosen
+    selected: Case = request.param
+    return selected
 
 
 def make_model() -> nn.Sequential:
@@ -100,7 +100,7 @@ def test_list_of_optimizers_is_complete() -> None:
     assert elementwise == set(OPTIONS) | REFUSED
 
 
-def test_without_sparsity_it_is_the_unwrapped_optimizer_bit_for_bit(case: Case) -> None:
+def test_without_sparsity_the_wrapper_equals_the_inner_optimizer(case: Case) -> None:
     plain_model, model = make_model(), make_model()
     plain = case.build(plain_model)
     wrapped = topkast.wrap_optimizer(
@@ -109,10 +109,10 @@ def test_without_sparsity_it_is_the_unwrapped_optimizer_bit_for_bit(case: Case) 
     for step in range(12):
         train(plain_model, plain, range(step, step + 1))
         train(model, wrapped, range(step, step + 1))
-        for expected, found in zip(plain_model.parameters(), model.parameters(), strict=True):
-            assert torch.equal(expected, found)
+        for expected, param in zip(plain_model.parameters(), model.parameters(), strict=True):
+            assert torch.equal(expected, param)
             for key, entry in plain.state[expected].items():
-                other = wrapped.state[found][key]
+                other = wrapped.state[param][key]
                 if isinstance(entry, Tensor):
                     assert torch.equal(entry.flatten(), other.flatten()), key
                 else:
@@ -131,7 +131,7 @@ def test_reservoir_does_not_move_between_refreshes(case: Case) -> None:
             assert not torch.equal(before[name], after[name])
 
 
-def test_state_covers_the_backward_set_alone(case: Case) -> None:
+def test_state_has_the_size_of_the_backward_set(case: Case) -> None:
     model = make_model()
     optimizer = topkast.wrap_optimizer(case.build(model), fwd=0.9, bwd=0.7, refresh_every=2)
     train(model, optimizer, range(5))
@@ -151,7 +151,7 @@ def test_state_covers_the_backward_set_alone(case: Case) -> None:
 
 def test_refresh_keeps_the_state_of_survivors(case: Case) -> None:
     model = make_model()
-    # Refreshed never, so that the state just before a refresh can be seen; then at the next step.
+    # No refresh, so that the state just before a refresh is known; the copy refreshes next.
     optimizer = topkast.wrap_optimizer(
         case.build(model), fwd=0.9, bwd=0.7, refresh_every=1000, penalty=0.3
     )
@@ -178,30 +178,30 @@ def test_refresh_keeps_the_state_of_survivors(case: Case) -> None:
         for key, entry in optimizer.state[param].items():
             if isinstance(entry, Tensor) and entry.numel() > 1:
                 fresh: Any = float(np.float32(initial)) if key in ("step_size", "sum") else 0.0
-                if key == "ax":  # the average of the weights, which starts at the weight
+                if key == "ax":  # the average of the weights starts at the weight
                     fresh = topkast.gather(topkast.dense_params(copied)[name], new)
                 assert_survivors_unchanged(entry, copied.state[other][key], old, new, fresh=fresh)
-    # Going uphill, what is in B only grows.
+    # With `maximize`, weights in B only grow, so that B does not change.
     assert moved > 0 or case.options.get("maximize")
 
 
-def test_parameters_hold_the_forward_view_and_stay_the_same_objects(case: Case) -> None:
+def test_parameters_hold_the_forward_view_and_keep_their_identity(case: Case) -> None:
     model = make_model()
     identities = [id(param) for param in model.parameters()]
-    places = [param.data_ptr() for param in model.parameters()]
+    addresses = [param.data_ptr() for param in model.parameters()]
     optimizer = topkast.wrap_optimizer(case.build(model), fwd=0.9, bwd=0.7, refresh_every=2)
     for step in range(7):
         train(model, optimizer, range(step, step + 1))
         assert identities == [id(param) for param in model.parameters()]
         assert identities == [id(param) for param in optimizer.param_groups[0]["params"]]
-        assert places == [param.data_ptr() for param in model.parameters()]
+        assert addresses == [param.data_ptr() for param in model.parameters()]
         theta, masks = topkast.dense_params(optimizer), topkast.masks(optimizer)
         for name, param in model.named_parameters():
             if name in masks:
                 assert_forward_view(theta[name], param, masks[name].forward)
             else:
                 assert torch.equal(theta[name], param)
-    # The sets are those of the weights at the last refresh, which was at update 6.
+    # Before update 8, the sets are still those of the refresh at update 6.
     train(model, optimizer, range(7, 8))
     theta, masks = topkast.dense_params(optimizer), topkast.masks(optimizer)
     for name in masks:
@@ -256,7 +256,7 @@ def test_optimizers_without_a_plain_step_are_refused(name: str) -> None:
     assert torch.count_nonzero(layer.weight) == 64
 
 
-def test_probe_false_takes_the_user_at_their_word() -> None:
+def test_probe_false_skips_the_probe() -> None:
     layer = nn.Linear(8, 8, bias=False)
     inner = torch.optim.Adafactor(layer.parameters())
     topkast.wrap_optimizer(inner, fwd=0.5, bwd=0.5, probe=False)
@@ -264,7 +264,7 @@ def test_probe_false_takes_the_user_at_their_word() -> None:
 
 
 class NoisySGD(torch.optim.SGD):
-    """SGD that adds noise: its two probes differ although it is elementwise."""
+    """SGD that adds noise: its probe fails although it is elementwise."""
 
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
@@ -275,7 +275,7 @@ class NoisySGD(torch.optim.SGD):
 
 
 class Renamed(torch.optim.SGD):
-    """An optimizer whose constructor the probe cannot call."""
+    """An optimizer whose constructor takes other arguments."""
 
     def __init__(self, pairs: Any, first: Any, second: Any) -> None:
         super().__init__(pairs, first)

@@ -1,4 +1,4 @@
-"""What stands around an optimizer in PyTorch itself: averages, distributed checkpoints, norms."""
+"""PyTorch's own tools around an optimizer: averages, distributed checkpoints, weight norms."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class TestDistributedCheckpoint:
         yield
         dist.destroy_process_group()
 
-    def test_asking_moves_nothing(self) -> None:
+    def test_getting_a_state_dict_moves_nothing(self) -> None:
         model, opt = make()
         before = copy.deepcopy(model.state_dict())
         get_state_dict(model, opt)
@@ -110,8 +110,8 @@ class TestDistributedCheckpoint:
         assert_equal(model.state_dict(), other_model.state_dict())
         assert_equal(opt.state_dict(), other.state_dict())
 
-    def test_of_a_full_state_dict(self) -> None:
-        """As is asked for to save on one process; it comes without empty dictionaries."""
+    def test_a_full_state_dict_resumes(self) -> None:
+        """For saving on one process; PyTorch drops empty dictionaries from it."""
         model, opt = make()
         train(model, opt, range(5))
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -124,13 +124,13 @@ class TestDistributedCheckpoint:
             optim_state_dict=saved,
             options=options,
         )
-        for one, two in ((model, opt), (other_model, other)):
-            train(one, two, range(5, 10))
+        for network, wrapper in ((model, opt), (other_model, other)):
+            train(network, wrapper, range(5, 10))
         assert_equal(model.state_dict(), other_model.state_dict())
 
 
 class CountsInGroups(torch.optim.SGD):
-    """Its rate depends on a count that its first step adds to its groups."""
+    """SGD whose rate depends on a counter that the first step adds to the groups."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -142,7 +142,7 @@ class CountsInGroups(torch.optim.SGD):
 
 
 class TestAverages:
-    def test_an_average_of_weights_has_as_many_as_a(self) -> None:
+    def test_an_average_has_the_size_of_a(self) -> None:
         model, opt = make()
         average = topkast_torch.WeightAverage(opt, decay=0.5)
         expected: dict[str, torch.Tensor] = {}
@@ -155,43 +155,43 @@ class TestAverages:
         for name, mask in topkast.masks(opt).items():
             assert torch.equal(average.dense_params()[name], expected[name])
             assert int((state[name] != 0).sum()) == int(mask.forward.sum())
-            kept = state[name] != 0
-            assert torch.equal(state[name][kept], expected[name][kept])
+            nonzero = state[name] != 0
+            assert torch.equal(state[name][nonzero], expected[name][nonzero])
         nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4)).load_state_dict(state)
 
-    def test_all_updates_alike(self) -> None:
+    def test_without_decay_all_updates_weigh_alike(self) -> None:
         model, opt = make()
         average = topkast_torch.WeightAverage(opt, decay=None)
-        seen = []
+        weights = []
         for step in range(5):
             train(model, opt, range(step, step + 1))
             average.update()
-            seen.append(topkast.dense_params(opt)["0.weight"])
-        mean = torch.stack(seen).mean(0)
+            weights.append(topkast.dense_params(opt)["0.weight"])
+        mean = torch.stack(weights).mean(0)
         torch.testing.assert_close(average.dense_params()["0.weight"], mean)
 
-    def test_it_is_resumed(self) -> None:
+    def test_a_saved_average_is_restored(self) -> None:
         model, opt = make()
         average = topkast_torch.WeightAverage(opt)
-        with pytest.raises(topkast.MismatchError, match="of nothing yet"):
+        with pytest.raises(topkast.MismatchError, match="has no weights yet"):
             average.forward_params()
         train(model, opt, range(2))
         average.update()
         other = topkast_torch.WeightAverage(opt)
         other.load_state_dict(copy.deepcopy(average.state_dict()))
         train(model, opt, range(2, 4))
-        for one in (average, other):
-            one.update()
+        for weight_average in (average, other):
+            weight_average.update()
         assert_equal(average.state_dict(), other.state_dict())
         with pytest.raises(topkast.StateDictError, match="tensors"):
             other.load_state_dict({"count": 1, "average": {"w": torch.ones(2)}})
         for bad in (1.0, -0.1):
             with pytest.raises(topkast.OptionError, match="decay"):
                 topkast_torch.WeightAverage(opt, decay=bad)
-        with pytest.raises(topkast.OptionError, match="takes what"):
+        with pytest.raises(topkast.OptionError, match="needs the optimizer that"):
             topkast_torch.WeightAverage(torch.optim.SGD(model.parameters(), 0.1))  # type: ignore[arg-type]
 
-    def test_of_sparse_layers(self) -> None:
+    def test_sparse_layers_have_the_same_average(self) -> None:
         runs = []
         for sparse in (False, True):
             model, opt = make()
@@ -206,7 +206,7 @@ class TestAverages:
             torch.testing.assert_close(alpha, runs[1][name])
 
     @pytest.mark.parametrize("sparse", [False, True])
-    def test_a_dense_average_is_warned_of(self, sparse: bool) -> None:
+    def test_a_dense_average_warns(self, sparse: bool) -> None:
         model, opt = make()
         if sparse:
             topkast.sparsify(model, opt)
@@ -215,7 +215,7 @@ class TestAverages:
             train(model, opt, range(3))
         del average
 
-    def test_also_where_it_is_made_later(self) -> None:
+    def test_a_dense_average_made_later_warns(self) -> None:
         model, opt = make()
         train(model, opt, range(4))
         average = AveragedModel(model)
@@ -223,7 +223,7 @@ class TestAverages:
             train(model, opt, range(4, 12))
         del average
 
-    def test_a_saved_average_stays_as_it_is(self) -> None:
+    def test_a_saved_average_is_a_snapshot(self) -> None:
         model, opt = make()
         average = topkast_torch.WeightAverage(opt, decay=0.5)
         average.update()
@@ -233,7 +233,7 @@ class TestAverages:
         average.update()
         assert_equal(saved, before)
 
-    def test_tensors_that_join_later(self) -> None:
+    def test_tensors_added_later_are_averaged(self) -> None:
         model, opt = make()
         average = topkast_torch.WeightAverage(opt, decay=0.5)
         average.update()
@@ -243,7 +243,7 @@ class TestAverages:
         average.update()
         assert int((average.forward_params()["extra.weight"] != 0).sum()) == 9
 
-    def test_and_nobody_else(self) -> None:
+    def test_an_average_of_another_model_does_not_warn(self) -> None:
         other = AveragedModel(nn.Linear(3, 3))
         model, opt = make()
         with warnings.catch_warnings():
@@ -287,13 +287,13 @@ class TestNorms:
         ],
         ids=["reversed", "without lengths", "groups"],
     )
-    def test_however_they_are_handed_over(self, arrange: Any) -> None:
+    def test_directions_are_refused_in_any_order_and_grouping(self, arrange: Any) -> None:
         layer = nn.utils.parametrizations.weight_norm(nn.Linear(20, 30))
         params = arrange(list(layer.named_parameters()))
         with pytest.raises(topkast.UnsupportedTensorError, match="direction of a weight_norm"):
             topkast.wrap_optimizer(torch.optim.SGD(params, 0.1), fwd=0.9, bwd=0.8)
 
-    def test_a_scale_beside_a_weight_is_no_norm(self) -> None:
+    def test_a_scale_next_to_a_weight_is_accepted(self) -> None:
         params = [nn.Parameter(torch.ones(30, 1)), nn.Parameter(torch.randn(30, 20))]
         topkast.wrap_optimizer(torch.optim.SGD(params, 0.1), fwd=0.9, bwd=0.8)
 
@@ -316,7 +316,7 @@ class TestGlobal:
 
 
 class TestWrappersOfOptimizers:
-    def test_one_that_holds_another_is_refused_by_name(self) -> None:
+    def test_an_optimizer_around_another_is_refused_by_name(self) -> None:
         class Lookahead(torch.optim.Optimizer):
             def __init__(self, base: torch.optim.Optimizer) -> None:
                 self.base = base
@@ -328,14 +328,14 @@ class TestWrappersOfOptimizers:
         ):
             topkast.wrap_optimizer(Lookahead(base), fwd=0.9, bwd=0.8)
 
-    def test_options_of_the_same_name_are_refused(self) -> None:
+    def test_optimizers_with_options_of_topkast_are_refused(self) -> None:
         class Penalised(torch.optim.SGD):
             def __init__(self, params: Any) -> None:
                 super().__init__(params, 0.1)
                 self.defaults["penalty"] = 0.1
                 self.param_groups[0]["penalty"] = 0.1
 
-        with pytest.raises(topkast.UnsupportedOptimizerError, match="options of the names penalty"):
+        with pytest.raises(topkast.UnsupportedOptimizerError, match="options named penalty"):
             topkast.wrap_optimizer(Penalised(nn.Linear(9, 9).parameters()), fwd=0.9, bwd=0.8)
 
 
@@ -363,8 +363,8 @@ def test_deterministic_algorithms_with_channels_last() -> None:
 
 
 @pytest.mark.parametrize("names", [True, False])
-def test_groups_without_names_join_one_with_names(names: bool) -> None:
-    """As callbacks that unfreeze a backbone add them."""
+def test_groups_without_names_may_be_added_to_named_ones(names: bool) -> None:
+    """Callbacks that unfreeze a backbone add such groups."""
     _, opt = make(dense="2.*")
     extra = nn.Linear(9, 9)
     params: Any = list(extra.named_parameters() if names else extra.parameters())

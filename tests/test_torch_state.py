@@ -1,4 +1,4 @@
-"""Saving, loading, copying: what was interrupted goes on bit for bit, what is wrong is refused."""
+"""Saving, loading and copying: runs resume bit for bit, and invalid state dicts are refused."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ def train(model: nn.Module, optimizer: Any, steps: range) -> None:
 
 
 def save(state: Any) -> Any:
-    """Through a file, and back without running code from it."""
+    """Save to a file and load without running code from it."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
     return torch.load(buffer, weights_only=True)
 
 
-def everything(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """All that a run consists of, as a flat dictionary of tensors and numbers."""
+def full_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """The complete state of a run, as a flat dictionary of tensors and numbers."""
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -68,8 +68,8 @@ def everything(model: nn.Module, optimizer: Any) -> dict[str, Any]:
             for key, entry in value.items():
                 walk(f"{prefix}/{key}", entry)
         elif isinstance(value, (list, tuple)):
-            for place, entry in enumerate(value):
-                walk(f"{prefix}/{place}", entry)
+            for number, entry in enumerate(value):
+                walk(f"{prefix}/{number}", entry)
         else:
             flat[prefix] = value.clone() if isinstance(value, Tensor) else value
 
@@ -95,13 +95,13 @@ def test_resumed_run_equals_the_uninterrupted_one(build: str, variant: dict[str,
     model, optimizer = make(build, **variant)
     train(model, optimizer, range(10))
     other_model, other = make(build, **variant)
-    train(other_model, other, range(5))  # the next refresh is the update after
+    train(other_model, other, range(5))  # the next update refreshes
     saved_model, saved = save(other_model.state_dict()), save(other.state_dict())
     fresh_model, fresh = make(build, **variant)
     fresh_model.load_state_dict(saved_model)
     fresh.load_state_dict(saved)
     train(fresh_model, fresh, range(5, 10))
-    assert_equal(everything(model, optimizer), everything(fresh_model, fresh))
+    assert_equal(full_state(model, optimizer), full_state(fresh_model, fresh))
 
 
 def test_order_of_loading_does_not_matter() -> None:
@@ -113,7 +113,7 @@ def test_order_of_loading_does_not_matter() -> None:
     fresh.load_state_dict(saved)
     fresh_model.load_state_dict(saved_model)
     train(fresh_model, fresh, range(5, 9))
-    assert_equal(everything(model, optimizer), everything(fresh_model, fresh))
+    assert_equal(full_state(model, optimizer), full_state(fresh_model, fresh))
 
 
 def test_loading_restores_the_forward_view_without_the_model() -> None:
@@ -141,7 +141,7 @@ def test_indices_and_counters_survive_in_every_precision(dtype: torch.dtype) -> 
         torch.optim.SGD(other_model.parameters(), 0.1), fwd=0.5, bwd=0.25, refresh_every=10**6
     )
     other.load_state_dict(save(optimizer.state_dict()))
-    assert_equal(everything(model, optimizer), everything(other_model, other))
+    assert_equal(full_state(model, optimizer), full_state(other_model, other))
     assert other.state_dict()["param_groups"][0]["topkast"]["updates"] == 257
 
 
@@ -153,7 +153,7 @@ def test_loaded_state_is_not_shared() -> None:
     fresh.load_state_dict(optimizer.state_dict())
     train(fresh_model, fresh, range(4, 8))
     train(model, optimizer, range(4, 8))
-    assert_equal(everything(model, optimizer), everything(fresh_model, fresh))
+    assert_equal(full_state(model, optimizer), full_state(fresh_model, fresh))
 
 
 def test_scheduler_reaches_the_inner_optimizer_after_loading() -> None:
@@ -172,25 +172,25 @@ def test_scheduler_reaches_the_inner_optimizer_after_loading() -> None:
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
-def test_copy_trains_alike_and_apart(way: str) -> None:
+def test_copy_trains_alike_and_independently(way: str) -> None:
     model, optimizer = make()
     train(model, optimizer, range(4))
     duplicate: Any = (
         copy.deepcopy if way == "deepcopy" else lambda pair: pickle.loads(pickle.dumps(pair))
     )
     other_model, other = duplicate((model, optimizer))
-    before = everything(model, optimizer)
+    before = full_state(model, optimizer)
     train(other_model, other, range(4, 8))
-    assert_equal(before, everything(model, optimizer))
+    assert_equal(before, full_state(model, optimizer))
     train(model, optimizer, range(4, 8))
-    assert_equal(everything(model, optimizer), everything(other_model, other))
+    assert_equal(full_state(model, optimizer), full_state(other_model, other))
     # The copy restricts its own gradients.
     grad = next(other_model.parameters()).grad
     assert grad is not None
     assert torch.count_nonzero(grad) <= 58
 
 
-def test_state_dict_holds_what_weights_only_loading_allows() -> None:
+def test_state_dict_loads_with_weights_only() -> None:
     model, optimizer = make(dense=lambda name, tensor: name == "2.weight")
     train(model, optimizer, range(4))
     save(optimizer.state_dict())
@@ -204,12 +204,12 @@ def _sets(state: dict[str, Any]) -> dict[str, Any]:
     return sets
 
 
-def _counts(state: dict[str, Any]) -> dict[str, Any]:
+def _header(state: dict[str, Any]) -> dict[str, Any]:
     counts: dict[str, Any] = state["param_groups"][0]["topkast"]
     return counts
 
 
-def _replace(key: str, change: Callable[[Any], Any]) -> Mutation:
+def _change_sets_entry(key: str, change: Callable[[Any], Any]) -> Mutation:
     def mutate(state: dict[str, Any]) -> None:
         _sets(state)[key] = change(_sets(state)[key])
 
@@ -220,7 +220,7 @@ def _swap_first_two(indices: Tensor) -> Tensor:
     return indices[torch.cat([torch.tensor([1, 0]), torch.arange(2, len(indices))])]
 
 
-def _entry(key: str, change: Callable[[Tensor], Any]) -> Mutation:
+def _change_entry(key: str, change: Callable[[Tensor], Any]) -> Mutation:
     def mutate(state: dict[str, Any]) -> None:
         state["state"][0][key] = change(state["state"][0][key])
 
@@ -236,21 +236,21 @@ def _drop(*path: Any) -> Mutation:
     return mutate
 
 
-def _group(key: str, value: Any) -> Mutation:
+def _set_option(key: str, value: Any) -> Mutation:
     def mutate(state: dict[str, Any]) -> None:
         state["param_groups"][0][key] = value
 
     return mutate
 
 
-def _number(change: Callable[[Any], Any]) -> Mutation:
+def _change_updates(change: Callable[[Any], Any]) -> Mutation:
     def mutate(state: dict[str, Any]) -> None:
-        _counts(state)["updates"] = change(_counts(state)["updates"])
+        _header(state)["updates"] = change(_header(state)["updates"])
 
     return mutate
 
 
-def _not_finite(tensor: Tensor) -> Tensor:
+def _make_non_finite(tensor: Tensor) -> Tensor:
     tensor = tensor.clone()
     tensor[0, 0] = float("nan")
     return tensor
@@ -271,32 +271,36 @@ MUTATIONS: dict[str, Mutation] = {
     "no moment": _drop("state", 0, "exp_avg"),
     "no option": _drop("param_groups", 0, "fwd"),
     "no parameters": _drop("param_groups", 0, "params"),
-    "later version": lambda state: _counts(state).update(version=99),
-    "other attributes": lambda state: _counts(state).update(attributes={"unknown": 1}),
-    "negative updates": _number(lambda updates: -updates),
-    "broken updates": _number(float),
-    "index too large": _replace("indices", lambda i: torch.cat([i[:-1], torch.tensor([10**6])])),
-    "negative index": _replace("indices", lambda i: torch.cat([torch.tensor([-1]), i[1:]])),
-    "duplicate index": _replace("indices", lambda i: torch.cat([i[:1], i[:1], i[2:]])),
-    "unsorted indices": _replace("indices", _swap_first_two),
-    "float indices": _replace("indices", lambda i: i.float()),
-    "indices as list": _replace("indices", lambda i: i.tolist()),
-    "wrong |B|": _replace("indices", lambda i: i[:-1]),
-    "wrong |A|": _replace("active_count", lambda count: count - 1),
-    "wide indices": _replace("indices", lambda i: i.long()),
-    "ages as floats": _replace("ages", lambda ages: ages.float()),
-    "short ages": _replace("ages", lambda ages: ages[1:]),
-    "negative steps": _replace("steps", lambda steps: -1),
-    "broken change": _replace("entered_active", float),
-    "wrong shape": _replace("params", lambda weights: weights.T),
-    "wrong dtype": _replace("params", lambda weights: weights.double()),
-    "not finite": _replace("params", _not_finite),
-    "short moment": _entry("exp_avg", lambda moment: moment[..., :-1]),
-    "dense moment": _entry("exp_avg_sq", lambda moment: torch.zeros(16, 12)),
-    "moment is no tensor": _entry("exp_avg", lambda moment: 3.0),
-    "bwd above fwd": _group("bwd", 0.95),
-    "parameters too few": _group("params", [0]),
-    "refresh never": _group("refresh_every", 0),
+    "later version": lambda state: _header(state).update(version=99),
+    "other attributes": lambda state: _header(state).update(attributes={"unknown": 1}),
+    "negative updates": _change_updates(lambda updates: -updates),
+    "broken updates": _change_updates(float),
+    "index too large": _change_sets_entry(
+        "indices", lambda i: torch.cat([i[:-1], torch.tensor([10**6])])
+    ),
+    "negative index": _change_sets_entry(
+        "indices", lambda i: torch.cat([torch.tensor([-1]), i[1:]])
+    ),
+    "duplicate index": _change_sets_entry("indices", lambda i: torch.cat([i[:1], i[:1], i[2:]])),
+    "unsorted indices": _change_sets_entry("indices", _swap_first_two),
+    "float indices": _change_sets_entry("indices", lambda i: i.float()),
+    "indices as list": _change_sets_entry("indices", lambda i: i.tolist()),
+    "wrong |B|": _change_sets_entry("indices", lambda i: i[:-1]),
+    "wrong |A|": _change_sets_entry("active_count", lambda count: count - 1),
+    "wide indices": _change_sets_entry("indices", lambda i: i.long()),
+    "ages as floats": _change_sets_entry("ages", lambda ages: ages.float()),
+    "short ages": _change_sets_entry("ages", lambda ages: ages[1:]),
+    "negative steps": _change_sets_entry("steps", lambda steps: -1),
+    "broken change": _change_sets_entry("entered_active", float),
+    "wrong shape": _change_sets_entry("params", lambda weights: weights.T),
+    "wrong dtype": _change_sets_entry("params", lambda weights: weights.double()),
+    "not finite": _change_sets_entry("params", _make_non_finite),
+    "short moment": _change_entry("exp_avg", lambda moment: moment[..., :-1]),
+    "dense moment": _change_entry("exp_avg_sq", lambda moment: torch.zeros(16, 12)),
+    "moment is no tensor": _change_entry("exp_avg", lambda moment: 3.0),
+    "bwd above fwd": _set_option("bwd", 0.95),
+    "parameters too few": _set_option("params", [0]),
+    "refresh never": _set_option("refresh_every", 0),
 }
 
 
@@ -306,15 +310,20 @@ def test_corrupt_state_is_refused_and_changes_nothing(names: list[str]) -> None:
     train(model, optimizer, range(4))
     state = copy.deepcopy(optimizer.state_dict())
     train(model, optimizer, range(4, 7))
-    before = everything(model, optimizer)
+    before = full_state(model, optimizer)
     for name in names:
         try:
             MUTATIONS[name](state)
-        except (KeyError, IndexError, AttributeError, TypeError):  # the other one removed it
+        except (
+            KeyError,
+            IndexError,
+            AttributeError,
+            TypeError,
+        ):  # the other mutation removed the entry
             continue
     with pytest.raises(topkast.StateDictError):
         optimizer.load_state_dict(state)
-    assert_equal(before, everything(model, optimizer))
+    assert_equal(before, full_state(model, optimizer))
     train(model, optimizer, range(7, 9))
 
 
@@ -337,10 +346,10 @@ def test_state_of_other_sparsities_is_refused(options: dict[str, Any]) -> None:
     model, optimizer = make(**options)
     train(model, optimizer, range(4))
     other_model, other = make()
-    before = everything(other_model, other)
+    before = full_state(other_model, other)
     with pytest.raises(topkast.StateDictError):
         other.load_state_dict(optimizer.state_dict())
-    assert_equal(before, everything(other_model, other))
+    assert_equal(before, full_state(other_model, other))
 
 
 def test_state_of_an_unwrapped_optimizer_is_refused() -> None:

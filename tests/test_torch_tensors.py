@@ -1,4 +1,4 @@
-"""Kinds of tensors: supported with their strides kept, or refused by name and left as they were."""
+"""Tensors of all layouts and dtypes: supported with their strides, or refused and unchanged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def train(param: Parameter, optimizer: Any, steps: int = 5) -> None:
 
 
 def strided(*shape: int) -> Tensor:
-    """Every second entry of its memory along the last dimension."""
+    """A tensor with gaps: every second entry of a tensor along the last axis."""
     return torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
 
 
@@ -44,7 +44,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("distribution", ["uniform", "global"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_keep_their_strides_and_give_the_same_weights(
+def test_layouts_keep_their_strides_and_have_the_same_weights(
     layout: str, distribution: str
 ) -> None:
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ def test_tied_weights_count_once() -> None:
     assert model.head.weight is model.embed.weight
 
 
-def test_names_of_groups_that_repeat_a_name() -> None:
+def test_repeated_names_get_the_group_number() -> None:
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     groups = [{"params": list(layer.named_parameters())} for layer in (first, second)]
     optimizer = topkast.wrap_optimizer(torch.optim.SGD(groups, 0.1), fwd=0.5, bwd=0.5)
@@ -150,16 +150,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: Parameter(torch.ones(4, 4, dtype=torch.int32), requires_grad=False),
         "weights must be floats",
     ),
-    "expanded": (lambda: Parameter(torch.randn(4, 1).expand(4, 4)), "share one place in memory"),
+    "expanded": (lambda: Parameter(torch.randn(4, 1).expand(4, 4)), "entries share memory"),
     "sparse": (lambda: Parameter(torch.eye(4).to_sparse()), "layout"),
     "lazy": (lambda: nn.LazyLinear(4).weight, "not initialised"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")
-@pytest.mark.parametrize("kind", REFUSED)
-def test_unsupported_tensors_are_named(kind: str) -> None:
-    make, reason = REFUSED[kind]
+@pytest.mark.parametrize("name", REFUSED)
+def test_unsupported_tensors_are_refused_by_name(name: str) -> None:
+    make, reason = REFUSED[name]
     good, bad = Parameter(torch.randn(4, 4)), make()
     before = good.detach().clone()
     with pytest.raises(topkast.UnsupportedTensorError, match=rf"0\.1 .*{reason}"):
@@ -174,7 +174,7 @@ def test_parameters_that_share_memory_are_refused() -> None:
         sgd(first, second)
 
 
-def test_neighbours_in_one_storage_are_fine() -> None:
+def test_disjoint_views_of_one_storage_are_accepted() -> None:
     storage = torch.randn(2, 6, 6)
     first, second = Parameter(storage[0]), Parameter(storage[1])
     sgd(first, second)
@@ -190,7 +190,7 @@ def test_sparse_gradient_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_weight_is_named_and_nothing_changed(value: float) -> None:
+def test_non_finite_weight_is_named_and_nothing_changes(value: float) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     with torch.no_grad():
         model.get_parameter("1.weight")[1, :2] = value
@@ -214,7 +214,7 @@ def test_global_ranking_needs_one_dtype() -> None:
         )
 
 
-def test_global_ranking_fixes_the_total_and_not_the_shares() -> None:
+def test_global_ranking_fixes_the_total_but_not_the_shares() -> None:
     torch.manual_seed(0)
     small, large = Parameter(torch.randn(10, 10) * 0.1), Parameter(torch.randn(10, 10))
     optimizer = sgd(small, large, distribution="global")
@@ -250,21 +250,21 @@ def test_global_ranking_refuses_states_that_differ() -> None:
 
 
 def test_flat_parameter_of_fsdp_is_refused() -> None:
-    kind = type("FlatParameter", (Parameter,), {})
-    flat: Tensor = torch.Tensor._make_subclass(kind, torch.randn(9), True)
+    flat_class = type("FlatParameter", (Parameter,), {})
+    flat: Tensor = torch.Tensor._make_subclass(flat_class, torch.randn(9), True)
     with pytest.raises(topkast.UnsupportedTensorError, match=r"0\.0 is a FlatParameter of FSDP"):
         sgd(flat)
 
 
 @pytest.mark.parametrize("options", [{}, {"explore_until": 3}, {"distribution": "global"}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_kernels_gather_what_pytorch_gathers(
+def test_kernels_equal_pytorch(
     options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Large tensors are gathered, cleared and written by kernels, if there are some: same bits."""
+    """Kernels and PyTorch give the same bits for large tensors."""
     runs = []
-    for few in (0, 1 << 60):
-        monkeypatch.setattr("topkast_torch.execution._flat._FEW", few)
+    for min_entries in (0, 1 << 60):
+        monkeypatch.setattr("topkast_torch.execution._flat._KERNEL_MIN_ENTRIES", min_entries)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 50)).to(dtype)
         inner = torch.optim.AdamW(model.named_parameters(), 0.01)
@@ -277,15 +277,15 @@ def test_kernels_gather_what_pytorch_gathers(
                 nn.utils.clip_grad_norm_(model.parameters(), 0.01)
             opt.step()
             if turn % 4 == 1:
-                opt.step()  # of the same gradient
+                opt.step()  # with the same gradient
         grads = [param.grad for param in model.parameters()]
         runs.append([*topkast.dense_params(opt).values(), *model.parameters(), *grads])
     for one, other in zip(*runs, strict=True):
         assert torch.equal(one, other)
 
 
-def test_a_gradient_written_without_a_trace() -> None:
-    """Through ``grad.data``, as old loops do and as a gradient scaler does."""
+def test_a_gradient_written_without_a_version_change() -> None:
+    """Through ``grad.data``, as in old loops and gradient scalers."""
     runs = []
     ways: list[Callable[[Any], Any]] = [
         lambda grad: grad.data.mul_(0.5),
@@ -302,7 +302,7 @@ def test_a_gradient_written_without_a_trace() -> None:
             layer(torch.ones(3, 30)).square().sum().backward()
             scale(layer.weight.grad)
             opt.step()
-            opt.step()  # of the same gradient, without the penalty of the first
+            opt.step()  # with the same gradient, from which the first step's penalty is gone
         runs.append(topkast.dense_params(opt)["weight"])
     assert torch.equal(runs[0], runs[2])
     assert torch.equal(runs[1], runs[2])

@@ -12,7 +12,7 @@ import pytest
 import topkast_torch
 import torch
 from libraries import Library, host
-from optimizer_runs import assert_alike, through_a_file
+from optimizer_runs import assert_same_bits, save_and_load
 from test_units import JITTED, NUMPY, TORCH, Block
 from torch import nn
 
@@ -176,14 +176,14 @@ def test_tensors_large_enough_for_kernels(rng: np.random.Generator, block: Block
 def test_a_resumed_run_continues_identically(options: dict[str, Any]) -> None:
     model, optimizer = make_torch(**options)
     train_torch(model, optimizer, range(5))
-    saved, weights = through_a_file(optimizer.state_dict()), through_a_file(model.state_dict())
+    saved, weights = save_and_load(optimizer.state_dict()), save_and_load(model.state_dict())
     train_torch(model, optimizer, range(5, 12))
     other_model, other = make_torch(**options)
     other_model.load_state_dict(weights)
     other.load_state_dict(saved)
     train_torch(other_model, other, range(5, 12))
-    assert_alike(model.state_dict(), other_model.state_dict())
-    assert_alike(optimizer.state_dict(), other.state_dict())
+    assert_same_bits(model.state_dict(), other_model.state_dict())
+    assert_same_bits(optimizer.state_dict(), other.state_dict())
 
 
 def test_copies_train_identically() -> None:
@@ -192,7 +192,7 @@ def test_copies_train_identically() -> None:
     other_model, other = copy.deepcopy((model, optimizer))
     for pair in ((model, optimizer), (other_model, other)):
         train_torch(*pair, range(4, 8))
-    assert_alike(optimizer.state_dict(), other.state_dict())
+    assert_same_bits(optimizer.state_dict(), other.state_dict())
 
 
 @pytest.mark.parametrize("block", [(4, 2), (1, 4), None], ids=str)
@@ -203,7 +203,7 @@ def test_a_state_dict_of_different_blocks_is_refused(block: Block | None) -> Non
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(topkast.StateDictError, match=r"block of 0\.weight"):
         other.load_state_dict(optimizer.state_dict())
-    assert_alike(before, other.state_dict())
+    assert_same_bits(before, other.state_dict())
 
 
 def test_exploration_stops() -> None:
@@ -315,7 +315,7 @@ def test_indivisible_shape() -> None:
     inner = torch.optim.AdamW(model.named_parameters(), 0.02)
     with pytest.raises(OptionError, match=message):
         topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.8, block=(2, 3))
-    assert_alike(weights, model.state_dict())
+    assert_same_bits(weights, model.state_dict())
     for remedy in ({"dense": "2.weight"}, {"overrides": {"2.weight": {"block": None}}}):
         make_torch(block=(2, 3), **remedy)
     params = {"2.weight": np.ones((4, 16), np.float32)}

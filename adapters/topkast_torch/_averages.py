@@ -1,4 +1,4 @@
-"""Averages of weights over time that stay sparse: of θ, from which A is selected once."""
+"""Sparse averages of weights over time: θ is averaged, then A is selected once."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class WeightAverage:
     r"""A running average of the weights θ that a wrapped optimizer trains.
 
     An average of forward views (``torch.optim.swa_utils.AveragedModel``, EMA callbacks) has all
-    entries that were ever in A, two to four times as many as A. This averages θ, and selects the
-    \|A\| largest of the average when it is asked for.
+    entries that were ever in A, two to four times as many as A. This class averages θ and selects
+    the \|A\| largest entries of the average in :meth:`forward_params`.
 
     Parameters
     ----------
     optimizer
-        What :func:`topkast.wrap_optimizer` returned.
+        The wrapped optimizer that :func:`topkast.wrap_optimizer` returned.
     decay
-        Factor of the average at each update, in [0, 1): :math:`\bar\theta \leftarrow
-        d \bar\theta + (1 - d) \theta`. None: all updates count alike, as for SWA.
+        Decay d of the average per update, in [0, 1): :math:`\bar\theta \leftarrow
+        d \bar\theta + (1 - d) \theta`. None gives all updates equal weight, as in SWA.
 
     Raises
     ------
@@ -55,46 +55,46 @@ class WeightAverage:
     def __init__(self, optimizer: TopKASTOptimizer, *, decay: float | None = 0.999) -> None:
         if not isinstance(optimizer, TopKASTOptimizer):
             raise OptionError(
-                "WeightAverage takes what topkast.wrap_optimizer returned, got "
+                "WeightAverage needs the optimizer that topkast.wrap_optimizer returned, got "
                 f"{type(optimizer).__name__}"
             )
         if decay is not None and not 0 <= decay < 1:
-            raise OptionError(f"decay must lie in [0, 1), or be None, got {decay!r}")
+            raise OptionError(f"decay must be None or lie in [0, 1), got {decay!r}")
         self._optimizer, self._decay = optimizer, decay
         self._count = 0
         self._average: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Count the present weights in."""
+        """Add the current weights to the average."""
         theta: dict[str, Tensor] = topkast.dense_params(self._optimizer)
         self._count += 1
         if not self._average:
             self._average = theta
             return
         weight = 1 / self._count if self._decay is None else 1 - self._decay
-        for name, value in theta.items():  # what joined later starts as it is
+        for name, value in theta.items():  # a tensor added later starts at its value
             self._average.setdefault(name, value).lerp_(value, weight)
 
     def dense_params(self) -> dict[str, Tensor]:
-        """The average of θ by name, copies.
+        """Copies of the averaged θ, by name.
 
         Raises :class:`topkast.MismatchError` before the first update.
         """
         if not self._average:
-            raise MismatchError("the average is of nothing yet: call update() after a step")
+            raise MismatchError("WeightAverage has no weights yet: call update() after a step")
         return {name: tensor.clone() for name, tensor in self._average.items()}
 
     def forward_params(self) -> dict[str, Tensor]:
-        r"""The average with the \|A\| largest of each tensor alone, by name, for a dense model.
+        r"""The \|A\| largest entries of each averaged tensor, zero elsewhere, by name.
 
         Raises :class:`topkast.MismatchError` before the first update.
         """
         average = self.dense_params()
         state = self._optimizer._wrapper_state
-        for execution, values in self._optimizer._with_options():
+        for execution, param_group in self._optimizer._executions_with_options():
             ranked: RankedTensors = execution.ranked
-            options = state.options.override(values | execution.overrides)
+            options = state.options.override(param_group | execution.overrides)
             flat = ranked.flatten(average)
             support = ranked.select(flat, options)
             view = topkast.forward_view(topkast.gather(flat, support), support, shape=(len(flat),))
@@ -106,15 +106,17 @@ class WeightAverage:
         return {"count": self._count, "average": self.dense_params() if self._average else {}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on with a saved average.
+        """Restore a saved average.
 
-        Raises :class:`topkast.StateDictError` if it is of other tensors.
+        Raises :class:`topkast.StateDictError` if its tensors differ.
         """
         theta = topkast.dense_params(self._optimizer)
         average = state_dict["average"]
         shapes = {name: tuple(tensor.shape) for name, tensor in theta.items()}
         saved = {name: tuple(tensor.shape) for name, tensor in average.items()}
         if average and saved != shapes:
-            raise topkast.StateDictError(f"the average has tensors {saved}, expected {shapes}")
+            raise topkast.StateDictError(
+                f"the saved average has tensors {saved}, expected {shapes}"
+            )
         self._count = int(state_dict["count"])
         self._average = {name: tensor.clone().to(theta[name]) for name, tensor in average.items()}

@@ -1,4 +1,4 @@
-"""A warning where forward views are averaged: once, at the first refresh."""
+"""Warn once, after a refresh, if someone averages forward views."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from topkast import DenseAverageWarning
 
-# Classes whose instances average the weights of a model, by the module that they are in.
+# Classes that average the weights of a model, by module.
 _AVERAGING = {
     "torch.optim.swa_utils": ["AveragedModel"],
     "lightning.pytorch.callbacks.stochastic_weight_avg": ["StochasticWeightAveraging"],
@@ -27,52 +27,52 @@ _AVERAGING = {
 
 
 def warn_of_dense_averages(params: Iterable[Tensor]) -> bool:
-    """Warn if someone averages tensors like these, whose zeros have just moved; whether it did."""
+    """Warn if an average of tensors with the shapes of `params` exists; return whether it did."""
     shapes = {tuple(param.shape) for param in params}
     if _find_average(shapes) is None:
         return False
-    gc.collect()  # nobody may use it any more
-    kind = _find_average(shapes)
-    if kind is not None:
+    gc.collect()  # the average may be garbage
+    average_class = _find_average(shapes)
+    if average_class is not None:
         warnings.warn(
-            f"{kind.__module__}.{kind.__qualname__} averages forward views of weights whose zeros "
-            "move, so that the average has more nonzeros than A. Average the weights themselves, "
-            "topkast_torch.WeightAverage(optimizer), which selects A once; or wrap an optimizer "
-            "that averages itself, such as schedulefree.AdamWScheduleFree",
+            f"{average_class.__module__}.{average_class.__qualname__} averages forward views of "
+            "weights whose zeros move, so that the average has more nonzeros than A. Average the "
+            "weights themselves with topkast_torch.WeightAverage(optimizer), which selects A once, "
+            "or wrap an optimizer that averages itself, such as schedulefree.AdamWScheduleFree",
             DenseAverageWarning,
             stacklevel=2,
         )
-    return kind is not None
+    return average_class is not None
 
 
 def _find_average(shapes: set[tuple[int, ...]]) -> type[Any] | None:
-    """The class of something that averages tensors, one of them of one of these shapes."""
-    for average in _averages():
-        if any(tuple(tensor.shape) in shapes for tensor in _tensors_of(average)):
+    """The class of an average that has a tensor of one of these shapes."""
+    for average in _find_averages():
+        if any(tuple(tensor.shape) in shapes for tensor in _averaged_tensors(average)):
             return type(average)
     return None
 
 
-def _averages() -> list[Any]:
-    """All living instances of the classes above, of libraries that someone has imported."""
-    found = (
+def _find_averages() -> list[Any]:
+    """All living instances of the classes in `_AVERAGING` that have been imported."""
+    candidates = (
         getattr(sys.modules.get(module), name, None)
         for module, names in _AVERAGING.items()
         for name in names
     )
-    kinds = tuple(kind for kind in found if isinstance(kind, type))
-    return [one for one in gc.get_referrers(*kinds) if isinstance(one, kinds)]
+    classes = tuple(candidate for candidate in candidates if isinstance(candidate, type))
+    return [average for average in gc.get_referrers(*classes) if isinstance(average, classes)]
 
 
-def _tensors_of(average: Any) -> Iterator[Tensor]:
-    """The tensors that it averages: of a model, of an optimizer, or in a list."""
+def _averaged_tensors(average: Any) -> Iterator[Tensor]:
+    """The averaged tensors: of a module, of an optimizer, or in a list."""
     if isinstance(average, nn.Module):
         yield from average.parameters()
         return
-    for held in vars(average).values():
-        if isinstance(held, nn.Module):
-            yield from held.parameters()
-        elif isinstance(held, Optimizer):
-            yield from (param for group in held.param_groups for param in group["params"])
-        elif isinstance(held, list):
-            yield from (one for one in held if isinstance(one, Tensor))
+    for value in vars(average).values():
+        if isinstance(value, nn.Module):
+            yield from value.parameters()
+        elif isinstance(value, Optimizer):
+            yield from (param for group in value.param_groups for param in group["params"])
+        elif isinstance(value, list):
+            yield from (item for item in value if isinstance(item, Tensor))

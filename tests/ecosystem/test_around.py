@@ -15,7 +15,7 @@ import schedulefree
 import topkast_torch
 import torch
 import torch.distributed as dist
-from optimizer_runs import OPTIONS, assert_alike, loss_of, make_model, train
+from optimizer_runs import OPTIONS, assert_same_bits, loss_of, make_model, train
 from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch_ema import ExponentialMovingAverage
@@ -142,7 +142,7 @@ class TestAverages:
                     for param, average in zip(other_model.parameters(), slow, strict=True):
                         average.copy_(param.lerp_(average, 0.5))
         assert_sparse(model, optimizer)
-        assert_alike(topkast.dense_params(optimizer), topkast.dense_params(other))
+        assert_same_bits(topkast.dense_params(optimizer), topkast.dense_params(other))
 
     @pytest.mark.filterwarnings("ignore::topkast.DenseAverageWarning")
     def test_torch_ema_beside_it_changes_no_training(self) -> None:
@@ -155,8 +155,8 @@ class TestAverages:
                 loss_of(model, step)
         other_model, other = prepare()
         train(other_model, other, range(9))
-        assert_alike(optimizer.state_dict(), other.state_dict())
-        assert_alike(model.state_dict(), other_model.state_dict())
+        assert_same_bits(optimizer.state_dict(), other.state_dict())
+        assert_same_bits(model.state_dict(), other_model.state_dict())
 
     def test_torch_ema_is_warned_of_and_an_average_of_the_weights_is_sparse(self) -> None:
         model, optimizer = prepare()
@@ -206,7 +206,7 @@ class TestZeroRedundancy:
             match=r"ZeroRedundancyOptimizer.*wrap the AdamW itself",
         ):
             zero(model.parameters(), build, lr=0.1)
-        assert_alike(before, model.state_dict())
+        assert_same_bits(before, model.state_dict())
 
     def test_inside_a_wrapper_it_is_refused_by_name(self, zero: Any) -> None:
         model = make_model()

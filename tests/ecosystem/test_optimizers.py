@@ -18,13 +18,13 @@ from ecosystem.catalogue import (
     every_class,
 )
 from optimizer_runs import (
-    NOTHING,
+    DENSE,
     OPTIONS,
-    assert_alike,
+    assert_same_bits,
     backward,
-    kept_by_index,
+    entries_by_index,
     make_model,
-    through_a_file,
+    save_and_load,
     train,
 )
 from torch import nn
@@ -63,36 +63,36 @@ def test_no_optimizer_is_left_out() -> None:
 
 
 def test_without_sparsity_it_is_the_unwrapped_optimizer(name: str) -> None:
-    (plain_model, plain), (model, wrapped) = prepare(name, None), prepare(name, NOTHING)
+    (plain_model, plain), (model, wrapped) = prepare(name, None), prepare(name, DENSE)
     start = copy.deepcopy(model.state_dict())
     for step in range(12):
         train(plain_model, plain, range(step, step + 1))
         train(model, wrapped, range(step, step + 1))
-        assert_alike(plain_model.state_dict(), model.state_dict(), f"step {step}")
+        assert_same_bits(plain_model.state_dict(), model.state_dict(), f"step {step}")
     assert not torch.equal(start["0.weight"], model.state_dict()["0.weight"])
     if name in FACTORED:
         return
     for one, other in zip(plain_model.parameters(), model.parameters(), strict=True):
-        assert_alike(dict(plain.state).get(one, {}), dict(wrapped.state).get(other, {}))
+        assert_same_bits(dict(plain.state).get(one, {}), dict(wrapped.state).get(other, {}))
     for one, other in zip(plain.param_groups, wrapped.param_groups, strict=True):
         own = {key: value for key, value in one.items() if key != "params"}
-        assert_alike(own, {key: other[key] for key in own})
+        assert_same_bits(own, {key: other[key] for key in own})
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(name: str) -> None:
     model, optimizer = prepare(name, OPTIONS)
     train(model, optimizer, range(5))
-    saved_model = through_a_file(model.state_dict())
-    saved = through_a_file(optimizer.state_dict())
+    saved_model = save_and_load(model.state_dict())
+    saved = save_and_load(optimizer.state_dict())
     train(model, optimizer, range(5, 11))
     other_model, other = prepare(name, OPTIONS)
     train(other_model, other, range(50, 53))  # what is there is replaced
     other_model.load_state_dict(saved_model)
     other.load_state_dict(saved)
     train(other_model, other, range(5, 11))
-    assert_alike(topkast.dense_params(optimizer), topkast.dense_params(other))
-    assert_alike(model.state_dict(), other_model.state_dict())
-    assert_alike(optimizer.state_dict(), other.state_dict())
+    assert_same_bits(topkast.dense_params(optimizer), topkast.dense_params(other))
+    assert_same_bits(model.state_dict(), other_model.state_dict())
+    assert_same_bits(optimizer.state_dict(), other.state_dict())
 
 
 def test_survivors_keep_their_entries_and_entrants_start_anew(name: str) -> None:
@@ -108,7 +108,7 @@ def test_survivors_keep_their_entries_and_entrants_start_anew(name: str) -> None
     for one, two in zip(
         optimizer._wrapper_state.executions, other._wrapper_state.executions, strict=True
     ):
-        before, after = kept_by_index(optimizer, one), kept_by_index(other, two)
+        before, after = entries_by_index(optimizer, one), entries_by_index(other, two)
         assert before.keys() == after.keys()
         theta = two.theta()
         entered += len({*two.support.indices.tolist()} - {*one.support.indices.tolist()})
@@ -143,8 +143,8 @@ def test_averages_are_shown_saved_and_trained_on(name: str) -> None:
         theta = topkast.dense_params(optimizer)[key]
         assert_forward_view(theta, layer.weight, masks.forward)
     assert not torch.equal(model.state_dict()["0.weight"], training["0.weight"])
-    saved_model = through_a_file(model.state_dict())
-    saved = through_a_file(optimizer.state_dict())
+    saved_model = save_and_load(model.state_dict())
+    saved = save_and_load(optimizer.state_dict())
     other_model, other = prepare(name, OPTIONS)
     other_model.load_state_dict(saved_model)
     other.load_state_dict(saved)
@@ -155,7 +155,7 @@ def test_averages_are_shown_saved_and_trained_on(name: str) -> None:
     other.train()
     for one, two in ((model, optimizer), (other_model, other)):
         train(one, two, range(7, 12))
-    assert_alike(optimizer.state_dict(), other.state_dict())
+    assert_same_bits(optimizer.state_dict(), other.state_dict())
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -168,7 +168,7 @@ def test_what_is_refused_is_refused_by_name_before_anything_is_trained(name: str
         topkast.UnsupportedOptimizerError, match=rf"^{name.rpartition('.')[2]}\b.*{reason}"
     ):
         topkast.wrap_optimizer(inner, **OPTIONS)
-    assert_alike(before, model.state_dict())
+    assert_same_bits(before, model.state_dict())
     backward(model, 0)
     grad = model.get_parameter("0.weight").grad
     # LOMO drops gradients as it steps in the backward pass.
@@ -205,10 +205,10 @@ def test_without_matrices_muon_is_elementwise(kind: str) -> None:
 
     models = make_model(), make_model()
     plain = build(models[0])
-    wrapped = topkast.wrap_optimizer(build(models[1]), **NOTHING)
+    wrapped = topkast.wrap_optimizer(build(models[1]), **DENSE)
     for model, optimizer in zip(models, (plain, wrapped), strict=True):
         train(model, optimizer, range(7))
-    assert_alike(models[0].state_dict(), models[1].state_dict())
+    assert_same_bits(models[0].state_dict(), models[1].state_dict())
 
 
 def test_counters_in_groups_start_anew_in_trials() -> None:
@@ -218,9 +218,9 @@ def test_counters_in_groups_start_anew_in_trials() -> None:
     inner = build(model)
     train(model, inner, range(3))
     assert inner.param_groups[0]["step"] == 3
-    optimizer = topkast.wrap_optimizer(inner, **NOTHING)
+    optimizer = topkast.wrap_optimizer(inner, **DENSE)
     plain_model = make_model()
     plain = build(plain_model)
     train(plain_model, plain, range(8))
     train(model, optimizer, range(3, 8))
-    assert_alike(plain_model.state_dict(), model.state_dict())
+    assert_same_bits(plain_model.state_dict(), model.state_dict())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from ecosystem.models import llama, logits, train, wrap
-from optimizer_runs import assert_alike
+from optimizer_runs import assert_same_bits
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import topkast
@@ -91,7 +91,7 @@ class TestMergingIntoTheBase:
         before = logits(model)
         with pytest.raises(topkast.MismatchError, match=r"topkast\.densify\(model\) first"):
             copy.deepcopy(model).merge_and_unload()
-        assert_alike(before, logits(model))
+        assert_same_bits(before, logits(model))
         exported = topkast.densify(copy.deepcopy(model)).merge_and_unload()
         torch.testing.assert_close(logits(exported), before)
         without = model.unload()

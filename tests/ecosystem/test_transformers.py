@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ecosystem.models import MODELS, TOKENS, llama, logits, train, wrap
-from optimizer_runs import assert_alike
+from optimizer_runs import assert_same_bits
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
@@ -116,8 +116,8 @@ class TestTrainer:
         other = wrap(other_model, sparse)
         resumed = trainer(tmp_path, other_model, other)
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-        assert_alike(model.state_dict(), other_model.state_dict())
-        assert_alike(optimizer.state_dict(), other.state_dict())
+        assert_same_bits(model.state_dict(), other_model.state_dict())
+        assert_same_bits(optimizer.state_dict(), other.state_dict())
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -140,7 +140,7 @@ def test_gradient_checkpoints_give_the_same_weights(tmp_path: Path, sparse: bool
         folder = tmp_path / str(checkpointing)
         trainer(folder, model, optimizer, gradient_checkpointing=checkpointing).train()
         runs.append(topkast.dense_params(optimizer))
-    assert_alike(runs[0], runs[1])
+    assert_same_bits(runs[0], runs[1])
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -1,1 +1,1 @@
-"""How weights are held and stepped: dense under a mask, or on B alone."""
+"""Executions store and step the weights of a tensor: dense under a mask, or on B alone."""

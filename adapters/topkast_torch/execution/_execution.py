@@ -1,4 +1,4 @@
-"""How the weights of one tensor (or of several ranked as one) are held and stepped."""
+"""An execution stores and steps the weights of one tensor, or of several ranked as one."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from topkast.adapter import (
     method_of,
     settled_ages,
 )
-from topkast_torch.inner._fresh import name_of
-from topkast_torch.inner._inner_state import Layout, check_known, entries_of, migrate
-from topkast_torch.inner._young import Young
+from topkast_torch.inner._fresh import class_name
+from topkast_torch.inner._inner_state import Layout, check_migratable, entries_of, migrate_entries
+from topkast_torch.inner._young import YoungEntries
 
 
 @dataclass(frozen=True)
 class InnerProfile:
-    """What trials showed of the inner optimizer, for tensors with one number of dimensions."""
+    """What trials found about the inner optimizer, for tensors of one number of dimensions."""
 
     layout: Layout
     traits: Traits
 
     @property
     def needs_ages(self) -> bool:
-        """Whether it matters how long an entry has been in B."""
+        """Whether the step of an entry depends on how long it has been in B."""
         return self.traits.betas is not None or not self.layout.starts_suffice
 
 
 class Execution(ABC):
-    """Weights on B, `values`, which the inner optimizer updates, and θ elsewhere.
+    """The values on B, which the inner optimizer updates, and θ elsewhere.
 
-    How the model sees them is for subclasses to say.
+    Subclasses define how the model sees the values.
     """
 
     # Fixed at wrapping
@@ -53,86 +53,86 @@ class Execution(ABC):
     values: Parameter  # (1, …, |B|)
     reservoir: Tensor  # θ as one vector; stale on B until a refresh
     profile: InnerProfile
-    overrides: dict[str, Any]  # options of these tensors alone
-    refreshes: bool  # whether their method ever chooses sets anew
+    overrides: dict[str, Any]  # options set for these tensors only
+    refreshes: bool  # whether the method ever chooses new sets
     # Changed by a refresh
     support: Support
-    entered_active: Tensor  # entries new to A, by member
-    young: Young | None
+    entered_active: Tensor  # number of entries new to A, by member
+    young: YoungEntries | None
     # Changed by a step
-    step: Step  # what the next one does
-    steps: int  # of the inner optimizer on these weights
+    step: Step  # the next step
+    steps: int  # taken by the inner optimizer on these weights
 
-    def start(self, profile: InnerProfile, options: Options, updates: int, steps: int) -> None:
-        """What all executions begin with, once they have weights and sets."""
+    def set_up(self, profile: InnerProfile, options: Options, updates: int, steps: int) -> None:
+        """Initialise the fields that all executions share; weights and sets must be set."""
         self.profile, self.steps = profile, steps
         self.overrides = {"method": options.method} | options.overrides_of(self.ranked.key)
         self.refreshes = method_of(options.for_tensor(self.ranked.key)).refreshes
         self.entered_active = self.ranked.no_change(self.support.indices)
         self.young = None
         if profile.needs_ages:
-            self.young = Young(
+            self.young = YoungEntries(
                 settled_ages(self.support.backward_size, self.support.indices), profile
             )
         self.decide(options.for_group(), updates)
 
     def option(self, group: Mapping[str, Any], name: str) -> Any:
-        """The value of a group's option for these tensors."""
+        """The value of an option for these tensors: the override, else the group's."""
         return self.overrides.get(name, group[name])
 
     @abstractmethod
     def install(self) -> None:
-        """Make the model see α from now on."""
+        """Write α into the model and connect to it."""
 
     @abstractmethod
     def uninstall(self, *, dense: bool) -> None:
-        """Leave the model with α, or with θ if `dense`, and have no effect on it any more."""
+        """Leave α, or θ if `dense`, in the model and disconnect from it."""
 
     @abstractmethod
-    def forget(self) -> None:
-        """Have no effect on the model any more."""
+    def disconnect(self) -> None:
+        """Remove the hooks and give up the Parameters."""
 
     @abstractmethod
-    def replaced(self, param: Tensor) -> None:
-        """A Parameter was replaced in the model by another one."""
+    def note_replacement(self, param: Tensor) -> None:
+        """Record that the model now has another Parameter in place of `param`."""
 
     @abstractmethod
     def accept_external_writes(self) -> None:
-        """Take over what someone else wrote into the model's Parameters, or refuse it."""
+        """Accept what others wrote into the model's Parameters, or raise MismatchError."""
 
     @abstractmethod
     def gather_gradient(self) -> Tensor | None:
-        """The gradient of the loss on B (|B|,), None where there is none."""
+        """The gradient of the loss on B (|B|,); None if the Parameters have none."""
 
     @abstractmethod
     def gradient_buffer(self) -> Tensor:
-        """Where the gradient with the penalty's may be written, (|B|,)."""
+        """A buffer (|B|,) for the sum of the gradients of loss and penalty."""
 
     @abstractmethod
     def restore_gradient(self) -> None:
-        """Give the model back the gradient that the inner optimizer was handed."""
+        """Restore the model's gradient, which the inner optimizer saw with the penalty added."""
 
     def migrate_gradient(self, migration: Migration) -> None:  # noqa: B027
-        """Carry over to the next B what the model holds of the present one."""
+        """Move a gradient that the model holds from the old B to the new B."""
 
     @abstractmethod
     def write_forward_view(self, *, everywhere: bool = False) -> None:
-        """Make the model see the values; `everywhere`: A has changed."""
+        """Write the values on A into the model, and zeros elsewhere if `everywhere`."""
 
     @abstractmethod
     def update_positions(self) -> None:
-        """What follows from the support, computed once a refresh and not once a step."""
+        """Compute everything derived from the support; once per refresh."""
 
     @abstractmethod
     def restrict_state(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """State that an optimizer has already, by member, for `values`; empty without any."""
+        """The inner optimizer's existing state for `values`, from its state by member."""
 
     @abstractmethod
     def held_tensors(self) -> list[Tensor]:
-        """What is held besides values, θ and the support."""
+        """Tensors stored besides values, θ and support."""
 
     def decide(self, group: Mapping[str, Any], updates: int) -> None:
-        """What the next update, after some number of them, does to these tensors."""
+        """Decide the next step of these tensors, after `updates` updates."""
         ascends = group.get("maximize", self.profile.traits.ascends)
         self.step = decide(
             penalty=self.option(group, "penalty"),
@@ -145,12 +145,12 @@ class Execution(ABC):
         )
 
     def is_due(self, group: Mapping[str, Any], updates: int) -> bool:
-        """Whether other sets are to be chosen after a number of updates."""
+        """Whether a refresh is due after `updates` updates."""
         due: bool = is_due(self.option(group, "refresh_every"), updates)
         return self.refreshes and due
 
     def load_gradient(self, inner: torch.optim.Optimizer, group: Mapping[str, Any]) -> None:
-        """Hand the inner optimizer the gradient on B, with that of the exploration penalty."""
+        """Give the inner optimizer the gradient on B, the exploration penalty's included."""
         gradient = self.gather_gradient()
         if gradient is None:
             self.values.grad = None
@@ -166,13 +166,15 @@ class Execution(ABC):
             self.young.before_step(inner, group, self.values, self.step.betas)
 
     def _add_penalty(self, gradient: Tensor, out: Tensor) -> None:
-        """Write a gradient (|B|,), with what the step adds to it, to `out`."""
+        """Write the gradient (|B|,) plus the penalty's to `out`, zero on B∖A if that rests."""
         values, split, step = self.values.detach().view(-1), self.support.forward_size, self.step
         if step.penalty:
             direction = values if step.penalty_kind == "l2" else torch.sgn(values)
-            both = (slice(split), step.on_active), (slice(split, None), step.on_exploring)
-            for part, factor in both:
-                torch.add(gradient[part], direction[part], alpha=factor, out=out[part])
+            sections = (slice(split), step.on_active), (slice(split, None), step.on_exploring)
+            for section, coefficient in sections:
+                torch.add(
+                    gradient[section], direction[section], alpha=coefficient, out=out[section]
+                )
         elif out is not gradient:
             out.copy_(gradient)
         if not step.exploring:
@@ -184,7 +186,7 @@ class Execution(ABC):
     def finish_step(
         self, inner: torch.optim.Optimizer, group: Mapping[str, Any], *, stepped: bool
     ) -> None:
-        """After the inner optimizer has stepped, or has failed to: the model sees what is there."""
+        """Write the values back into the model, whether the inner optimizer `stepped` or failed."""
         if self.values.grad is not None:
             if self.young is not None and stepped:
                 self.young.after_step(inner, self.values, self.steps, self.step.betas)
@@ -194,14 +196,14 @@ class Execution(ABC):
         self.restore_gradient()
 
     def count_step(self) -> None:
-        """Another step of the inner optimizer was made."""
+        """Count a step of the inner optimizer."""
         if self.values.grad is not None:
             self.steps += 1
             if self.young is not None:
                 self.young.count_step()
 
-    def member_parts(self) -> dict[str, tuple[slice, slice]]:
-        """Where each member's entries of A and of B∖A are in the compact vector."""
+    def member_slices(self) -> dict[str, tuple[slice, slice]]:
+        """Slices of the compact vector that hold each member's entries of A and of B∖A."""
         support = self.support
         if len(self.ranked.shapes) == 1:
             split, stop = support.forward_size, support.backward_size
@@ -209,40 +211,40 @@ class Execution(ABC):
         device = support.indices.device
         starts = torch.tensor([start for start, _ in self.ranked.bounds.values()], device=device)
         ranges = []
-        for part, first in ((support.active, 0), (support.exploring, support.forward)):
-            edges = (torch.searchsorted(part, starts.to(part.dtype)) + first).tolist()
-            ranges.append(map(slice, edges, [*edges[1:], first + len(part)]))
+        for indices, offset in ((support.active, 0), (support.exploring, support.forward)):
+            edges = (torch.searchsorted(indices, starts.to(indices.dtype)) + offset).tolist()
+            ranges.append(map(slice, edges, [*edges[1:], offset + len(indices)]))
         return dict(zip(self.ranked.shapes, zip(*ranges, strict=True), strict=True))
 
     def theta(self) -> Tensor:
-        """All weights as one vector: the reservoir, brought up to date."""
+        """All weights as one vector: the reservoir, updated on B."""
         self.reservoir.index_copy_(0, self.support.entries.long(), self.values.detach().view(-1))
         return self.reservoir
 
-    def choose(self, options: Options, updates: int) -> Refresh:
-        """The next sets, from the present weights; changes nothing."""
+    def choose_sets(self, options: Options, updates: int) -> Refresh:
+        """Choose the next sets from the current weights, without applying them."""
         return self.ranked.refresh(self.theta(), self.support, options, updates)
 
-    def check_known(self, inner: torch.optim.Optimizer) -> None:
-        """Raise :class:`UnsupportedOptimizerError` for state that could not follow B."""
+    def check_migratable(self, inner: torch.optim.Optimizer) -> None:
+        """Raise :class:`UnsupportedOptimizerError` for state that cannot be migrated."""
         layout = self.profile.layout
-        kept = entries_of(inner, self.values, layout.stores)
-        check_known(kept, layout, self.values.numel(), name_of(inner))
+        entries = entries_of(inner, self.values, layout.stores)
+        check_migratable(entries, layout, self.values.numel(), class_name(inner))
 
-    def adopt(
-        self, chosen: Refresh, inner: torch.optim.Optimizer, group: Mapping[str, Any]
+    def apply_refresh(
+        self, refresh: Refresh, inner: torch.optim.Optimizer, group: Mapping[str, Any]
     ) -> None:
-        """Take other sets; carry values and what the inner optimizer keeps over to the next B."""
-        self.entered_active = chosen.entered_active
-        self.migrate_gradient(chosen.migration)
-        self.restore(chosen.support, self.reservoir)
-        kept = entries_of(inner, self.values, self.profile.layout.stores)
-        migrate(kept, self.profile.layout, self.values, chosen.migration)
+        """Switch to new sets; migrate values, gradient, inner state and ages to the new B."""
+        self.entered_active = refresh.entered_active
+        self.migrate_gradient(refresh.migration)
+        self.restore(refresh.support, self.reservoir)
+        entries = entries_of(inner, self.values, self.profile.layout.stores)
+        migrate_entries(entries, self.profile.layout, self.values, refresh.migration)
         if self.young is not None:
-            self.young.migrate(chosen.migration, group)
+            self.young.migrate(refresh.migration, group)
 
     def restore(self, support: Support, theta: Tensor) -> None:
-        """Take these sets, and these weights (size,)."""
+        """Set the support and the weights θ (size,)."""
         self.support = support
         if theta is not self.reservoir:
             self.reservoir.copy_(theta)
@@ -250,9 +252,9 @@ class Execution(ABC):
         self.update_positions()
         self.write_forward_view(everywhere=True)
 
-    def held_bytes(self, entries: list[Tensor]) -> int:
+    def count_bytes(self, entries: list[Tensor]) -> int:
         """Bytes of values, gradient, the inner optimizer's entries, indices, ages and θ."""
-        own = [self.values, self.reservoir, self.support.indices]
+        tensors = [self.values, self.reservoir, self.support.indices, *self.held_tensors()]
         young = 0 if self.young is None else self.young.nbytes
-        held: int = sum(tensor.nbytes for tensor in (*own, *self.held_tensors(), *entries))
-        return young + held
+        total: int = sum(tensor.nbytes for tensor in (*tensors, *entries))
+        return young + total

@@ -1,4 +1,4 @@
-"""Entries of a tensor at flat C-order indices, whatever its strides are."""
+"""Entries of a tensor at flat C-order indices, for any strides."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from torch.nn import Parameter
 
 from topkast_torch.sparse._products import has_kernels
 
-_FEW = 1 << 14  # entries, below which a call of a kernel costs more than it saves
+_KERNEL_MIN_ENTRIES = 1 << 14  # below this, calling a kernel costs more than it saves
 
 
-class Flat:
-    """Reads and writes the entries of tensors at some indices (k,).
+class FlatEntries:
+    """Reads and writes the entries of tensors at flat indices (k,).
 
-    ``Tensor.take`` and ``Tensor.put_`` do so too, but the second alerts where algorithms have to be
-    deterministic, and both unravel each index anew.
+    ``Tensor.take`` and ``Tensor.put_`` unravel every index at each call, and ``put_`` raises under
+    ``torch.use_deterministic_algorithms``.
     """
 
     def __init__(self, c_order: Tensor, *, ascending: bool = True) -> None:
         self.c_order = c_order  # int32 or int64
-        self.ascending = ascending  # as kernels want it; those of blocks of several rows do not
-        self._memory: dict[tuple[int, ...], Tensor] = {}  # offsets in memory, int64, by strides
+        self.ascending = ascending  # kernels need it; blocks of several rows do not ascend
+        self._memory: dict[tuple[int, ...], Tensor] = {}  # memory offsets, int64, by strides
 
     def __len__(self) -> int:
         return self.c_order.numel()
 
     def gather(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
-        """The entries (k,), in the dtype of `out` if there is one."""
+        """The entries (k,), in the dtype of `out` if given."""
         if out is None:
             out = tensor.new_empty(len(self))
-        if _suits(tensor, [self], [out]):
+        if _kernel_applies(tensor, [self], [out]):
             from topkast.kernels import gather
 
             gather(tensor.view(-1).numpy(), self.c_order.numpy(), out.numpy())
@@ -44,65 +44,68 @@ class Flat:
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
         """Write the entries (k,)."""
-        if _suits(tensor, [self], [values]):
+        if _kernel_applies(tensor, [self], [values]):
             from topkast.kernels import put
 
             put(tensor.view(-1).numpy(), self.c_order.numpy(), values.numpy())
-            torch.autograd.graph.increment_version(tensor)  # NumPy leaves no trace
+            torch.autograd.graph.increment_version(tensor)  # autograd does not see writes by NumPy
             return
         memory, indices = self._view(tensor)
-        memory.index_copy_(0, indices.long(), values)  # which takes no int32
+        memory.index_copy_(0, indices.long(), values)  # index_copy_ takes no int32
 
-    def held(self) -> list[Tensor]:
-        """What is kept."""
+    def tensors(self) -> list[Tensor]:
+        """All tensors stored here."""
         return [self.c_order, *self._memory.values()]
 
     def _view(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """The memory of a tensor as a vector, and where in it the entries are."""
+        """The memory of a tensor as a vector, and the indices of the entries in it."""
         if tensor.is_contiguous():
             return tensor.view(-1), self.c_order
         strides = tensor.stride()
         if strides not in self._memory:
-            self._memory[strides] = self._find(tensor)
+            self._memory[strides] = self._memory_offsets(tensor)
         span = 1 + sum(
             (size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True)
         )
         return tensor.as_strided((span,), (1,)), self._memory[strides]
 
-    def _find(self, tensor: Tensor) -> Tensor:
-        left = self.c_order.long()  # offsets may need more bits than indices
-        offsets = torch.zeros_like(left)
+    def _memory_offsets(self, tensor: Tensor) -> Tensor:
+        remaining = self.c_order.long()  # offsets may need more bits than indices
+        offsets = torch.zeros_like(remaining)
         for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
-            offsets += left.remainder(size) * stride
-            left = torch.div(left, size, rounding_mode="floor")
+            offsets += remaining.remainder(size) * stride
+            remaining = torch.div(remaining, size, rounding_mode="floor")
         return offsets
 
 
-def compress(tensor: Tensor, places: Sequence[Flat], outs: Sequence[Tensor]) -> None:
-    """Gather the entries of a tensor at some places, and clear all others."""
-    if _suits(tensor, places, outs):
-        from topkast.kernels import compress as run
+def compress(tensor: Tensor, kept: Sequence[FlatEntries], outs: Sequence[Tensor]) -> None:
+    """Gather the kept entries of a tensor into `outs`, and zero all others."""
+    if _kernel_applies(tensor, kept, outs):
+        from topkast.kernels import compress as compress_array
 
-        parts = zip(places, outs, strict=True)
-        run(tensor.view(-1).numpy(), *((one.c_order.numpy(), out.numpy()) for one, out in parts))
+        pairs = zip(kept, outs, strict=True)
+        compress_array(
+            tensor.view(-1).numpy(),
+            *((entries.c_order.numpy(), out.numpy()) for entries, out in pairs),
+        )
         torch.autograd.graph.increment_version(tensor)
         return
-    values = [place.gather(tensor) for place in places]
+    gathered = [entries.gather(tensor) for entries in kept]
     tensor.zero_()
-    for place, part, out in zip(places, values, outs, strict=True):
-        place.put(tensor, part)
-        out.copy_(part)
+    for entries, values, out in zip(kept, gathered, outs, strict=True):
+        entries.put(tensor, values)
+        out.copy_(values)
 
 
-def _suits(tensor: Tensor, places: Sequence[Flat], values: Sequence[Tensor]) -> bool:
-    """Whether kernels can work on a tensor and these vectors, and are worth it."""
+def _kernel_applies(tensor: Tensor, kept: Sequence[FlatEntries], vectors: Sequence[Tensor]) -> bool:
+    """Whether the kernels take a tensor and these vectors, and are faster."""
     return (
-        sum(map(len, places)) >= _FEW
+        sum(map(len, kept)) >= _KERNEL_MIN_ENTRIES
         and type(tensor) in (Tensor, Parameter)
         and has_kernels(tensor.device, tensor.dtype)
         and tensor.is_contiguous()
         and not tensor.requires_grad
         and not tensor.is_neg()
-        and all(place.ascending and place.c_order.dtype == torch.int32 for place in places)
-        and all(part.dtype == tensor.dtype and part.is_contiguous() for part in values)
+        and all(entries.ascending and entries.c_order.dtype == torch.int32 for entries in kept)
+        and all(vector.dtype == tensor.dtype and vector.is_contiguous() for vector in vectors)
     )

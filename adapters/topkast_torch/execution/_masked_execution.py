@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from topkast import MismatchError, UnsupportedTensorError
 from topkast.adapter import Options, RankedTensors
 from topkast_torch.execution._execution import Execution, InnerProfile
-from topkast_torch.execution._flat import Flat, compress
-from topkast_torch.inner._inner_state import join, restrict
+from topkast_torch.execution._flat import FlatEntries, compress
+from topkast_torch.inner._inner_state import join_entries, restrict_entries
 from topkast_torch.optimizer._ownership import claim, release
 
 Stamp = tuple[int, int, int]
@@ -25,19 +25,19 @@ NEVER: Stamp = (-1, -1, -1)
 
 @dataclass
 class Member:
-    """One tensor: where its entries of A and of B∖A are, in the compact vector and in it."""
+    """One tensor, and its entries of A and of B∖A in the compact vector and in the tensor."""
 
     param: Parameter
-    parts: tuple[slice, slice]  # of the compact vector
-    places: tuple[Flat, Flat]  # of the tensor
-    written: Stamp = NEVER  # of the parameter after our last write to it
-    restricted: Stamp = NEVER  # of its gradient after we restricted it
+    slices: tuple[slice, slice]  # of the compact vector
+    entries: tuple[FlatEntries, FlatEntries]  # in the tensor
+    written_stamp: Stamp = NEVER  # of the Parameter after our last write
+    restricted_stamp: Stamp = NEVER  # of its gradient after we zeroed it outside B
 
 
 class MaskedExecution(Execution):
-    """The members are dense Parameters: α between steps, their gradients zero outside B.
+    """The members are dense Parameters that hold α between steps; their gradients vanish outside B.
 
-    Their gradient is gathered on B at each step, and the new values on A are written back.
+    Each step gathers the gradient on B and writes the new values on A back.
     """
 
     # Fixed at wrapping
@@ -65,7 +65,7 @@ class MaskedExecution(Execution):
         self.gradient = torch.empty_like(self.values).detach().view(-1)
         self._hooks: dict[str, RemovableHandle] = {}
         self._replaced: list[str] = []
-        self.start(profile, options, updates, steps)
+        self.set_up(profile, options, updates, steps)
         self.update_positions()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -73,68 +73,68 @@ class MaskedExecution(Execution):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._take_over()
+        self._connect()
         for member in self.members.values():
-            member.written = _stamp(member.param)
+            member.written_stamp = _make_stamp(member.param)
 
     def install(self) -> None:
         self.write_forward_view(everywhere=True)
-        self._take_over()
+        self._connect()
 
-    def _take_over(self) -> None:
-        """Restrict gradients as they are accumulated, whether they are wanted now or later."""
+    def _connect(self) -> None:
+        """Claim the Parameters, and zero their gradients outside B as they are accumulated."""
         for name, member in self.members.items():
             claim(member.param, self)
-            wanted = member.param.requires_grad
-            member.param.requires_grad_(True)  # hooks of frozen tensors are refused, and stay
-            restrict_ = _Restrict(weakref.ref(self), name)
-            self._hooks[name] = member.param.register_post_accumulate_grad_hook(restrict_)
-            member.param.requires_grad_(wanted)
+            requires_grad = member.param.requires_grad
+            member.param.requires_grad_(True)  # a frozen tensor takes no hook, but keeps one
+            hook = _RestrictGradient(weakref.ref(self), name)
+            self._hooks[name] = member.param.register_post_accumulate_grad_hook(hook)
+            member.param.requires_grad_(requires_grad)
             weakref.finalize(self, self._hooks[name].remove)
 
     def uninstall(self, *, dense: bool) -> None:
         if dense:
             for name, theta in self.ranked.unflatten(self.theta()).items():
                 self.members[name].param.detach().copy_(theta)
-        self.forget()
+        self.disconnect()
 
-    def forget(self) -> None:
+    def disconnect(self) -> None:
         for name, member in self.members.items():
             self._hooks.pop(name).remove()
             release(member.param)
 
-    def replaced(self, param: Tensor) -> None:
-        self._replaced += [name for name, one in self._params.items() if one is param]
+    def note_replacement(self, param: Tensor) -> None:
+        self._replaced += [name for name, own in self._params.items() if own is param]
 
     def accept_external_writes(self) -> None:
         if self._replaced:
             raise MismatchError(
                 f"{', '.join(self._replaced)} is another Parameter in the model now, as after "
-                "load_state_dict(assign=True): what this optimizer trains is not what the model "
-                "computes with. Load without assign, or build and wrap an optimizer afterwards"
+                "load_state_dict(assign=True): the model no longer computes with the Parameter "
+                "that this optimizer trains. Load without assign, or build and wrap a new optimizer"
             )
         values = self.values.detach().view(-1)
         for name, member in self.members.items():
-            if _stamp(member.param) != member.written:
+            if _make_stamp(member.param) != member.written_stamp:
                 self._check_write(name, member)
-            # What is written through `param.data` or NumPy leaves no stamp: so always.
-            member.places[0].gather(member.param.detach(), out=values[member.parts[0]])
+            # Always gather: writes through `param.data` or NumPy leave the stamp unchanged.
+            member.entries[0].gather(member.param.detach(), out=values[member.slices[0]])
 
     def _check_write(self, name: str, member: Member) -> None:
         if (member.param.device, member.param.dtype) != (self.values.device, self.values.dtype):
             raise MismatchError(
-                f"{name} is {member.param.dtype} on {member.param.device} now, and was "
+                f"{name} is {member.param.dtype} on {member.param.device} now, but was "
                 f"{self.values.dtype} on {self.values.device} when the optimizer was wrapped: "
                 "convert and move the model before building its optimizer"
             )
-        current = member.places[0].gather(member.param.detach())
+        current = member.entries[0].gather(member.param.detach())
         if torch.count_nonzero(member.param) > torch.count_nonzero(current):
             raise MismatchError(
-                f"{name} was given nonzero weights outside its forward set, as by "
-                "model.load_state_dict with dense weights. Load them first and wrap the "
-                "optimizer then, or load the optimizer's state dict too, which holds them all"
+                f"{name} has nonzero weights outside its forward set, as after "
+                "model.load_state_dict with dense weights. Load them before wrapping the "
+                "optimizer, or load the optimizer's state dict too, which holds all weights"
             )
-        member.written = _stamp(member.param)
+        member.written_stamp = _make_stamp(member.param)
 
     def gather_gradient(self) -> Tensor | None:
         if all(member.param.grad is None for member in self.members.values()):
@@ -142,36 +142,40 @@ class MaskedExecution(Execution):
         for name, member in self.members.items():
             grad = member.param.grad
             if grad is None:
-                for part in member.parts:
-                    self.gradient[part].zero_()
+                for section in member.slices:
+                    self.gradient[section].zero_()
                 continue
             if grad.layout != torch.strided:
                 raise UnsupportedTensorError(
-                    f"{name} has a gradient of layout {grad.layout}: Top-KAST gathers the "
-                    "gradient on B from a strided one (for nn.Embedding, sparse=False)"
+                    f"{name} has a gradient of layout {grad.layout}: Top-KAST needs a strided "
+                    "gradient (for nn.Embedding, sparse=False)"
                 )
             self.restrict_gradient(member)
-            # What backward has gathered may be scaled since, through `grad.data` or by a gradient
-            # scaler, which leave no stamp: so again.
-            for part, place in zip(member.parts, member.places, strict=True):
-                place.gather(grad, out=self.gradient[part])
+            # Gather again: a gradient scaler, or a write through `grad.data`, may have changed the
+            # gradient since backward and leaves the stamp unchanged.
+            for section, entries in zip(member.slices, member.entries, strict=True):
+                entries.gather(grad, out=self.gradient[section])
         return self.gradient
 
     def restrict_gradient(self, member: Member) -> None:
-        """Zero a gradient outside B, unless nobody has written to it since that was done."""
+        """Zero a gradient outside B, unless it is unchanged since the last time."""
         grad = member.param.grad
-        if grad is None or grad.layout != torch.strided or _stamp(grad) == member.restricted:
+        if (
+            grad is None
+            or grad.layout != torch.strided
+            or _make_stamp(grad) == member.restricted_stamp
+        ):
             return
-        kept = member.places if self.step.exploring else member.places[:1]
+        kept = member.entries if self.step.exploring else member.entries[:1]
         if sum(map(len, kept)) < grad.numel():
-            compress(grad, kept, [self.gradient[part] for part in member.parts[: len(kept)]])
-        member.restricted = _stamp(grad)
+            compress(grad, kept, [self.gradient[section] for section in member.slices[: len(kept)]])
+        member.restricted_stamp = _make_stamp(grad)
 
     def gradient_buffer(self) -> Tensor:
         return self.gradient
 
     def restore_gradient(self) -> None:
-        pass  # the model's gradients are its own
+        pass  # the model's gradients were not touched
 
     def write_forward_view(self, *, everywhere: bool = False) -> None:
         values = self.values.detach().view(-1)
@@ -179,25 +183,27 @@ class MaskedExecution(Execution):
             param = member.param.detach()
             if everywhere:
                 param.zero_()
-            member.places[0].put(param, values[member.parts[0]])
-            member.written = _stamp(member.param)
+            member.entries[0].put(param, values[member.slices[0]])
+            member.written_stamp = _make_stamp(member.param)
 
     def restrict_state(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         if not states:
             return {}
         if len(states) < len(self.members):
             raise MismatchError(
-                f"{self.ranked.key}: only {sorted(states)} have optimizer state, and a global "
-                "ranking shares one; wrap the optimizer before its first step"
+                f"{self.ranked.key}: only {sorted(states)} have optimizer state, but the members "
+                "of a global ranking share one; wrap the optimizer before its first step"
             )
         layout, compact = self.profile.layout, self.ranked.compact_shape
-        parts = [
-            restrict(states[name], layout, tuple(member.param.shape), member.places[part].c_order)
-            for part in range(2)
+        sections = [
+            restrict_entries(
+                states[name], layout, tuple(member.param.shape), member.entries[section].c_order
+            )
+            for section in range(2)
             for name, member in self.members.items()
         ]
         try:
-            return dict(join(parts, layout, compact))
+            return dict(join_entries(sections, layout, compact))
         except MismatchError as error:
             raise MismatchError(
                 f"{self.ranked.key}: the members of a global ranking share one optimizer state, "
@@ -205,15 +211,15 @@ class MaskedExecution(Execution):
             ) from None
 
     def held_tensors(self) -> list[Tensor]:
-        own = self.support.indices.untyped_storage().data_ptr()
+        support_memory = self.support.indices.untyped_storage().data_ptr()
         return [
             self.gradient,
             *(
                 tensor
                 for member in self.members.values()
-                for place in member.places
-                for tensor in place.held()
-                if tensor.untyped_storage().data_ptr() != own
+                for entries in member.entries
+                for tensor in entries.tensors()
+                if tensor.untyped_storage().data_ptr() != support_memory
             ),
         ]
 
@@ -222,18 +228,20 @@ class MaskedExecution(Execution):
         blocks = self.support.blocks
         ascending = blocks is None or blocks.rows == 1
         self.members = {}
-        for name, parts in self.member_parts().items():
+        for name, slices in self.member_slices().items():
             start, _ = bounds[name]
             first, second = (
-                Flat(entries[part] - start if start else entries[part], ascending=ascending)
-                for part in parts
+                FlatEntries(
+                    entries[section] - start if start else entries[section], ascending=ascending
+                )
+                for section in slices
             )
-            self.members[name] = Member(self._params[name], parts, (first, second))
+            self.members[name] = Member(self._params[name], slices, (first, second))
 
 
 @dataclass(frozen=True)
-class _Restrict:
-    """Hook that zeroes a gradient outside B whenever backward has added to it."""
+class _RestrictGradient:
+    """Hook that zeroes a gradient outside B after backward has accumulated it."""
 
     owner: weakref.ref[MaskedExecution]
     name: str
@@ -244,6 +252,6 @@ class _Restrict:
             owner.restrict_gradient(owner.members[self.name])
 
 
-def _stamp(tensor: Tensor) -> Stamp:
-    """Changes when someone writes to a tensor, or gives it other memory (``param.data = …``)."""
+def _make_stamp(tensor: Tensor) -> Stamp:
+    """A stamp that changes if a tensor is written to or gets other memory (``param.data = …``)."""
     return id(tensor), tensor._version, tensor.data_ptr()

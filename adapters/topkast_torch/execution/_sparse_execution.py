@@ -1,4 +1,4 @@
-"""Sparse execution: the values on B are the model's Parameter, and α is nowhere."""
+"""Sparse execution: the values on B are the model's Parameter; α is never a dense tensor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SparseExecution(Execution):
 
     layer: SparseLayer
     # During a step
-    _gradient: Tensor | None  # of the loss, while the inner optimizer sees the penalty's added
+    _gradient: Tensor | None  # of the loss alone, while values.grad includes the penalty's
 
     @classmethod
     def of_layer(
@@ -37,18 +37,18 @@ class SparseExecution(Execution):
         updates: int,
         steps: int,
     ) -> SparseExecution:
-        """For a layer that is sparse already: its values, its sets, its sparsities."""
+        """The execution of a layer that is sparse already: its values, sets and sparsities."""
         if options.distribution == "global":
             raise OptionError(
                 f"{name} is the weight of a {type(layer).__name__}, whose sets have fixed sizes: "
-                "distribution='global' would move weights from tensor to tensor"
+                "distribution='global' would move weights between tensors"
             )
         block = options.for_tensor(name).block
         if block not in (None, (1, 1)):
             raise OptionError(
-                f"{name} is the weight of a {type(layer).__name__}, which computes with single "
-                f"weights: block={block} has no sparse products yet. Make the model dense by "
-                f"topkast.densify before its optimizer is built, or pass overrides={{{name!r}: "
+                f"{name} is the weight of a {type(layer).__name__}, whose products work on single "
+                f"weights: block={block} has no sparse products yet. Make the model dense with "
+                f"topkast.densify before building its optimizer, or pass overrides={{{name!r}: "
                 '{"block": None}}'
             )
         execution = cls.__new__(cls)
@@ -58,23 +58,23 @@ class SparseExecution(Execution):
             {name: layer.weight_shape}, forward, layer.values.numel(), density
         )
         theta = layer.reservoir
-        if theta is None:  # loaded from a file: what lies outside B is not known
+        if theta is None:  # loaded from a file, which has no weights outside B
             theta = layer.values.detach().new_zeros(size)
         execution.values, execution.reservoir = layer.values, theta.to(layer.values)
         execution.layer, execution.support = layer, layer.support
         execution._gradient, execution._replaced = None, False
-        execution.start(profile, options, updates, steps)
+        execution.set_up(profile, options, updates, steps)
         return execution
 
     @classmethod
     def of_masked(cls, masked: MaskedExecution, layer: SparseLayer) -> SparseExecution:
-        """Go on from masked execution: the same values, sets and weights."""
+        """Continue a masked execution: the same values, sets and weights."""
         execution = cls.__new__(cls)
         for name in Execution.__annotations__:
             setattr(execution, name, getattr(masked, name))
         execution.values, execution.layer = layer.values, layer
         execution._gradient, execution._replaced = None, False
-        execution._take_over()
+        execution._connect()
         return execution
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,35 +82,35 @@ class SparseExecution(Execution):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._take_over()
+        self._connect()
 
     def install(self) -> None:
-        self.layer.reservoir = None  # it is here from now on
-        self._take_over()
+        self.layer.reservoir = None  # this execution holds it now
+        self._connect()
 
-    def _take_over(self) -> None:
+    def _connect(self) -> None:
         claim(self.values, self)
-        self._seen = self.layer.written
-        wanted = self.values.requires_grad
-        self.values.requires_grad_(True)  # hooks of frozen tensors are refused, and stay
-        restrict = _Restrict(weakref.ref(self))
-        self._hook = self.values.register_post_accumulate_grad_hook(restrict)
-        self.values.requires_grad_(wanted)
+        self._sets_version = self.layer.sets_version
+        requires_grad = self.values.requires_grad
+        self.values.requires_grad_(True)  # a frozen tensor takes no hook, but keeps one
+        hook = _RestrictGradient(weakref.ref(self))
+        self._hook = self.values.register_post_accumulate_grad_hook(hook)
+        self.values.requires_grad_(requires_grad)
         weakref.finalize(self, self._hook.remove)
 
     def uninstall(self, *, dense: bool) -> None:
-        self.forget()
+        self.disconnect()
         if dense:
             theta = self.theta().clone().view(self.layer.weight_shape)
-            make_dense(self.layer, theta, same=True)
+            make_dense(self.layer, theta, keep_param=True)
         else:
             self.layer.reservoir = self.theta().clone()
 
-    def forget(self) -> None:
+    def disconnect(self) -> None:
         self._hook.remove()
         release(self.values)
 
-    def replaced(self, param: Tensor) -> None:
+    def note_replacement(self, param: Tensor) -> None:
         self._replaced = True
 
     def accept_external_writes(self) -> None:
@@ -119,18 +119,18 @@ class SparseExecution(Execution):
         if values is None:
             raise MismatchError(
                 f"the layer of {name} was made dense by topkast.densify: its optimizer no longer "
-                "reaches it. To export and train on, densify a copy.deepcopy of the model"
+                "trains it. To export and train on, densify a copy.deepcopy of the model"
             )
         if self._replaced or values is not self.values or values.dtype != self.reservoir.dtype:
             raise MismatchError(
-                f"the layer of {name} was converted, or given other Parameters, after its "
-                "optimizer was built: convert and move the model first"
+                f"the layer of {name} was converted, or got another Parameter, after its "
+                "optimizer was built: convert and move the model before building its optimizer"
             )
-        if layer.written != self._seen:
+        if layer.sets_version != self._sets_version:
             raise MismatchError(
-                f"{name} was given other sets than its optimizer has, as by model.load_state_dict: "
-                "load the optimizer's state dict too, which holds them all. If it was "
-                "DistributedDataParallel, start all processes with the same weights"
+                f"the sets of {name} differ from its optimizer's, as after model.load_state_dict: "
+                "load the optimizer's state dict too, which holds all sets. If "
+                "DistributedDataParallel caused this, start all processes with the same weights"
             )
 
     def gather_gradient(self) -> Tensor | None:
@@ -147,17 +147,17 @@ class SparseExecution(Execution):
             self._gradient = None
 
     def migrate_gradient(self, migration: Migration) -> None:
-        if self.values.grad is not None:  # which may be added to
+        if self.values.grad is not None:  # the next backward may add to it
             self.values.grad = migration.apply(self.values.grad)
 
     def write_forward_view(self, *, everywhere: bool = False) -> None:
-        pass  # the model's Parameter is what was updated
+        pass  # the inner optimizer updated the model's Parameter itself
 
     def update_positions(self) -> None:
         layer: Any = self.layer
-        if isinstance(layer, SparseLayer):  # it may have been made dense
+        if isinstance(layer, SparseLayer):  # densify may have made it dense
             layer.set_support(self.support)
-            self._seen = layer.written
+            self._sets_version = layer.sets_version
 
     def restrict_state(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         return dict(next(iter(states.values()), {}))
@@ -165,14 +165,14 @@ class SparseExecution(Execution):
     def held_tensors(self) -> list[Tensor]:
         return [] if self.values.grad is None else [self.values.grad]
 
-    def held_bytes(self, entries: list[Tensor]) -> int:
+    def count_bytes(self, entries: list[Tensor]) -> int:
         layer: Any = self.layer
-        own = layer.products.nbytes if isinstance(layer, SparseLayer) else 0
-        return super().held_bytes(entries) + own
+        products = layer.products.nbytes if isinstance(layer, SparseLayer) else 0
+        return super().count_bytes(entries) + products
 
 
 @dataclass(frozen=True)
-class _Restrict:
+class _RestrictGradient:
     """Hook that zeroes the gradient on B∖A once exploration has stopped."""
 
     owner: weakref.ref[SparseExecution]

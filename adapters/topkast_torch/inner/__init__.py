@@ -1,1 +1,1 @@
-"""The inner optimizer: what trials show of it, and how its state follows B."""
+"""The inner optimizer: what trials find about it, and how its state follows B."""

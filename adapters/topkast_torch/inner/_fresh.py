@@ -1,4 +1,4 @@
-"""A fresh optimizer of the kind and with the options of another, which stays as it is."""
+"""A fresh optimizer of the class and options of another one, which is left unchanged."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ HOOKS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
-# What a wrapped optimizer refuses to do alone; see optimizer/_seat.py.
-REFUSED_ALONE = ("step", "state_dict", "load_state_dict", "add_param_group")
-# In a group, what is none of the optimizer's own options; see also optimizer/_load.py.
-_NO_OPTIONS = {"params", "param_names", "topkast", "dense", *GROUP_OPTIONS}
-# The group of a fresh optimizer after some steps, by optimizer.
-_COUNTED: WeakKeyDictionary[torch.optim.Optimizer, dict[str, Any]] = WeakKeyDictionary()
+# Methods that a wrapped optimizer refuses; see optimizer/_inner_optimizer.py.
+DISABLED_METHODS = ("step", "state_dict", "load_state_dict", "add_param_group")
+# Entries of a group that are not the inner optimizer's options; see also optimizer/_load.py.
+_NOT_OPTIONS = {"params", "param_names", "topkast", "dense", *GROUP_OPTIONS}
+# The group of a fresh optimizer after its trial steps, by optimizer.
+_STEPPED_GROUPS: WeakKeyDictionary[torch.optim.Optimizer, dict[str, Any]] = WeakKeyDictionary()
 
 
-def name_of(optimizer: torch.optim.Optimizer) -> str:
-    """The optimizer's class, as messages name it."""
+def class_name(optimizer: torch.optim.Optimizer) -> str:
+    """The name of the optimizer's class, for messages."""
     return type(optimizer).__name__
 
 
 def attributes_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What an optimizer keeps on itself, besides groups, state and hooks."""
-    others = {"state", "param_groups", "defaults", *HOOKS, *REFUSED_ALONE}
+    """Attributes of an optimizer besides groups, state and hooks."""
+    others = {"state", "param_groups", "defaults", *HOOKS, *DISABLED_METHODS}
     return {name: value for name, value in vars(optimizer).items() if name not in others}
 
 
@@ -50,23 +50,24 @@ def is_store(value: Any) -> bool:
     return isinstance(value, MutableMapping) and any(isinstance(key, Tensor) for key in value)
 
 
-def fresh_optimizer(
+def make_fresh_optimizer(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], params: Sequence[Parameter]
 ) -> torch.optim.Optimizer:
-    """An optimizer of the same kind and options, without state, for `params` in one group.
+    """An optimizer of the same class and options, without state, for `params` in one group.
 
-    What the optimizer counts in `group` starts anew. It is in training mode, where there is one.
+    Counters that the optimizer keeps in `group` are left out. The optimizer is in training mode if
+    it has one.
     """
-    chosen = _options(optimizer, group)
+    options = _constructor_options(optimizer, group)
     others = {
         name: value
         for name, value in group.items()
-        if name not in {*_NO_OPTIONS, *chosen} and not isinstance(value, Method)
+        if name not in {*_NOT_OPTIONS, *options} and not isinstance(value, Method)
     }
     if others:
-        counted = _counted_in_groups(optimizer, chosen)
-        chosen |= {name: value for name, value in others.items() if name not in counted}
-    return _fresh(optimizer, chosen, params)
+        counters = _find_counters(optimizer, options)
+        options |= {name: value for name, value in others.items() if name not in counters}
+    return _fresh(optimizer, options, params)
 
 
 def _fresh(
@@ -77,7 +78,7 @@ def _fresh(
         fresh.param_groups = [{**copy.deepcopy(dict(options)), "params": list(params)}]
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise UnsupportedOptimizerError(
-            f"{name_of(optimizer)} cannot be tried on tensors of another size: {error}"
+            f"{class_name(optimizer)} cannot be copied to try it on other tensors: {error}"
         ) from error
     train = getattr(fresh, "train", None)
     if callable(train):
@@ -87,13 +88,13 @@ def _fresh(
 
 def _copy(optimizer: torch.optim.Optimizer, params: Sequence[Parameter]) -> torch.optim.Optimizer:
     fresh: torch.optim.Optimizer = object.__new__(type(optimizer))
-    # Where attributes hold the user's parameters, the copy holds the first of its own.
+    # In attributes, the user's Parameters are replaced by the first of the copy's own.
     memo: dict[int, Any] = {
         id(param): params[0] for group in optimizer.param_groups for param in group["params"]
     }
     memo[id(optimizer)] = fresh
     for name, value in attributes_of(optimizer).items():
-        if is_store(value):  # what is kept by Parameter starts empty
+        if is_store(value):  # starts empty
             fresh.__dict__[name] = copy.copy(value)
             fresh.__dict__[name].clear()
         else:
@@ -105,64 +106,66 @@ def _copy(optimizer: torch.optim.Optimizer, params: Sequence[Parameter]) -> torc
     return fresh
 
 
-def _options(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the constructor, at their values in a group."""
+def _constructor_options(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The options of the constructor, with their values in a group."""
     parameters = inspect.signature(type(optimizer)).parameters
-    open_ended = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {
-        name: group[name] if name in group and (name in parameters or open_ended) else value
+        name: group[name] if name in group and (name in parameters or takes_any) else value
         for name, value in optimizer.defaults.items()
     }
 
 
-def missing_counts(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
-    """What the optimizer is going to count in a group, and does not yet, with some value."""
-    counted = _counted_in_groups(optimizer, _options(optimizer, group))
-    known = {*group, *optimizer.defaults, "params"}
-    return {name: value for name, value in counted.items() if name not in known}
-
-
-def _counted_in_groups(
-    optimizer: torch.optim.Optimizer, options: Mapping[str, Any]
+def find_missing_counts(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What the optimizer itself adds to a group when it steps; all else there is the user's."""
-    if optimizer not in _COUNTED:
+    """Counters that a group lacks and the first step adds, with placeholder values."""
+    counters = _find_counters(optimizer, _constructor_options(optimizer, group))
+    known = {*group, *optimizer.defaults, "params"}
+    return {name: value for name, value in counters.items() if name not in known}
+
+
+def _find_counters(optimizer: torch.optim.Optimizer, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The group after two trial steps: entries that the optimizer adds are its counters."""
+    if optimizer not in _STEPPED_GROUPS:
         param = Parameter(torch.ones(1, 3, dtype=torch.float32, device="cpu"))
         fresh = _fresh(optimizer, options, [param])
-        # One that needs more options than those of its constructor (Muon's "use_muon") cannot step.
+        # Optimizers that need other options than the constructor's (Muon's "use_muon") cannot step.
         with suppress(UnsupportedOptimizerError):
             for _ in range(2):
                 param.grad = torch.ones_like(param)
                 take_step(optimizer, fresh, param.device)
-        _COUNTED[optimizer] = dict(fresh.param_groups[0])
-    return _COUNTED[optimizer]
+        _STEPPED_GROUPS[optimizer] = dict(fresh.param_groups[0])
+    return _STEPPED_GROUPS[optimizer]
 
 
 def take_step(
     optimizer: torch.optim.Optimizer, fresh: torch.optim.Optimizer, device: torch.device
 ) -> None:
-    """One step of a fresh optimizer, where neither defaults nor random numbers are the user's."""
-    with _undisturbed(device):
+    """Step a fresh optimizer, isolated from the user's defaults and random numbers."""
+    with _isolated(device):
         try:
             step_without_hooks(fresh)
         except Exception as error:
             raise UnsupportedOptimizerError(
-                f"{name_of(optimizer)} cannot take a plain step on a vector of weights and its "
+                f"{class_name(optimizer)} cannot take a plain step on a vector of weights with a "
                 f"dense gradient: {error}. Wrap an elementwise optimizer (Adam, SGD, ...)"
             ) from error
 
 
 @contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Neither the random numbers nor the default device of the user matter, or change."""
+def _isolated(device: torch.device) -> Iterator[None]:
+    """Isolate from the user's random state, default device and warning filters."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.device(device), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # meant for the optimizer that is tried
+        warnings.simplefilter("ignore")  # from the optimizer in its trial
         yield
 
 
 def step_without_hooks(optimizer: torch.optim.Optimizer) -> None:
-    """``optimizer.step()`` without step hooks, which the wrapper fires itself."""
+    """``optimizer.step()`` without step hooks, which the wrapper runs itself."""
     step: Callable[..., Any] = type(optimizer).step
     if getattr(step, "hooked", False):  # torch.optim.Optimizer.profile_hook_step
         step = step.__wrapped__  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""What an inner optimizer keeps for each weight, wherever it keeps it, found by trying it.
+"""The entries that an inner optimizer keeps per weight, and how they follow B.
 
 An optimizer may keep one value per weight as a tensor of the weight's shape, as a vector, stacked
 with others, in lists, queues and dictionaries; in its ``state`` or in a dictionary of its own by
-Parameter. When B changes, all of that must follow, and nothing else.
+Parameter. When B changes, all of these must migrate, and nothing else.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from topkast.adapter import SETTLED, Migration
 Path: TypeAlias = tuple[Hashable, ...]
 Shape: TypeAlias = tuple[int, ...]
 
-_EACH = "*"  # in a path, any item of a sequence
+_ANY_ITEM = "*"  # in a path, any item of a sequence
 _QUEUE = "topkast.deque"
 
 
 class Start(Enum):
-    """Where an entry starts that enters B, if not at a number."""
+    """The start of an entry for a weight that enters B, if it is not a number."""
 
     WEIGHT = "the weight"
 
 
 class Spec(NamedTuple):
-    """Where an entry has one value per weight: behind `leading` axes, as a vector or in shape."""
+    """The weight axes of an entry: after `leading` other axes, flat or in the weight's shape."""
 
     leading: int
     flat: bool
 
     def axis(self, compact: Shape) -> int:
-        """The axis of the weights, in an entry for a compact vector of shape (1, …, 1, n)."""
+        """The axis of the weights in an entry for a compact vector of shape (1, …, 1, n)."""
         return self.leading + (0 if self.flat else len(compact) - 1)
 
     def reshape(self, entry: Tensor, old: Shape, new: Shape) -> Tensor:
-        """An entry for a weight of shape `old`, as one for `new`, of as many entries."""
+        """Reshape an entry for a weight of shape `old` to one of shape `new`, of the same size."""
         count = 1 if self.flat else len(old)
         middle = (math.prod(new),) if self.flat else new
         return entry.reshape(
@@ -54,22 +54,22 @@ class Spec(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """What an optimizer keeps per weight.
+    """The entries that an optimizer keeps per Parameter.
 
     Attributes
     ----------
     specs
-        Where entries have one value per weight, by their path in what is kept for a Parameter.
-        A path begins with the name of the attribute that holds the entry (``"state"``).
+        The weight axes of entries with one value per weight, by path. A path begins with the name
+        of the attribute that holds the entry (``"state"``).
     fixed
-        Paths of the other entries that trials showed.
+        Paths of all other entries that trials found.
     starts
-        Where such entries start: at a number, or at the weight.
+        The start of each entry in `specs`: a number, or the weight.
     starts_suffice
-        Whether entries that start so are, one step later, what a fresh optimizer would have. Where
-        not, a fresh one takes the first step of what enters B.
+        Whether an entry with this start equals a fresh optimizer's after one step. If not, a fresh
+        optimizer takes the first step of the weights that enter B.
     attributes
-        Names of what an optimizer counts on itself, besides state and groups.
+        Names of attributes in which the optimizer counts, besides state and groups.
     """
 
     specs: Mapping[Path, Spec]
@@ -87,19 +87,19 @@ class Layout:
 def entries_of(
     optimizer: torch.optim.Optimizer, param: Tensor, stores: tuple[str, ...]
 ) -> dict[str, Any]:
-    """What is kept for a Parameter, by the attribute that holds it; absent where nothing is."""
-    kept = {}
+    """The entries for a Parameter, by the attribute that holds them, if any."""
+    entries = {}
     for name in stores:
-        mapping = getattr(optimizer, name, {})
-        if param in mapping:
-            kept[name] = mapping[param]
-    return kept
+        store = getattr(optimizer, name, {})
+        if param in store:
+            entries[name] = store[param]
+    return entries
 
 
-def steps_taken(
+def count_steps(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], params: Iterable[Tensor]
 ) -> int:
-    """How often an optimizer has stepped some Parameters, as far as it says; else many times."""
+    """Number of steps on `params` that an optimizer has counted; SETTLED if it counts none."""
     states = [optimizer.state[param] for param in params if param in optimizer.state]
     if not any(states):
         return 0
@@ -117,24 +117,24 @@ def walk(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
             yield from walk(value, (*path, key))
     elif isinstance(tree, (list, tuple, deque)):
         for value in tree:
-            yield from walk(value, (*path, _EACH))
+            yield from walk(value, (*path, _ANY_ITEM))
 
 
 def map_tree(function: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> Any:
-    """The same containers with ``function(path, leaf)`` in the place of each leaf."""
+    """The same containers with each leaf replaced by ``function(path, leaf)``."""
     if isinstance(tree, Mapping):
         return {key: map_tree(function, value, (*path, key)) for key, value in tree.items()}
     if isinstance(tree, deque):
-        items = (map_tree(function, value, (*path, _EACH)) for value in tree)
+        items = (map_tree(function, value, (*path, _ANY_ITEM)) for value in tree)
         return deque(items, maxlen=tree.maxlen)
     if isinstance(tree, (list, tuple)):
-        values = [map_tree(function, value, (*path, _EACH)) for value in tree]
+        values = [map_tree(function, value, (*path, _ANY_ITEM)) for value in tree]
         return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     return function(path, tree)
 
 
 def encode(tree: Any) -> Any:
-    """`tree` without the queues that ``torch.load`` refuses with ``weights_only``."""
+    """`tree` with queues, which ``torch.load(weights_only=True)`` refuses, as dictionaries."""
     if isinstance(tree, deque):
         return {_QUEUE: [encode(value) for value in tree], "maxlen": tree.maxlen}
     return _map_children(encode, tree)
@@ -156,24 +156,29 @@ def _map_children(function: Callable[[Any], Any], tree: Any) -> Any:
     return tree
 
 
-def renew(kept: Mapping[str, Any], layout: Layout, values: Tensor, positions: Tensor) -> None:
-    """Start the entries of the weights at some positions (k,) of a compact vector anew."""
-    for path, entry in walk(kept):
+def reset_entries(
+    entries: Mapping[str, Any], layout: Layout, values: Tensor, positions: Tensor
+) -> None:
+    """Set the entries at `positions` (k,) of a compact vector back to their start."""
+    for path, entry in walk(entries):
         if path in layout.specs:
             axis = layout.specs[path].axis(tuple(values.shape))
-            where = positions.to(entry.device)
-            fresh = _start(layout, path, entry.index_select(axis, where), axis, values, positions)
-            entry.index_copy_(axis, where, fresh)
+            index = positions.to(entry.device)
+            old = entry.index_select(axis, index)
+            fresh = _starting_entry(layout, path, old, axis, values, positions)
+            entry.index_copy_(axis, index, fresh)
 
 
-def migrate(kept: Mapping[str, Any], layout: Layout, values: Tensor, migration: Migration) -> None:
-    """Carry entries over to the next B, in place: survivors keep their bits, others start anew.
+def migrate_entries(
+    entries: Mapping[str, Any], layout: Layout, values: Tensor, migration: Migration
+) -> None:
+    """Migrate entries to the new B, in place: survivors keep their bits, others start anew.
 
-    `values` (1, …, |B|) are the weights on the next B.
+    `values` (1, …, |B|) are the weights on the new B.
     """
-    if bool(migration.survives.all()) and _in_place(migration.source):
+    if bool(migration.survives.all()) and _is_identity(migration.source):
         return
-    for path, entry in walk(kept):
+    for path, entry in walk(entries):
         spec = layout.specs.get(path)
         if spec is None:
             continue
@@ -190,42 +195,44 @@ def migrate(kept: Mapping[str, Any], layout: Layout, values: Tensor, migration: 
             entry.copy_(moved.masked_fill_(~survives, start))
 
 
-def check_known(kept: Mapping[str, Any], layout: Layout, count: int, name: str) -> None:
-    """Raise :class:`topkast.UnsupportedOptimizerError` for values per weight that no trial showed.
+def check_migratable(entries: Mapping[str, Any], layout: Layout, count: int, name: str) -> None:
+    """Raise :class:`topkast.UnsupportedOptimizerError` for values per weight that no trial found.
 
-    `kept` is what the optimizer called `name` keeps for a vector of `count` weights.
+    `entries` are those of the optimizer class `name` for a vector of `count` weights.
     """
-    for path, entry in walk(kept):
+    for path, entry in walk(entries):
         if path not in layout.specs and path not in layout.fixed and entry.numel() == count > 1:
             raise UnsupportedOptimizerError(
-                f"{name} keeps {path[-1]!r}, a value for each weight, and did not in the steps for "
-                "which it was tried on wrapping: it cannot be carried over when B changes"
+                f"{name} keeps {path[-1]!r}, a value for each weight, and did not in its trial "
+                "steps on wrapping: it cannot be carried over when B changes"
             )
 
 
-def _in_place(source: Tensor) -> bool:
-    """Whether nothing moves."""
+def _is_identity(source: Tensor) -> bool:
+    """Whether `source` is 0, 1, …, len(source) − 1."""
     return bool((source[1:] > source[:-1]).all()) and (
         not len(source) or int(source[-1]) == len(source) - 1
     )
 
 
-def _start(
-    layout: Layout, path: Path, like: Tensor, axis: int, values: Tensor, positions: Tensor
+def _starting_entry(
+    layout: Layout, path: Path, template: Tensor, axis: int, values: Tensor, positions: Tensor
 ) -> Tensor:
     start = layout.starts[path]
     if not isinstance(start, Start):
-        return torch.full_like(like, start)
-    shape = [1] * like.dim()
+        return torch.full_like(template, start)
+    shape = [1] * template.dim()
     shape[axis] = -1
     weights = values.detach().view(-1).index_select(0, positions)
-    return weights.to(like.dtype).to(like.device).view(shape).expand_as(like)
+    return weights.to(template.dtype).to(template.device).view(shape).expand_as(template)
 
 
-def restrict(kept: Mapping[str, Any], layout: Layout, shape: Shape, indices: Tensor) -> Any:
-    """Entries for a dense weight of some shape, cut down to the weights at flat `indices`."""
+def restrict_entries(
+    entries: Mapping[str, Any], layout: Layout, shape: Shape, indices: Tensor
+) -> Any:
+    """Entries for a dense weight of `shape`, restricted to the weights at flat `indices`."""
 
-    def take(path: Path, entry: Any) -> Any:
+    def restrict_leaf(path: Path, entry: Any) -> Any:
         spec = layout.specs.get(path)
         if spec is None or not isinstance(entry, Tensor):
             return entry
@@ -233,42 +240,42 @@ def restrict(kept: Mapping[str, Any], layout: Layout, shape: Shape, indices: Ten
         flat = spec.reshape(entry, shape, row)
         return flat.index_select(spec.axis(row), indices)
 
-    return map_tree(take, kept)
+    return map_tree(restrict_leaf, entries)
 
 
-def join(parts: Sequence[Any], layout: Layout, compact: Shape) -> Any:
-    """Entries of several vectors as those of one of shape `compact`, one behind the other.
+def join_entries(trees: Sequence[Any], layout: Layout, compact: Shape) -> Any:
+    """Concatenate the entries of several vectors to those of one vector of shape `compact`.
 
-    Raises :class:`topkast.MismatchError` where they differ in what is not one value per weight.
+    Raises :class:`topkast.MismatchError` if entries that are not per weight differ.
     """
-    leaves = [list(_leaves(part)) for part in parts]
-    counts = iter(range(len(leaves[0])))
+    leaves = [list(_leaves(tree)) for tree in trees]
+    numbers = iter(range(len(leaves[0])))
 
-    def together(path: Path, leaf: Any) -> Any:
-        number = next(counts)
-        others = [part[number] for part in leaves]
+    def join_leaf(path: Path, leaf: Any) -> Any:
+        number = next(numbers)
+        leaves_to_join = [tree_leaves[number] for tree_leaves in leaves]
         if path in layout.specs and isinstance(leaf, Tensor):
-            return torch.cat(others, dim=layout.specs[path].axis(compact))
-        if not all(_same(leaf, other) for other in others):
+            return torch.cat(leaves_to_join, dim=layout.specs[path].axis(compact))
+        if not all(_equal(leaf, other) for other in leaves_to_join):
             raise MismatchError(f"their {path[-1]!r} differ")
         return leaf
 
-    if any(len(part) != len(leaves[0]) for part in leaves):
+    if any(len(tree_leaves) != len(leaves[0]) for tree_leaves in leaves):
         raise MismatchError("they have different entries")
-    return map_tree(together, parts[0])
+    return map_tree(join_leaf, trees[0])
 
 
-def take(kept: Any, layout: Layout, compact: Shape, positions: Tensor) -> Any:
-    """Entries of the weights at some positions (k,) of a compact vector, copied."""
+def gather_entries(entries: Any, layout: Layout, compact: Shape, positions: Tensor) -> Any:
+    """Copies of the entries of the weights at `positions` (k,) of a compact vector."""
 
-    def copied(path: Path, leaf: Any) -> Any:
+    def gather_leaf(path: Path, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         if path in layout.specs:
             return leaf.index_select(layout.specs[path].axis(compact), positions.to(leaf.device))
         return leaf.clone()
 
-    return map_tree(copied, kept)
+    return map_tree(gather_leaf, entries)
 
 
 def _leaves(tree: Any) -> Iterator[Any]:
@@ -277,18 +284,18 @@ def _leaves(tree: Any) -> Iterator[Any]:
     yield from leaves
 
 
-def _same(first: Any, second: Any) -> bool:
+def _equal(first: Any, second: Any) -> bool:
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return first.shape == second.shape and torch.equal(first, second)
     return bool(first == second)
 
 
-def expand(
-    kept: Mapping[str, Any], layout: Layout, compact: Shape, indices: Tensor, theta: Tensor
+def expand_entries(
+    entries: Mapping[str, Any], layout: Layout, compact: Shape, indices: Tensor, theta: Tensor
 ) -> Any:
-    """The inverse of :func:`restrict`: entries of the dense weight `theta`, fresh outside B."""
+    """Entries of the dense weight `theta`, fresh outside B; inverse of :func:`restrict_entries`."""
 
-    def spread(path: Path, entry: Any) -> Any:
+    def expand_leaf(path: Path, entry: Any) -> Any:
         spec = layout.specs.get(path)
         if spec is None or not isinstance(entry, Tensor):
             return entry
@@ -297,9 +304,9 @@ def expand(
         sizes[axis] = theta.numel()
         row = (*compact[:-1], theta.numel())
         dense = entry.new_empty(sizes)
-        everywhere = torch.arange(theta.numel(), device=theta.device)
-        dense = _start(layout, path, dense, axis, theta, everywhere).clone()
+        all_positions = torch.arange(theta.numel(), device=theta.device)
+        dense = _starting_entry(layout, path, dense, axis, theta, all_positions).clone()
         dense.index_copy_(axis, indices.long(), entry)
         return spec.reshape(dense, row, tuple(theta.shape))
 
-    return map_tree(spread, kept)
+    return map_tree(expand_leaf, entries)

@@ -1,4 +1,4 @@
-"""What an inner optimizer keeps for each weight, learned from trials of fresh optimizers."""
+"""Learn the layout of an inner optimizer's entries from trials of fresh optimizers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from topkast import UnsupportedOptimizerError
-from topkast_torch.inner._fresh import attributes_of, fresh_optimizer, is_store, name_of, take_step
+from topkast_torch.inner._fresh import (
+    attributes_of,
+    class_name,
+    is_store,
+    make_fresh_optimizer,
+    take_step,
+)
 from topkast_torch.inner._inner_state import (
     Layout,
     Path,
@@ -21,56 +27,56 @@ from topkast_torch.inner._inner_state import (
     Start,
     entries_of,
     map_tree,
-    renew,
+    reset_entries,
     walk,
 )
 
-_SIZES = 67, 139  # of two trials: lengths that differ are those of the weights
+_SIZES = 67, 139  # weights in two trials: axes whose lengths differ number weights
 _STEPS = 3
 
 
 def learn_layout(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], dimensions: int
 ) -> Layout:
-    """The layout for weights with a number of dimensions, from trials of fresh optimizers.
+    """The layout for weights with `dimensions` dimensions, from trials of fresh optimizers.
 
     Raises :class:`topkast.UnsupportedOptimizerError` for entries that depend on all weights, or
-    on their number, without being one value each: they cannot follow B.
+    on their number, but are not one value per weight: they cannot be migrated.
     """
     small, large = (_Run.random(optimizer, group, dimensions, size) for size in _SIZES)
-    before = copy.deepcopy(_plain(attributes_of(small.fresh)))
+    before = copy.deepcopy(_select_plain(attributes_of(small.fresh)))
     for _ in range(_STEPS):
         small.step()
         large.step()
     if not {"state", "param_groups"} <= set(small.fresh.state_dict()):
         raise UnsupportedOptimizerError(
-            f"{name_of(optimizer)} has a state dict of its own form: without 'state' and "
-            "'param_groups' it cannot be saved on B"
+            f"{class_name(optimizer)} has a state dict without 'state' and 'param_groups': it "
+            "cannot be saved on B"
         )
-    _check_elsewhere(optimizer, small, large)
+    _check_other_stores(optimizer, small, large)
     _check_objects(optimizer, small)
     specs = _find_specs(optimizer, small, large)
     starts = _find_starts(optimizer, group, dimensions, specs)
     after = attributes_of(small.fresh)
     stores = {path[0] for path in specs}
-    counted = [
+    counters = [
         name
         for name, value in after.items()
         if name not in stores and _differs(before, name, value)
     ]
     fixed = frozenset(small.entries(_stores_of(small.fresh))) - specs.keys()
-    layout = Layout(specs, fixed, starts, True, tuple(counted))
-    for name in counted:
+    layout = Layout(specs, fixed, starts, True, tuple(counters))
+    for name in counters:
         if not is_plain(after[name]):
             raise UnsupportedOptimizerError(
-                f"{name_of(optimizer)} changes its attribute {name} at each step, a "
-                f"{type(after[name]).__name__} that a state dict cannot hold"
+                f"{class_name(optimizer)} changes its attribute {name} at each step: it is a "
+                f"{type(after[name]).__name__}, which a state dict cannot hold"
             )
-    return replace(layout, starts_suffice=_starts_alike(optimizer, group, dimensions, layout))
+    return replace(layout, starts_suffice=_do_starts_suffice(optimizer, group, dimensions, layout))
 
 
 class _Run:
-    """A fresh optimizer for one vector, with gradients that are drawn or given."""
+    """A fresh optimizer for one vector, stepped with random or given gradients."""
 
     def __init__(
         self,
@@ -82,7 +88,7 @@ class _Run:
         self._optimizer, self._device = optimizer, device_of(group)
         shape = (1,) * (dimensions - 1) + (-1,)
         self.param = Parameter(values.to(self._device).reshape(shape))
-        self.fresh = fresh_optimizer(optimizer, group, [self.param])
+        self.fresh = make_fresh_optimizer(optimizer, group, [self.param])
         self._generator = torch.Generator().manual_seed(3)
 
     @classmethod
@@ -107,112 +113,113 @@ class _Run:
         take_step(self._optimizer, self.fresh, self._device)
 
     def entries(self, stores: tuple[str, ...]) -> dict[Path, list[Tensor]]:
-        """What is kept for the vector, by path."""
-        found: dict[Path, list[Tensor]] = {}
+        """The entries for the vector, by path."""
+        entries: dict[Path, list[Tensor]] = {}
         for path, entry in walk(entries_of(self.fresh, self.param, stores)):
-            found.setdefault(path, []).append(entry)
-        return found
+            entries.setdefault(path, []).append(entry)
+        return entries
 
 
 def device_of(group: Mapping[str, Any]) -> torch.device:
-    """Where the tensors of a group are."""
+    """The device of a group's tensors."""
     param = next(iter(group["params"]), None)
     return torch.device("cpu") if param is None or param.is_meta else param.device
 
 
 def _stores_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """Attributes that are dictionaries by Parameter, as ``state`` is."""
+    """Attributes that are dictionaries by Parameter, ``state`` included."""
     attributes = attributes_of(optimizer)
     return ("state", *(name for name, value in attributes.items() if is_store(value)))
 
 
 def _find_specs(optimizer: torch.optim.Optimizer, small: _Run, large: _Run) -> dict[Path, Spec]:
     stores = _stores_of(small.fresh)
-    first, second = small.entries(stores), large.entries(stores)
+    small_entries, large_entries = small.entries(stores), large.entries(stores)
     specs: dict[Path, Spec] = {}
-    for path in {**first, **second}:
-        shapes = [
-            [tuple(entry.shape) for entry in entries.get(path, [])] for entries in (first, second)
-        ]
-        if shapes[0] == shapes[1]:
-            continue  # the same whatever the number of weights
+    for path in {**small_entries, **large_entries}:
+        small_shapes, large_shapes = (
+            [tuple(entry.shape) for entry in entries.get(path, [])]
+            for entries in (small_entries, large_entries)
+        )
+        if small_shapes == large_shapes:
+            continue  # independent of the number of weights
         candidates = {
-            _find_spec(one, other, tuple(small.param.shape), tuple(large.param.shape))
-            for one, other in zip(*shapes, strict=False)
+            _find_spec(small_shape, large_shape, tuple(small.param.shape), tuple(large.param.shape))
+            for small_shape, large_shape in zip(small_shapes, large_shapes, strict=False)
         }
         spec = next(iter(candidates)) if len(candidates) == 1 else None
-        if spec is None or len(shapes[0]) != len(shapes[1]):
+        if spec is None or len(small_shapes) != len(large_shapes):
             raise UnsupportedOptimizerError(
-                f"{name_of(optimizer)} keeps {_written(path)} of shape {shapes[0][:1]} for a "
-                f"vector of {_SIZES[0]} weights, which is not one value for each: it cannot be "
-                "carried over when the weights that are trained change"
+                f"{class_name(optimizer)} keeps {_format_path(path)} of shape {small_shapes[:1]} "
+                f"for a vector of {_SIZES[0]} weights, which is not one value for each weight: it "
+                "cannot be carried over when B changes"
             )
         specs[path] = spec
     return specs
 
 
-def _find_spec(one: Shape, other: Shape, shape: Shape, other_shape: Shape) -> Spec | None:
-    if len(one) != len(other):
+def _find_spec(small: Shape, large: Shape, small_param: Shape, large_param: Shape) -> Spec | None:
+    """The weight axes of an entry, from its shapes in two trials and the shapes of the weights."""
+    if len(small) != len(large):
         return None
-    for leading in range(len(one)):
-        for middle, other_middle, flat in (
-            (shape, other_shape, False),
-            (shape[-1:], other_shape[-1:], True),
+    for leading in range(len(small)):
+        for small_weights, large_weights, flat in (
+            (small_param, large_param, False),
+            (small_param[-1:], large_param[-1:], True),
         ):
-            stop = leading + len(middle)
+            stop = leading + len(small_weights)
             if (
-                one[leading:stop] == middle
-                and other[leading:stop] == other_middle
-                and one[:leading] == other[:leading]
-                and one[stop:] == other[stop:]
+                small[leading:stop] == small_weights
+                and large[leading:stop] == large_weights
+                and small[:leading] == large[:leading]
+                and small[stop:] == large[stop:]
             ):
                 return Spec(leading, flat)
     return None
 
 
-def _check_elsewhere(optimizer: torch.optim.Optimizer, small: _Run, large: _Run) -> None:
-    """Refuse values per weight where they belong to no Parameter."""
+def _check_other_stores(optimizer: torch.optim.Optimizer, small: _Run, large: _Run) -> None:
+    """Refuse values per weight that are not stored by Parameter."""
     stores = _stores_of(small.fresh)
-    elsewhere: dict[str, list[dict[Any, Any]]] = {
+    other_stores: dict[str, list[dict[Any, Any]]] = {
         "attribute": [
-            {n: v for n, v in attributes_of(run.fresh).items() if n not in stores}
+            {name: value for name, value in attributes_of(run.fresh).items() if name not in stores}
             for run in (small, large)
         ],
         "state": [
-            {k: v for k, v in run.fresh.state.items() if k is not run.param}
+            {key: value for key, value in run.fresh.state.items() if key is not run.param}
             for run in (small, large)
         ],
         "group": [
-            {n: v for n, v in run.fresh.param_groups[0].items() if n != "params"}
+            {name: value for name, value in run.fresh.param_groups[0].items() if name != "params"}
             for run in (small, large)
         ],
     }
-    for kind, pair in elsewhere.items():
-        first, second = (
-            [(path, tuple(entry.shape)) for path, entry in walk(tree)] for tree in pair
+    for location, trees in other_stores.items():
+        small_shapes, large_shapes = (
+            [(path, tuple(entry.shape)) for path, entry in walk(tree)] for tree in trees
         )
-        for one, other in zip(first, second, strict=False):
-            if one != other:
+        for small_shape, large_shape in zip(small_shapes, large_shapes, strict=False):
+            if small_shape != large_shape:
                 raise UnsupportedOptimizerError(
-                    f"{name_of(optimizer)} keeps values per weight in its {kind} "
-                    f"{_written(one[0])}, where they belong to no Parameter: they cannot be "
-                    "carried over when the weights that are trained change"
+                    f"{class_name(optimizer)} keeps values per weight in its {location} "
+                    f"{_format_path(small_shape[0])}, not by Parameter: they cannot be carried "
+                    "over when B changes"
                 )
 
 
 def _check_objects(optimizer: torch.optim.Optimizer, run: _Run) -> None:
-    """Refuse objects in the state that may hold anything, matrices of other sizes among them."""
+    """Refuse objects in the state: they may hold anything, such as matrices of other sizes."""
 
-    def check(path: Path, leaf: Any) -> Any:
+    def check_leaf(path: Path, leaf: Any) -> Any:
         if not is_plain(leaf):
             raise UnsupportedOptimizerError(
-                f"{name_of(optimizer)} keeps {_written(path)} for each tensor, a "
-                f"{type(leaf).__name__}: what it holds cannot be carried over when the weights "
-                "that are trained change"
+                f"{class_name(optimizer)} keeps {_format_path(path)} for each tensor, a "
+                f"{type(leaf).__name__}, whose contents cannot be carried over when B changes"
             )
         return leaf
 
-    map_tree(check, entries_of(run.fresh, run.param, _stores_of(run.fresh)))
+    map_tree(check_leaf, entries_of(run.fresh, run.param, _stores_of(run.fresh)))
 
 
 def _find_starts(
@@ -221,19 +228,19 @@ def _find_starts(
     dimensions: int,
     specs: Mapping[Path, Spec],
 ) -> dict[Path, float | Start]:
-    """What a fresh optimizer writes first, and what it has after a step without a gradient."""
-    written, still = (_Run.random(optimizer, group, dimensions, _SIZES[0]) for _ in range(2))
-    watched = _FirstWrites()
-    written.fresh.state[written.param] = watched
-    before = still.param.detach().clone()
-    written.step()
-    still.step(torch.zeros(_SIZES[0], dtype=torch.float32, device="cpu"))
-    at_rest = still.entries(tuple(dict.fromkeys(str(path[0]) for path in specs)))
+    """The start of each entry, from its first write and its value after a step at zero gradient."""
+    moving, resting = (_Run.random(optimizer, group, dimensions, _SIZES[0]) for _ in range(2))
+    recorder = _FirstWrites()
+    moving.fresh.state[moving.param] = recorder
+    before = resting.param.detach().clone()
+    moving.step()
+    resting.step(torch.zeros(_SIZES[0], dtype=torch.float32, device="cpu"))
+    at_rest = resting.entries(tuple(dict.fromkeys(str(path[0]) for path in specs)))
     starts: dict[Path, float | Start] = {}
     for path, spec in specs.items():
-        first = watched.first.get(path[1]) if len(path) == 2 and path[0] == "state" else None
+        first = recorder.first.get(path[1]) if len(path) == 2 and path[0] == "state" else None
         entry = next(iter(at_rest.get(path, [])), None)
-        weights = before, still.param.detach()
+        weights = before, resting.param.detach()
         if any(
             _equals(spec, candidate, weight)
             for candidate in (first, entry)
@@ -241,10 +248,10 @@ def _find_starts(
             for weight in weights
         ):
             starts[path] = Start.WEIGHT
-        elif isinstance(first, Tensor) and _constant(first) is not None:
-            starts[path] = _constant(first) or 0.0
+        elif isinstance(first, Tensor) and _constant_of(first) is not None:
+            starts[path] = _constant_of(first) or 0.0
         elif entry is not None:
-            starts[path] = _constant(entry) or 0.0
+            starts[path] = _constant_of(entry) or 0.0
         else:
             starts[path] = 0.0
     return starts
@@ -253,54 +260,55 @@ def _find_starts(
 def _equals(spec: Spec, entry: Tensor, weight: Tensor) -> bool:
     axis = spec.axis(tuple(weight.shape))
     if entry.dim() <= axis or entry.shape[axis] != weight.numel():
-        return False  # what was written first was something else
-    columns = entry.movedim(axis, -1).reshape(-1, weight.numel())
-    if _constant(weight) is not None:
+        return False  # the first write has another shape
+    rows = entry.movedim(axis, -1).reshape(-1, weight.numel())
+    if _constant_of(weight) is not None:
         return False  # an optimizer that clears weights
-    return bool((columns == weight.reshape(1, -1)).all())
+    return bool((rows == weight.reshape(1, -1)).all())
 
 
-def _constant(entry: Tensor) -> float | None:
+def _constant_of(entry: Tensor) -> float | None:
     flat = entry.detach().reshape(-1)
     if flat.numel() and bool((flat == flat[0]).all()) and not flat.is_complex():
         return float(flat[0])
     return None
 
 
-def _starts_alike(
+def _do_starts_suffice(
     optimizer: torch.optim.Optimizer,
     group: Mapping[str, Any],
     dimensions: int,
     layout: Layout,
 ) -> bool:
-    """Whether entries that start as the layout says are, a step later, those of a fresh one."""
+    """Whether entries reset by the layout equal a fresh optimizer's after one step."""
     old = _Run.random(optimizer, group, dimensions, _SIZES[0])
     for _ in range(_STEPS):
         old.step()
     entrants = torch.arange(1, _SIZES[0], 2, device=old.param.device)
-    renew(entries_of(old.fresh, old.param, layout.stores), layout, old.param, entrants)
+    reset_entries(entries_of(old.fresh, old.param, layout.stores), layout, old.param, entrants)
     young = _Run(optimizer, group, dimensions, old.param.detach().reshape(-1).clone())
     gradient = old.draw()
     old.step(gradient)
     young.step(gradient)
-    expected, found = young.entries(layout.stores), old.entries(layout.stores)
+    young_entries, old_entries = young.entries(layout.stores), old.entries(layout.stores)
     for path, spec in layout.specs.items():
-        if path not in expected:
+        if path not in young_entries:
             continue
-        for one, other in zip(expected[path], found.get(path, []), strict=False):
+        pairs = zip(young_entries[path], old_entries.get(path, []), strict=False)
+        for young_entry, old_entry in pairs:
             axis = spec.axis(tuple(old.param.shape))
-            first, second = (
+            expected, actual = (
                 entry.index_select(axis, entrants.to(entry.device)).double()
-                for entry in (one, other)
+                for entry in (young_entry, old_entry)
             )
-            scale = float(first.abs().max()) if first.numel() else 0.0
-            if float((first - second).abs().max()) > 1e-4 * scale:
+            scale = float(expected.abs().max()) if expected.numel() else 0.0
+            if float((expected - actual).abs().max()) > 1e-4 * scale:
                 return False
     return True
 
 
 class _FirstWrites(dict[Hashable, Any]):
-    """A state that remembers what each entry was set to first."""
+    """A state that records the first value written to each entry."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -320,30 +328,30 @@ class _FirstWrites(dict[Hashable, Any]):
             self[name] = value
 
 
-def first_writes(
+def find_first_writes(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], params: list[Parameter]
 ) -> list[dict[Hashable, Any]]:
-    """What a fresh optimizer writes first into its state for each of `params`, at zero gradients.
+    """The first values that a fresh optimizer writes into its state for each of `params`.
 
-    Nothing of `optimizer` or `params` changes.
+    Gradients are zero. Neither `optimizer` nor `params` change.
     """
     device = device_of(group)
-    stand_ins = [Parameter(param.detach().clone()) for param in params]
-    fresh = fresh_optimizer(optimizer, group, stand_ins)
-    watched = [_FirstWrites() for _ in stand_ins]
-    for one, state in zip(stand_ins, watched, strict=True):
-        one.grad = torch.zeros_like(one)
-        fresh.state[one] = state
+    copies = [Parameter(param.detach().clone()) for param in params]
+    fresh = make_fresh_optimizer(optimizer, group, copies)
+    recorders = [_FirstWrites() for _ in copies]
+    for param, recorder in zip(copies, recorders, strict=True):
+        param.grad = torch.zeros_like(param)
+        fresh.state[param] = recorder
     take_step(optimizer, fresh, device)
-    return [copy.deepcopy(state.first) for state in watched]
+    return [copy.deepcopy(recorder.first) for recorder in recorders]
 
 
-def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+def _select_plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in attributes.items() if is_plain(value)}
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a state dict may hold `value`, and ``torch.load`` with ``weights_only`` reads it."""
+    """Whether ``torch.load(weights_only=True)`` can read `value`."""
     if value is None or isinstance(value, (bool, int, float, complex, str, Tensor)):
         return True
     if isinstance(value, Mapping):
@@ -356,14 +364,14 @@ def is_plain(value: Any) -> bool:
 def _differs(before: Mapping[str, Any], name: str, value: Any) -> bool:
     if name not in before:
         return is_plain(value)
-    one, other = before[name], value
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return not torch.equal(one, other)
+    old = before[name]
+    if isinstance(old, Tensor) and isinstance(value, Tensor):
+        return not torch.equal(old, value)
     try:
-        return bool(one != other)
-    except (RuntimeError, ValueError):  # tensors somewhere inside
+        return bool(old != value)
+    except (RuntimeError, ValueError):  # containers of tensors
         return True
 
 
-def _written(path: Path) -> str:
+def _format_path(path: Path) -> str:
     return ".".join(map(str, path[1:] or path))

@@ -1,4 +1,4 @@
-"""Trials of a PyTorch optimizer for the probe of the core."""
+"""Trials of a PyTorch optimizer for the core's probe."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from topkast.adapter import (
     check_permutation,
     observe,
 )
-from topkast_torch.inner._fresh import fresh_optimizer, name_of, take_step
-from topkast_torch.inner._inner_state import Layout, Start, entries_of, renew, walk
+from topkast_torch.inner._fresh import class_name, make_fresh_optimizer, take_step
+from topkast_torch.inner._inner_state import Layout, Start, entries_of, reset_entries, walk
 from topkast_torch.inner._learn_layout import device_of
 
 
@@ -32,35 +32,35 @@ def probe(
 ) -> None:
     """Raise :class:`UnsupportedOptimizerError` unless permuting coordinates permutes the update.
 
-    `shapes` are those of the tensors of a group that are to be sparsified; `joint` says that they
-    are ranked together, as one vector.
+    `shapes` are those of a group's sparsified tensors; `joint` says whether they are ranked
+    together, as one vector.
     """
     largest: dict[int, tuple[int, ...]] = {}
     for shape in shapes:
-        kept = largest.setdefault(len(shape), shape)
-        if sorted(shape, reverse=True)[:2] > sorted(kept, reverse=True)[:2]:
+        current = largest.setdefault(len(shape), shape)
+        if sorted(shape, reverse=True)[:2] > sorted(current, reverse=True)[:2]:
             largest[len(shape)] = shape
 
-    def start(params: HostArrays) -> Trial:
+    def start_trial(params: HostArrays) -> Trial:
         return Trial(optimizer, group, params)
 
     for shape in largest.values():
-        check_permutation(start, {"": shape}, name_of(optimizer))
+        check_permutation(start_trial, {"": shape}, class_name(optimizer))
     if joint:
-        check_joint(start, ["first", "second"], "joint", name_of(optimizer))
+        check_joint(start_trial, ["first", "second"], "joint", class_name(optimizer))
 
 
 def find_traits(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], layout: Layout, dimensions: int
 ) -> Traits:
-    """How the optimizer moves weights with a number of dimensions."""
+    """How the optimizer moves weights with `dimensions` dimensions."""
     pairs = beta_pairs(betas_of(group))
-    start = {"": pairs}, {"": dimensions}
-    return observe(lambda params: Trial(optimizer, group, params, layout), *start)[""]
+    arguments = {"": pairs}, {"": dimensions}
+    return observe(lambda params: Trial(optimizer, group, params, layout), *arguments)[""]
 
 
 def betas_of(group: Mapping[str, Any]) -> tuple[float, ...]:
-    """The factors of the averages that an optimizer keeps, as far as its options say."""
+    """The β of an optimizer's moving averages, from its options; empty if it has none."""
     for names in (("betas",), ("beta1", "beta2"), ("b1", "b2")):
         values = [group.get(name) for name in names]
         if names == ("betas",) and isinstance(values[0], (tuple, list)):
@@ -71,7 +71,7 @@ def betas_of(group: Mapping[str, Any]) -> tuple[float, ...]:
 
 
 class Trial:
-    """A fresh optimizer for one tensor; see :class:`topkast._probe.Trial`."""
+    """A fresh optimizer for the tensors of one trial; see :class:`topkast._probe.Trial`."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Trial:
     ) -> None:
         self._optimizer, self._layout, self._device = optimizer, layout, device_of(group)
         self._params = {key: Parameter(self._tensor(array)) for key, array in params.items()}
-        self._fresh = fresh_optimizer(optimizer, group, list(self._params.values()))
+        self._fresh = make_fresh_optimizer(optimizer, group, list(self._params.values()))
 
     def step(self, grads: HostArrays) -> list[HostArrays]:
         before = {key: param.detach().clone() for key, param in self._params.items()}
@@ -93,7 +93,7 @@ class Trial:
         moved = {key: [param.detach() - before[key]] for key, param in self._params.items()}
         for key, param in self._params.items():
             after = self._copies(param)
-            earlier = copies[key] or [before[key]] * len(after)  # made in this step
+            earlier = copies[key] or [before[key]] * len(after)  # created in this step
             moved[key] += [
                 new.view(param.shape) - old.view(param.shape)
                 for old, new in zip(earlier, after, strict=True)
@@ -107,20 +107,20 @@ class Trial:
         assert self._layout is not None
         positions = torch.from_numpy(entrants).nonzero().view(-1).to(self._device)
         for param in self._params.values():
-            kept = entries_of(self._fresh, param, self._layout.stores)
-            renew(kept, self._layout, param, positions)
+            entries = entries_of(self._fresh, param, self._layout.stores)
+            reset_entries(entries, self._layout, param, positions)
 
     def _copies(self, param: Parameter) -> list[torch.Tensor]:
-        """Entries that started at the weights, and have their shape."""
+        """Copies of the entries that started at the weights and have their size."""
         if self._layout is None:
             return []
-        kept = entries_of(self._fresh, param, self._layout.stores)
+        entries = entries_of(self._fresh, param, self._layout.stores)
         return [
             entry.detach().clone()
-            for path, entry in walk(kept)
+            for path, entry in walk(entries)
             if isinstance(self._layout.starts.get(path), Start) and entry.numel() == param.numel()
         ]
 
     def _tensor(self, array: HostArray) -> torch.Tensor:
-        # Of the precision that it comes with: double where rounding must not matter.
+        # Keeps the precision of `array`: double where rounding must not matter.
         return torch.from_numpy(np.asarray(array)).to(self._device, copy=True)

@@ -1,1 +1,1 @@
-"""The wrapper: a ``torch.optim.Optimizer`` around another one, its groups, its checkpoints."""
+"""The wrapper: a ``torch.optim.Optimizer`` around another one, its groups and checkpoints."""

@@ -1,4 +1,4 @@
-"""Who is calling, where another library leaves no other sign of what it is about to do."""
+"""Find callers on the stack, for libraries that announce their intent in no other way."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import sys
 from types import FrameType
 
 
-def is_called_by(function: str, kind: str) -> bool:
-    """Whether a method of this name is running, of an object with a class of the name `kind`."""
+def is_called_by(method: str, class_name: str) -> bool:
+    """Whether `method` of a class named `class_name`, or of a subclass, is on the stack."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == function:
-            owner = type(frame.f_locals.get("self"))
-            if any(one.__name__ == kind for one in owner.__mro__):
+        if frame.f_code.co_name == method:
+            caller = type(frame.f_locals.get("self"))
+            if any(base.__name__ == class_name for base in caller.__mro__):
                 return True
         frame = frame.f_back
     return False

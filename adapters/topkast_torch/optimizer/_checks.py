@@ -1,4 +1,4 @@
-"""What is refused when an optimizer is wrapped, or a group is added."""
+"""Checks when an optimizer is wrapped or a group is added."""
 
 from __future__ import annotations
 
@@ -9,28 +9,26 @@ from torch import Tensor
 
 from topkast import UnsupportedOptimizerError
 from topkast.adapter import GROUP_OPTIONS, Options, check_any
-from topkast_torch.inner._fresh import attributes_of, name_of
+from topkast_torch.inner._fresh import attributes_of, class_name
 from topkast_torch.optimizer._callers import is_called_by
-from topkast_torch.optimizer._groups import (
-    Group,
-)
-from topkast_torch.optimizer._seat import Refusal
+from topkast_torch.optimizer._groups import Group
+from topkast_torch.optimizer._inner_optimizer import Refusal
 
 
 def check_inner(inner: torch.optim.Optimizer) -> None:
     """Raise :class:`topkast.UnsupportedOptimizerError` for an optimizer that cannot be wrapped."""
-    name = name_of(inner)
+    name = class_name(inner)
     wrapped = hasattr(inner, "__topkast_inspect__")
     if wrapped or isinstance(inner.step, Refusal):
         raise UnsupportedOptimizerError(
-            "this optimizer is wrapped already: go on with the TopKASTOptimizer that "
-            "topkast.wrap_optimizer returned, or end it by topkast.unwrap first"
+            "this optimizer is wrapped already: use the TopKASTOptimizer that "
+            "topkast.wrap_optimizer returned, or end it with topkast.unwrap first"
         )
     if is_called_by("_init_local_optimizer", "ZeroRedundancyOptimizer"):
         raise UnsupportedOptimizerError(
-            "ZeroRedundancyOptimizer has each process step some of the Parameters, and their "
-            f"forward views would be seen in that process alone: wrap the {name} itself, without "
-            "it, in every process. What it keeps is of the size of B as it is"
+            "in ZeroRedundancyOptimizer each process steps some of the Parameters, and only that "
+            f"process would see their forward views: wrap the {name} itself, without "
+            "ZeroRedundancyOptimizer, in every process. Its state has the size of B anyway"
         )
     if hasattr(inner.step, "_wrapped_by_lr_sched"):
         raise UnsupportedOptimizerError(
@@ -40,42 +38,43 @@ def check_inner(inner: torch.optim.Optimizer) -> None:
     for attribute, value in attributes_of(inner).items():
         if isinstance(value, torch.optim.Optimizer):
             raise UnsupportedOptimizerError(
-                f"{name} holds another optimizer, {name_of(value)}, in its attribute {attribute}: "
-                f"wrap the {name_of(value)} by itself. Where a library put {name} around it "
-                "(Accelerate, ZeroRedundancyOptimizer), call topkast.wrap_optimizer before that "
-                "library's own preparation"
+                f"{name} holds another optimizer, {class_name(value)}, in its attribute "
+                f"{attribute}: wrap the {class_name(value)} itself. If a library put {name} around "
+                "it (Accelerate, ZeroRedundancyOptimizer), call topkast.wrap_optimizer before the "
+                "library prepares the optimizer"
             )
     clash = sorted(set(GROUP_OPTIONS) & set(inner.defaults))
     if clash:
         raise UnsupportedOptimizerError(
-            f"{name} has options of the names {', '.join(clash)}, which are Top-KAST's in a "
-            "parameter group"
+            f"{name} has options named {', '.join(clash)}, which Top-KAST uses in parameter groups"
         )
 
 
 def check_names(groups: list[Group], param_groups: list[dict[str, Any]], options: Options) -> None:
-    """Raise :class:`topkast.OptionError` for globs that match nothing, or if nothing is sparse."""
+    """Raise :class:`topkast.OptionError` if a glob matches nothing, or no tensor is sparse."""
     names = [
         name
-        for group, values in zip(groups, param_groups, strict=True)
-        if "dense" not in values
+        for group, param_group in zip(groups, param_groups, strict=True)
+        if "dense" not in param_group
         for name in group.names
     ]
     options.check_names(names)
-    everything = dict.fromkeys(name for group in groups for name in group.names)
-    sparse = {name for group in groups for name in group.owner}
-    asked = any(values.get("dense") is True for values in param_groups)
-    if not asked:
-        check_any(dict.fromkeys(sparse), everything, options)
+    all_names = dict.fromkeys(name for group in groups for name in group.names)
+    sparse = {name for group in groups for name in group.execution_by_name}
+    is_dense_requested = any(param_group.get("dense") is True for param_group in param_groups)
+    if not is_dense_requested:
+        check_any(dict.fromkeys(sparse), all_names, options)
 
 
 def name_params(param_group: dict[str, Any], number: int, others: list[dict[str, Any]]) -> None:
-    """Give a group's Parameters names, where those of the other groups have some."""
+    """Name a new group's Parameters if those of the other groups have names."""
     params = param_group["params"]
     if not others or "param_names" not in others[0] or isinstance(params, set):
         return
     params = [params] if isinstance(params, Tensor) else list(params)
     if params and not isinstance(params[0], tuple):
-        names = param_group.pop("param_names", [f"{number}.{one}" for one in range(len(params))])
+        names = param_group.pop(
+            "param_names", [f"{number}.{index}" for index in range(len(params))]
+        )
         params = list(zip(names, params, strict=True))
     param_group["params"] = params

@@ -13,20 +13,20 @@ from torch.nn import Parameter
 from topkast import MismatchError, UnsupportedOptimizerError
 from topkast.adapter import GROUP_OPTIONS, Inspection, Method, Options
 from topkast_torch.execution._execution import Execution
-from topkast_torch.inner._fresh import REFUSED_ALONE, name_of
+from topkast_torch.inner._fresh import DISABLED_METHODS, class_name
 from topkast_torch.inner._inner_state import entries_of, walk
 from topkast_torch.optimizer._checks import check_inner, check_names, name_params
 from topkast_torch.optimizer._groups import (
     Group,
     WrapperState,
     check_overlap,
-    prepare,
+    prepare_group,
     restrict_state,
 )
+from topkast_torch.optimizer._inner_optimizer import Refusal, clear_state
 from topkast_torch.optimizer._load import load
 from topkast_torch.optimizer._loop import step
 from topkast_torch.optimizer._save import save
-from topkast_torch.optimizer._seat import Refusal, clear_state
 from topkast_torch.optimizer._state_view import StateView
 from topkast_torch.sparse._sparse_layer import layer_of
 
@@ -35,16 +35,16 @@ class TopKASTOptimizer(torch.optim.Optimizer):
     r"""A ``torch.optim.Optimizer`` that trains sparse weights; made by ``topkast.wrap_optimizer``.
 
     Training loops, schedulers, gradient clipping and scalers work unchanged. Between steps the
-    model's Parameters hold the forward view α; the weights θ are here
-    (:func:`topkast.dense_params`). ``p.grad`` vanishes outside B as soon as it is accumulated.
+    model's Parameters hold the forward view α, and the optimizer holds the weights θ
+    (:func:`topkast.dense_params`). ``p.grad`` is zeroed outside B as soon as it is accumulated.
 
     ``param_groups`` are those of the wrapped optimizer with the options ``fwd``, ``bwd``,
     ``refresh_every``, ``penalty``, ``penalty_kind``, ``explore``, ``explore_until``,
     ``distribution``, ``block`` and ``block_score`` added; all but the sparsities, the distribution
-    and the block may change while training.
-    ``state[p]`` is the inner optimizer's, with entries of shape (1, …, \|B\|). Other methods and
-    attributes that the wrapped optimizer has, ``train`` and ``eval`` of schedule-free ones among
-    them, are there too: they act on the values on B, and the model sees what becomes of A.
+    and the block may change during training.
+    ``state[p]`` is the inner optimizer's state, with entries of shape (1, …, \|B\|). Other methods
+    and attributes of the wrapped optimizer, such as ``train`` and ``eval`` of schedule-free ones,
+    are available too: they act on the values on B, and the new values on A reach the model.
 
     Examples
     --------
@@ -67,33 +67,33 @@ class TopKASTOptimizer(torch.optim.Optimizer):
     def __init__(self, inner: torch.optim.Optimizer, options: Options) -> None:
         check_inner(inner)
         state = WrapperState(inner, options)
-        outer_options = []
-        for group in inner.param_groups:
-            group_options = options.override(group)
-            state.groups.append(prepare(state, group, group_options))
-            outer_options.append(group_options.for_group())
+        options_by_group = []
+        for param_group in inner.param_groups:
+            group_options = options.override(param_group)
+            state.groups.append(prepare_group(state, param_group, group_options))
+            options_by_group.append(group_options.for_group())
         check_names(state.groups, inner.param_groups, options)
         check_overlap(state.groups)
         restricted = [restrict_state(inner.state, group, group.params) for group in state.groups]
         super().__init__([Parameter(torch.zeros(0))], inner.defaults)
         del self.__dict__["_early_groups"]
-        # Nothing of the user's was changed so far, and nothing below fails.
+        # So far, none of the user's objects was changed. Nothing below fails.
         self._wrapper_state = state
-        state.seat.take(self)
+        state.handle.take_over(self)
         clear_state(inner, state.stores)
-        for prepared, values, chosen, entries in zip(
-            state.groups, inner.param_groups, outer_options, restricted, strict=True
+        for group, param_group, group_values, entries in zip(
+            state.groups, inner.param_groups, options_by_group, restricted, strict=True
         ):
             inner.state.update(entries)
-            self._install(prepared, values, chosen)
+            self._install(group, param_group, group_values)
 
     @staticmethod
-    def _install(group: Group, values: dict[str, Any], options: Mapping[str, Any]) -> None:
-        values.pop("dense", None)
-        if isinstance(values.get("method"), Method):
-            del values["method"]  # the executions have it: what stays in a group is saved
-        values.update(options)
-        group.checked = tuple(values[name] for name in GROUP_OPTIONS)
+    def _install(group: Group, param_group: dict[str, Any], options: Mapping[str, Any]) -> None:
+        param_group.pop("dense", None)
+        if isinstance(param_group.get("method"), Method):
+            del param_group["method"]  # executions hold the method, which cannot be saved
+        param_group.update(options)
+        group.checked = tuple(param_group[name] for name in GROUP_OPTIONS)
         with torch.no_grad():
             for execution in group.executions:
                 execution.install()
@@ -101,12 +101,12 @@ class TopKASTOptimizer(torch.optim.Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups of the wrapped optimizer, which hold the Parameters of the model."""
-        state = self._begun()
+        state = self._find_wrapper_state()
         if state is not None:
             groups: list[dict[str, Any]] = state.inner.param_groups
             return groups
-        # During the constructor of the base class; else a stand-in for this object is asked, whose
-        # own __getattr__ knows more (Lightning makes such of the class alone).
+        # Here the base class is being constructed; otherwise `self` is a stand-in that was made
+        # without __init__ (by Lightning), and its own __getattr__ answers.
         try:
             early: list[dict[str, Any]] = self.__dict__["_early_groups"]
         except KeyError:
@@ -115,56 +115,56 @@ class TopKASTOptimizer(torch.optim.Optimizer):
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        state = self._begun()
+        state = self._find_wrapper_state()
         if state is not None:
             state.inner.param_groups = groups
         else:
             self.__dict__["_early_groups"] = groups
 
-    def _begun(self) -> WrapperState | None:
+    def _find_wrapper_state(self) -> WrapperState | None:
         """The state of the wrapper, None while the base class is being constructed."""
         state: WrapperState | None = getattr(self, "_wrapper_state", None)
         return state
 
     @property
     def state(self) -> Any:
-        """State of the inner optimizer, by Parameter of the model; a live view."""
+        """State of the inner optimizer, keyed by the model's Parameters; a live view."""
         return StateView(self._wrapper_state)
 
     @state.setter
     def state(self, entries: Mapping[Any, Any]) -> None:
-        if self._begun() is not None:  # the constructor of the base class sets an empty one
-            kept = dict(entries)
+        if self._find_wrapper_state() is not None:  # the base class's constructor sets an empty one
+            new_entries = dict(entries)
             view = self.state
             for key in list(view):
                 del view[key]
-            view.update(kept)
+            view.update(new_entries)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of the weights in B, and of A and B when a refresh is due.
+        """Update the weights in B, and A and B if a refresh is due.
 
-        A step that raises before the inner optimizer has moved anything leaves all as it was.
+        A step that raises before the inner optimizer has moved a weight changes nothing.
 
         Parameters
         ----------
         closure
-            Reevaluates the model and returns the loss, as for any PyTorch optimizer.
+            Re-evaluates the model and returns the loss, as for any PyTorch optimizer.
 
         Returns
         -------
         object
-            What `closure` returned, or None.
+            The loss that `closure` returned, or None.
 
         Raises
         ------
         OptionError
-            If an option of a group has a value that it cannot have, or ``fwd``, ``bwd``,
-            ``distribution`` or ``block`` was changed.
+            If an option of a group has an invalid value, or ``fwd``, ``bwd``, ``distribution`` or
+            ``block`` was changed.
         MismatchError
-            If someone else has written weights outside A, or exchanged Parameters.
+            If other code has written weights outside A, or replaced Parameters.
         NonFiniteError
-            If a weight is NaN or infinite when A and B are due to be chosen. The weights have moved
-            then, and no set has changed; mend them and call ``step`` again.
+            If a weight is NaN or infinite at a refresh. The weights have moved then, but no set has
+            changed; repair them and call ``step`` again.
         """
         loss = None
         if closure is not None:
@@ -179,89 +179,89 @@ class TopKASTOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _step(self) -> None:
         state = self._wrapper_state
-        pairs = list(self._with_options())
-        for group, values in zip(state.groups, self.param_groups, strict=True):
-            group.check(values, state.options)
+        pairs = list(self._executions_with_options())
+        for group, param_group in zip(state.groups, self.param_groups, strict=True):
+            group.check(param_group, state.options)
         step(state, pairs)
 
-    def _with_options(self) -> Iterator[tuple[Execution, dict[str, Any]]]:
-        given, known = len(self.param_groups), len(self._wrapper_state.groups)
-        if given != known:
+    def _executions_with_options(self) -> Iterator[tuple[Execution, dict[str, Any]]]:
+        count, expected = len(self.param_groups), len(self._wrapper_state.groups)
+        if count != expected:
             raise MismatchError(
-                f"param_groups has {given} groups, and {known} were given to the optimizer: add "
-                "groups by add_param_group; to take one away, build and wrap another optimizer"
+                f"param_groups has {count} groups, but the optimizer has {expected}: add groups "
+                "with add_param_group; to remove one, build and wrap a new optimizer"
             )
-        for group, values in zip(self._wrapper_state.groups, self.param_groups, strict=True):
+        for group, param_group in zip(self._wrapper_state.groups, self.param_groups, strict=True):
             for execution in group.executions:
-                yield execution, values
+                yield execution, param_group
 
     @torch.no_grad()
     def _accept_external_writes(self) -> None:
-        """Whoever reads the weights first takes over what someone else wrote into the model.
+        """Accept external writes before the weights are read.
 
-        What cannot be taken over is for the next step to refuse: asking raises nothing.
+        Raises nothing: the next step refuses writes that cannot be accepted.
         """
         for execution in self._wrapper_state.executions:
             with suppress(MismatchError):
                 execution.accept_external_writes()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, sparsified under the wrapper's options and those that it has of its own.
+        """Add a group, sparsified under the wrapper's options and the group's own.
 
         Raises
         ------
         OptionError, NonFiniteError, UnsupportedTensorError, UnsupportedOptimizerError
-            As ``topkast.wrap_optimizer``; no group is added then.
+            As in ``topkast.wrap_optimizer``; no group is added then.
         """
-        state = self._begun()
+        state = self._find_wrapper_state()
         if state is None:  # called by the constructor of the base class
             super().add_param_group(param_group)
             return
         options = state.options.override(param_group)
         name_params(param_group, len(state.groups), self.param_groups)
-        super().add_param_group(param_group)  # checks, and fills in defaults
+        super().add_param_group(param_group)  # checks the group and fills in defaults
         try:
-            group = prepare(state, param_group, options)
+            group = prepare_group(state, param_group, options)
             check_overlap([*state.groups, group])
-            self._tell_inner(param_group, group)
+            self._add_inner_group(param_group, group)
         except Exception:
             del self.param_groups[len(state.groups) :]
             raise
         state.groups.append(group)
         self._install(group, param_group, options.for_group())
 
-    def _tell_inner(self, param_group: dict[str, Any], group: Group) -> None:
-        """Have an inner optimizer that adds groups in its own way do so, with compact vectors."""
+    def _add_inner_group(self, param_group: dict[str, Any], group: Group) -> None:
+        """Call the inner optimizer's own ``add_param_group``, if any, with compact vectors."""
         inner = self._wrapper_state.inner
         if type(inner).add_param_group is torch.optim.Optimizer.add_param_group:
             return
         self.param_groups.pop()
         try:
-            with self._wrapper_state.seat.seated():
-                param_group["params"] = group.given()
+            with self._wrapper_state.handle.with_compact_params():
+                param_group["params"] = group.inner_params()
                 type(inner).add_param_group(inner, param_group)
         finally:
             param_group["params"] = group.params
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the inner optimizer on B, options, sets and θ; a snapshot that stays as it is.
+        """A snapshot of the inner optimizer's state on B, the options, the sets and θ.
 
-        Tensors, numbers, strings and containers of them: ``torch.load`` with
-        ``weights_only=True`` reads it.
+        It has only tensors, numbers, strings and containers of them, so that
+        ``torch.load(weights_only=True)`` reads it.
 
         Returns
         -------
         dict
-            ``"state"`` and ``"param_groups"`` as of any PyTorch optimizer. What Top-KAST adds is
-            under ``"topkast"`` in the state of each Parameter and in the first group.
+            ``"state"`` and ``"param_groups"``, as for any PyTorch optimizer. Top-KAST's entries
+            are under ``"topkast"`` in the state of each Parameter and in the first group.
         """
-        for before in self._optimizer_state_dict_pre_hooks.values():
-            before(self)
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
         self._accept_external_writes()
         with torch.no_grad():
             state_dict = save(self._wrapper_state)
-        for after in self._optimizer_state_dict_post_hooks.values():
-            state_dict = after(self, state_dict) or state_dict
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -270,15 +270,15 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         Raises
         ------
         StateDictError
-            If it is corrupt or fits other tensors or sparsities; nothing is changed then.
+            If it is corrupt, or has other tensors or sparsities; nothing is changed then.
         """
         state_dict = dict(state_dict)
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = before(self, state_dict) or state_dict
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
         with torch.inference_mode(False), torch.no_grad():
             load(self._wrapper_state, state_dict)
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def __topkast_unwrap__(self, weights: Any) -> torch.optim.Optimizer:
         """See :func:`topkast.unwrap`."""
@@ -287,15 +287,15 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         return unwrap(self, weights)
 
     def retire(self) -> None:
-        """Refuse to act from now on: the inner optimizer has gone its own way."""
+        """Disable this wrapper, after :func:`topkast.unwrap`."""
         refusal = Refusal(
             "this TopKASTOptimizer was ended by topkast.unwrap: use the optimizer that it returned"
         )
-        for name in REFUSED_ALONE:
+        for name in DISABLED_METHODS:
             setattr(self, name, refusal)
 
     def _find_attribute(self, name: str) -> Any:
-        """What the wrapped optimizer has besides: methods act on the values on B."""
+        """An attribute of the wrapped optimizer; its methods act on the values on B."""
         state = self.__dict__.get("_wrapper_state")
         if state is None or name.startswith("_"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -303,8 +303,8 @@ class TopKASTOptimizer(torch.optim.Optimizer):
             value = getattr(state.inner, name)
         except AttributeError:
             raise AttributeError(
-                f"neither {type(self).__name__} nor the {name_of(state.inner)} in it has an "
-                f"attribute {name!r}"
+                f"neither {type(self).__name__} nor its {class_name(state.inner)} has an attribute "
+                f"{name!r}"
             ) from None
         if not callable(value) or isinstance(value, Refusal):
             return value
@@ -312,7 +312,7 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         def call(*arguments: Any, **named: Any) -> Any:
             self._accept_external_writes()
             try:
-                with state.seat.seated():
+                with state.handle.with_compact_params():
                     return value(*arguments, **named)
             finally:
                 with torch.no_grad():
@@ -335,7 +335,7 @@ class TopKASTOptimizer(torch.optim.Optimizer):
             .__repr__()
             .replace(
                 f"{type(self).__name__} (",
-                f"{type(self).__name__} around {name_of(self._wrapper_state.inner)} (",
+                f"{type(self).__name__} around {class_name(self._wrapper_state.inner)} (",
                 1,
             )
         )
@@ -345,19 +345,20 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         state = self._wrapper_state
         theta: dict[str, Tensor] = {}
         held: dict[str, int] = {}
-        model = 0
+        model_bytes = 0
         with torch.no_grad():
             for group in state.groups:
                 for name, param in zip(group.names, group.params, strict=True):
                     theta[name] = param.detach()
-                    if layer_of(param) is None:  # of sparse layers all is held
-                        model += param.nbytes if name not in group.owner else 2 * param.nbytes
-                    if name not in group.owner:
+                    is_sparse = name in group.execution_by_name
+                    if layer_of(param) is None:  # `held` counts sparse layers in full
+                        model_bytes += 2 * param.nbytes if is_sparse else param.nbytes
+                    if not is_sparse:
                         theta[name] = theta[name].clone()
                         held[name] = sum(entry.nbytes for entry in (param, *self._entries(param)))
                 for execution in group.executions:
                     theta |= execution.ranked.unflatten(execution.theta().clone())
-                    held[execution.ranked.key] = execution.held_bytes(
+                    held[execution.ranked.key] = execution.count_bytes(
                         self._entries(execution.values)
                     )
         executions = {execution.ranked.key: execution for execution in state.executions}
@@ -368,14 +369,14 @@ class TopKASTOptimizer(torch.optim.Optimizer):
             {key: execution.support for key, execution in executions.items()},
             {key: execution.entered_active for key, execution in executions.items()},
             held,
-            model,
+            model_bytes,
         )
 
     def _entries(self, param: Tensor) -> list[Tensor]:
         state = self._wrapper_state
         return [entry for _, entry in walk(entries_of(state.inner, param, state.stores))]
 
-    if not TYPE_CHECKING:  # type checkers are to find misspelt names
+    if not TYPE_CHECKING:  # so that type checkers find misspelt names
         __getattr__ = _find_attribute
 
 
@@ -383,10 +384,10 @@ _step_uncompiled: Any = torch.compiler.disable(TopKASTOptimizer._step)
 
 
 def wrap(optimizer: Any, options: Options) -> TopKASTOptimizer:
-    """Adapter of ``topkast.wrap_optimizer`` for the package ``torch``."""
+    """Implements ``topkast.wrap_optimizer`` for the package ``torch``."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UnsupportedOptimizerError(
             f"expected a torch.optim.Optimizer, got {type(optimizer).__qualname__}"
         )
-    with torch.inference_mode(False):  # whose tensors could not be trained afterwards
+    with torch.inference_mode(False):  # inference tensors cannot be trained
         return TopKASTOptimizer(optimizer, options)

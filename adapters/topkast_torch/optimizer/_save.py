@@ -1,8 +1,8 @@
-"""The state dict: what is saved.
+"""Saving a state dict.
 
 It has the form of any PyTorch optimizer's: ``state`` by number of the Parameter, ``param_groups``.
-What Top-KAST adds travels inside these two, since libraries that save optimizers by the names of
-Parameters keep nothing else.
+Top-KAST's own entries are stored inside these two, since libraries that save optimizers by the
+names of Parameters drop everything else.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ import numpy as np
 from torch import Tensor
 
 from topkast_torch.execution._execution import Execution
-from topkast_torch.inner._fresh import missing_counts
+from topkast_torch.inner._fresh import find_missing_counts
 from topkast_torch.inner._inner_state import encode, entries_of, map_tree
-from topkast_torch.inner._learn_layout import first_writes
+from topkast_torch.inner._learn_layout import find_first_writes
 from topkast_torch.optimizer._groups import Group, WrapperState
 
 VERSION = 3
-OWN = "topkast"  # the key of what Top-KAST adds
+TOPKAST_KEY = "topkast"  # of the entries that Top-KAST adds
 
 
 def save(state: WrapperState) -> dict[str, Any]:
-    """The state dict of :meth:`TopKASTOptimizer.state_dict`."""
-    numbers = _number(state)
+    """Implements :meth:`TopKASTOptimizer.state_dict`."""
+    numbers = _number_params(state)
     saved: dict[int, dict[str, Any]] = {}
-    for group, values in zip(state.groups, state.inner.param_groups, strict=True):
-        _save_group(saved, state, group, values, numbers)
+    for group, param_group in zip(state.groups, state.inner.param_groups, strict=True):
+        _save_group(saved, state, group, param_group, numbers)
     groups = [
-        {name: copy_tree(value) for name, value in values.items() if name != "params"}
-        | {"params": [numbers[id(param)] for param in values["params"]]}
-        for values in state.inner.param_groups
+        {name: copy_tree(value) for name, value in param_group.items() if name != "params"}
+        | {"params": [numbers[id(param)] for param in param_group["params"]]}
+        for param_group in state.inner.param_groups
     ]
-    # As with state that is not there yet: some libraries load into what they have saved alone.
+    # Some libraries load only entries that are saved: also save counters that do not exist yet.
     uncounted = []
-    for number, values in enumerate(state.inner.param_groups):
-        missing = missing_counts(state.inner, values)
+    for number, param_group in enumerate(state.inner.param_groups):
+        missing = find_missing_counts(state.inner, param_group)
         groups[number] |= copy_tree(missing)
         uncounted += [f"{number}:{name}" for name in missing]
-    groups[0][OWN] = {
+    groups[0][TOPKAST_KEY] = {
         "version": VERSION,
         "updates": state.updates,
         "overdue": state.overdue,
@@ -56,8 +56,8 @@ def save(state: WrapperState) -> dict[str, Any]:
     return {"state": encode(dict(sorted(saved.items()))), "param_groups": groups}
 
 
-def _number(state: WrapperState) -> dict[int, int]:
-    """The number of each Parameter, by its id, as PyTorch counts them."""
+def _number_params(state: WrapperState) -> dict[int, int]:
+    """PyTorch's number of each Parameter, by id."""
     numbers: dict[int, int] = {}
     start = 0
     for group in state.groups:
@@ -71,50 +71,54 @@ def _save_group(
     saved: dict[int, dict[str, Any]],
     state: WrapperState,
     group: Group,
-    values: Mapping[str, Any],
+    param_group: Mapping[str, Any],
     numbers: Mapping[int, int],
 ) -> None:
-    given = group.given()
-    kept = {id(one): entries_of(state.inner, one, state.stores) for one in given}
-    # What an optimizer has not stepped yet is saved as it would start, since some libraries load
-    # into what they have saved alone; `started` says that it is not to be loaded.
-    waiting = [
-        one
-        for one in given
-        if all(isinstance(entry, Mapping) and not entry for entry in kept[id(one)].values())
+    inner_params = group.inner_params()
+    stores_by_id = {
+        id(param): entries_of(state.inner, param, state.stores) for param in inner_params
+    }
+    # Some libraries load only entries that are saved: a Parameter without a step is saved with the
+    # state that it would start with, and `started` false, so that it is not loaded.
+    unstepped = [
+        param
+        for param in inner_params
+        if all(
+            isinstance(entry, Mapping) and not entry for entry in stores_by_id[id(param)].values()
+        )
     ]
-    starts = first_writes(state.inner, values, waiting) if waiting else []
-    written = {id(one): start for one, start in zip(waiting, starts, strict=True)}
+    writes = find_first_writes(state.inner, param_group, unstepped) if unstepped else []
+    starts = {id(param): entries for param, entries in zip(unstepped, writes, strict=True)}
     params = dict(zip(group.names, group.params, strict=True))
     for execution in group.executions:
         key = id(execution.values)
-        shared: Any = {"state": written[key]} if key in written else copy_tree(kept[key])
-        own = _save_execution(execution)
-        # What tensors that are ranked together share, whose sizes are fixed only in all, stands
-        # with the first: some libraries load into tensors of the sizes that they were given.
+        shared: Any = {"state": starts[key]} if key in starts else copy_tree(stores_by_id[key])
+        extras = _save_execution(execution)
+        # Tensors ranked together share one vector per entry. It is saved with the first tensor,
+        # since some libraries load only into tensors of the same size, and only the total is fixed.
         first, *_ = execution.ranked.shapes
-        own[first]["started"] = key not in written
+        extras[first]["started"] = key not in starts
         for name in execution.ranked.shapes:
-            part = shared if shared and name == first else {"state": {}}
-            _put(saved, numbers[id(params[name])], part, own[name])
+            stores = shared if shared and name == first else {"state": {}}
+            _save_entries(saved, numbers[id(params[name])], stores, extras[name])
     for name, param in params.items():
-        if name not in group.owner:
+        if name not in group.execution_by_name:
             key = id(param)
-            entries = {"state": written[key]} if key in written else copy_tree(kept[key])
-            _put(saved, numbers[key], entries, {"started": key not in written})
+            stores = {"state": starts[key]} if key in starts else copy_tree(stores_by_id[key])
+            _save_entries(saved, numbers[key], stores, {"started": key not in starts})
 
 
-def _put(
-    saved: dict[int, dict[str, Any]], number: int, kept: dict[str, Any], own: dict[str, Any]
+def _save_entries(
+    saved: dict[int, dict[str, Any]], number: int, stores: dict[str, Any], extra: dict[str, Any]
 ) -> None:
-    others = {name: entries for name, entries in kept.items() if name != "state"}
-    if others:
-        own["stores"] = others
-    saved[number] = dict(kept.get("state", {})) | {OWN: own}
+    other_stores = {name: entries for name, entries in stores.items() if name != "state"}
+    if other_stores:
+        extra["stores"] = other_stores
+    saved[number] = dict(stores.get("state", {})) | {TOPKAST_KEY: extra}
 
 
 def _save_execution(execution: Execution) -> dict[str, dict[str, Any]]:
-    """θ of each member by name, and with the first one sets and ages."""
+    """θ of each member by name; the first also has the sets and ages."""
     ranked = execution.ranked
     theta = ranked.unflatten(execution.theta().clone())
     saved = {
@@ -129,19 +133,21 @@ def _save_execution(execution: Execution) -> dict[str, dict[str, Any]]:
         shared["block_rows"], shared["block_columns"] = ranked.blocks.rows, ranked.blocks.columns
     shared["steps"] = execution.steps
     if execution.young is not None:
-        shared["ages"] = execution.young.current().clone()
+        shared["ages"] = execution.young.current_ages().clone()
     if others:
         shared["members"] = list(ranked.shapes)
     return saved
 
 
 def copy_tree(tree: Any) -> Any:
-    def copied(_: Any, leaf: Any) -> Any:
-        if isinstance(leaf, np.generic):  # which torch.load refuses
+    """A deep copy of nested containers, with NumPy scalars as Python's."""
+
+    def copy_leaf(_: Any, leaf: Any) -> Any:
+        if isinstance(leaf, np.generic):  # torch.load refuses it
             return leaf.item()
         return leaf.detach().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
 
-    return map_tree(copied, tree)
+    return map_tree(copy_leaf, tree)
 
 
 def is_tensor(key: object) -> bool:

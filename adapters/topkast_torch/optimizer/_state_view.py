@@ -1,4 +1,4 @@
-"""``optimizer.state`` as users know it: the inner optimizer's, by Parameter of the model."""
+"""``optimizer.state``: the inner optimizer's state, keyed by the model's Parameters."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 class StateView(MutableMapping[Any, Any]):
     """A live view: reading and writing it reads and writes the inner optimizer's ``state``.
 
-    It is true even while it is empty: libraries take a step to fill the state of an optimizer that
-    has none, and asking for a state dict must not move weights.
+    It is true even if empty: libraries take a step to fill an empty state before they ask for a
+    state dict, and that would move weights.
     """
 
     def __init__(self, wrapper_state: WrapperState) -> None:
@@ -23,23 +23,23 @@ class StateView(MutableMapping[Any, Any]):
         return True
 
     def __getitem__(self, param: Any) -> Any:
-        return self._wrapper_state.inner.state[self._given(param)]
+        return self._wrapper_state.inner.state[self._inner_param(param)]
 
     def __setitem__(self, param: Any, entries: Any) -> None:
-        self._wrapper_state.inner.state[self._given(param)] = entries
+        self._wrapper_state.inner.state[self._inner_param(param)] = entries
 
     def __delitem__(self, param: Any) -> None:
-        del self._wrapper_state.inner.state[self._given(param)]
+        del self._wrapper_state.inner.state[self._inner_param(param)]
 
     def __contains__(self, param: Any) -> bool:
-        return self._given(param) in self._wrapper_state.inner.state
+        return self._inner_param(param) in self._wrapper_state.inner.state
 
     def __iter__(self) -> Iterator[Any]:
         inner = self._wrapper_state.inner.state
-        pairs = list(self._wrapper_state.pairs())
-        given = {compact for _, compact in pairs}
+        pairs = list(self._wrapper_state.param_pairs())
+        known = {compact for _, compact in pairs}
         yield from (param for param, compact in pairs if compact in inner)
-        yield from (key for key in inner if key not in given)
+        yield from (key for key in inner if key not in known)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -47,5 +47,5 @@ class StateView(MutableMapping[Any, Any]):
     def __repr__(self) -> str:
         return repr(dict(self))
 
-    def _given(self, param: Any) -> Any:
-        return dict(self._wrapper_state.pairs()).get(param, param)
+    def _inner_param(self, param: Any) -> Any:
+        return dict(self._wrapper_state.param_pairs()).get(param, param)

@@ -1,4 +1,4 @@
-"""The end of a wrapper: the inner optimizer trains the whole tensors again."""
+"""Unwrap: the inner optimizer trains dense tensors again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from topkast import OptionError
 from topkast.adapter import GROUP_OPTIONS
 from topkast_torch.execution._execution import Execution
 from topkast_torch.execution._sparse_execution import SparseExecution
-from topkast_torch.inner._inner_state import entries_of, expand, take
+from topkast_torch.inner._inner_state import entries_of, expand_entries, gather_entries
 from topkast_torch.optimizer._groups import WrapperState
 from topkast_torch.optimizer._optimizer import TopKASTOptimizer
 
@@ -20,7 +20,7 @@ Weights = Literal["forward", "dense"]
 
 
 def unwrap(optimizer: TopKASTOptimizer, weights: Weights) -> torch.optim.Optimizer:
-    """The PyTorch part of :func:`topkast.unwrap`."""
+    """Implements :func:`topkast.unwrap` for PyTorch."""
     if weights not in ("forward", "dense"):
         raise OptionError(f"weights must be 'forward' or 'dense', got {weights!r}")
     state = optimizer._wrapper_state
@@ -36,27 +36,28 @@ def unwrap(optimizer: TopKASTOptimizer, weights: Weights) -> torch.optim.Optimiz
             if weights == "dense" or not isinstance(execution, SparseExecution):
                 _expand_state(state, execution, params)
             execution.uninstall(dense=weights == "dense")
-    for values in optimizer.param_groups:
+    for param_group in optimizer.param_groups:
         for name in GROUP_OPTIONS:
-            values.pop(name, None)
+            param_group.pop(name, None)
     inner = state.inner
-    state.seat.leave(optimizer)
+    state.handle.hand_back(optimizer)
     optimizer.retire()
     return inner
 
 
 def _expand_state(state: WrapperState, execution: Execution, params: Mapping[str, Tensor]) -> None:
-    """Spread what the inner optimizer keeps on B over the whole tensors, fresh outside B."""
+    """Expand the inner optimizer's entries from B to the dense tensors, fresh outside B."""
     layout, compact = execution.profile.layout, execution.ranked.compact_shape
-    kept = entries_of(state.inner, execution.values, state.stores)
-    for store in kept:
+    entries = entries_of(state.inner, execution.values, state.stores)
+    for store in entries:
         del getattr(state.inner, store)[execution.values]
     theta = execution.ranked.unflatten(execution.theta())
     flat, bounds = execution.support.entries, execution.ranked.bounds
-    everywhere = torch.arange(len(flat), device=flat.device)
-    for name, parts in execution.member_parts().items():
-        positions = torch.cat([everywhere[part] for part in parts])
-        own = take(kept, layout, compact, positions) if kept else {}
-        places = flat.index_select(0, positions) - bounds[name][0]
-        for store, entries in expand(own, layout, compact, places, theta[name]).items():
-            getattr(state.inner, store)[params[name]] = entries
+    all_positions = torch.arange(len(flat), device=flat.device)
+    for name, slices in execution.member_slices().items():
+        positions = torch.cat([all_positions[section] for section in slices])
+        on_b = gather_entries(entries, layout, compact, positions) if entries else {}
+        indices = flat.index_select(0, positions) - bounds[name][0]
+        dense = expand_entries(on_b, layout, compact, indices, theta[name])
+        for store, dense_entries in dense.items():
+            getattr(state.inner, store)[params[name]] = dense_entries

@@ -1,1 +1,1 @@
-"""Layers whose weight exists on B alone, and the way there and back."""
+"""Layers whose weight is stored on B alone, and conversion to them and back."""

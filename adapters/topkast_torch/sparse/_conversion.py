@@ -1,4 +1,4 @@
-"""Layers made sparse in place, and dense again: they and their Parameters stay the same objects."""
+"""Convert layers to sparse and back in place: modules and Parameters keep their identity."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from topkast import Support
 from topkast_torch.sparse._layers import SparseConv2d, SparseLinear
-from topkast_torch.sparse._sparse_layer import SparseLayer, forget, replace_data
+from topkast_torch.sparse._sparse_layer import SparseLayer, replace_data, unregister
 
 SPARSE_FORMS: dict[type[nn.Module], type[SparseLayer]] = {
     nn.Linear: SparseLinear,
@@ -20,7 +20,7 @@ SPARSE_FORMS: dict[type[nn.Module], type[SparseLayer]] = {
 def make_sparse(
     module: nn.Module, values: Parameter, support: Support, shape: tuple[int, ...]
 ) -> SparseLayer:
-    """Make a module sparse in place: whoever holds it, and its hooks, stay as they are."""
+    """Make a module sparse in place: references to it, and its hooks, stay valid."""
     sparse = SPARSE_FORMS[type(module)]
     del module._parameters["weight"]
     module.__class__ = sparse
@@ -31,18 +31,20 @@ def make_sparse(
     return module
 
 
-def make_dense(module: SparseLayer, weight: Tensor, *, same: bool) -> None:
-    """Make a sparse layer dense in place, with a weight; its Parameter stays the `same`, or not."""
+def make_dense(module: SparseLayer, weight: Tensor, *, keep_param: bool) -> None:
+    """Make a sparse layer dense in place; `keep_param` keeps the Parameter's identity."""
     param, bias = module._parameters.pop("values"), module._parameters.pop("bias")
     assert param is not None
     for name in ("indices", "active", "reservoir", "weight_shape", "density", "_products"):
         module.__dict__.pop(name, None)
-    del module._number
-    if same:
-        forget(param)
+    del module._assignment_count
+    if keep_param:
+        unregister(param)
         replace_data(param, weight)
     else:
         param = Parameter(weight, requires_grad=param.requires_grad)
-    dense: Any = next(one for one, sparse in SPARSE_FORMS.items() if isinstance(module, sparse))
-    module.__class__ = dense
+    dense_class: Any = next(
+        dense for dense, sparse in SPARSE_FORMS.items() if isinstance(module, sparse)
+    )
+    module.__class__ = dense_class
     module._parameters |= {"weight": param, "bias": bias}

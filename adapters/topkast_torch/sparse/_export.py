@@ -1,4 +1,4 @@
-"""The forward view alone, as a safetensors file: values on A and where they are."""
+"""Safetensors files of the forward view: the values on A and their indices."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from topkast_torch.sparse._sparse_layer import STRUCTURE, SparseLayer
 
 _FORMAT = "topkast-forward-1"
 _INDICES = (torch.int32, torch.int64)
-_SPARSEST = 1 << 20  # entries of a weight for each value, at most: a file must not claim memory
+_MAX_ENTRIES_PER_VALUE = 1 << 20  # a small file must not make us allocate a huge tensor
 
 
 def save_forward(model: nn.Module, path: str | PathLike[str]) -> None:
-    r"""Save what the forward pass of a sparse model sees: of each sparse layer, A alone.
+    r"""Save the forward view of a sparse model: of each sparse weight, the values on A alone.
 
     A sparse weight ``name.weight`` becomes ``name.weight.values``, shape (\|A\|,), and
-    ``name.weight.indices``, its flat C-order indices, ascending, int32 where they fit and int64
-    otherwise. Its shape is in the metadata. Everything else of the state dict is saved as it is.
+    ``name.weight.indices``, their flat C-order indices, ascending, int32 where they fit and int64
+    otherwise. The weight's shape is in the metadata. All other entries of the state dict are saved
+    unchanged.
 
     Parameters
     ----------
@@ -37,7 +38,7 @@ def save_forward(model: nn.Module, path: str | PathLike[str]) -> None:
     Raises
     ------
     MismatchError
-        If there is no sparse layer.
+        If the model has no sparse layer.
 
     Examples
     --------
@@ -50,7 +51,7 @@ def save_forward(model: nn.Module, path: str | PathLike[str]) -> None:
     >>> dense.load_state_dict(state)
     <All keys matched successfully>
     """
-    save_file: Any = _safetensors("torch").save_file
+    save_file: Any = _import_safetensors("torch").save_file
     layers = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
@@ -58,25 +59,25 @@ def save_forward(model: nn.Module, path: str | PathLike[str]) -> None:
     }
     if not layers:
         raise MismatchError("the model has no sparse layer: call topkast.sparsify first")
-    own = {_join(name, part) for name in layers for part in ("values", *STRUCTURE)}
+    layer_entries = {_join(name, entry) for name in layers for entry in ("values", *STRUCTURE)}
     tensors: dict[str, Tensor] = {}
-    same: dict[str, str] = {}  # names of what is saved under another name
-    first: dict[Any, str] = {}
+    same: dict[str, str] = {}  # the name under which a shared tensor is saved, by its other names
+    saved_names: dict[Any, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name not in own:
+        if name not in layer_entries:
             key = tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
-            if tensor.numel() and key in first:
-                same[name] = first[key]
+            if tensor.numel() and key in saved_names:
+                same[name] = saved_names[key]
             else:
-                first[key] = name
+                saved_names[key] = name
                 tensors[name] = tensor.detach().contiguous()
     shapes = {}
     for name, layer in layers.items():
         weight = _join(name, "weight")
-        if id(layer) in first:
-            same[weight] = first[id(layer)]
+        if id(layer) in saved_names:
+            same[weight] = saved_names[id(layer)]
             continue
-        first[id(layer)] = weight
+        saved_names[id(layer)] = weight
         tensors[weight + ".values"] = layer.values.detach().view(-1)[: layer.active_count].clone()
         tensors[weight + ".indices"] = layer.support.active.clone()
         shapes[weight] = list(layer.weight_shape)
@@ -85,7 +86,7 @@ def save_forward(model: nn.Module, path: str | PathLike[str]) -> None:
 
 
 def load_forward(path: str | PathLike[str]) -> dict[str, Tensor]:
-    """The state dict of a dense model from a file of :func:`save_forward`.
+    """Load a file of :func:`save_forward` as the state dict of a dense model.
 
     Parameters
     ----------
@@ -100,13 +101,13 @@ def load_forward(path: str | PathLike[str]) -> dict[str, Tensor]:
     Raises
     ------
     MismatchError
-        If the file is none of :func:`save_forward`, or its indices do not fit its shapes.
+        If :func:`save_forward` did not write the file, or its indices do not fit its shapes.
 
     Examples
     --------
     See :func:`save_forward`.
     """
-    safe_open: Any = _safetensors("").safe_open
+    safe_open: Any = _import_safetensors("").safe_open
     with safe_open(path, framework="pt") as file:
         metadata: dict[str, Any] = file.metadata() or {}
         if metadata.get("format") != _FORMAT:
@@ -119,22 +120,24 @@ def load_forward(path: str | PathLike[str]) -> dict[str, Tensor]:
         shapes, same = (_read_object(metadata, name) for name in ("shapes", "same"))
         for name, shape in shapes.items():
             tensors[name] = _to_dense(name, shape, tensors)
-        for name, other in same.items():
-            tensors[name] = tensors[other]
+        for name, saved_name in same.items():
+            tensors[name] = tensors[saved_name]
     except (ValueError, KeyError) as error:
-        raise MismatchError(f"{path} is no file of topkast_torch.save_forward: {error}") from error
+        raise MismatchError(
+            f"{path} is not a valid file of topkast_torch.save_forward: {error}"
+        ) from error
     return tensors
 
 
 def _read_object(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
     content = json.loads(metadata.get(name, "{}" if name == "same" else "null"))
     if not isinstance(content, dict):
-        raise ValueError(f"its entry {name!r} must be a JSON object, got {content!r}")
+        raise ValueError(f"its metadata entry {name!r} must be a JSON object, got {content!r}")
     return content
 
 
 def _to_dense(name: str, shape: Any, tensors: dict[str, Tensor]) -> Tensor:
-    """The dense tensor of values and indices in a file, once it is known that they fit."""
+    """The dense tensor of a file's values and indices, after checking that they fit."""
     values, indices = tensors.pop(name + ".values"), tensors.pop(name + ".indices")
     if not isinstance(shape, list) or not all(
         isinstance(length, int) and length >= 0 for length in shape
@@ -144,26 +147,26 @@ def _to_dense(name: str, shape: Any, tensors: dict[str, Tensor]) -> Tensor:
     if values.dim() != 1 or indices.shape != values.shape or indices.dtype not in _INDICES:
         raise ValueError(
             f"{name} has values of shape {tuple(values.shape)} and indices of {indices.dtype} and "
-            f"shape {tuple(indices.shape)}, expected as many integers as values"
+            f"shape {tuple(indices.shape)}, expected one integer index per value"
         )
     indices = indices.long()
-    ascend = bool((indices[1:] > indices[:-1]).all())
-    if len(indices) and not (ascend and int(indices[0]) >= 0 and int(indices[-1]) < size):
+    is_ascending = bool((indices[1:] > indices[:-1]).all())
+    if len(indices) and not (is_ascending and int(indices[0]) >= 0 and int(indices[-1]) < size):
         raise ValueError(f"the indices of {name} must ascend in [0, {size})")
-    if size > _SPARSEST * max(len(indices), 1):
+    if size > _MAX_ENTRIES_PER_VALUE * max(len(indices), 1):
         raise ValueError(
-            f"{name} has {len(indices)} values for a weight of shape {tuple(shape)}: a file of "
-            "this size cannot claim a tensor of that"
+            f"{name} has {len(indices)} values for a weight of shape {tuple(shape)}, more than "
+            f"{_MAX_ENTRIES_PER_VALUE} entries for each value"
         )
     return values.new_zeros(size).index_copy(0, indices, values).view(shape)
 
 
-def _safetensors(part: str) -> Any:
+def _import_safetensors(submodule: str) -> Any:
     try:
-        return importlib.import_module(f"safetensors.{part}" if part else "safetensors")
+        return importlib.import_module(f"safetensors.{submodule}" if submodule else "safetensors")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "files of forward views need safetensors: pip install 'topkast[safetensors]'"
+            "save_forward and load_forward need safetensors: pip install 'topkast[safetensors]'"
         ) from error
 
 

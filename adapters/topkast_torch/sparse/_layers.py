@@ -1,4 +1,4 @@
-"""Layers whose weight exists on B alone, and whose forward pass multiplies by A alone."""
+"""Layers whose weight is stored on B alone and multiplied on A alone."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from topkast.adapter import check_sparsities
 from topkast_torch.sparse._convolutions import Convolution, Window, make_convolution
 from topkast_torch.sparse._functions import convolve, multiply
 from topkast_torch.sparse._products import Entries, Products, make_products
-from topkast_torch.sparse._sparse_layer import SparseLayer, start
+from topkast_torch.sparse._sparse_layer import SparseLayer, initialise
 
 
 class SparseLinear(SparseLayer):
-    r"""A linear layer with a weight that is always sparse, in memory and in all three products.
+    r"""A linear layer whose weight is always sparse, in memory and in all three products.
 
-    Made by :func:`topkast.sparsify` from ``torch.nn.Linear``, or used directly under a wrapped
-    optimizer, which chooses A and B anew from then on, of the same sizes.
+    :func:`topkast.sparsify` makes it from ``torch.nn.Linear``. If it is constructed directly, the
+    wrapped optimizer refreshes A and B and keeps their sizes.
 
     Parameters
     ----------
     in_features, out_features, bias
-        As for ``torch.nn.Linear``; the initial weights are drawn as there.
+        As for ``torch.nn.Linear``, which also draws the initial weights.
     fwd, bwd
         Forward and backward sparsity, ``0 <= bwd <= fwd < 1``.
     device, dtype
-        Of the Parameters: float32 or float64.
+        Device and dtype of the Parameters; float32 or float64.
 
     Attributes
     ----------
@@ -42,9 +42,9 @@ class SparseLinear(SparseLayer):
     Raises
     ------
     OptionError
-        If the sparsities are not as above.
+        If the sparsities are out of range.
     UnsupportedTensorError
-        For another dtype.
+        If the dtype is neither float32 nor float64.
 
     Examples
     --------
@@ -74,27 +74,27 @@ class SparseLinear(SparseLayer):
         dense = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         if dense.weight.dtype not in (torch.float32, torch.float64):
             raise UnsupportedTensorError(
-                f"sparse layers are of float32 or float64, got {dense.weight.dtype}"
+                f"sparse layers need dtype float32 or float64, got {dense.weight.dtype}"
             )
         self.in_features, self.out_features = in_features, out_features
-        start(self, dense.weight.detach(), fwd=fwd, bwd=bwd)
+        initialise(self, dense.weight.detach(), fwd=fwd, bwd=bwd)
         self.register_parameter("bias", dense.bias)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as torch.nn.Linear has it
         """(…, out_features) from (…, in_features).
 
-        Raises :class:`topkast.MismatchError` for an input of another width or dtype.
+        Raises :class:`topkast.MismatchError` if the input has another width or dtype.
         """
         inputs = self._check_input(input)
         *leading, features = inputs.shape
         if features != self.in_features:
             raise MismatchError(
-                f"the layer takes {self.in_features} features, got an input of shape "
+                f"SparseLinear takes {self.in_features} features, got an input of shape "
                 f"{tuple(inputs.shape)}"
             )
         rows = inputs.reshape(math.prod(leading), features)
-        found: Tensor = multiply(rows, self.values, self.bias, lambda: self.products)
-        return found.view(*leading, self.out_features)
+        output: Tensor = multiply(rows, self.values, self.bias, lambda: self.products)
+        return output.view(*leading, self.out_features)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -108,11 +108,11 @@ class SparseLinear(SparseLayer):
 
 
 class SparseConv2d(SparseLayer):
-    """A convolution of images with a weight that is always sparse.
+    """A two-dimensional convolution whose weight is always sparse.
 
-    Made by :func:`topkast.sparsify` from ``torch.nn.Conv2d``, of which it has the attributes. The
-    kernels for CPUs lay images side by side in vectors, 16 of float32 where a processor has
-    AVX-512: the batch had better be a multiple of that.
+    :func:`topkast.sparsify` makes it from ``torch.nn.Conv2d``, whose attributes it keeps. The CPU
+    kernels lay images side by side in vectors, 16 of float32 with AVX-512: batch sizes that are
+    multiples of the vector length are fastest.
 
     Examples
     --------
@@ -137,23 +137,24 @@ class SparseConv2d(SparseLayer):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as torch.nn.Conv2d has it
         """(batch, out_channels, height', width') from (batch, in_channels, height, width).
 
-        Raises :class:`topkast.MismatchError` for an input with other channels or of another dtype.
+        Raises :class:`topkast.MismatchError` if the input has other channels or another dtype.
         """
         inputs = self._check_input(input)
         images = inputs if inputs.dim() == 4 else inputs[None]
         if images.dim() != 4 or images.shape[1] != self.in_channels:
             raise MismatchError(
-                f"the layer takes images of {self.in_channels} channels, got an input of shape "
+                f"SparseConv2d takes images of {self.in_channels} channels, got an input of shape "
                 f"{tuple(inputs.shape)}"
             )
         if self.padding_mode != "zeros":
             images = pad(images, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         if min(*images.shape[2:], *self._window.output_extent(images.shape)) < 1:
             raise MismatchError(
-                f"a window of {self.kernel_size} does not fit images of {tuple(inputs.shape)}"
+                f"a kernel of size {self.kernel_size} does not fit an input of shape "
+                f"{tuple(inputs.shape)}"
             )
-        found: Tensor = convolve(images, self.values, self.bias, lambda: self.products)
-        return found if inputs.dim() == 4 else found[0]
+        output: Tensor = convolve(images, self.values, self.bias, lambda: self.products)
+        return output if inputs.dim() == 4 else output[0]
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

@@ -1,4 +1,4 @@
-"""Parametrizations under which sparse tensors break: those that divide by the norm of a row."""
+"""Refuse parametrizations that divide a sparse tensor by the norm of a row."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from torch import Tensor
 
 from topkast import UnsupportedTensorError
 
-_ENDINGS = {"original1": "original0", "_v": "_g"}  # of a weight_norm: direction, and its length
+_ENDINGS = {
+    "original1": "original0",
+    "_v": "_g",
+}  # weight_norm: of the direction, and of its length
 
 
 def check_parametrizations(sparse: Mapping[str, Tensor]) -> None:
     """Raise :class:`UnsupportedTensorError` for the direction of a ``weight_norm``.
 
-    A row that loses all its entries would be divided by its norm, zero. `sparse` are tensors that
-    are to be sparsified. The modules that hold them tell, since optimizers need not have names.
+    A row that loses all its entries would be divided by its norm, zero. The search goes from the
+    tensors in `sparse` to the modules that hold them, since optimizers need not know names.
     """
-    holders: list[Any] = gc.get_referrers(*sparse.values())
-    parameters = [holder for holder in holders if isinstance(holder, dict)]
+    referrers: list[Any] = gc.get_referrers(*sparse.values())
+    dictionaries = [referrer for referrer in referrers if isinstance(referrer, dict)]
     for name, direction in sparse.items():
-        if any(_is_direction(direction, holder) for holder in parameters):
+        if any(_is_direction(direction, parameters) for parameters in dictionaries):
             raise UnsupportedTensorError(
                 f"{name} is the direction of a weight_norm: rows that lose all their entries "
                 f"would be divided by zero. Keep it dense, dense={name!r}, or remove the "
@@ -31,20 +34,21 @@ def check_parametrizations(sparse: Mapping[str, Tensor]) -> None:
 
 
 def _is_direction(direction: Tensor, parameters: Mapping[Any, Any]) -> bool:
-    """Whether a module with these Parameters has it as a direction, beside its length."""
+    """Whether a module's `parameters` have a tensor as a direction, and its length."""
     for key, value in list(parameters.items()):
         if value is direction and isinstance(key, str):
-            for ending, other in _ENDINGS.items():
-                length = parameters.get(key.removesuffix(ending) + other)
+            for ending, length_ending in _ENDINGS.items():
+                length = parameters.get(key.removesuffix(ending) + length_ending)
                 if key.endswith(ending) and isinstance(length, Tensor):
                     return _is_length(length, direction)
     return False
 
 
 def _is_length(length: Tensor, direction: Tensor) -> bool:
-    """Whether one has the shape of the norms of the other's rows, or of all of it."""
+    """Whether `length` has the shape of a norm of `direction`, by row or of the whole tensor."""
     if length.dim() == 0:
         return True
     return length.dim() == direction.dim() and all(
-        one in (1, other) for one, other in zip(length.shape, direction.shape, strict=True)
+        size in (1, full_size)
+        for size, full_size in zip(length.shape, direction.shape, strict=True)
     )

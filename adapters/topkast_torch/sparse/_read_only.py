@@ -1,4 +1,4 @@
-"""Tensors that refuse to be written to, where what is written would be lost."""
+"""Read-only tensors, for copies in which a write would be lost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NOT_WRITING = {"requires_grad_", "retain_grad"}
 
 
 class ReadOnlyTensor(Tensor):
-    """A copy of what it shows: writing to it, to its ``data`` or to a view raises an error."""
+    """A tensor that raises an error if it, its ``data`` or a view of it is written to."""
 
     @classmethod
     def __torch_function__(
@@ -25,20 +25,19 @@ class ReadOnlyTensor(Tensor):
         written = [kwargs.get("out")]
         if args and _writes(getattr(function, "__name__", "")):
             written += args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
-        if any(isinstance(one, ReadOnlyTensor) for one in written):
+        if any(isinstance(tensor, ReadOnlyTensor) for tensor in written):
             raise MismatchError(
-                "the weight of a sparse layer is a copy, and what is written to it would be lost. "
-                "Write to layer.values, or call topkast.densify(model) first, as before merging an "
-                "adapter"
+                "the weight of a sparse layer is a read-only copy: write to layer.values, or call "
+                "topkast.densify(model) first, for example before merging an adapter"
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*args, **kwargs)
         memory = {_memory(arg) for arg in args if isinstance(arg, ReadOnlyTensor)}
-        return tree_map(lambda one: _as_memory(one, memory), result)
+        return tree_map(lambda value: _match_memory(value, memory), result)
 
 
 def read_only(tensor: Tensor) -> Tensor:
-    """The same tensor, which refuses to be written to; what is computed from it does not."""
+    """A read-only view of a tensor; results computed from it are plain tensors."""
     view: Tensor = tensor.as_subclass(ReadOnlyTensor)
     return view
 
@@ -55,8 +54,8 @@ def _memory(tensor: Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
 
 
-def _as_memory(value: Any, memory: set[int]) -> Any:
-    """Views stay read-only; what has memory of its own is a plain tensor."""
+def _match_memory(value: Any, memory: set[int]) -> Any:
+    """Make views of `memory` read-only, and other tensors plain."""
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         return value
     with torch._C.DisableTorchFunctionSubclass():

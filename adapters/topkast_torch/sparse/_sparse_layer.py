@@ -1,4 +1,4 @@
-"""What a sparse layer is: values on B, where they are, and how both are saved and loaded."""
+"""The base class of sparse layers: values on B and their indices, saved and loaded together."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from topkast.adapter import exact_fraction
 from topkast_torch.sparse._products import Entries
 from topkast_torch.sparse._read_only import read_only
 
-STRUCTURE = ("indices", "active_count", "shape")  # of a state dict, beside the values
+STRUCTURE = ("indices", "active_count", "shape")  # entries of a state dict besides the values
 
-# Of each Parameter with the values of a layer, that layer: all that an optimizer is given of it.
+# The layer by its Parameter of values, since an optimizer knows only the Parameter.
 _LAYERS: Any = WeakTensorKeyDictionary()
 
 
 def layer_of(param: Tensor) -> SparseLayer | None:
-    """The layer whose values on B are this Parameter."""
-    found = _LAYERS.get(param)
-    layer: SparseLayer | None = found() if found is not None else None
+    """The layer whose values on B are this Parameter, if any."""
+    reference = _LAYERS.get(param)
+    layer: SparseLayer | None = reference() if reference is not None else None
     return layer
 
 
-def _saves_pretrained() -> bool:
-    """Whether Transformers asks for the state dict, for a file that dense models are read from."""
+def _is_saving_pretrained() -> bool:
+    """Whether Transformers' ``save_pretrained`` asks for the state dict, to save a dense model."""
     frame = sys._getframe() if "transformers" in sys.modules else None
     while frame is not None:
         if frame.f_code.co_name == "save_pretrained":
@@ -42,16 +42,16 @@ def _saves_pretrained() -> bool:
     return False
 
 
-def forget(param: Tensor) -> None:
-    """A Parameter is no longer that of a sparse layer."""
+def unregister(param: Tensor) -> None:
+    """Remove a Parameter's link to its sparse layer."""
     _LAYERS.pop(param, None)
 
 
 def replace_data(param: Parameter, data: Tensor) -> None:
-    """Give a Parameter data of another shape. Its gradient is dropped.
+    """Give a Parameter data of another shape, and drop its gradient.
 
-    Between the two it has another dtype, which makes autograd forget the shape that it knew: graphs
-    of earlier passes that are still alive would keep it.
+    In between, the Parameter gets another dtype, so that autograd drops the old shape: graphs of
+    earlier passes that are still alive would keep it.
     """
     param.grad = None
     other = torch.float32 if data.dtype == torch.float64 else torch.float64
@@ -60,11 +60,11 @@ def replace_data(param: Parameter, data: Tensor) -> None:
 
 
 class SparseLayer(nn.Module):
-    """What the sparse layers share: values on B, and where they are.
+    """Base class of sparse layers: values on B and their indices.
 
-    ``values`` is the only Parameter besides the bias. ``indices`` says where they are in the flat
-    weight, those of A first, of which there are ``active_count``. The state dict holds these and
-    the weight's shape as tensors; they are no buffers, which would be sent and averaged.
+    ``values`` is the only Parameter besides the bias. ``indices`` are the values' flat indices in
+    the weight; the first ``active_count`` are those of A. The state dict has both, and the weight's
+    shape, as tensors. They are not buffers, which would be broadcast and averaged.
     """
 
     values: Parameter
@@ -72,27 +72,27 @@ class SparseLayer(nn.Module):
     indices: Tensor
     active_count: int
     reservoir: Tensor | None  # all weights, until an optimizer takes them over
-    _products: tuple[Any, tuple[Any, ...]] | None  # and what they were made from
-    _number: int = 0  # of the tensors that the layer was given as its sets
+    _products: tuple[Any, tuple[Any, ...]] | None  # with the key that they were made for
+    _assignment_count: int = 0  # how often `indices` or `active_count` were assigned
 
     def set_sparse(self, values: Parameter, support: Support, shape: tuple[int, ...]) -> None:
-        """Take these values, this support, and a weight of this shape."""
+        """Set the values, the support and the weight's shape."""
         self.values = values
         self.weight_shape = tuple(shape)
         self.reservoir = self._products = None
         self.set_support(support)
 
     def set_support(self, support: Support) -> None:
-        """Take other places of the values."""
+        """Set the indices of the values, and |A|."""
         self.indices, self.active_count = support.indices, support.forward
 
     @property
     def support(self) -> Support:
-        """Where B is, and what of it is in A."""
+        """The sets A and B."""
         return Support(self.indices, self.active_count)
 
     def structure(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the state dict holds beside the values, as tensors; see STRUCTURE."""
+        """The entries of the state dict besides the values, as tensors; see STRUCTURE."""
         count, shape = (
             torch.tensor(number, device="cpu") for number in (self.active_count, self.weight_shape)
         )
@@ -100,36 +100,36 @@ class SparseLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The forward view α as a dense tensor: a copy, whose gradient reaches the values on B.
+        """The forward view α as a dense copy, whose gradient flows to the values on B.
 
-        Writing to it raises :class:`topkast.MismatchError`, since the layer would not notice.
+        Writing to the copy would not change the layer, and raises :class:`topkast.MismatchError`.
         """
         return read_only(dense_weight(self.values, self.support, self.weight_shape))
 
     @property
     def products(self) -> Any:
-        """The products with this layer's weight, made once after each refresh."""
-        made_from = *self.written, self._window
-        if self._products is None or self._products[1] != made_from:
+        """The products with this layer's weight, rebuilt after each refresh."""
+        key = *self.sets_version, self._window
+        if self._products is None or self._products[1] != key:
             check_sets("the layer", self.support, self.weight_shape, self.values.numel())
-            self._products = self._make_products(), made_from
+            self._products = self._make_products(), key
         return self._products[0]
 
     @property
-    def written(self) -> tuple[int, ...]:
-        """Changes when someone gives the layer other sets, or writes into them."""
-        return self._number, self.indices._version
+    def sets_version(self) -> tuple[int, ...]:
+        """A version that changes when the sets are assigned or written to."""
+        return self._assignment_count, self.indices._version
 
     @property
     def _window(self) -> Any:
-        """What a convolution sees of an image; its attributes may be changed."""
+        """The window of a convolution, from its current attributes; None for other layers."""
         return None
 
     def _make_products(self) -> Any:
         raise NotImplementedError
 
     def _entries(self) -> Entries:
-        """Where the weights on B are in the matrix of the products."""
+        """The positions of B in the matrix of the products."""
         return Entries(self.indices, self.active_count, self._matrix_shape())
 
     def _matrix_shape(self) -> tuple[int, int]:
@@ -139,29 +139,29 @@ class SparseLayer(nn.Module):
     def _check_input(self, inputs: Tensor) -> Tensor:
         if self.values.dtype not in (torch.float32, torch.float64):
             raise MismatchError(
-                f"sparse layers are of float32 or float64, and this one was converted to "
-                f"{self.values.dtype}"
+                f"sparse layers need dtype float32 or float64, but this {type(self).__name__} was "
+                f"converted to {self.values.dtype}"
             )
         if inputs.dtype == self.values.dtype:
             return inputs
         if torch.is_autocast_enabled(inputs.device.type):
-            return inputs.to(self.values.dtype)  # there is no product of lower precision
+            return inputs.to(self.values.dtype)  # no product has lower precision
         raise MismatchError(
-            f"the input of {type(self).__name__} is {inputs.dtype} and its values are "
-            f"{self.values.dtype}: convert the input (under torch.autocast it is done for you)"
+            f"the input of {type(self).__name__} has dtype {inputs.dtype}, its values "
+            f"{self.values.dtype}: convert the input (torch.autocast does so)"
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "values":
-            holder = layer_of(value)
-            if holder is not None and holder is not self:
+            layer = layer_of(value)
+            if layer is not None and layer is not self:
                 raise MismatchError(
-                    "these values belong to another sparse layer: tie weights by using one layer "
-                    "in both places"
+                    "the values belong to another sparse layer: tie weights by using one layer "
+                    "twice"
                 )
             _LAYERS[value] = weakref.ref(self)
         elif name in ("indices", "active_count") and value is not self.__dict__.get(name):
-            self._number += 1
+            self._assignment_count += 1
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -185,7 +185,7 @@ class SparseLayer(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if _saves_pretrained():
+        if _is_saving_pretrained():
             warnings.warn(
                 "save_pretrained saves a model with sparse layers, which from_pretrained cannot "
                 "load: pass state_dict=topkast.densify(model.state_dict())",
@@ -206,7 +206,7 @@ class SparseLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take values and structure, or a dense ``weight`` that vanishes outside A."""
+        """Load values and structure, or a dense ``weight`` that is zero outside A."""
         merged = dict(state_dict)
         dense = merged.pop(prefix + "weight", None)
         structure = [merged.pop(prefix + name, None) for name in STRUCTURE]
@@ -214,23 +214,23 @@ class SparseLayer(nn.Module):
             support = self._check_structure(prefix, state_dict)
             indices = support.indices.to(self.indices)
             if not torch.equal(indices, self.indices):
-                # A new tensor: an optimizer that shares the old one is to notice.
+                # Clone: an optimizer that shares the old tensor must detect the change.
                 self.set_support(Support(indices.clone(), support.forward))
         elif dense is not None:
-            merged[prefix + "values"] = self._restrict(prefix + "weight", dense)
-        self.reservoir = None  # what lay outside B was that of other weights
+            merged[prefix + "values"] = self._gather_values(prefix + "weight", dense)
+        self.reservoir = None  # it belongs to the old weights
         super()._load_from_state_dict(
             merged, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     def _check_structure(self, prefix: str, state_dict: Mapping[str, Any]) -> Support:
-        """The sets in a state dict, if they fit the layer; else :class:`topkast.MismatchError`."""
+        """The sets in a state dict; raises :class:`topkast.MismatchError` if they do not fit."""
         names = [prefix + name for name in ("values", *STRUCTURE)]
         present = [name for name in names if name in state_dict]
         if len(present) < len(names):
             raise MismatchError(
                 f"the state dict has {present} but not {sorted({*names} - {*present})}: values and "
-                "their places belong together"
+                "indices must be loaded together"
             )
         layer = prefix.rstrip(".") or "the layer"
         values = state_dict[names[0]]
@@ -255,7 +255,7 @@ class SparseLayer(nn.Module):
             )
         return support
 
-    def _restrict(self, name: str, dense: Tensor) -> Tensor:
+    def _gather_values(self, name: str, dense: Tensor) -> Tensor:
         """The values on B of a dense weight that is zero outside A."""
         if tuple(dense.shape) != self.weight_shape:
             raise MismatchError(
@@ -265,16 +265,16 @@ class SparseLayer(nn.Module):
         current = dense.reshape(-1).index_select(0, self.support.active)
         if torch.count_nonzero(dense) > torch.count_nonzero(current):
             raise MismatchError(
-                f"{name} has nonzero weights outside the forward set of the layer that it is "
-                "loaded into. Load the optimizer's state first, which brings the sets; or load it "
-                "into the dense model, then wrap and sparsify"
+                f"{name} has nonzero weights outside the forward set of the layer: load the "
+                "optimizer's state dict first, which has the sets, or load the weight into the "
+                "dense model, then wrap and sparsify"
             )
         values[: self.active_count] = current.to(values.dtype)
         return values.view(self.values.shape)
 
 
-def start(layer: SparseLayer, theta: Tensor, *, fwd: float, bwd: float) -> None:
-    """Give a layer its first values: those on B of the weights `theta`, which it remembers."""
+def initialise(layer: SparseLayer, theta: Tensor, *, fwd: float, bwd: float) -> None:
+    """Select a layer's sets from the weights `theta`, and store its values and reservoir."""
     support = select(theta, fwd=fwd, bwd=bwd)
     flat = theta.reshape(-1)
     shape = (1,) * (theta.dim() - 1) + (support.backward,)
@@ -285,7 +285,7 @@ def start(layer: SparseLayer, theta: Tensor, *, fwd: float, bwd: float) -> None:
 
 
 def to_dense(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor:
-    """α as a dense tensor."""
+    """The forward view α as a dense tensor."""
     dense = values.new_zeros(math.prod(shape))
     active = values.detach().view(-1)[: support.forward]
     return dense.index_copy_(0, support.active.long(), active).view(shape)
@@ -293,11 +293,11 @@ def to_dense(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor
 
 def dense_weight(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor:
     """:func:`to_dense`, with a gradient on B, as that of the products."""
-    found: Tensor = _Dense.apply(values, support, shape)  # type: ignore[no-untyped-call]
-    return found
+    dense: Tensor = _ToDense.apply(values, support, shape)  # type: ignore[no-untyped-call]
+    return dense
 
 
-class _Dense(torch.autograd.Function):
+class _ToDense(torch.autograd.Function):
     @staticmethod
     def forward(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor:
         return to_dense(values, support, shape)
@@ -317,24 +317,24 @@ class _Dense(torch.autograd.Function):
 def read_structure(
     layer: str, state_dict: Mapping[str, Any], prefix: str
 ) -> tuple[Support, tuple[int, ...]]:
-    """The sets and the shape of a weight in a state dict, as far as they are of the right kind."""
+    """The sets and the shape of a weight in a state dict; raises if their types are wrong."""
     for name in STRUCTURE:
         entry = state_dict[prefix + name]
         if not isinstance(entry, Tensor):
             raise MismatchError(f"{prefix + name} must be a tensor, got {type(entry).__name__}")
         if entry.is_floating_point():
-            raise MismatchError(f"{prefix + name} must be of integers, got {entry.dtype}")
+            raise MismatchError(f"{prefix + name} must have an integer dtype, got {entry.dtype}")
     indices, count, shape = (state_dict[prefix + name] for name in STRUCTURE)
     if (count.dim(), shape.dim()) != (0, 1):
         raise MismatchError(
-            f"{layer}: the state dict has |A| of shape {tuple(count.shape)} and a weight's shape "
-            f"of shape {tuple(shape.shape)}: expected a number and a vector"
+            f"{layer}: active_count and shape must be a number and a vector, but the state dict "
+            f"has tensors of shape {tuple(count.shape)} and {tuple(shape.shape)}"
         )
     return Support(indices, int(count)), tuple(shape.tolist())
 
 
-def check_sets(what: str, support: Support, shape: tuple[int, ...], count: int) -> None:
-    """Raise :class:`topkast.MismatchError` unless sets fit a weight and its number of values."""
-    support.check(math.prod(shape), what)
+def check_sets(name: str, support: Support, shape: tuple[int, ...], count: int) -> None:
+    """Raise :class:`topkast.MismatchError` unless the sets fit a weight and its values."""
+    support.check(math.prod(shape), name)
     if support.backward != count:
-        raise MismatchError(f"{what} has {support.backward} indices for {count} values")
+        raise MismatchError(f"{name} has {support.backward} indices for {count} values")

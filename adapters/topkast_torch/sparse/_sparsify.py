@@ -1,4 +1,4 @@
-"""From masked to sparse execution and back: layers of a model replaced in place."""
+"""Switch the layers of a model from masked to sparse execution, and back to dense."""
 
 from __future__ import annotations
 
@@ -35,35 +35,35 @@ _ROUNDS = 5
 
 @dataclass(frozen=True)
 class LayerExecution:
-    """How one sparse tensor is computed with, and why."""
+    """The execution of one sparse tensor, and the reason for it."""
 
-    name: str  # of the tensor, as its optimizer has it
+    name: str  # the tensor's name in the optimizer
     execution: str  # "sparse" or "masked"
     reason: str
-    masked_ms: float | None = None  # forward and backward pass, where they were timed
+    masked_ms: float | None = None  # forward and backward pass, if timed
     sparse_ms: float | None = None
 
 
 @dataclass(frozen=True)
 class ExecutionReport:
-    """What :func:`topkast.sparsify` returns: prints as a table, converts with :meth:`to_dict`."""
+    """The report of :func:`topkast.sparsify`; prints as a table, converts with :meth:`to_dict`."""
 
     layers: tuple[LayerExecution, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as built-in types, for JSON."""
+        """The report as built-in types, for JSON."""
         return {"layers": [asdict(layer) for layer in self.layers]}
 
     def __str__(self) -> str:
         rows = []
         for layer in self.layers:
             times = [
-                "" if timed is None else f"{timed:.2f} ms"
-                for timed in (layer.masked_ms, layer.sparse_ms)
+                "" if time_ms is None else f"{time_ms:.2f} ms"
+                for time_ms in (layer.masked_ms, layer.sparse_ms)
             ]
             rows.append((layer.name, layer.execution, *times, layer.reason))
-        head = ("tensor", "execution", "masked", "sparse", "why")
-        return format_table(head, rows, text_columns=len(head))
+        header = ("tensor", "execution", "masked", "sparse", "why")
+        return format_table(header, rows, text_columns=len(header))
 
 
 def sparsify(
@@ -74,24 +74,24 @@ def sparsify(
     auto: bool = True,
     example: Any = None,
 ) -> ExecutionReport:
-    """The PyTorch part of :func:`topkast.sparsify`."""
+    """Implements :func:`topkast.sparsify` for PyTorch."""
     _check_module(model)
     if not isinstance(optimizer, TopKASTOptimizer):
         raise OptionError(
             f"sparsify needs the optimizer that topkast.wrap_optimizer returned, got "
             f"{type(optimizer).__name__}"
         )
-    owners = _owners(model)
+    modules_by_param = _find_modules(model)
     params = {param for group in optimizer.param_groups for param in group["params"]}
-    if not params & owners.keys():
+    if not params & modules_by_param.keys():
         raise OptionError("the optimizer was not built for the parameters of this model")
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise OptionError("make a model sparse before DistributedDataParallel takes it over")
+        raise OptionError("call sparsify before wrapping the model in DistributedDataParallel")
     if is_called_by("configure_optimizers", "LightningModule"):
         warnings.warn(
-            "the model is made sparse in configure_optimizers, before which Lightning loads "
-            "checkpoints: those of this model would not load. Wrap and make it sparse in "
-            "configure_model, and return the optimizer in configure_optimizers",
+            "sparsify is called in configure_optimizers, but Lightning loads checkpoints before "
+            "it: checkpoints of this model would not load. Wrap and sparsify in configure_model, "
+            "and return the optimizer in configure_optimizers",
             SparseExportWarning,
             stacklevel=3,
         )
@@ -99,11 +99,11 @@ def sparsify(
     names = [name for execution in executions for name in execution.ranked.shapes]
     if names:
         check_patterns(names, "only", only)
-    inputs = _inputs(model, example) if auto and example is not None else {}
+    inputs = _record_inputs(model, example) if auto and example is not None else {}
     report = []
     for execution in executions:
         if isinstance(execution, SparseExecution):
-            execution.accept_external_writes()  # or say that its layer was made dense
+            execution.accept_external_writes()  # raises if its layer was made dense
             report.append(LayerExecution(execution.ranked.key, "sparse", "it was already"))
             continue
         assert isinstance(execution, MaskedExecution)
@@ -114,8 +114,8 @@ def sparsify(
             ]
             continue
         ((name, member),) = execution.members.items()
-        modules = owners.get(member.param, [])
-        reason = _obstacle(modules, execution)
+        modules = modules_by_param.get(member.param, [])
+        reason = _find_obstacle(modules, execution)
         if only is not None and not matches(name, only):
             reason = reason or f"not in only={only!r}"
         if reason is not None:
@@ -125,24 +125,24 @@ def sparsify(
         module = modules[0][0]
         layer = LayerExecution(name, "sparse", "not timed")
         if module in inputs:
-            layer = _compare(name, module, execution, inputs[module])
+            layer = _choose_by_time(name, module, execution, inputs[module])
         elif inputs:
             layer = LayerExecution(name, "sparse", "not timed: the example does not reach it")
         if layer.execution == "sparse":
-            _replace(optimizer, name, module, execution)
+            _make_layer_sparse(optimizer, name, module, execution)
         report.append(layer)
     return ExecutionReport(tuple(report))
 
 
 def densify(model: Any) -> Any:
-    """The PyTorch part of :func:`topkast.densify`."""
+    """Implements :func:`topkast.densify` for PyTorch."""
     if isinstance(model, Mapping):
         return _densify_state(model)
     _check_module(model)
     for module in model.modules():
         if isinstance(module, SparseLayer):
-            # Another Parameter: that of an optimizer stays what the optimizer knows.
-            make_dense(module, module.weight.detach().clone(), same=False)
+            # A new Parameter: the old one still belongs to the optimizer.
+            make_dense(module, module.weight.detach().clone(), keep_param=False)
     return model
 
 
@@ -159,7 +159,7 @@ def _densify_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         name.removesuffix("values")
         for name in state_dict
         if name.endswith("values")
-        and all(name.removesuffix("values") + part in state_dict for part in STRUCTURE)
+        and all(name.removesuffix("values") + entry in state_dict for entry in STRUCTURE)
     }
     for name, entry in state_dict.items():
         prefix, _, last = name.rpartition(".")
@@ -174,18 +174,18 @@ def _densify_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return dense
 
 
-def _owners(model: nn.Module) -> dict[Tensor, list[tuple[nn.Module, str]]]:
-    """The modules that hold each Parameter, with its name there."""
-    owners: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+def _find_modules(model: nn.Module) -> dict[Tensor, list[tuple[nn.Module, str]]]:
+    """The modules that hold each Parameter, with its name in each."""
+    modules: dict[Tensor, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, param in module._parameters.items():
             if param is not None:
-                owners.setdefault(param, []).append((module, name))
-    return owners
+                modules.setdefault(param, []).append((module, name))
+    return modules
 
 
-def _obstacle(modules: list[tuple[nn.Module, str]], execution: MaskedExecution) -> str | None:
-    """Why the layer of a weight cannot be sparse, if it cannot."""
+def _find_obstacle(modules: list[tuple[nn.Module, str]], execution: MaskedExecution) -> str | None:
+    """The reason why a weight's layer cannot be sparse, or None."""
     ((_, member),) = execution.members.items()
     if not modules:
         return "not a Parameter of this model"
@@ -204,21 +204,20 @@ def _obstacle(modules: list[tuple[nn.Module, str]], execution: MaskedExecution) 
     return None
 
 
-def _replace(
+def _make_layer_sparse(
     optimizer: TopKASTOptimizer, name: str, module: nn.Module, masked: MaskedExecution
 ) -> None:
-    """Make a layer sparse, and have the optimizer go on with its values.
+    """Make a layer sparse, and have the optimizer train its values.
 
-    The Parameter stays the same object, with other data: lists of Parameters that were made before
-    hold what is trained.
+    The Parameter stays the same object and gets new data: existing lists of Parameters stay valid.
     """
     param, state = masked.members[name].param, optimizer._wrapper_state
     grad = param.grad
-    masked.forget()
+    masked.disconnect()
     replace_data(param, masked.values.detach())
     if grad is not None:
-        places = masked.members[name].places
-        param.grad = torch.cat([place.gather(grad) for place in places]).view(param.shape)
+        sets = masked.members[name].entries
+        param.grad = torch.cat([entries.gather(grad) for entries in sets]).view(param.shape)
     for store in state.stores:
         entries = getattr(state.inner, store, {})
         if masked.values in entries:
@@ -226,83 +225,88 @@ def _replace(
     shape = masked.ranked.shapes[name]
     sparse = SparseExecution.of_masked(masked, make_sparse(module, param, masked.support, shape))
     for group in state.groups:
-        if group.owner.get(name) is masked:
-            group.owner[name] = sparse
+        if group.execution_by_name.get(name) is masked:
+            group.execution_by_name[name] = sparse
             group.executions[group.executions.index(masked)] = sparse
 
 
-def _inputs(model: nn.Module, example: Any) -> dict[nn.Module, Tensor]:
-    """What reaches each layer when the model is given the example."""
-    seen: dict[nn.Module, Tensor] = {}
+def _record_inputs(model: nn.Module, example: Any) -> dict[nn.Module, Tensor]:
+    """The first input of each layer in a forward pass on the example."""
+    inputs: dict[nn.Module, Tensor] = {}
 
-    def remember(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        seen.setdefault(module, arguments[0] if arguments else named["input"])
+    def record(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        inputs.setdefault(module, arguments[0] if arguments else named["input"])
 
     hooks = [
-        module.register_forward_pre_hook(remember, with_kwargs=True)
+        module.register_forward_pre_hook(record, with_kwargs=True)
         for module in model.modules()
         if type(module) in SPARSE_FORMS
     ]
     training = {module: module.training for module in model.modules()}
     try:
         with torch.enable_grad():
-            model.eval()  # statistics of batches are not to change
+            model.eval()  # keeps running statistics unchanged
             model(*example) if isinstance(example, (tuple, list)) else model(example)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise OptionError(f"the model does not take the example: {error}") from error
+        raise OptionError(f"the model cannot compute with the example: {error}") from error
     finally:
         for hook in hooks:
             hook.remove()
         for module, flag in training.items():
             module.training = flag
-    return seen
+    return inputs
 
 
-def _compare(
-    name: str, module: nn.Module, masked: MaskedExecution, given: Tensor
+def _choose_by_time(
+    name: str, module: nn.Module, masked: MaskedExecution, layer_input: Tensor
 ) -> LayerExecution:
-    """Time a layer both ways, and choose the faster."""
+    """Time masked and sparse execution of a layer, and choose the faster."""
     sparse = make_sparse(
-        _shadow(module),
+        _copy_without_hooks(module),
         Parameter(masked.values.detach()),
         masked.support,
         masked.ranked.shapes[name],
     )
-    ways = {"masked": _passes(_shadow(module), given), "sparse": _passes(sparse, given)}
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    for number in range(_ROUNDS + 1):
-        for way, run in ways.items():
+    passes = {
+        "masked": _make_passes(_copy_without_hooks(module), layer_input),
+        "sparse": _make_passes(sparse, layer_input),
+    }
+    times: dict[str, list[float]] = {name: [] for name in passes}
+    for round_index in range(_ROUNDS + 1):
+        for execution, run in passes.items():
             start = time.perf_counter()
             run()
-            if number:  # the first compiles, and fills caches
-                times[way].append(1e3 * (time.perf_counter() - start))
-    masked_ms, sparse_ms = (statistics.median(times[way]) for way in ("masked", "sparse"))
+            if round_index:  # the first round compiles and fills caches
+                times[execution].append(1e3 * (time.perf_counter() - start))
+    masked_ms, sparse_ms = (statistics.median(times[name]) for name in ("masked", "sparse"))
     execution = "sparse" if sparse_ms < masked_ms else "masked"
     return LayerExecution(name, execution, "the faster in this example", masked_ms, sparse_ms)
 
 
-def _shadow(module: nn.Module) -> nn.Module:
-    """A module with the same tensors, and without the hooks."""
-    shadow = module.__class__.__new__(module.__class__)
-    nn.Module.__init__(shadow)
-    own = {name: value for name, value in module.__dict__.items() if name not in shadow.__dict__}
-    shadow.__dict__.update(own)
-    shadow._parameters.update(module._parameters)
-    shadow._buffers.update(module._buffers)
-    return shadow
+def _copy_without_hooks(module: nn.Module) -> nn.Module:
+    """A module with the same tensors and attributes, without the hooks."""
+    copied = module.__class__.__new__(module.__class__)
+    nn.Module.__init__(copied)
+    attributes = {
+        name: value for name, value in module.__dict__.items() if name not in copied.__dict__
+    }
+    copied.__dict__.update(attributes)
+    copied._parameters.update(module._parameters)
+    copied._buffers.update(module._buffers)
+    return copied
 
 
-def _passes(module: nn.Module, given: Tensor) -> Callable[[], Any]:
-    """A forward and a backward pass that leave no gradients behind."""
-    inputs = given.detach().requires_grad_(given.requires_grad)
-    wanted = [tensor for tensor in (inputs, *module.parameters()) if tensor.requires_grad]
+def _make_passes(module: nn.Module, layer_input: Tensor) -> Callable[[], Any]:
+    """A function that runs a forward and a backward pass and stores no gradients."""
+    inputs = layer_input.detach().requires_grad_(layer_input.requires_grad)
+    sources = [tensor for tensor in (inputs, *module.parameters()) if tensor.requires_grad]
 
     def run() -> None:
         with torch.enable_grad():
-            found = module(inputs)
-            if wanted:
-                torch.autograd.grad(found, wanted, torch.ones_like(found))
-        if given.device.type != "cpu":
-            torch.cuda.synchronize(given.device)
+            output = module(inputs)
+            if sources:
+                torch.autograd.grad(output, sources, torch.ones_like(output))
+        if layer_input.device.type != "cpu":
+            torch.cuda.synchronize(layer_input.device)
 
     return run
