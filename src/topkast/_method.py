@@ -53,6 +53,9 @@ class Method(ABC):
         The inputs that :meth:`choose` uses: ``"weights"``, ``"random"``.
     refreshes
         Whether the sets are chosen again at each refresh.
+    takes_largest
+        Whether A and B are the largest magnitudes, as :class:`topkast.methods.TopKAST` chooses
+        them: a refresh may then look at few candidates instead of all weights.
 
     Examples
     --------
@@ -67,6 +70,11 @@ class Method(ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset({"weights"})
     refreshes: ClassVar[bool] = True
+    takes_largest: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        if "choose" in cls.__dict__ and "takes_largest" not in cls.__dict__:
+            cls.takes_largest = False  # inherited, it would be a claim about another choice
 
     @abstractmethod
     def choose(self, view: View, /) -> Support:

@@ -18,6 +18,8 @@ from topkast._primitives import Array, device
 from topkast.backends import backend_of
 from topkast.methods._chosen import check_chosen, method_of
 from topkast.selection._distribution import Shape, exact_densities, exact_fraction, kept_count
+from topkast.selection._random import Ranks, make_key
+from topkast.selection._reserve import IncrementalSelection, Vector
 from topkast.selection._select import check_finite, ranked_units
 from topkast.selection._support import Migration, Support, join_layers
 from topkast.selection._units import Blocks, blocks_of
@@ -123,6 +125,32 @@ class RankedTensors:
         entered = migration.entered_forward(old, new)
         return Refresh(new, migration, self._count_members(new.active_entries, entered))
 
+    def refresh_incrementally(
+        self,
+        values: Vector,
+        theta: Vector,
+        old: Support,
+        options: Options,
+        selection: IncrementalSelection,
+    ) -> IncrementalRefresh | None:
+        """Choose new sets from the entries of B and a reserve, on NumPy arrays.
+
+        Returns None where all weights have to be looked at: :meth:`refresh` does so. See
+        :meth:`IncrementalSelection.choose` for the arguments.
+        """
+        if not method_of(options).takes_largest or self.blocks is not None or self.layers > 1:
+            return None
+        with _naming(self.key):
+            ranks = Ranks(make_key(options.seed, self.key, "ties"))
+            outcome = selection.choose(old, values, theta, ranks)
+        if outcome is None:
+            return None
+        exchange, following = outcome
+        new, migration = exchange.support, exchange.migration
+        entered = migration.entered_forward(old, new)
+        counts = self._count_members(new.active_entries, entered)
+        return IncrementalRefresh(new, migration, counts, exchange.values, exchange.left, following)
+
     def no_change(self, like: Array) -> Array:
         """Return the `entered_active` of a :class:`Refresh` that changed nothing."""
         xp = array_namespace(like)
@@ -157,6 +185,27 @@ class Refresh(NamedTuple):
     support: Support
     migration: Migration
     entered_active: Array
+
+
+class IncrementalRefresh(NamedTuple):
+    """Result of an incremental refresh, in NumPy arrays: see :class:`Refresh`.
+
+    Attributes
+    ----------
+    values
+        Weights on the new B (|B|,).
+    left
+        Indices and weights of the entries that left B.
+    selection
+        The selection for the next refresh.
+    """
+
+    support: Support
+    migration: Migration
+    entered_active: Array
+    values: Vector
+    left: tuple[Vector, Vector]
+    selection: IncrementalSelection
 
 
 def rank_tensors(shapes: Mapping[str, Shape], options: Options) -> list[RankedTensors]:

@@ -37,7 +37,7 @@ from topkast._probe import (
 )
 from topkast._step import Step, decide, is_due
 from topkast._table import format_table
-from topkast._tensors import RankedTensors, Refresh, members, rank_tensors
+from topkast._tensors import IncrementalRefresh, RankedTensors, Refresh, members, rank_tensors
 from topkast.backends import Backend, Ranks
 from topkast.functional._plan import Plan, TensorInfo, check_any
 from topkast.functional._rules import bias_correction, learning_rate
@@ -45,7 +45,9 @@ from topkast.functional._state import Arrays, TopKASTState, count_bytes, forward
 from topkast.functional._transform import TopKASTTransform, apply_updates
 from topkast.functional._wrapped_rule import WrappedRule
 from topkast.methods._chosen import method_of
+from topkast.selection._compiled import has_numba
 from topkast.selection._distribution import Shape, exact_fraction
+from topkast.selection._reserve import IncrementalSelection
 from topkast.selection._support import Migration
 
 __all__ = [
@@ -58,6 +60,8 @@ __all__ = [
     "Betas",
     "HostArray",
     "HostArrays",
+    "IncrementalRefresh",
+    "IncrementalSelection",
     "Inspection",
     "Method",
     "Migration",
@@ -89,6 +93,7 @@ __all__ = [
     "format_table",
     "forward_views",
     "grow",
+    "has_numba",
     "inspection",
     "is_due",
     "is_traced",

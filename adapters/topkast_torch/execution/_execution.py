@@ -13,6 +13,8 @@ from torch.nn import Parameter
 
 from topkast import Support
 from topkast.adapter import (
+    IncrementalRefresh,
+    IncrementalSelection,
     Migration,
     Options,
     RankedTensors,
@@ -27,6 +29,8 @@ from topkast.adapter import (
 from topkast_torch.inner._fresh import class_name
 from topkast_torch.inner._inner_state import Layout, check_migratable, entries_of, migrate_entries
 from topkast_torch.inner._young import YoungEntries
+
+_INCREMENTAL = (torch.float32, torch.float64)  # dtypes of weights in host memory
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Execution(ABC):
     support: Support
     entered_active: Tensor  # number of entries new to A, by member
     young: YoungEntries | None
+    selection: IncrementalSelection
     # Changed by a step
     step: Step  # the next step
     steps: int  # taken by the inner optimizer on these weights
@@ -69,7 +74,7 @@ class Execution(ABC):
         self.overrides = {"method": options.method} | options.overrides_of(self.ranked.key)
         self.refreshes = method_of(options.for_tensor(self.ranked.key)).refreshes
         self.entered_active = self.ranked.no_change(self.support.indices)
-        self.young = None
+        self.young, self.selection = None, IncrementalSelection()
         if profile.needs_ages:
             self.young = YoungEntries(
                 settled_ages(self.support.backward_size, self.support.indices), profile
@@ -221,8 +226,17 @@ class Execution(ABC):
         self.reservoir.index_copy_(0, self.support.entries.long(), self.values.detach().view(-1))
         return self.reservoir
 
-    def choose_sets(self, options: Options, updates: int) -> Refresh:
+    def choose_sets(self, options: Options, updates: int) -> Refresh | IncrementalRefresh:
         """Choose the next sets from the current weights, without applying them."""
+        if self.values.device.type == "cpu" and self.values.dtype in _INCREMENTAL:
+            values, theta, indices = (
+                tensor.detach().view(-1).numpy()
+                for tensor in (self.values, self.reservoir, self.support.indices)
+            )
+            old = Support(indices, self.support.forward, self.support.blocks)
+            refresh = self.ranked.refresh_incrementally(values, theta, old, options, self.selection)
+            if refresh is not None:
+                return refresh
         return self.ranked.refresh(self.theta(), self.support, options, updates)
 
     def check_migratable(self, inner: torch.optim.Optimizer) -> None:
@@ -232,23 +246,43 @@ class Execution(ABC):
         check_migratable(entries, layout, self.values.numel(), class_name(inner))
 
     def apply_refresh(
-        self, refresh: Refresh, inner: torch.optim.Optimizer, group: Mapping[str, Any]
+        self,
+        refresh: Refresh | IncrementalRefresh,
+        inner: torch.optim.Optimizer,
+        group: Mapping[str, Any],
     ) -> None:
         """Switch to new sets; migrate values, gradient, inner state and ages to the new B."""
-        self.entered_active = refresh.entered_active
-        self.migrate_gradient(refresh.migration)
-        self.restore(refresh.support, self.reservoir)
+        migration = refresh.migration
+        if isinstance(refresh, IncrementalRefresh):
+            migration = Migration(*map(torch.from_numpy, migration))
+        self.migrate_gradient(migration)
+        if isinstance(refresh, IncrementalRefresh):
+            indices, weights = map(torch.from_numpy, refresh.left)
+            self.reservoir.index_copy_(0, indices.long(), weights)
+            self.values.detach().view(-1).copy_(torch.from_numpy(refresh.values))
+            new = torch.from_numpy(refresh.support.indices)
+            self._switch_to(Support(new, refresh.support.forward))
+            self.selection = refresh.selection
+            self.entered_active = torch.from_numpy(refresh.entered_active)
+        else:
+            self.restore(refresh.support, self.reservoir)
+            self.entered_active = refresh.entered_active
         entries = entries_of(inner, self.values, self.profile.layout.stores)
-        migrate_entries(entries, self.profile.layout, self.values, refresh.migration)
+        migrate_entries(entries, self.profile.layout, self.values, migration)
         if self.young is not None:
-            self.young.migrate(refresh.migration, group)
+            self.young.migrate(migration, group)
 
     def restore(self, support: Support, theta: Tensor) -> None:
         """Set the support and the weights θ (size,)."""
-        self.support = support
         if theta is not self.reservoir:
             self.reservoir.copy_(theta)
         self.values.detach().view(-1).copy_(self.reservoir.index_select(0, support.entries))
+        self._switch_to(support)
+        self.selection = IncrementalSelection(share=self.selection.share)
+
+    def _switch_to(self, support: Support) -> None:
+        """Take a support whose values are set, and write them into the model."""
+        self.support = support
         self.update_positions()
         self.write_forward_view(everywhere=True)
 
@@ -257,4 +291,4 @@ class Execution(ABC):
         tensors = [self.values, self.reservoir, self.support.indices, *self.held_tensors()]
         young = 0 if self.young is None else self.young.nbytes
         total: int = sum(tensor.nbytes for tensor in (*tensors, *entries))
-        return young + total
+        return young + total + self.selection.nbytes

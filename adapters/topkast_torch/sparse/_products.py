@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -13,6 +10,7 @@ import torch
 from torch import Tensor
 
 from topkast import MismatchError, UnsupportedTensorError
+from topkast.adapter import has_numba
 
 
 class Products(Protocol):
@@ -79,13 +77,6 @@ def make_products(find_entries: Callable[[], Entries], dtype: torch.dtype) -> Pr
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there are kernels for weights of this device and dtype."""
     return device.type == "cpu" and dtype in (torch.float32, torch.float64) and has_numba()
-
-
-@functools.cache
-def has_numba() -> bool:
-    """Whether the kernels can be compiled."""
-    disabled = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
-    return not disabled and importlib.util.find_spec("numba") is not None
 
 
 def numpy_name(dtype: torch.dtype) -> str:

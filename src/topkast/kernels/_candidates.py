@@ -350,7 +350,7 @@ def _collect(address: Any, unsigned: Any, index: Any) -> None:
         if arguments.writes == 0:
             count = 0
             for entry in range(first, min(first + _CHUNK, len(flat))):
-                count += np.int32(_key(flat[entry], unsigned) >= bound)
+                count += _key(flat[entry], unsigned) >= bound
             starts[chunk + 1] = count
             continue
         indices = array_at(arguments.indices, starts[chunks], index)
@@ -365,7 +365,7 @@ def _collect(address: Any, unsigned: Any, index: Any) -> None:
 
 
 @njit  # type: ignore[untyped-decorator]
-def _is_tie(index: Any, ties: Any) -> bool:
+def _is_tie(index: Any, ties: Any) -> Any:
     place = np.searchsorted(ties, index)
     return place < len(ties) and ties[place] == index
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from topkast._method import Method, View
 from topkast.selection._select import choose_by_magnitude
@@ -25,6 +26,8 @@ class TopKAST(Method):
     ----------
     Top-KAST, sections 2.1 and 2.2.
     """
+
+    takes_largest: ClassVar[bool] = True
 
     def choose(self, view: View, /) -> Support:
         """Choose the largest magnitudes; ties are broken by hash."""

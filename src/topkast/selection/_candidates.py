@@ -49,6 +49,11 @@ def collect(flat: Vector, bound: float, /) -> tuple[Vector, Vector]:
     return narrow, flat.take(indices)
 
 
+def put(flat: Vector, indices: Vector, values: Vector, /) -> None:
+    """Write `values` (k,) into `flat` at `indices` (k,)."""
+    flat[indices] = values
+
+
 def divide(
     active: tuple[Vector, Vector],
     exploring: tuple[Vector, Vector],

@@ -1,32 +1,32 @@
 """The next sets from few candidates: the entries of B, and a reserve of the largest ones outside.
 
-Outside B weights do not change. All that can be in the next B are therefore the entries of the
-present one and those outside that are large enough. The reserve holds the latter down to a bound:
-every other entry is smaller. While the smallest magnitude of the next B reaches the bound, that B
-is exact, and nothing but candidates was looked at. Else the reserve is filled anew.
+Weights outside B do not change between refreshes. The next B therefore consists of entries of the
+present B and of entries outside that are large enough. The reserve holds all of these down to a
+bound: every other entry is smaller. If the smallest magnitude of the next B reaches the bound, the
+next B is exact, and only candidates were read. Otherwise the reserve is filled again.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 import math
-import os
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from topkast._errors import NonFiniteError
 from topkast.selection import _candidates
+from topkast.selection._compiled import functions
 from topkast.selection._random import Ranks
 from topkast.selection._support import Migration, Support
 
 Vector = np.ndarray[Any, Any]
 
-_FEW = 1 << 14  # candidates, for which starting a kernel costs more than it saves
 _SAMPLE = 1 << 15  # entries
-_SPREAD = 4.0  # standard deviations of a sampled quantile, by which a bound is set lower
+_SPREAD = 4.0  # standard deviations of a sampled quantile, by which the bound is lowered
+_MIN_RESERVE = 1 << 10  # entries
+_FIRST_SHARE, _MAX_SHARE = 1 / 8, 1 / 2  # of |B|
+_LIFETIME = 8  # refreshes that a reserve should last
 
 
 class Reserve(NamedTuple):
@@ -39,27 +39,32 @@ class Reserve(NamedTuple):
     values
         Their weights (r,).
     bound
-        Every other entry outside B has a smaller magnitude; 0 where there are no others.
+        Every other entry outside B has a smaller magnitude; 0 if there are no others.
     """
 
     indices: Vector
     values: Vector
     bound: float
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of indices and values."""
+        return self.indices.nbytes + self.values.nbytes
+
 
 class Exchange(NamedTuple):
-    """Outcome of a choice among candidates.
+    r"""The next sets, chosen among candidates.
 
     Attributes
     ----------
     support, migration
-        The next sets, and where their entries were in the present B.
+        The next sets, and the position of each of their entries in the present B.
     values
-        Weights on the next B (|B|,).
+        Weights on the next B (\|B\|,).
     reserve
         The largest entries outside the next B.
     left
-        Indices and weights of those that left B.
+        Indices and weights of the entries that left B.
     """
 
     support: Support
@@ -69,39 +74,91 @@ class Exchange(NamedTuple):
     left: tuple[Vector, Vector]
 
 
+@dataclass(frozen=True)
+class IncrementalSelection:
+    r"""The choice of the largest magnitudes of one tensor, refresh after refresh.
+
+    A full reserve holds an eighth of \|B\| entries, or at least 1,024. Whenever one lasts for fewer
+    than eight refreshes, the next one is twice as large, up to half of \|B\|.
+
+    Attributes
+    ----------
+    reserve
+        The reserve of the present sets; None before the first refresh.
+    share
+        Size of a full reserve, as a share of \|B\|.
+    age
+        Refreshes since the reserve was filled.
+    """
+
+    reserve: Reserve | None = None
+    share: float = _FIRST_SHARE
+    age: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the reserve."""
+        return 0 if self.reserve is None else self.reserve.nbytes
+
+    def choose(
+        self, support: Support, values: Vector, theta: Vector, ranks: Ranks
+    ) -> tuple[Exchange, IncrementalSelection] | None:
+        r"""Choose the next sets, of the same sizes; also return the selection that follows.
+
+        Parameters
+        ----------
+        support
+            The present sets, of single weights, whose indices are a NumPy array.
+        values
+            Weights on B (\|B\|,), contiguous, float32 or float64.
+        theta
+            All weights (n,), contiguous; entries on B may be overwritten.
+        ranks
+            Ranks of equal magnitudes.
+
+        Returns
+        -------
+        tuple or None
+            None if so many entries are zero that no reserve is smaller than the tensor.
+
+        Raises
+        ------
+        NonFiniteError
+            If a weight on B is NaN or infinite.
+        """
+        if self.reserve is not None:
+            outcome = exchange(support, values, self.reserve, theta.size, ranks)
+            if outcome is not None:
+                return outcome, replace(self, reserve=outcome.reserve, age=self.age + 1)
+        grows = self.reserve is not None and self.age < _LIFETIME
+        share = min(2 * self.share, _MAX_SHARE) if grows else self.share
+        count = max(_MIN_RESERVE, int(share * support.backward))
+        while True:
+            reserve = fill_reserve(theta, support, count)
+            if reserve is None:
+                return None
+            outcome = exchange(support, values, reserve, theta.size, ranks)
+            if outcome is not None:
+                return outcome, IncrementalSelection(outcome.reserve, share)
+            count *= 2
+
+
 def exchange(
     support: Support, values: Vector, reserve: Reserve, size: int, ranks: Ranks
 ) -> Exchange | None:
-    """The next sets of a tensor of some size: the largest magnitudes, in the same numbers.
+    """Choose the next sets, of the same sizes, among the entries of B and the reserve.
 
-    Returns None if an entry that is no candidate might belong to them.
-
-    Parameters
-    ----------
-    support
-        The present sets, of single weights, whose indices are a NumPy array.
-    values
-        Weights on B (|B|,).
-    reserve
-        Of the present sets.
-    size
-        Number of entries of the tensor.
-    ranks
-        Of equal magnitudes.
-
-    Raises
-    ------
-    NonFiniteError
-        If a weight on B is NaN or infinite.
+    Returns None if an entry outside both could belong to the next B. Parameters and errors are
+    those of :meth:`IncrementalSelection.choose`; `size` is the number of entries of the tensor.
     """
-    use = _functions(values.size + reserve.values.size)
+    use = functions(values.size + reserve.values.size)
     split = support.forward
-    parts = [
+    lists = [
         (support.indices[:split], values[:split]),
         (support.indices[split:], values[split:]),
         (reserve.indices, reserve.values),
     ]
-    vectors = [vector for _, vector in parts]
+    vectors = [vector for _, vector in lists]
     bad = use.count_not_finite(vectors)
     if bad:
         raise NonFiniteError(f"{bad} of {size} entries are NaN or infinite")
@@ -111,9 +168,9 @@ def exchange(
         return None
     ties = None
     if forward.surplus or backward.surplus:
-        ties = _ties(parts, forward, ranks), _ties(parts, backward, ranks)
+        ties = _find_ties(lists, forward, ranks), _find_ties(lists, backward, ranks)
     division = use.divide(
-        *parts,
+        *lists,
         size=size,
         forward=forward.magnitude,
         backward=backward.magnitude,
@@ -126,7 +183,7 @@ def exchange(
     left = np.flatnonzero(division.source[inside:] >= 0) + inside
     return Exchange(
         Support(division.indices[:inside], support.forward),
-        Migration(np.maximum(source, 0), survives),
+        Migration(np.maximum(source, 0, out=source), survives),
         division.values[:inside],
         Reserve(
             division.indices[inside:outside].copy(),
@@ -137,52 +194,43 @@ def exchange(
     )
 
 
-def fill_reserve(flat: Vector, support: Support, count: int) -> Reserve | None:
-    """The `count` largest entries outside B, about; None where too many magnitudes are equal.
+def fill_reserve(theta: Vector, support: Support, count: int) -> Reserve | None:
+    """Collect about the `count` largest entries outside B, and all that are as large.
 
-    `flat` (n,) are the weights, with zeros on B.
+    Entries of `theta` (n,) on B are overwritten with zeros. Returns None if entries of magnitude
+    zero would be among them, unless all entries outside B are.
     """
-    if count >= flat.size - support.backward:
-        outside = np.ones(flat.size, dtype=np.bool_)
+    use = functions(theta.size)
+    if count >= theta.size - support.backward:
+        outside = np.ones(theta.size, dtype=np.bool_)
         outside[support.indices] = False
         indices = np.flatnonzero(outside).astype(support.indices.dtype)
-        return Reserve(indices, flat[indices], 0.0)
-    sample = np.abs(flat[:: max(1, flat.size // _SAMPLE)])
-    share = count / flat.size
+        return Reserve(indices, theta[indices], 0.0)
+    for indices in (support.active, support.exploring):
+        use.put(theta, indices, np.zeros(indices.size, theta.dtype))
+    sample = np.abs(theta[:: max(1, theta.size // _SAMPLE)])
+    share = count / theta.size
     margin = _SPREAD * math.sqrt(sample.size * share * (1 - share)) + 1
     rank = min(sample.size - 1, int(sample.size * share + margin))
-    place = sample.size - 1 - rank
-    bound = float(np.partition(sample, place)[place])
+    position = sample.size - 1 - rank
+    bound = float(np.partition(sample, position)[position])
     if not bound:
         return None
-    return Reserve(*_functions(flat.size).collect(flat, bound), bound)
+    indices, values = use.collect(theta, bound)
+    return Reserve(indices, values, bound)
 
 
-def _ties(
-    parts: list[tuple[Vector, Vector]], threshold: _candidates.Threshold, ranks: Ranks
+def _find_ties(
+    lists: list[tuple[Vector, Vector]], threshold: _candidates.Threshold, ranks: Ranks
 ) -> Vector:
-    """Ascending indices of the entries at a threshold that are too many: those that rank last."""
+    """Ascending indices of the entries at a threshold that rank too low to be chosen; int64."""
     if not threshold.surplus:
         return np.zeros(0, dtype=np.int64)
     equal = np.concatenate(
         [
             indices[np.abs(values) == values.dtype.type(threshold.magnitude)]
-            for indices, values in parts
+            for indices, values in lists
         ]
     )
-    last = np.argpartition(ranks(equal), threshold.surplus - 1)[: threshold.surplus]
-    return np.sort(equal[last]).astype(np.int64)
-
-
-def _functions(size: int) -> Any:
-    """The module that works on so many entries."""
-    if size < _FEW or not has_numba():
-        return _candidates
-    return importlib.import_module("topkast.kernels")
-
-
-@functools.cache
-def has_numba() -> bool:
-    """Whether kernels can be compiled."""
-    disabled = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
-    return not disabled and importlib.util.find_spec("numba") is not None
+    lowest = np.argpartition(ranks(equal), threshold.surplus - 1)[: threshold.surplus]
+    return np.sort(equal[lowest]).astype(np.int64)
