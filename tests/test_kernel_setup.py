@@ -22,6 +22,7 @@ from topkast.kernels import (
     _products,
     _sampling,
 )
+from topkast.backends import _threads
 from topkast.kernels.runtime import _arguments, _pool
 from topkast.kernels.runtime._compile import FolderLocator
 from topkast.testing import assert_same_support
@@ -155,7 +156,7 @@ def test_an_interrupt_waits_for_the_threads() -> None:
 
     futures = [Interrupted(), Interrupted()]
     with pytest.raises(KeyboardInterrupt):
-        _pool._wait_for(list(futures))
+        _threads.wait_for(list(futures))
     assert all(future.done() for future in futures)
 
 
@@ -163,7 +164,7 @@ def test_an_error_in_a_thread_is_raised() -> None:
     failed: Future[None] = Future()
     failed.set_exception(ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
-        _pool._wait_for([failed])
+        _threads.wait_for([failed])
 
 
 @pytest.mark.parametrize(

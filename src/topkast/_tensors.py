@@ -159,6 +159,8 @@ class RankedTensors:
     def _count_members(self, indices: Array, flags: Array) -> Array:
         """Number of flagged indices in each member; int32."""
         xp = array_namespace(indices)
+        if len(self.shapes) == 1:
+            return xp.reshape(xp.sum(xp.astype(flags, xp.int32), dtype=xp.int32), (1,))
         return xp.stack(
             [
                 xp.sum(

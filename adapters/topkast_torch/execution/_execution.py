@@ -228,16 +228,21 @@ class Execution(ABC):
 
     def choose_sets(self, options: Options, updates: int) -> Refresh | IncrementalRefresh:
         """Choose the next sets from the current weights, without applying them."""
-        if self.values.device.type == "cpu" and self.values.dtype in _INCREMENTAL:
-            values, theta, indices = (
-                tensor.detach().view(-1).numpy()
-                for tensor in (self.values, self.reservoir, self.support.indices)
-            )
-            old = Support(indices, self.support.forward, self.support.blocks)
-            refresh = self.ranked.refresh_incrementally(values, theta, old, options, self.selection)
-            if refresh is not None:
-                return refresh
+        refresh = self._choose_incrementally(options)
+        if refresh is not None:
+            return refresh
         return self.ranked.refresh(self.theta(), self.support, options, updates)
+
+    def _choose_incrementally(self, options: Options) -> IncrementalRefresh | None:
+        """Choose the next sets from few candidates; None if all weights have to be read."""
+        if self.values.device.type != "cpu" or self.values.dtype not in _INCREMENTAL:
+            return None
+        values, theta, indices = (
+            tensor.detach().view(-1).numpy()
+            for tensor in (self.values, self.reservoir, self.support.indices)
+        )
+        old = Support(indices, self.support.forward, self.support.blocks)
+        return self.ranked.refresh_incrementally(values, theta, old, options, self.selection)
 
     def check_migratable(self, inner: torch.optim.Optimizer) -> None:
         """Raise :class:`UnsupportedOptimizerError` for state that cannot be migrated."""

@@ -156,7 +156,7 @@ class SparseExecution(Execution):
     def update_positions(self) -> None:
         layer: Any = self.layer
         if isinstance(layer, SparseLayer):  # densify may have made it dense
-            layer.set_support(self.support)
+            layer.set_support(self.support, is_valid=True)
             self._sets_version = layer.sets_version
 
     def restrict_state(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -183,8 +183,12 @@ def migrate_entries(
         if spec is None:
             continue
         axis = spec.axis(tuple(values.shape))
-        moved = entry.index_select(axis, migration.source)
         start = layout.starts[path]
+        if entry.numel() == values.numel() and entry.is_contiguous():
+            fresh = values.detach() if isinstance(start, Start) else start
+            entry.copy_(migration.apply(entry, fresh))
+            continue
+        moved = entry.index_select(axis, migration.source)
         shape = [1] * entry.dim()
         shape[axis] = -1
         survives = migration.survives.view(shape)

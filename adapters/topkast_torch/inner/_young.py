@@ -15,9 +15,12 @@ from topkast.adapter import SETTLED, Betas, Migration, corrections, kappa, young
 from topkast_torch.inner._fresh import make_fresh_optimizer, step_without_hooks
 from topkast_torch.inner._inner_state import Start, entries_of, walk
 from topkast_torch.inner._probe import betas_of
+from topkast_torch.sparse._products import has_kernels
 
 if TYPE_CHECKING:
     from topkast_torch.execution._execution import InnerProfile
+
+_KERNEL_MIN_ENTRIES = 1 << 14  # below which a call of a kernel costs more than it saves
 
 
 class YoungEntries:
@@ -37,9 +40,8 @@ class YoungEntries:
 
     def current_ages(self) -> Tensor:
         """The ages now, int16."""
-        grown = self.ages.int() + self.updates_since
-        ages = torch.where(self.ages == SETTLED, SETTLED, grown.clamp_(max=SETTLED))
-        return ages.to(torch.int16)
+        since = min(self.updates_since, SETTLED)
+        return self.ages.clamp(max=SETTLED - since).add_(since)  # settled entries stay settled
 
     def restore(self, ages: Tensor, group: Mapping[str, Any] | None = None) -> None:
         """Set the ages."""
@@ -58,10 +60,13 @@ class YoungEntries:
         """Find the positions of young entries, and of entrants that have not been stepped."""
         betas = self.betas(group or {})
         self._limit = 1 if betas is None else young_limit(betas)
-        positions = _true_positions(self.ages < self._limit)
         # On CPUs, each step finds them anew, to save memory; an accelerator would synchronise.
-        self._any_young = len(positions) > 0
-        self._positions = None if self.ages.device.type == "cpu" else positions
+        self._positions = None
+        if self.ages.device.type == "cpu":
+            self._any_young = bool(self.ages.numel()) and int(self.ages.min()) < self._limit
+        else:
+            self._positions = _true_positions(self.ages < self._limit)
+            self._any_young = len(self._positions) > 0
         self._entrants = self.ages.new_empty(0, dtype=torch.int32)
         if not self._profile.layout.starts_suffice:
             self._entrants = _true_positions(self.ages == 0)
@@ -94,11 +99,7 @@ class YoungEntries:
         if not self._any_young:
             return
         if betas is not None:
-            young = self._positions
-            if young is None:
-                young = _true_positions(self.ages < self._limit)
-            before = [flat.index_select(0, young) for flat in self._moving_tensors(inner, values)]
-            self._before = young, before
+            self._before = self._save_young(self._moving_tensors(inner, values))
         if (
             not self._profile.layout.starts_suffice
             and not self.updates_since
@@ -115,18 +116,39 @@ class YoungEntries:
     ) -> None:
         """Scale the displacements of young entries; `steps` counts the steps before this one."""
         if self._before is not None and betas is not None:
-            young, before = self._before
             factors = self._factors(betas, steps + 1, values.device)
-            ages = self.ages.index_select(0, young).int() + (self.updates_since + 1)
-            ages.clamp_(max=len(factors) - 1)
-            share = factors.index_select(0, ages)
-            for old, flat in zip(before, self._moving_tensors(inner, values), strict=False):
-                new = flat.index_select(0, young)
-                weight = share.to(new.real.dtype if new.is_complex() else new.dtype)
-                flat.index_copy_(0, young.long(), _interpolate(old, new, weight))
+            self._scale_young(self._moving_tensors(inner, values), *self._before, factors)
         if self._first_steps is not None:
             self._write_first_steps(inner, values)
         self._before = self._first_steps = None
+
+    def _save_young(self, tensors: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+        """Positions and entries of what is young; None and all entries where kernels scale them."""
+        if all(_suits_kernel(tensor) for tensor in tensors):
+            return None, [tensor.clone() for tensor in tensors]
+        young = self._positions
+        if young is None:
+            young = _true_positions(self.ages < self._limit)
+        return young, [tensor.index_select(0, young) for tensor in tensors]
+
+    def _scale_young(
+        self, tensors: list[Tensor], young: Tensor | None, before: list[Tensor], factors: Tensor
+    ) -> None:
+        """Multiply the displacements of young entries by the factors of their ages."""
+        since = self.updates_since + 1
+        if young is None:
+            from topkast.kernels import scale_displacement
+
+            for old, new in zip(before, tensors, strict=False):
+                table = factors.to(new.dtype).numpy()
+                scale_displacement(new.numpy(), old.numpy(), self.ages.numpy(), table, since=since)
+            return
+        ages = self.ages.index_select(0, young).int() + since
+        share = factors.index_select(0, ages.clamp_(max=len(factors) - 1))
+        for old, tensor in zip(before, tensors, strict=False):
+            new = tensor.index_select(0, young)
+            weight = share.to(new.real.dtype if new.is_complex() else new.dtype)
+            tensor.index_copy_(0, young.long(), _interpolate(old, new, weight))
 
     @staticmethod
     def _factors(betas: Betas, steps: int, device: torch.device) -> Tensor:
@@ -176,6 +198,15 @@ class YoungEntries:
                 axis = layout.specs[path].axis(tuple(values.shape))
                 source = state[path][0 if len(state[path]) == 1 else -1]
                 entry.index_copy_(axis, self._entrants.long(), source.to(entry.dtype))
+
+
+def _suits_kernel(tensor: Tensor) -> bool:
+    """Whether a kernel can scale the displacement of a vector, and is worth its call."""
+    return (
+        tensor.numel() >= _KERNEL_MIN_ENTRIES
+        and has_kernels(tensor.device, tensor.dtype)
+        and tensor.is_contiguous()
+    )
 
 
 def _true_positions(flags: Tensor) -> Tensor:

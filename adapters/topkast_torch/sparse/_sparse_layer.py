@@ -72,6 +72,7 @@ class SparseLayer(nn.Module):
     indices: Tensor
     active_count: int
     reservoir: Tensor | None  # all weights, until an optimizer takes them over
+    _valid_version: tuple[int, ...] | None = None  # of sets that need no check
     _products: tuple[Any, tuple[Any, ...]] | None  # with the key that they were made for
     _assignment_count: int = 0  # how often `indices` or `active_count` were assigned
 
@@ -82,9 +83,11 @@ class SparseLayer(nn.Module):
         self.reservoir = self._products = None
         self.set_support(support)
 
-    def set_support(self, support: Support) -> None:
-        """Set the indices of the values, and |A|."""
+    def set_support(self, support: Support, *, is_valid: bool = False) -> None:
+        """Set the indices of the values, and |A|; unless `is_valid`, they are checked later."""
         self.indices, self.active_count = support.indices, support.forward
+        if is_valid:
+            self._valid_version = self.sets_version
 
     @property
     def support(self) -> Support:
@@ -111,7 +114,8 @@ class SparseLayer(nn.Module):
         """The products with this layer's weight, rebuilt after each refresh."""
         key = *self.sets_version, self._window
         if self._products is None or self._products[1] != key:
-            check_sets("the layer", self.support, self.weight_shape, self.values.numel())
+            if self._valid_version != self.sets_version:
+                check_sets("the layer", self.support, self.weight_shape, self.values.numel())
             self._products = self._make_products(), key
         return self._products[0]
 

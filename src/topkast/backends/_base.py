@@ -199,6 +199,11 @@ class Backend:
                 is_found = is_found | is_match
         return source, is_found
 
+    def migrate(self, flat: Array, source: Array, survives: Array, fresh: Array) -> Array:
+        """Entries (k,) at the positions `source`; `fresh`, 0-d or (k,), where not `survives`."""
+        xp = array_namespace(flat)
+        return xp.where(survives, xp.take(flat, source), fresh)
+
     def for_each_layer(
         self, choose: Callable[[Array, Any], Array], flat: Array, layers: int
     ) -> Array:

@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from topkast._errors import NonFiniteError
+from topkast.backends import _candidates
+from topkast.backends._compiled import functions
 
 Vector: TypeAlias = np.ndarray[Any, Any]
 Ranks: TypeAlias = Callable[[Vector], Vector]  # from positions to ranks among equal magnitudes
@@ -89,6 +91,17 @@ def largest_flags(vector: Vector, count: int, ranks: Ranks) -> Vector:
 def _smallest(ranks: Vector, count: int) -> Vector:
     """Positions of the `count` smallest ranks."""
     return np.argpartition(ranks, count - 1)[:count]
+
+
+def migrate(flat: Vector, source: Vector, survives: Vector, fresh: Vector) -> Vector:
+    """Entries (k,) at the positions `source`; `fresh`, 0-d or (k,), where not `survives`."""
+    use = functions(source.size)
+    contiguous = all(array.flags.c_contiguous for array in (flat, source, survives, fresh))
+    if not (contiguous and source.dtype == np.int32 and flat.dtype.itemsize in (2, 4, 8)):
+        use = _candidates
+    out = np.empty(source.size, dtype=flat.dtype)
+    use.migrate(flat, source, survives, fresh.reshape(-1), out)
+    return out
 
 
 def common_positions(

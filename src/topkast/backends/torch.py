@@ -57,5 +57,17 @@ class TorchBackend(Backend):
         source = table.index_copy_(0, old.long(), positions).index_select(0, new)
         return source.clamp(min=0), source >= 0
 
+    def migrate(self, flat: Tensor, source: Tensor, survives: Tensor, fresh: Tensor) -> Tensor:
+        words = _WORDS.get(flat.dtype.itemsize)
+        if flat.device.type != "cpu" or words is None or flat.is_conj() or flat.is_neg():
+            return torch.where(survives, flat.index_select(0, source), fresh)
+        flat, fresh = flat.detach(), fresh.detach()
+        arrays = (flat.view(words), source, survives, fresh.view(words))
+        moved = _host.migrate(*(array.numpy() for array in arrays))
+        return torch.from_numpy(moved).view(flat.dtype)
+
+
+# Integers that carry the bits of entries, whatever NumPy knows of their dtype.
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 BACKEND = TorchBackend()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from topkast.backends._threads import default_threads
 from topkast.kernels._columns import find_columns, find_row_starts, rows_and_columns
 from topkast.kernels._gather import gather_unchecked
 from topkast.kernels._geometry import ConvGeometry, Pair
@@ -16,7 +17,6 @@ from topkast.kernels._layout import make_layout, make_row_layout
 from topkast.kernels._plane_products import OffsetLayout, convolve, sampled_correlation, shift
 from topkast.kernels._planes import from_planes, lanes_of, to_planes
 from topkast.kernels.runtime._arguments import Vector, empty_aligned
-from topkast.kernels.runtime._pool import default_threads
 
 _SIZES = 4  # image sizes whose layouts are cached
 

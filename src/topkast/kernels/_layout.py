@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from topkast.backends._threads import default_threads
 from topkast.kernels._layout_arrays import make_layout_arrays, make_row_layout_arrays
 from topkast.kernels.runtime._arguments import define_record, fill_record
-from topkast.kernels.runtime._pool import default_threads
 from topkast.kernels.runtime._vector import PREFETCH_DISTANCE
 
 Vector = np.ndarray[Any, Any]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
+from topkast.backends._threads import default_threads
 from topkast.kernels._layout import LAYOUT, Layout, RowLayout, Vector
 from topkast.kernels._sampling import run_sampled
 from topkast.kernels.runtime._arguments import (
@@ -19,7 +20,6 @@ from topkast.kernels.runtime._arguments import (
     run_kernel,
 )
 from topkast.kernels.runtime._compile import kernel
-from topkast.kernels.runtime._pool import default_threads
 from topkast.kernels.runtime._vector import (
     VECTOR_BYTES,
     as_pointer,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
+from topkast.backends._threads import default_threads
 from topkast.kernels._geometry import PlaneLayout
 from topkast.kernels._packing import transpose
 from topkast.kernels.runtime._arguments import (
@@ -24,7 +25,6 @@ from topkast.kernels.runtime._arguments import (
     run_transform,
 )
 from topkast.kernels.runtime._compile import kernel
-from topkast.kernels.runtime._pool import default_threads
 from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer, copy_vectors, fetch_add
 
 _PIXELS = 2048  # pixels transposed at a time: they fit in the L2 cache

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
+from topkast.backends._threads import default_threads
 from topkast.kernels._layout import LAYOUT, Layout, RowLayout, Vector
 from topkast.kernels._packing import transpose
 from topkast.kernels._sampling import PREFETCH_SEGMENTS, run_sampled
@@ -19,7 +20,6 @@ from topkast.kernels.runtime._arguments import (
     run_kernel,
 )
 from topkast.kernels.runtime._compile import kernel
-from topkast.kernels.runtime._pool import default_threads
 from topkast.kernels.runtime._vector import (
     VECTOR_BYTES,
     as_pointer,

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from topkast._errors import NonFiniteError
-from topkast.selection import _candidates
-from topkast.selection._compiled import functions
+from topkast.backends import _candidates
+from topkast.backends._compiled import functions
 from topkast.selection._random import Ranks
 from topkast.selection._support import Migration, Support
 
@@ -159,11 +159,10 @@ def exchange(
         (reserve.indices, reserve.values),
     ]
     vectors = [vector for _, vector in lists]
-    bad = use.count_not_finite(vectors)
-    if bad:
-        raise NonFiniteError(f"{bad} of {size} entries are NaN or infinite")
     counts = support.forward, support.backward
-    forward, backward = (use.find_threshold(vectors, count) for count in counts)
+    (forward, backward), not_finite = use.find_thresholds(vectors, counts)
+    if not_finite:
+        raise NonFiniteError(f"{not_finite} of {size} entries are NaN or infinite")
     if backward.magnitude < reserve.bound:
         return None
     ties = None

@@ -295,7 +295,7 @@ class Migration(NamedTuple):
             fresh = xp.full((), fresh, dtype=entry.dtype, device=device(entry))
         else:
             fresh = xp.astype(xp.reshape(fresh, (-1,)), entry.dtype)
-        moved = xp.where(self.survives, xp.take(flat, self.source), fresh)
+        moved = backend_of(entry).migrate(flat, self.source, self.survives, fresh)
         return xp.reshape(moved, entry.shape)
 
     def entered_forward(self, old: Support, new: Support) -> Array:

@@ -73,8 +73,8 @@ def can_cache() -> bool:
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """``numba.njit``, cached where possible."""
-    return numba.njit(cache=can_cache())(function)
+    """``numba.njit`` that releases the GIL, cached where possible."""
+    return numba.njit(cache=can_cache(), nogil=True)(function)
 
 
 def kernel(signature: Any) -> Callable[[Callable[..., Any]], Any]:

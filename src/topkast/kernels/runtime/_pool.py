@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from topkast.backends._threads import CORES, default_threads, executor, wait_for
 
 _Region = Callable[[int, int, int, int], None]  # function, its argument, threads, flags
 
@@ -35,35 +36,11 @@ def run(kernel: Any, arguments: np.ndarray[Any, Any], threads: int | None = None
     call = kernel.ctypes  # releases the GIL
     futures: list[Future[None]] = []
     try:
-        for _ in range(min(count, _CORES) - 1):
-            futures.append(_python_threads().submit(call, arguments.ctypes.data))
+        for _ in range(min(count, CORES) - 1):
+            futures.append(executor().submit(call, arguments.ctypes.data))
         call(arguments.ctypes.data)
     finally:
-        _wait_for(futures)
-
-
-def _wait_for(futures: list[Future[None]]) -> None:
-    """Wait for all threads, even if interrupted: they write to memory that the caller frees."""
-    interrupt: BaseException | None = None
-    for future in futures:
-        while not future.done():
-            try:
-                future.exception()
-            except KeyboardInterrupt as error:
-                interrupt = error
-    if interrupt is not None:
-        raise interrupt
-    for future in futures:
-        future.result()
-
-
-def default_threads() -> int:
-    """The number of threads of PyTorch; if it is not loaded, one for each core."""
-    torch = sys.modules.get("torch")
-    return int(torch.get_num_threads()) if torch is not None else _CORES
-
-
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        wait_for(futures)
 
 
 @functools.cache
@@ -80,12 +57,3 @@ def _openmp_of_torch() -> _Region | None:
         typed_region: _Region = region
         return typed_region
     return None
-
-
-@functools.cache
-def _python_threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_CORES, thread_name_prefix="topkast")
-
-
-if hasattr(os, "register_at_fork"):  # a child process has none of its parent's threads
-    os.register_at_fork(after_in_child=_python_threads.cache_clear)

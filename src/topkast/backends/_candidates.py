@@ -29,17 +29,18 @@ class Division(NamedTuple):
     sizes: tuple[int, int, int, int]
 
 
-def count_not_finite(parts: Sequence[Vector], /) -> int:
-    """Number of NaN and infinite entries in float vectors."""
-    return sum(part.size - int(np.count_nonzero(np.isfinite(part))) for part in parts)
-
-
-def find_threshold(parts: Sequence[Vector], count: int, /) -> Threshold:
-    """The `count`-th largest magnitude of several vectors taken as one."""
-    magnitudes = np.abs(np.concatenate(parts))
-    place = magnitudes.size - count
-    threshold = np.partition(magnitudes, place)[place]
-    return Threshold(float(threshold), int(np.count_nonzero(magnitudes >= threshold)) - count)
+def find_thresholds(
+    lists: Sequence[Vector], counts: Sequence[int], /
+) -> tuple[list[Threshold], int]:
+    """Find the `count`-th largest magnitude of all entries of some vectors, for several counts."""
+    magnitudes = np.abs(np.concatenate(lists))
+    thresholds = []
+    for count in counts:
+        position = magnitudes.size - count
+        threshold = np.partition(magnitudes, position)[position]
+        surplus = int(np.count_nonzero(magnitudes >= threshold)) - count
+        thresholds.append(Threshold(float(threshold), surplus))
+    return thresholds, magnitudes.size - int(np.count_nonzero(np.isfinite(magnitudes)))
 
 
 def collect(flat: Vector, bound: float, /) -> tuple[Vector, Vector]:
@@ -52,6 +53,11 @@ def collect(flat: Vector, bound: float, /) -> tuple[Vector, Vector]:
 def put(flat: Vector, indices: Vector, values: Vector, /) -> None:
     """Write `values` (k,) into `flat` at `indices` (k,)."""
     flat[indices] = values
+
+
+def migrate(entry: Vector, source: Vector, survives: Vector, fresh: Vector, out: Vector, /) -> None:
+    """Write ``where(survives, entry[source], fresh)`` into `out`."""
+    out[:] = np.where(survives, entry.take(source), fresh)
 
 
 def divide(

@@ -8,7 +8,7 @@ import importlib.util
 import os
 from typing import Any
 
-from topkast.selection import _candidates
+from topkast.backends import _candidates
 
 _MIN_ENTRIES = 1 << 14  # below which a call of a kernel costs more than it saves
 

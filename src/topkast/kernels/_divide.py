@@ -1,0 +1,428 @@
+"""How sets change: candidates divided into the next A, B∖A and reserve, on all cores."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import carray, njit, types
+
+from topkast.backends._threads import default_threads
+from topkast.kernels._magnitudes import key_of, key_of_magnitude
+from topkast.kernels.runtime._arguments import (
+    Vector,
+    array_at,
+    define_arguments,
+    fill_record,
+)
+from topkast.kernels.runtime._compile import kernel
+from topkast.kernels.runtime._pool import run
+from topkast.kernels.runtime._vector import as_pointer, fetch_add
+
+_RANGES = 8  # ranges of the tensor for each thread: some have more candidates than others
+
+_LIST = ("indices", "values", "size")
+_LISTS = ("active", "exploring", "reserve")
+_DIVIDE = define_arguments(
+    *(f"{of}_{what}" for of in _LISTS for what in _LIST),
+    "edges",
+    "counts",
+    "ranges",
+    "writes",
+    "forward_key",
+    "backward_key",
+    "bound_key",
+    "forward_ties",
+    "forward_ties_size",
+    "backward_ties",
+    "backward_ties_size",
+    "indices",
+    "values",
+    "source",
+    "moved_indices",
+    "moved_values",
+    "moved_source",
+    "moved_size",
+    "starts",
+    "moved_starts",
+)
+
+
+class Division(NamedTuple):
+    """Candidates in their new order: A, B∖A, those outside B, those below the bound.
+
+    Attributes
+    ----------
+    indices, values
+        Of all candidates, ascending within each of the four parts.
+    source
+        Position that each had in the old B, -1 for those that were outside; int32.
+    sizes
+        Lengths of the four parts.
+    """
+
+    indices: Vector
+    values: Vector
+    source: Vector
+    sizes: tuple[int, int, int, int]
+
+
+def divide(
+    active: tuple[Vector, Vector],
+    exploring: tuple[Vector, Vector],
+    reserve: tuple[Vector, Vector],
+    /,
+    *,
+    size: int,
+    forward: float,
+    backward: float,
+    bound: float,
+    ties: tuple[Vector, Vector] | None = None,
+    threads: int | None = None,
+) -> Division:
+    """Divide the candidates for B into the next A, B∖A and reserve.
+
+    Parameters
+    ----------
+    active, exploring, reserve
+        Ascending indices and values of the entries of the old A, of the old B∖A, and of others. No
+        index is in two of them.
+    size
+        Number of entries of the tensor.
+    forward, backward
+        The smallest magnitudes in the next A and B.
+    bound
+        Magnitude below which entries outside B are no candidates any more.
+    ties
+        Ascending indices of entries of magnitude `forward` that are not in A, and of those of
+        magnitude `backward` that are not in B; int64.
+    threads
+        As for :func:`multiply`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from topkast.kernels import divide
+    >>> indices, values = np.asarray([1, 4, 0, 3], np.int32), np.asarray([2.0, 1.0, 3.0, 0.5])
+    >>> active, exploring, reserve = ((indices[one], values[one]) for one in np.s_[:1, 1:2, 2:])
+    >>> division = divide(active, exploring, reserve, size=6, forward=3, backward=2, bound=0.5)
+    >>> division.indices, division.source, division.sizes
+    (array([0, 1, 3, 4], dtype=int32), array([-1,  0, -1,  1], dtype=int32), (1, 1, 2, 0))
+    """
+    lists = dict(zip(_LISTS, (active, exploring, reserve), strict=True))
+    index_dtype, dtype = active[0].dtype, active[1].dtype
+    ranges = _RANGES * (threads or default_threads())
+    cuts = np.linspace(0, size, ranges + 1).astype(index_dtype)
+    edges = [np.searchsorted(indices, cuts) for indices, _ in lists.values()]
+    none = np.zeros(0, dtype=np.int64)
+    forward_ties, backward_ties = ties or (none, none)
+    counts = np.zeros((ranges, 3, 4), dtype=np.int64)  # entries, by range, list and next part
+    arguments: dict[str, Any] = {
+        "edges": np.asarray(edges, dtype=np.int64),
+        "counts": counts,
+        "ranges": ranges,
+        "forward_key": key_of_magnitude(forward, dtype),
+        "backward_key": key_of_magnitude(backward, dtype),
+        "bound_key": key_of_magnitude(bound, dtype),
+        "forward_ties": forward_ties,
+        "forward_ties_size": len(forward_ties),
+        "backward_ties": backward_ties,
+        "backward_ties_size": len(backward_ties),
+    }
+    for name, (indices, values) in lists.items():
+        arguments[f"{name}_indices"], arguments[f"{name}_values"] = indices, values
+        arguments[f"{name}_size"] = len(indices)
+    names = "indices", "values", "source", "moved_indices", "moved_values", "moved_source"
+    entry_point = _KERNELS[dtype, index_dtype]
+    unused = dict.fromkeys((*names, "moved_size", "starts", "moved_starts"), 0)
+    _run(entry_point, threads, writes=0, **arguments, **unused)
+    in_parts = counts.sum(axis=1)
+    moved = counts * (1 - np.eye(3, 4, dtype=np.int64))
+    arguments |= {"starts": _find_starts(in_parts), "moved_starts": _find_starts(moved)}
+    sizes, moved_size = in_parts.sum(axis=0), int(moved.sum())
+    total, dtypes = int(sizes.sum()), (index_dtype, dtype, np.dtype(np.int32))
+    outputs = [np.empty(total, one) for one in dtypes]
+    scratch = [np.empty(moved_size, one) for one in dtypes]
+    arguments |= dict(zip(names, (*outputs, *scratch), strict=True))
+    _run(entry_point, threads, writes=1, moved_size=moved_size, **arguments)
+    first, second, third, fourth = sizes.tolist()
+    return Division(outputs[0], outputs[1], outputs[2], (first, second, third, fourth))
+
+
+def _find_starts(counts: Vector) -> Vector:
+    """First position of each group of entries (ranges, …), in order of group, then of range."""
+    by_group = np.moveaxis(counts, 0, -1)
+    flat = by_group.reshape(-1)
+    starts = (np.cumsum(flat) - flat).reshape(by_group.shape)
+    return np.ascontiguousarray(np.moveaxis(starts, -1, 0))
+
+
+def _run(entry_point: Any, threads: int | None, /, **arguments: Any) -> None:
+    record = fill_record(_DIVIDE, next_item=0, next_thread=0, **arguments)
+    run(entry_point, record, threads)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _is_tie(index: Any, ties: Any) -> Any:
+    position = np.searchsorted(ties, index)
+    return position < len(ties) and ties[position] == index
+
+
+@njit  # type: ignore[untyped-decorator]
+def _find_part(key: Any, index: Any, keys: Any, ties: Any) -> Any:
+    """Return 0 for A, 1 for B∖A, 2 for the reserve, 3 for entries below its bound."""
+    forward, backward, bound = keys
+    if key > forward or (key == forward and not _is_tie(index, ties[0])):
+        return 0
+    if key > backward or (key == backward and not _is_tie(index, ties[1])):
+        return 1
+    return 2 if key >= bound else 3
+
+
+@njit  # type: ignore[untyped-decorator]
+def _count_parts(
+    indices: Any, values: Any, keys: Any, ties: Any, counts: Any, unsigned: Any
+) -> None:
+    """Count the entries of a list, in one range of the tensor, that go to each part (4,)."""
+    forward, backward, bound = keys
+    first, second, third, equal = 0, 0, 0, 0
+    for bits in values:  # no branches, so that a vector of keys is compared at once
+        key = key_of(bits, unsigned)
+        first += key >= forward
+        second += key >= backward
+        third += key >= bound
+        equal += (key == forward) | (key == backward)
+    if equal and (len(ties[0]) or len(ties[1])):
+        for entry in range(len(indices)):
+            counts[_find_part(key_of(values[entry], unsigned), indices[entry], keys, ties)] += 1
+        return
+    counts[0], counts[1], counts[2] = first, second - first, third - second
+    counts[3] = len(values) - third
+
+
+@njit  # type: ignore[untyped-decorator]
+def _inner_keys_of(part: Any, keys: Any, unsigned: Any) -> Any:
+    """First key and number of keys whose entries belong to a part whatever their index is."""
+    forward, backward, bound = keys
+    if part == 0:
+        lower, upper = forward, unsigned(~unsigned(0))
+    elif part == 1:
+        lower, upper = backward, forward
+    else:
+        lower, upper = bound, backward
+    return unsigned(lower + 1), unsigned(max(upper, unsigned(lower + 1)) - lower - 1)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _copy_moved(
+    entries: Any, part: Any, keys: Any, ties: Any, moved: Any, starts: Any, unsigned: Any
+) -> None:
+    """Copy the entries of a list that leave its part; `starts` (4,) become their ends."""
+    indices, values, first_source, step = entries
+    moved_indices, moved_values, moved_source = moved
+    lower, span = _inner_keys_of(part, keys, unsigned)
+    for entry in range(len(indices)):
+        bits = values[entry]
+        key = key_of(bits, unsigned)
+        if unsigned(key - lower) < span:
+            continue
+        target = _find_part(key, indices[entry], keys, ties)
+        if target != part:
+            position = starts[target]
+            starts[target] = position + 1
+            moved_indices[position], moved_values[position] = indices[entry], bits
+            moved_source[position] = first_source + step * entry
+
+
+@njit  # type: ignore[untyped-decorator]
+def _merge(
+    entries: Any,
+    part: Any,
+    keys: Any,
+    ties: Any,
+    moved: Any,
+    ranges: Any,
+    outputs: Any,
+    start: Any,
+    unsigned: Any,
+) -> None:
+    """Write one part in one range of the tensor: what stays, and the two moved `ranges`."""
+    indices, values, first_source, step = entries
+    out_indices, out_values, out_source = outputs
+    moved_indices, moved_values, moved_source = moved
+    lower, span = _inner_keys_of(part, keys, unsigned)
+    first, first_stop, second, second_stop = ranges
+    behind = np.iinfo(indices.dtype).max
+    first_index = moved_indices[first] if first < first_stop else behind
+    second_index = moved_indices[second] if second < second_stop else behind
+    entry = 0
+    while True:
+        moved_index = min(first_index, second_index)
+        while entry < len(indices) and indices[entry] < moved_index:
+            bits = values[entry]
+            key = key_of(bits, unsigned)
+            if unsigned(key - lower) < span or (
+                _find_part(key, indices[entry], keys, ties) == part
+            ):
+                out_indices[start], out_values[start] = indices[entry], bits
+                out_source[start] = first_source + step * entry
+                start += 1
+            entry += 1
+        if moved_index == behind:
+            break
+        if first_index < second_index:
+            position = first
+            first += 1
+            first_index = moved_indices[first] if first < first_stop else behind
+        else:
+            position = second
+            second += 1
+            second_index = moved_indices[second] if second < second_stop else behind
+        out_indices[start], out_values[start] = moved_indices[position], moved_values[position]
+        out_source[start] = moved_source[position]
+        start += 1
+
+
+@njit  # type: ignore[untyped-decorator]
+def _entries_of(lists: Any, edges: Any, part: Any, number: Any) -> Any:
+    """Indices and values of a list in one range, its first position in B, and the step there."""
+    first, stop = edges[part, number], edges[part, number + 1]
+    indices, values = lists[part]
+    source, step = (-1, 0) if part == 2 else (first + (len(lists[0][0]) if part == 1 else 0), 1)
+    return indices[first:stop], values[first:stop], source, step
+
+
+@njit  # type: ignore[untyped-decorator]
+def _write(
+    lists: Any,
+    edges: Any,
+    number: Any,
+    counts: Any,
+    starts: Any,
+    moved_starts: Any,
+    keys: Any,
+    ties: Any,
+    moved: Any,
+    outputs: Any,
+    unsigned: Any,
+) -> None:
+    """Write all parts in one range of the tensor.
+
+    Few entries change their part. These are copied first, list by list. Then each part is what
+    stays of its own list, merged with what moved there from the two others.
+    """
+    for part in range(3):
+        entries = _entries_of(lists, edges, part, number)
+        _copy_moved(entries, part, keys, ties, moved, moved_starts[part], unsigned)
+    for part in range(3):
+        one, two = (1 if part == 0 else 0), (1 if part == 2 else 2)  # the other lists
+        one_stop, two_stop = moved_starts[one, part], moved_starts[two, part]
+        ranges = one_stop - counts[one, part], one_stop, two_stop - counts[two, part], two_stop
+        entries = _entries_of(lists, edges, part, number)
+        _merge(entries, part, keys, ties, moved, ranges, outputs, starts[part], unsigned)
+    start = starts[3]
+    for part in range(3):
+        stop = moved_starts[part, 3]
+        for position in range(stop - counts[part, 3], stop):
+            outputs[0][start], outputs[1][start] = moved[0][position], moved[1][position]
+            outputs[2][start] = moved[2][position]
+            start += 1
+
+
+@njit  # type: ignore[untyped-decorator]
+def _divide(address: Any, unsigned: Any, index: Any) -> None:
+    """Count the entries of each range and list that go to each part, or write them."""
+    arguments = carray(as_pointer(address), 1, _DIVIDE)[0]
+    keys = (
+        unsigned(arguments.forward_key),
+        unsigned(arguments.backward_key),
+        unsigned(arguments.bound_key),
+    )
+    ties = (
+        array_at(arguments.forward_ties, arguments.forward_ties_size, np.int64),
+        array_at(arguments.backward_ties, arguments.backward_ties_size, np.int64),
+    )
+    lists = (
+        (
+            array_at(arguments.active_indices, arguments.active_size, index),
+            array_at(arguments.active_values, arguments.active_size, unsigned),
+        ),
+        (
+            array_at(arguments.exploring_indices, arguments.exploring_size, index),
+            array_at(arguments.exploring_values, arguments.exploring_size, unsigned),
+        ),
+        (
+            array_at(arguments.reserve_indices, arguments.reserve_size, index),
+            array_at(arguments.reserve_values, arguments.reserve_size, unsigned),
+        ),
+    )
+    total = arguments.active_size + arguments.exploring_size + arguments.reserve_size
+    outputs = (
+        array_at(arguments.indices, total, index),
+        array_at(arguments.values, total, unsigned),
+        array_at(arguments.source, total, np.int32),
+    )
+    moved = (
+        array_at(arguments.moved_indices, arguments.moved_size, index),
+        array_at(arguments.moved_values, arguments.moved_size, unsigned),
+        array_at(arguments.moved_source, arguments.moved_size, np.int32),
+    )
+    ranges = arguments.ranges
+    edges = carray(as_pointer(arguments.edges), (3, ranges + 1), np.int64)
+    counts = carray(as_pointer(arguments.counts), (ranges, 3, 4), np.int64)
+    starts = carray(as_pointer(arguments.starts), (ranges, 4), np.int64)
+    moved_starts = carray(as_pointer(arguments.moved_starts), (ranges, 3, 4), np.int64)
+    while True:
+        number = fetch_add(address)
+        if number >= ranges:
+            break
+        if arguments.writes:
+            _write(
+                lists,
+                edges,
+                number,
+                counts[number],
+                starts[number],
+                moved_starts[number],
+                keys,
+                ties,
+                moved,
+                outputs,
+                unsigned,
+            )
+            continue
+        for part in range(3):
+            indices, values, _, _ = _entries_of(lists, edges, part, number)
+            _count_parts(indices, values, keys, ties, counts[number, part], unsigned)
+
+
+_KERNEL = types.void(types.intp)
+
+
+@kernel(_KERNEL)
+def _divide_single(address: Any) -> None:
+    _divide(address, np.uint32, np.int32)
+
+
+@kernel(_KERNEL)
+def _divide_single_wide(address: Any) -> None:
+    _divide(address, np.uint32, np.int64)
+
+
+@kernel(_KERNEL)
+def _divide_double(address: Any) -> None:
+    _divide(address, np.uint64, np.int32)
+
+
+@kernel(_KERNEL)
+def _divide_double_wide(address: Any) -> None:
+    _divide(address, np.uint64, np.int64)
+
+
+_SINGLE, _DOUBLE, _NARROW, _WIDE = map(np.dtype, ("float32", "float64", "int32", "int64"))
+_KERNELS = {
+    (_SINGLE, _NARROW): _divide_single,
+    (_SINGLE, _WIDE): _divide_single_wide,
+    (_DOUBLE, _NARROW): _divide_double,
+    (_DOUBLE, _WIDE): _divide_double_wide,
+}
