@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import topkast
+from topkast.backends import _threads
 from topkast.kernels import (
     _gather,
     _layout_arrays,
@@ -22,8 +23,7 @@ from topkast.kernels import (
     _products,
     _sampling,
 )
-from topkast.backends import _threads
-from topkast.kernels.runtime import _arguments, _pool
+from topkast.kernels.runtime import _arguments
 from topkast.kernels.runtime._compile import FolderLocator
 from topkast.testing import assert_same_support
 

@@ -99,6 +99,11 @@ def divide(
     threads
         As for :func:`multiply`.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For other dtypes or shapes, and for arrays that are not contiguous.
+
     Examples
     --------
     >>> import numpy as np
@@ -110,6 +115,7 @@ def divide(
     (array([0, 1, 3, 4], dtype=int32), array([-1,  0, -1,  1], dtype=int32), (1, 1, 2, 0))
     """
     lists = dict(zip(_LISTS, (active, exploring, reserve), strict=True))
+    _check(lists)
     index_dtype, dtype = active[0].dtype, active[1].dtype
     ranges = _RANGES * (threads or default_threads())
     cuts = np.linspace(0, size, ranges + 1).astype(index_dtype)
@@ -147,6 +153,22 @@ def divide(
     _run(entry_point, threads, writes=1, moved_size=moved_size, **arguments)
     first, second, third, fourth = sizes.tolist()
     return Division(outputs[0], outputs[1], outputs[2], (first, second, third, fourth))
+
+
+def _check(lists: dict[str, tuple[Vector, Vector]]) -> None:
+    dtypes = {(values.dtype, indices.dtype) for indices, values in lists.values()}
+    if len(dtypes) > 1 or not dtypes <= _KERNELS.keys():
+        raise TypeError(
+            "candidates must have indices of int32 or int64 and values of float32 or float64, the "
+            f"same in all lists, got {sorted(map(str, dtypes))}"
+        )
+    for name, (indices, values) in lists.items():
+        contiguous = indices.flags.c_contiguous and values.flags.c_contiguous
+        if indices.ndim != 1 or indices.shape != values.shape or not contiguous:
+            raise ValueError(
+                f"candidates must be contiguous vectors of one length, got indices of shape "
+                f"{indices.shape} and values of shape {values.shape} for {name}"
+            )
 
 
 def _find_starts(counts: Vector) -> Vector:

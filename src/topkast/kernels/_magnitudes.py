@@ -71,6 +71,11 @@ def find_thresholds(
         The thresholds, and the number of entries that are NaN or infinite. If there are any, they
         count as the largest.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For other dtypes, for vectors that are not contiguous, and for counts out of range.
+
     Examples
     --------
     >>> import numpy as np
@@ -79,6 +84,11 @@ def find_thresholds(
     ([Threshold(magnitude=1.0, surplus=1)], 0)
     """
     dtype = lists[0].dtype
+    for values in lists:
+        _check(values, dtype)
+    size = sum(map(len, lists))
+    if not all(1 <= count <= size for count in counts):
+        raise ValueError(f"each count must be from 1 to {size}, got {list(counts)}")
     shift = _width(dtype) - _DIGIT
     digits = _count_digits(lists, 0, shift + _DIGIT, shift, _DIGIT, threads)
     not_finite = int(digits[key_of_magnitude(np.inf, dtype) >> shift :].sum())
@@ -97,6 +107,7 @@ def collect(flat: Vector, bound: float, /, *, threads: int | None = None) -> tup
     >>> collect(np.asarray([0.5, -2.0, 1.0, 0.0]), 1.0)
     (array([1, 2], dtype=int32), array([-2.,  1.]))
     """
+    _check(flat, flat.dtype)
     index_dtype = np.dtype(np.int64 if len(flat) >= 1 << 31 else np.int32)
     starts = np.zeros(-(-len(flat) // _CHUNK) + 1, dtype=np.int64)
     indices, values = np.empty(0, index_dtype), np.empty(0, flat.dtype)
@@ -118,6 +129,15 @@ def collect(flat: Vector, bound: float, /, *, threads: int | None = None) -> tup
             count = int(starts[-1])
             indices, values = np.empty(count, index_dtype), np.empty(count, flat.dtype)
     return indices, values
+
+
+def _check(vector: Vector, dtype: Any) -> None:
+    if vector.dtype not in _COUNT_KERNELS or vector.dtype != dtype:
+        raise TypeError(
+            f"expected vectors of one dtype, float32 or float64, got {vector.dtype} and {dtype}"
+        )
+    if vector.ndim != 1 or not vector.flags.c_contiguous:
+        raise ValueError(f"expected contiguous vectors, got shape {vector.shape}")
 
 
 def _find_threshold(

@@ -1,0 +1,164 @@
+"""Kernels of a refresh: thresholds, candidates, migration and displacements of young entries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_problems import DTYPES, Array
+
+from topkast.backends import _candidates
+from topkast.kernels import collect, divide, find_thresholds, migrate, scale_displacement
+
+THREADS = [1, 2, 5]
+
+
+@st.composite
+def vectors(draw: st.DrawFn) -> Array:
+    """Floats of one or several chunks, among them zeros, subnormals and equal magnitudes."""
+    size = draw(st.sampled_from([1, 2, 100, 32_768, 70_001]))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    dtype = draw(st.sampled_from(DTYPES))
+    vector = rng.standard_normal(size).astype(dtype)
+    special = np.asarray([0.0, -0.0, 1.0, -1.0, np.finfo(dtype).smallest_subnormal, 1e30], dtype)
+    replaced = rng.random(size) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+    vector[replaced] = rng.choice(special, np.count_nonzero(replaced))
+    return vector
+
+
+@given(vector=vectors(), data=st.data())
+def test_thresholds_are_order_statistics(vector: Array, data: st.DataObject) -> None:
+    counts = data.draw(st.lists(st.integers(1, vector.size), min_size=1, max_size=3))
+    cut = data.draw(st.integers(0, vector.size))
+    threads = data.draw(st.sampled_from(THREADS))
+    found, not_finite = find_thresholds([vector[:cut], vector[cut:]], counts, threads=threads)
+    assert not_finite == 0
+    expected, _ = _candidates.find_thresholds([vector], counts)
+    assert [tuple(one) for one in found] == [tuple(one) for one in expected]
+    descending = np.sort(np.abs(vector))[::-1]
+    assert [one.magnitude for one in found] == [float(descending[count - 1]) for count in counts]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_are_counted(dtype: Any) -> None:
+    vector = np.ones(40_000, dtype)
+    vector[[0, 7, 39_999]] = np.nan, np.inf, -np.inf
+    assert find_thresholds([vector[:20], vector[20:]], [1])[1] == 3
+
+
+@given(vector=vectors(), data=st.data())
+def test_collect_keeps_what_reaches_the_bound(vector: Array, data: st.DataObject) -> None:
+    bound = float(np.abs(data.draw(st.sampled_from(vector[:50].tolist()))))
+    indices, values = collect(vector, bound, threads=data.draw(st.sampled_from(THREADS)))
+    expected = np.flatnonzero(np.abs(vector) >= vector.dtype.type(bound))
+    np.testing.assert_array_equal(indices, expected)
+    assert indices.dtype == np.int32
+    np.testing.assert_array_equal(values.view(np.uint8), vector[expected].view(np.uint8))
+
+
+@given(vector=vectors(), data=st.data(), wide=st.booleans())
+def test_divide_agrees_with_numpy(vector: Array, data: st.DataObject, wide: bool) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    labels = rng.choice(
+        4,
+        vector.size,
+        p=data.draw(
+            st.sampled_from([(0.2, 0.3, 0.3, 0.2), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0)])
+        ),
+    )
+    dtype = np.int64 if wide else np.int32
+    lists = [np.flatnonzero(labels == label).astype(dtype) for label in range(3)]
+    parts = [(indices, vector[indices]) for indices in lists]
+    candidates = np.concatenate([values for _, values in parts])
+    if not candidates.size:
+        return
+    ordered = np.sort(np.abs(candidates))[::-1]
+    ranks = sorted(data.draw(st.lists(st.integers(0, candidates.size - 1), min_size=3, max_size=3)))
+    forward, backward, bound = (float(ordered[rank]) for rank in ranks)
+    # Of equal magnitudes, those with the lowest ranks are not in A, and fewer of them not in B.
+    shuffled = rng.permutation(np.concatenate(lists))
+    magnitudes = np.abs(vector[shuffled])
+    ties = tuple(
+        np.sort(equal[: len(equal) // share]).astype(np.int64)
+        for equal, share in (
+            (shuffled[magnitudes == forward], 2),
+            (shuffled[magnitudes == backward], 4),
+        )
+    )
+    limits: Any = {"size": vector.size, "forward": forward, "backward": backward, "bound": bound}
+    for tied in (None, ties):
+        expected = _candidates.divide(*parts, **limits, ties=tied)
+        threads = data.draw(st.sampled_from(THREADS))
+        found = divide(*parts, **limits, ties=tied, threads=threads)
+        assert found.sizes == expected.sizes
+        inside = sum(found.sizes[:3])
+        for one, other in zip(found[:3], expected[:3], strict=True):
+            np.testing.assert_array_equal(one[:inside], other[:inside])
+            assert one.dtype == other.dtype
+        assert {*found.indices[inside:]} == {*expected.indices[inside:]}
+        dropped = dict(zip(expected.indices[inside:], expected.source[inside:], strict=True))
+        for index, source in zip(found.indices[inside:], found.source[inside:], strict=True):
+            assert dropped[index] == source
+
+
+@pytest.mark.parametrize("dtype", ["int16", "float16", "int32", "float32", "int64", "float64"])
+@pytest.mark.parametrize("size", [0, 1, 5, 40_000])
+def test_migrate_agrees_with_numpy(dtype: str, size: int) -> None:
+    rng = np.random.default_rng(size)
+    entry = rng.integers(-9, 9, size + 3).astype(dtype)
+    source = rng.integers(0, size + 3, size).astype(np.int32)
+    survives = rng.random(size) < 0.7
+    for fresh in (np.asarray([5], dtype), rng.integers(-9, 9, size).astype(dtype)):
+        if len(fresh) not in (1, size):
+            continue
+        out = np.zeros(size, dtype)
+        migrate(entry, source, survives, fresh, out)
+        np.testing.assert_array_equal(out, np.where(survives, entry[source], fresh))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_displacements_are_scaled_by_age(dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    before, values = rng.standard_normal((2, 40_000)).astype(dtype)
+    ages = rng.integers(0, 9, 40_000).astype(np.int16)
+    ages[:7] = (1 << 15) - 1
+    factors = np.asarray([0.1, 0.3, 0.5, 1.0, 0.7, 1.0], dtype)
+    share = factors[np.minimum(ages.astype(int) + 2, 5)]
+    expected = np.where(share == 1, values, before + (values - before) * share)
+    scale_displacement(values, before, ages, factors, since=2)
+    np.testing.assert_allclose(values, expected, rtol=1e-6 if dtype == np.float32 else 1e-14)
+    np.testing.assert_array_equal(values[share == 1], expected[share == 1])
+
+
+def test_bad_input_is_refused() -> None:
+    indices, values = np.asarray([0, 4], np.int32), np.ones(2)
+    part = (indices, values)
+    wrong: list[Any] = [
+        (indices.astype(np.int16), values),
+        (indices, values.astype(np.float16)),
+        (indices, values[:1]),
+        (indices, np.ones((2, 2))[:, 0]),
+    ]
+    for bad in wrong:
+        for place in range(3):
+            parts = [part, part, part]
+            parts[place] = bad
+            with pytest.raises((TypeError, ValueError), match="candidates"):
+                divide(*parts, size=9, forward=1.0, backward=1.0, bound=0.0)
+    with pytest.raises(TypeError, match="float32 or float64"):
+        find_thresholds([values.astype(np.float16)], [1])
+    with pytest.raises(ValueError, match="count"):
+        find_thresholds([values], [3])
+    with pytest.raises(TypeError, match="float32 or float64"):
+        collect(indices, 1.0)
+    with pytest.raises(TypeError, match="2, 4 or 8 bytes"):
+        migrate(np.ones(2, bool), indices, np.ones(2, bool), np.ones(1, bool), np.ones(2, bool))
+    with pytest.raises(TypeError, match="int32"):
+        migrate(values, indices.astype(np.int64), np.ones(2, bool), np.ones(1), np.ones(2))
+    with pytest.raises(ValueError, match="must have 2 entries"):
+        migrate(values, indices[:1], np.ones(2, bool), np.ones(1), np.ones(2))
+    with pytest.raises(ValueError, match="ages must be contiguous int16"):
+        scale_displacement(values, values, np.zeros(2, np.int32), np.ones(1), since=0)

@@ -1,0 +1,180 @@
+"""Incremental selection: the sets are those that are chosen from all weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import topkast
+from topkast.adapter import IncrementalSelection, Migration
+from topkast.backends import _candidates, _compiled
+from topkast.selection._random import Ranks, make_key
+from topkast.selection._reserve import Reserve, exchange, fill_reserve
+
+Array = Any
+
+SEED, NAME = 3, "layer.weight"
+RANKS = Ranks(make_key(SEED, NAME, "ties"))
+PAIRS = [(0.9, 0.8), (0.98, 0.9), (0.5, 0.5), (0.75, 0.0), (0.999, 0.99)]
+
+
+def select(theta: Array, pair: tuple[float, float]) -> topkast.Support:
+    """The sets that are chosen from all weights."""
+    return topkast.select(theta, fwd=pair[0], bwd=pair[1], seed=SEED, name=NAME)
+
+
+@st.composite
+def updates(draw: st.DrawFn, values: Array, bound: float) -> Array:
+    """Other values on B: small and large steps, equal magnitudes, zeros, and the bound itself."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    kind = draw(
+        st.sampled_from(["none", "small", "large", "shrink", "round", "zeros", "signs", "bound"])
+    )
+    noise = rng.standard_normal(values.size)
+    chosen = rng.random(values.size) < draw(st.sampled_from([0.01, 0.5, 1.0]))
+    changed = {
+        "none": values,
+        "small": values * (1 + 0.02 * noise),
+        "large": values + noise,
+        "shrink": values * 0.5,
+        "round": np.round(values, 1),
+        "zeros": np.zeros_like(values),
+        "signs": -values,
+        "bound": np.full_like(values, bound) * np.sign(noise),
+    }[kind]
+    return np.where(chosen, changed, values).astype(values.dtype)
+
+
+@pytest.fixture(params=["kernels", "numpy"], autouse=True)
+def functions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels for tensors of any size, or NumPy's functions in the place of missing ones."""
+    monkeypatch.setattr(_compiled, "_MIN_ENTRIES", 0)
+    monkeypatch.setattr(_compiled, "has_numba", lambda: request.param == "kernels")
+
+
+@given(data=st.data(), pair=st.sampled_from(PAIRS), dtype=st.sampled_from(["float32", "float64"]))
+def test_the_sets_are_those_of_a_full_selection(
+    data: st.DataObject, pair: tuple[float, float], dtype: str
+) -> None:
+    size = data.draw(st.sampled_from([1, 2, 30, 1_100, 5_000]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    theta = rng.standard_normal(size).astype(dtype)
+    if data.draw(st.booleans()):
+        theta = np.round(theta, 1)  # many equal magnitudes
+    support = select(theta, pair)
+    selection = IncrementalSelection()
+    for _ in range(5):
+        bound = 0.5 if selection.reserve is None else selection.reserve.bound
+        values = data.draw(updates(theta[support.indices], bound))
+        theta[support.indices] = values
+        expected = select(theta, pair)
+        reservoir = theta.copy()
+        outcome = selection.choose(support, values, reservoir, RANKS)
+        if outcome is None:  # many zeros: the caller chooses from all weights
+            assert np.count_nonzero(theta) < size
+            support, selection = expected, IncrementalSelection()
+            continue
+        chosen, selection = outcome
+        np.testing.assert_array_equal(chosen.support.indices, expected.indices)
+        assert chosen.support.indices.dtype == expected.indices.dtype
+        np.testing.assert_array_equal(chosen.values, theta[expected.indices])
+        assert_migrates(chosen.migration, support, expected, size)
+        assert_left(chosen.left, support, expected, theta)
+        assert_reserve(chosen.reserve, expected, theta)
+        outside = np.ones(size, dtype=bool)
+        outside[support.indices] = False
+        np.testing.assert_array_equal(reservoir[outside], theta[outside])
+        support = chosen.support
+
+
+def assert_migrates(
+    migration: Migration, old: topkast.Support, new: topkast.Support, size: int
+) -> None:
+    expected = Migration.between(old, new, size)
+    np.testing.assert_array_equal(migration.survives, expected.survives)
+    survivors = np.asarray(expected.survives)
+    np.testing.assert_array_equal(migration.source[survivors], expected.source[survivors])
+    assert migration.source.min(initial=0) >= 0
+
+
+def assert_left(
+    left: tuple[Array, Array], old: topkast.Support, new: topkast.Support, theta: Array
+) -> None:
+    indices, weights = left
+    assert {*indices.tolist()} == {*old.indices.tolist()} - {*new.indices.tolist()}
+    np.testing.assert_array_equal(weights, theta[indices])
+
+
+def assert_reserve(reserve: Reserve, support: topkast.Support, theta: Array) -> None:
+    """It holds what is outside B and reaches the bound, and nothing else."""
+    outside = np.ones(theta.size, dtype=bool)
+    outside[support.indices] = False
+    expected = np.flatnonzero(outside & (np.abs(theta) >= theta.dtype.type(reserve.bound)))
+    np.testing.assert_array_equal(reserve.indices, expected)
+    np.testing.assert_array_equal(reserve.values, theta[expected])
+
+
+def test_a_reserve_that_does_not_reach_far_enough_is_filled_again() -> None:
+    theta = np.random.default_rng(0).standard_normal(20_000)
+    support = select(theta, (0.9, 0.8))
+    values = theta[support.indices]
+    reserve = fill_reserve(theta.copy(), support, 1_024)
+    assert reserve is not None
+    assert 1_024 <= len(reserve.indices) < 2_048
+    assert exchange(support, values, reserve, theta.size, RANKS) is not None
+    assert exchange(support, values / 2, reserve, theta.size, RANKS) is None
+    selection = IncrementalSelection(reserve)
+    outcome = selection.choose(support, values / 2, theta, RANKS)
+    assert outcome is not None
+    assert outcome[0].reserve.bound < reserve.bound
+
+
+def test_short_lived_reserves_grow() -> None:
+    theta = np.random.default_rng(0).standard_normal(60_000)
+    support, selection = select(theta, (0.9, 0.8)), IncrementalSelection()
+    shares = []
+    for _ in range(4):
+        theta[support.indices] *= 0.7
+        outcome = selection.choose(support, theta[support.indices], theta.copy(), RANKS)
+        assert outcome is not None
+        support, selection = outcome[0].support, outcome[1]
+        shares.append(selection.share)
+    assert shares == [1 / 8, 1 / 4, 1 / 2, 1 / 2]
+    assert selection.nbytes == sum(array.nbytes for array in outcome[0].reserve[:2]) > 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_without_a_rank_are_counted(value: float) -> None:
+    theta = np.random.default_rng(0).standard_normal(5_000)
+    support = select(theta, (0.9, 0.8))
+    values = theta[support.indices].copy()
+    values[[3, 800]] = value
+    with pytest.raises(topkast.NonFiniteError, match="2 of 5000 entries are NaN or infinite"):
+        IncrementalSelection().choose(support, values, theta, RANKS)
+
+
+def test_zeros_leave_it_to_a_full_selection() -> None:
+    theta = np.zeros(10_000)
+    theta[:2_000] = 1.0
+    support = select(theta, (0.9, 0.8))
+    assert IncrementalSelection().choose(support, theta[support.indices], theta, RANKS) is None
+
+
+def test_a_selection_is_a_value() -> None:
+    selection = IncrementalSelection(Reserve(np.arange(3), np.ones(3), 0.5))
+    loaded = pickle.loads(pickle.dumps(selection))
+    assert dataclasses.astuple(loaded)[1:] == dataclasses.astuple(selection)[1:]
+    np.testing.assert_array_equal(loaded.reserve.indices, np.arange(3))
+
+
+def test_numpy_and_kernels_have_the_same_functions() -> None:
+    kernels = pytest.importorskip("topkast.kernels")
+    for name in ("find_thresholds", "collect", "put", "migrate", "divide"):
+        assert callable(getattr(kernels, name))
+        assert callable(getattr(_candidates, name))

@@ -1,0 +1,185 @@
+"""A refresh among few candidates trains as a refresh that reads all weights does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import topkast
+from topkast.methods import TopKAST, View
+
+
+class ReadsAll(TopKAST):
+    """The same choice, from all weights at each refresh."""
+
+    takes_largest: ClassVar[bool] = False
+
+
+class Smallest(TopKAST):
+    """Another choice, which inherits nothing of what its base class says of itself."""
+
+    def choose(self, view: View, /) -> topkast.Support:
+        order = view.weights.abs().argsort()[: view.backward].int()
+        active, exploring = order[: view.forward], order[view.forward :]
+        return topkast.Support.of(active.sort().values, exploring.sort().values)
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "momentum": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=3e-3),
+    "adagrad": lambda params: torch.optim.Adagrad(params, lr=0.01),
+}
+INPUTS = torch.randn(16, 40, generator=torch.Generator().manual_seed(7))
+
+
+def build(
+    optimizer: str, *, sparse: bool = False, method: Any = None, dtype: Any = None, **options: Any
+) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 96), nn.Tanh(), nn.Linear(96, 110), nn.Tanh())
+    model.append(nn.Linear(110, 4)).to(dtype or torch.float32)
+    inner = OPTIMIZERS[optimizer](model.named_parameters())
+    settings = {"fwd": 0.9, "bwd": 0.8, "refresh_every": 1, "dense": ["4.*"]} | options
+    opt = topkast.wrap_optimizer(inner, method=method, **settings)
+    if sparse:
+        topkast.sparsify(model, opt)
+    return model, opt
+
+
+def train(model: nn.Module, opt: Any, steps: int) -> None:
+    for _ in range(steps):
+        opt.zero_grad()
+        dtype = next(model.parameters()).dtype
+        model(INPUTS.to(dtype)).square().mean().backward()
+        opt.step()
+
+
+def reserves(opt: Any) -> list[Any]:
+    return [execution.selection.reserve for execution in opt._wrapper_state.executions]
+
+
+def assert_same(first: Any, second: Any) -> None:
+    one, two = first.state_dict(), second.state_dict()
+    flat, other = (dict(walk(state)) for state in (one, two))
+    assert flat.keys() == other.keys()
+    for path, value in flat.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, other[path]), path
+        elif not any("method" in str(part) for part in path):
+            assert value == other[path], path
+
+
+def walk(state: Any, path: tuple[Any, ...] = ()) -> Any:
+    if isinstance(state, dict):
+        for key, value in state.items():
+            yield from walk(value, (*path, key))
+    elif isinstance(state, (list, tuple)):
+        for key, value in enumerate(state):
+            yield from walk(value, (*path, key))
+    else:
+        yield path, state
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["masked", "sparse"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("options", [{}, {"refresh_every": 3, "penalty_kind": "l1"}])
+def test_trajectories_are_equal(sparse: bool, optimizer: str, options: dict[str, Any]) -> None:
+    model, opt = build(optimizer, sparse=sparse, **options)
+    other, other_opt = build(optimizer, sparse=sparse, method=ReadsAll(), **options)
+    for _ in range(6):
+        train(model, opt, 4)
+        train(other, other_opt, 4)
+        assert_same(opt, other_opt)
+    assert all(reserve is not None for reserve in reserves(opt))
+    assert any(reserve.bound > 0 for reserve in reserves(opt))
+    assert reserves(other_opt) == [None, None]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": torch.float64}, {"distribution": "global"}, {"overrides": {"0.*": {"bwd": 0.0}}}],
+    ids=["float64", "global", "all of B"],
+)
+def test_other_settings_too(options: dict[str, Any]) -> None:
+    model, opt = build("adamw", **options)
+    other, other_opt = build("adamw", method=ReadsAll(), **options)
+    train(model, opt, 12)
+    train(other, other_opt, 12)
+    assert_same(opt, other_opt)
+    assert any(reserve is not None for reserve in reserves(opt))
+
+
+@pytest.mark.parametrize(
+    "options", [{"block": (2, 1)}, {"explore": "random"}, {"dtype": torch.bfloat16}]
+)
+def test_what_needs_all_weights_reads_them(options: dict[str, Any]) -> None:
+    model, opt = build("momentum", **options)
+    train(model, opt, 3)
+    assert reserves(opt) == [None, None]
+
+
+def test_a_method_that_chooses_otherwise_is_asked() -> None:
+    assert not Smallest.takes_largest
+    model, opt = build("momentum", method=Smallest())
+    train(model, opt, 2)
+    for execution in opt._wrapper_state.executions:
+        theta = execution.theta().abs()
+        inside = theta[execution.support.entries.long()]
+        assert inside.max() <= theta.sort().values[len(inside) - 1]
+
+
+def test_weights_changed_between_steps_count() -> None:
+    """Values may be written to; what lies outside B may not be reached."""
+    model, opt = build("momentum", sparse=True)
+    other, other_opt = build("momentum", sparse=True, method=ReadsAll())
+    for network, optimizer in ((model, opt), (other, other_opt)):
+        train(network, optimizer, 3)
+        with torch.no_grad():
+            network[0].values.mul_(0.01)
+        train(network, optimizer, 3)
+    assert_same(opt, other_opt)
+
+
+def test_resumption_and_copies_need_no_reserve() -> None:
+    model, opt = build("adamw")
+    train(model, opt, 5)
+    resumed, resumed_opt = build("adamw")
+    resumed.load_state_dict(model.state_dict())
+    resumed_opt.load_state_dict(opt.state_dict())
+    assert reserves(resumed_opt) == [None, None]
+    copied, copied_opt = copy.deepcopy((model, opt))
+    for network, optimizer in ((model, opt), (resumed, resumed_opt), (copied, copied_opt)):
+        train(network, optimizer, 5)
+    assert_same(opt, resumed_opt)
+    assert_same(opt, copied_opt)
+
+
+def test_summary_counts_the_reserve() -> None:
+    model, opt = build("momentum")
+    train(model, opt, 1)
+    before = [row.held_bytes for row in topkast.summary(opt).tensors if row.forward_sparsity]
+    sizes = [reserve.nbytes for reserve in reserves(opt)]
+    for execution in opt._wrapper_state.executions:
+        execution.restore(execution.support, execution.theta())
+    after = [row.held_bytes for row in topkast.summary(opt).tensors if row.forward_sparsity]
+    assert [one - two for one, two in zip(before, after, strict=True)] == sizes
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["masked", "sparse"])
+def test_a_weight_without_a_rank_changes_no_set(sparse: bool) -> None:
+    model, opt = build("momentum", sparse=sparse)
+    train(model, opt, 2)
+    before = [execution.support for execution in opt._wrapper_state.executions]
+    executions = list(opt._wrapper_state.executions)
+    with torch.no_grad():
+        executions[1].values.view(-1)[3] = float("nan")
+        if not sparse:
+            executions[1].write_forward_view()
+    with pytest.raises(topkast.NonFiniteError, match="entries are NaN or infinite"):
+        train(model, opt, 1)
+    assert [execution.support for execution in executions] == before
