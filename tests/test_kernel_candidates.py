@@ -21,7 +21,7 @@ def vectors(draw: st.DrawFn) -> Array:
     """Floats of one or several chunks, among them zeros, subnormals and equal magnitudes."""
     size = draw(st.sampled_from([1, 2, 100, 32_768, 70_001]))
     rng = np.random.default_rng(draw(st.integers(0, 999)))
-    dtype = draw(st.sampled_from(DTYPES))
+    dtype: Any = draw(st.sampled_from(DTYPES))
     vector = rng.standard_normal(size).astype(dtype)
     special = np.asarray([0.0, -0.0, 1.0, -1.0, np.finfo(dtype).smallest_subnormal, 1e30], dtype)
     replaced = rng.random(size) < draw(st.sampled_from([0.0, 0.3, 1.0]))
@@ -81,7 +81,7 @@ def test_divide_agrees_with_numpy(vector: Array, data: st.DataObject, wide: bool
     # Of equal magnitudes, those with the lowest ranks are not in A, and fewer of them not in B.
     shuffled = rng.permutation(np.concatenate(lists))
     magnitudes = np.abs(vector[shuffled])
-    ties = tuple(
+    ties: Any = tuple(
         np.sort(equal[: len(equal) // share]).astype(np.int64)
         for equal, share in (
             (shuffled[magnitudes == forward], 2),

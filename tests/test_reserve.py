@@ -146,7 +146,9 @@ def test_short_lived_reserves_grow() -> None:
         support, selection = outcome[0].support, outcome[1]
         shares.append(selection.share)
     assert shares == [1 / 8, 1 / 4, 1 / 2, 1 / 2]
-    assert selection.nbytes == sum(array.nbytes for array in outcome[0].reserve[:2]) > 0
+    reserve = selection.reserve
+    assert reserve is not None
+    assert selection.nbytes == reserve.indices.nbytes + reserve.values.nbytes > 0
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -39,12 +39,12 @@ INPUTS = torch.randn(16, 40, generator=torch.Generator().manual_seed(7))
 
 def build(
     optimizer: str, *, sparse: bool = False, method: Any = None, dtype: Any = None, **options: Any
-) -> tuple[nn.Module, Any]:
+) -> tuple[Any, Any]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(40, 96), nn.Tanh(), nn.Linear(96, 110), nn.Tanh())
+    model: Any = nn.Sequential(nn.Linear(40, 96), nn.Tanh(), nn.Linear(96, 110), nn.Tanh())
     model.append(nn.Linear(110, 4)).to(dtype or torch.float32)
     inner = OPTIMIZERS[optimizer](model.named_parameters())
-    settings = {"fwd": 0.9, "bwd": 0.8, "refresh_every": 1, "dense": ["4.*"]} | options
+    settings: Any = {"fwd": 0.9, "bwd": 0.8, "refresh_every": 1, "dense": ["4.*"]} | options
     opt = topkast.wrap_optimizer(inner, method=method, **settings)
     if sparse:
         topkast.sparsify(model, opt)

@@ -28,18 +28,18 @@ except ModuleNotFoundError:
 
 from topkast.kernels._columns import find_columns, find_row_starts
 from topkast.kernels._convolution import ConvolutionProducts
-from topkast.kernels._divide import Division, divide
 from topkast.kernels._gather import compress, gather, put
 from topkast.kernels._geometry import Bands, ConvGeometry, PlaneLayout
 from topkast.kernels._layout import Layout, RowLayout, make_layout, make_row_layout
 from topkast.kernels._linear import LinearProducts
-from topkast.kernels._magnitudes import Threshold, collect, find_thresholds
-from topkast.kernels._migrate import migrate
 from topkast.kernels._packing import pack
 from topkast.kernels._plane_products import OffsetLayout, convolve, sampled_correlation, shift
 from topkast.kernels._planes import from_planes, lanes_of, to_planes
 from topkast.kernels._products import multiply, sampled_product, tile_width
-from topkast.kernels._young import scale_displacement
+from topkast.kernels.refresh._divide import Division, divide
+from topkast.kernels.refresh._magnitudes import Threshold, collect, find_thresholds
+from topkast.kernels.refresh._migrate import migrate
+from topkast.kernels.refresh._young import scale_displacement
 
 __all__ = [
     "Bands",

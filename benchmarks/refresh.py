@@ -1,0 +1,202 @@
+"""What does a refresh cost? Training steps with refreshes counted, on a real trajectory.
+
+An MLP of three hidden layers (784-h-h-h-10, the last layer dense) trains on MNIST's test images
+with fused Adam, batch 256, after some steps of warm-up. Sides, in turn in one process: dense; sparse
+layers between refreshes; with a refresh at each step that reads all weights; and with one at each
+step, or at every tenth, that reads B and a reserve. At every hundredth step the time is computed
+from these. Then refreshes of one tensor of many weights, whose entries on B move as under Adam. It
+asserts nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from _harness import Timing, arguments, environment, interleave, table, write
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from training_step import NEVER, mlp
+
+import topkast
+from topkast.adapter import IncrementalSelection, Options, RankedTensors
+from topkast.methods import TopKAST
+from topkast_demo.data import load_images
+
+DATA = Path(__file__).resolve().parents[2] / "shared/data/t10k-images-idx3-ubyte.gz"
+PAIRS = [(0.9, 0.8), (0.95, 0.9), (0.98, 0.95)]
+STEPS = 10  # that are timed together: one refresh at every tenth
+WARM_UP = 50
+BATCH = 256
+
+
+class ReadsAll(TopKAST):
+    """The choice of the default method, from all weights at each refresh."""
+
+    takes_largest: ClassVar[bool] = False
+
+
+class Training:
+    """A network that trains on random batches."""
+
+    def __init__(self, width: int, pair: tuple[float, float] | None, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.model = mlp(width)
+        self.optimizer: Any = torch.optim.Adam(self.model.named_parameters(), lr=1e-3, fused=True)
+        if pair is not None:
+            self.optimizer = topkast.wrap_optimizer(
+                self.optimizer, fwd=pair[0], bwd=pair[1], dense=["6.*"], **options
+            )
+            topkast.sparsify(self.model, self.optimizer)
+        self._generator = torch.Generator().manual_seed(1)
+
+    def run(self, pixels: Tensor, labels: Tensor, steps: int = STEPS) -> None:
+        for _ in range(steps):
+            batch = torch.randint(0, len(labels), (BATCH,), generator=self._generator)
+            self.optimizer.zero_grad()
+            cross_entropy(self.model(pixels[batch]), labels[batch]).backward()
+            self.optimizer.step()
+
+
+def time_steps(width: int, pair: tuple[float, float], rounds: int) -> dict[str, Timing]:
+    images = load_images(DATA if DATA.exists() else None)
+    pixels, labels = torch.from_numpy(images.train_pixels), torch.from_numpy(images.train_labels)
+    if pixels.shape[1] != 784:
+        pixels = torch.nn.functional.pad(pixels, (0, 784 - pixels.shape[1]))
+    sides = {
+        "dense": Training(width, None),
+        "between refreshes": Training(width, pair, refresh_every=NEVER),
+        "all weights, every step": Training(width, pair, refresh_every=1, method=ReadsAll()),
+        "candidates, every step": Training(width, pair, refresh_every=1),
+        "candidates, every 10": Training(width, pair, refresh_every=STEPS),
+    }
+    for side in sides.values():
+        side.run(pixels, labels, WARM_UP)
+    calls = {name: (lambda side=side: side.run(pixels, labels)) for name, side in sides.items()}
+    timings = interleave(calls, rounds=rounds)
+    return {name: timing.divided(STEPS) for name, timing in timings.items()}
+
+
+def time_selection(size: int, pair: tuple[float, float], rounds: int) -> dict[str, Timing]:
+    """A refresh of one tensor: its sets, the weights on them, and one moment that moves along."""
+    rng = np.random.default_rng(0)
+    initial = rng.uniform(-1, 1, size).astype(np.float32) * np.float32(0.02)
+    options = Options(fwd=pair[0], bwd=pair[1])
+    counts = [round(size * (1 - sparsity)) for sparsity in pair]
+    ranked = RankedTensors({"weight": (size,)}, counts[0], counts[1], density=1 - pair[0])
+
+    class Side:
+        def __init__(self) -> None:
+            self.theta = initial.copy()
+            self.support = ranked.select(self.theta, options)
+            self.values = self.theta[self.support.indices]
+            self.moment = np.zeros_like(self.values)
+            self.selection = IncrementalSelection()
+            self.rng = np.random.default_rng(1)
+
+        def move(self) -> None:
+            noise = self.rng.standard_normal(len(self.values), dtype=np.float32)
+            self.values += np.float32(2e-5) * noise
+
+        def from_all(self) -> None:
+            self.theta[self.support.indices] = self.values
+            refresh = ranked.refresh(self.theta, self.support, options, 0)
+            self.support = refresh.support
+            self.values = self.theta[self.support.indices]
+            self.moment = refresh.migration.apply(self.moment)
+
+        def from_candidates(self) -> None:
+            refresh = ranked.refresh_incrementally(
+                self.values, self.theta, self.support, options, self.selection
+            )
+            assert refresh is not None
+            self.support, self.selection = refresh.support, refresh.selection
+            self.theta[refresh.left[0]] = refresh.left[1]
+            self.values = refresh.values
+            self.moment = refresh.migration.apply(self.moment)
+
+    full, incremental = Side(), Side()
+    times: dict[str, Timing] = {}
+    sides = {"all weights": full.from_all, "candidates": incremental.from_candidates}
+    results: dict[str, list[Timing]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        full.move()
+        incremental.move()
+        for name, timing in interleave(sides, rounds=1, warm_up=0).items():
+            results[name].append(timing)
+    for name, found in results.items():
+        medians = sorted(one.median for one in found[1:])  # the first one fills the reserve
+        ratios = sorted(
+            one.median / other.median
+            for one, other in zip(found[1:], results["all weights"][1:], strict=True)
+        )
+        middle = len(medians) // 2
+        times[name] = Timing(
+            medians[middle], medians[0], medians[-1], ratios[middle], ratios[0], ratios[-1]
+        )
+    return times
+
+
+def main() -> None:
+    parser = arguments(__doc__, "refresh")
+    parser.add_argument("--widths", type=int, nargs="+", default=[2048])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1 << 22, 1 << 27])
+    parser.add_argument("--rounds", type=int, default=7)
+    settings = parser.parse_args()
+    torch.set_num_threads(settings.threads)
+    steps: dict[str, Any] = {}
+    rows = []
+    for width in settings.widths:
+        for pair in PAIRS:
+            timings = time_steps(width, pair, settings.rounds)
+            steps[f"{width} {pair[0]}/{pair[1]}"] = {k: vars(v) for k, v in timings.items()}
+            dense, never, full, every, tenth = (timing.median for timing in timings.values())
+            hundredth = (99 * never + every) / 100
+            rows.append(
+                [
+                    f"{width}, {pair[0]}/{pair[1]}",
+                    f"{dense:.0f}",
+                    *(
+                        f"{one:.0f} ({dense / one:.2f}×)"
+                        for one in (never, full, every, tenth, hundredth)
+                    ),
+                    f"{(every - never) / never:.1f}",
+                ]
+            )
+    head = [
+        "h, sparsities",
+        "dense",
+        "between refreshes",
+        "every step, all weights",
+        "every step",
+        "every 10",
+        "every 100",
+        "refresh / step",
+    ]
+    print("Milliseconds a step, refreshes counted (times dense):\n")
+    print(table(head, rows))
+    selections: dict[str, Any] = {}
+    rows = []
+    for size in settings.sizes:
+        for pair in PAIRS:
+            times = time_selection(size, pair, settings.rounds)
+            selections[f"{size} {pair[0]}/{pair[1]}"] = {k: vars(v) for k, v in times.items()}
+            full, few = times["all weights"].median, times["candidates"].median
+            label = f"{size / 1e6:.0f} M, {pair[0]}/{pair[1]}"
+            rows.append([label, f"{full:.0f}", f"{few:.0f}", f"{full / few:.1f}"])
+    print("\nOne refresh of one tensor, milliseconds:\n")
+    print(table(["weights, sparsities", "all weights", "candidates", "ratio"], rows))
+    write(
+        settings.output,
+        {
+            "environment": environment(settings.threads),
+            "steps": steps,
+            "selections": selections,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
