@@ -1,11 +1,11 @@
 """What does a refresh cost? Training steps with refreshes counted, on a real trajectory.
 
 An MLP of three hidden layers (784-h-h-h-10, the last layer dense) trains on MNIST's test images
-with fused Adam, batch 256, after some steps of warm-up. Sides, in turn in one process: dense; sparse
-layers between refreshes; with a refresh at each step that reads all weights; and with one at each
-step, or at every tenth, that reads B and a reserve. At every hundredth step the time is computed
-from these. Then refreshes of one tensor of many weights, whose entries on B move as under Adam. It
-asserts nothing.
+with fused Adam, batch 256, after some steps of warm-up. The sides take turns in one process: dense;
+sparse layers between refreshes; with a refresh at each step that reads all weights; and with one at
+each step, or at every tenth, that reads B and a reserve. The time with a refresh at every hundredth
+step is computed from these. Then refreshes of one tensor of many weights, whose entries on B make
+small random steps. It asserts nothing.
 """
 
 from __future__ import annotations
