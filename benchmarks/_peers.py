@@ -105,9 +105,8 @@ def by_sparseprop(layer: nn.Module, weight: Tensor, shape: tuple[int, ...]) -> n
     masked.weight.data = weight
     modules: Any = import_module("sparseprop.modules")
     if isinstance(masked, nn.Conv2d):
-        converted: nn.Module = modules.sparsify_conv2d_auto(
-            masked, shape
-        )  # the faster of its two kernels
+        # This picks the faster of sparseprop's two kernels.
+        converted: nn.Module = modules.sparsify_conv2d_auto(masked, shape)
         return converted
     return Rows(modules.SparseLinear.from_dense(masked))
 

@@ -48,10 +48,10 @@ def torch_sides(weights: int) -> tuple[str, dict[str, Sides], dict[str, int]]:
     vector = torch.randn(weights, device="cuda")
     count = weights // 5
 
-    timed = partial(synchronized, torch.cuda.synchronize)
+    synced = partial(synchronized, torch.cuda.synchronize)
     selection = {
-        "torch.topk": timed(lambda: vector.abs().topk(count, sorted=False)),
-        "topkast, PyTorch": timed(lambda: topkast.select(vector, fwd=FWD, bwd=BWD)),
+        "torch.topk": synced(lambda: vector.abs().topk(count, sorted=False)),
+        "topkast, PyTorch": synced(lambda: topkast.select(vector, fwd=FWD, bwd=BWD)),
     }
     steps: Sides = {}
     peaks = {}
@@ -65,7 +65,7 @@ def torch_sides(weights: int) -> tuple[str, dict[str, Sides], dict[str, int]]:
         optimizer.step()
         torch.cuda.reset_peak_memory_stats()
         optimizer.step()
-        steps[f"{name}, PyTorch"] = timed(optimizer.step)
+        steps[f"{name}, PyTorch"] = synced(optimizer.step)
         peaks[f"{name}, PyTorch"] = torch.cuda.max_memory_allocated() - before
     return torch.cuda.get_device_name(), {"selection": selection, "step": steps}, peaks
 
@@ -77,10 +77,10 @@ def cupy_sides(weights: int) -> tuple[str, dict[str, Sides], dict[str, int]]:
     vector = cupy.random.standard_normal(weights, dtype="f4")
     count = weights // 5
 
-    timed = partial(synchronized, cupy.cuda.get_current_stream().synchronize)
+    synced = partial(synchronized, cupy.cuda.get_current_stream().synchronize)
     selection = {
-        "cupy.argpartition": timed(lambda: cupy.argpartition(cupy.abs(vector), -count)[-count:]),
-        "topkast, CuPy": timed(lambda: topkast.select(vector, fwd=FWD, bwd=BWD)),
+        "cupy.argpartition": synced(lambda: cupy.argpartition(cupy.abs(vector), -count)[-count:]),
+        "topkast, CuPy": synced(lambda: topkast.select(vector, fwd=FWD, bwd=BWD)),
     }
     tx = topkast.wrap_optimizer(topkast.AdamW(1e-6), fwd=FWD, bwd=BWD, refresh_every=NEVER)
     pool = cupy.get_default_memory_pool()
@@ -91,7 +91,7 @@ def cupy_sides(weights: int) -> tuple[str, dict[str, Sides], dict[str, int]]:
     cupy.cuda.get_current_stream().synchronize()
     pool.free_all_blocks()
     tx.step(grads, state, params)
-    steps = {"wrapped, CuPy (a copy of θ)": timed(lambda: tx.step(grads, state, params))}
+    steps = {"wrapped, CuPy (a copy of θ)": synced(lambda: tx.step(grads, state, params))}
     peaks = {"wrapped, CuPy (a copy of θ)": pool.total_bytes() - before}
     name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
     return name, {"selection": selection, "step": steps}, peaks

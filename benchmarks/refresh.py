@@ -134,9 +134,8 @@ def time_selection(size: int, pair: tuple[float, float], rounds: int) -> dict[st
         for name, timing in interleave(sides, rounds=1, warm_up=0).items():
             results[name].append(timing)
     for name, timings in results.items():
-        medians = sorted(
-            timing.median for timing in timings[1:]
-        )  # the first refresh fills the reserve
+        # The first refresh fills the reserve.
+        medians = sorted(timing.median for timing in timings[1:])
         ratios = sorted(
             timing.median / baseline.median
             for timing, baseline in zip(timings[1:], results["all weights"][1:], strict=True)
