@@ -1,4 +1,4 @@
-"""Timing of interleaved sides, description of the machine, and tables, for all benchmarks."""
+"""Interleaved timing, the description of the machine, and tables, for all benchmarks."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one side, and its ratio to the baseline of the same round."""
+    """Times of one side in milliseconds, and their ratios to the baseline of the same round."""
 
     median: float
-    least: float
-    most: float
+    min: float
+    max: float
     ratio: float  # median over the rounds of this side / baseline
-    least_ratio: float
-    most_ratio: float
+    min_ratio: float
+    max_ratio: float
 
     def divided(self, count: int) -> Timing:
-        """That of one, where so many were timed together."""
-        times = self.median / count, self.least / count, self.most / count
-        return Timing(*times, self.ratio, self.least_ratio, self.most_ratio)
+        """Return the timing of one call, if `count` calls were timed together."""
+        times = self.median / count, self.min / count, self.max / count
+        return Timing(*times, self.ratio, self.min_ratio, self.max_ratio)
 
 
 def interleave(
     sides: Mapping[str, Callable[[], Any]], *, rounds: int, warm_up: int = 2
 ) -> dict[str, Timing]:
-    """Time the sides in turn, A B C A B C …; the first one is the baseline of the ratios."""
+    """Time the sides in turn, A B C A B C …; the first side is the baseline of the ratios."""
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for place in range(warm_up + rounds):
+    for round_index in range(warm_up + rounds):
         for name, run in sides.items():
             start = time.perf_counter()
             run()
             elapsed = time.perf_counter() - start
-            if place >= warm_up:
+            if round_index >= warm_up:
                 times[name].append(1e3 * elapsed)
     baseline = times[next(iter(sides))]
     timings = {}
-    for name, taken in times.items():
-        ratios = [one / base for one, base in zip(taken, baseline, strict=True)]
+    for name, side_times in times.items():
+        ratios = [ms / base for ms, base in zip(side_times, baseline, strict=True)]
         timings[name] = Timing(
-            statistics.median(taken),
-            min(taken),
-            max(taken),
+            statistics.median(side_times),
+            min(side_times),
+            max(side_times),
             statistics.median(ratios),
             min(ratios),
             max(ratios),
@@ -64,8 +64,10 @@ def interleave(
     return timings
 
 
-def environment(threads: int, packages: Sequence[str] = ("numpy", "torch")) -> dict[str, Any]:
-    """Processor, threads and versions: a figure means nothing without them."""
+def describe_environment(
+    threads: int, packages: Sequence[str] = ("numpy", "torch")
+) -> dict[str, Any]:
+    """Return the processor, threads and versions, on which every result depends."""
     return {
         "processor": _processor(),
         "threads": threads,
@@ -74,27 +76,27 @@ def environment(threads: int, packages: Sequence[str] = ("numpy", "torch")) -> d
     }
 
 
-def arguments(description: str | None, name: str) -> argparse.ArgumentParser:
-    """Options that all benchmarks have."""
+def make_parser(description: str | None, name: str) -> argparse.ArgumentParser:
+    """Make a parser of the options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json")
     return parser
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a Markdown table."""
     return format_table(head, rows, markdown=True)
 
 
-def write(path: Path, result: Mapping[str, Any]) -> None:
+def write_json(path: Path, result: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"\nwritten to {path}", file=sys.stderr)
 
 
 def _version(package: str) -> str:
-    """Of an installed package; of a module that is imported, where it goes by another name."""
+    """Return the version of a package, or of an imported module whose package has another name."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,7 +1,7 @@
 """Networks with the sparse layers of rival libraries: sparseprop and sparselab, both for CPUs.
 
 Both keep one fixed mask (A = B), here the largest magnitudes of the dense weights, and train with
-any of `torch.optim`'s optimizers, `Adam(fused=True)` included. Batches are contiguous, of shape
+any optimizer of `torch.optim`, `Adam(fused=True)` included. Batches are contiguous, of shape
 (batch, features); sparseprop is fastest if both are multiples of 16.
 
 To install them, with the virtual environment active (sparseprop's set-up calls `pip` and
@@ -31,10 +31,11 @@ Build = Callable[..., nn.Module]
 
 
 def available() -> dict[str, Build]:
-    """Of each rival that can be imported, what makes the layers of a network sparse, in place.
+    """Return a conversion for each rival library that can be imported, by its name and version.
 
-    It takes the network, a sparsity, patterns of the parameters that stay dense, and an example,
-    and raises TypeError if the network has layers of which the rival has no sparse form.
+    It makes the layers of a network sparse in place. Its arguments are the network, a sparsity,
+    patterns of the parameters that stay dense, and example inputs. It raises TypeError if the rival
+    has no sparse form of a layer.
     """
     return {
         f"{name} {version(name)}": partial(_replace, convert)
@@ -44,13 +45,13 @@ def available() -> dict[str, Build]:
 
 
 def missing() -> dict[str, str]:
-    """Of each rival that cannot be imported, why not."""
+    """Return the import error of each rival library that cannot be imported."""
     errors = {name: _error(name) for name in CONVERT}
     return {name: error for name, error in errors.items() if error is not None}
 
 
 def set_num_threads(threads: int) -> None:
-    """As `torch.set_num_threads`, for the rivals too: sparselab brings an OpenMP of its own."""
+    """Set the threads of PyTorch and of the rivals: sparselab loads its own OpenMP."""
     for name in CONVERT:
         _error(name)
     torch.set_num_threads(threads)
@@ -61,18 +62,18 @@ def set_num_threads(threads: int) -> None:
 
 
 class SparselabLinear(nn.Module):
-    """sparselab's layer, with a given mask.
+    """sparselab's linear layer with a fixed mask.
 
-    `SparseLinear.forward` copies its input twice, to transpose it. Its kernel is called directly
-    here, and no copy is made where the input comes from another such layer. No room is left for
-    weights to come either: the mask is fixed.
+    `SparseLinear.forward` copies its input twice, to transpose it. This layer calls the kernel
+    directly, without a copy if the input comes from another such layer. It leaves no room for new
+    weights, because the mask is fixed.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         ops = import_module("sparselab.ops")
         self.csr: Any = import_module("sparselab").PaddedCSR.from_dense(weight, padding_ratio=0.0)
-        ops._transpose_cache.pop(id(self.csr), None)  # may be of a dead one with the same id
+        ops._transpose_cache.pop(id(self.csr), None)  # may belong to a dead object with the same id
         self.product: Callable[..., Tensor] = ops._SpMMFunction.apply
         self.values = nn.Parameter(torch.from_numpy(self.csr.values))  # shares csr's memory
         self.bias = None if bias is None else nn.Parameter(bias.clone())
@@ -83,7 +84,7 @@ class SparselabLinear(nn.Module):
 
 
 class Rows(nn.Module):
-    """A layer for rows of features, given inputs of any leading shape."""
+    """A layer that takes rows of features, applied to inputs of any leading shape."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -91,22 +92,23 @@ class Rows(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         if inputs.dim() == 2:
-            found: Tensor = self.layer(inputs)
-            return found
+            outputs: Tensor = self.layer(inputs)
+            return outputs
         return self.layer(inputs.flatten(0, -2)).unflatten(0, inputs.shape[:-1])  # type: ignore[no-any-return]
 
 
 def by_sparseprop(layer: nn.Module, weight: Tensor, shape: tuple[int, ...]) -> nn.Module:
     if torch.count_nonzero(weight) > 2**24:
         raise ValueError("sparseprop rounds row offsets above 2^24 to float32")
-    held = deepcopy(layer)
-    assert isinstance(held, nn.Linear | nn.Conv2d)
-    held.weight.data = weight
+    masked = deepcopy(layer)
+    assert isinstance(masked, nn.Linear | nn.Conv2d)
+    masked.weight.data = weight
     modules: Any = import_module("sparseprop.modules")
-    if isinstance(held, nn.Conv2d):
-        chosen: nn.Module = modules.sparsify_conv2d_auto(held, shape)  # the faster of its two ways
-        return chosen
-    return Rows(modules.SparseLinear.from_dense(held))
+    if isinstance(masked, nn.Conv2d):
+        # This picks the faster of sparseprop's two kernels.
+        converted: nn.Module = modules.sparsify_conv2d_auto(masked, shape)
+        return converted
+    return Rows(modules.SparseLinear.from_dense(masked))
 
 
 def by_sparselab(layer: nn.Module, weight: Tensor, shape: tuple[int, ...]) -> nn.Module:
@@ -125,40 +127,40 @@ def _replace(
     convert: Callable[[nn.Module, Tensor, tuple[int, ...]], nn.Module],
     model: nn.Module,
     sparsity: float,
-    kept: list[str],
+    dense: list[str],
     example: Tensor,
 ) -> nn.Module:
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def remember(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def record_shape(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         shapes[name] = tuple(inputs[0].shape)
 
     layers = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
-        and not any(fnmatch(f"{name}.weight", pattern) for pattern in kept)
+        and not any(fnmatch(f"{name}.weight", pattern) for pattern in dense)
     }
     hooks = [
-        module.register_forward_pre_hook(partial(remember, name)) for name, module in layers.items()
+        module.register_forward_pre_hook(partial(record_shape, name))
+        for name, module in layers.items()
     ]
     model(example)
     for hook in hooks:
         hook.remove()
     for name, layer in layers.items():
-        held = layer.weight.detach()
-        assert isinstance(held, Tensor)
-        parent, _, own = name.rpartition(".")
-        setattr(
-            model.get_submodule(parent), own, convert(layer, _masked(held, sparsity), shapes[name])
-        )
+        weight = layer.weight.detach()
+        assert isinstance(weight, Tensor)
+        parent, _, attribute = name.rpartition(".")
+        converted = convert(layer, _masked(weight, sparsity), shapes[name])
+        setattr(model.get_submodule(parent), attribute, converted)
     return model
 
 
 def _masked(weight: Tensor, sparsity: float) -> Tensor:
-    kept = weight.numel() - int(sparsity * weight.numel())
+    count = weight.numel() - int(sparsity * weight.numel())
     flat = weight.reshape(-1)
-    largest = flat.abs().topk(kept, sorted=False).indices
+    largest = flat.abs().topk(count, sorted=False).indices
     return torch.zeros_like(flat).index_copy_(0, largest, flat[largest]).view_as(weight)
 
 
@@ -166,6 +168,6 @@ def _error(name: str) -> str | None:
     try:
         import_module(name)
         import_module("sparseprop.modules.linear" if name == "sparseprop" else "sparselab.ops")
-    except Exception as error:  # a library that does not load fails in many ways
+    except Exception as error:  # a broken installation raises many types
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None

@@ -1,8 +1,8 @@
-"""On a GPU: choosing 20 % of many weights, a wrapped step against a dense one, and peak memory.
+"""Selection of 20 % of the weights, a wrapped step against a dense one, and peak memory, on a GPU.
 
-Each library that sees a GPU takes part; where none does, this says so and ends. Selection is exact
-on all sides: A and B of `topkast.select`, or the indices of the largest alone. Steps are those of
-AdamW between refreshes, on one square matrix.
+Every library that sees a GPU is measured; without one, the benchmark ends with a message. Selection
+is exact on all sides: A and B of `topkast.select`, or only the indices of the largest. Steps are
+AdamW's between refreshes, on one square matrix.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from _harness import Timing, arguments, environment, interleave, table, write
+from _harness import (
+    Timing,
+    describe_environment,
+    interleave,
+    make_parser,
+    markdown_table,
+    write_json,
+)
 
 import topkast
 
@@ -24,8 +31,8 @@ NEVER = 10**9
 Sides = dict[str, Callable[[], Any]]
 
 
-def and_wait(synchronize: Callable[[], None], run: Callable[[], Any]) -> Callable[[], None]:
-    """`run`, to its end on the device."""
+def synchronized(synchronize: Callable[[], None], run: Callable[[], Any]) -> Callable[[], None]:
+    """Make a function that calls `run` and waits until the device has finished."""
 
     def wait() -> None:
         run()
@@ -41,10 +48,10 @@ def torch_sides(weights: int) -> tuple[str, dict[str, Sides], dict[str, int]]:
     vector = torch.randn(weights, device="cuda")
     count = weights // 5
 
-    waiting = partial(and_wait, torch.cuda.synchronize)
+    synced = partial(synchronized, torch.cuda.synchronize)
     selection = {
-        "torch.topk": waiting(lambda: vector.abs().topk(count, sorted=False)),
-        "topkast, PyTorch": waiting(lambda: topkast.select(vector, fwd=FWD, bwd=BWD)),
+        "torch.topk": synced(lambda: vector.abs().topk(count, sorted=False)),
+        "topkast, PyTorch": synced(lambda: topkast.select(vector, fwd=FWD, bwd=BWD)),
     }
     steps: Sides = {}
     peaks = {}
@@ -58,7 +65,7 @@ def torch_sides(weights: int) -> tuple[str, dict[str, Sides], dict[str, int]]:
         optimizer.step()
         torch.cuda.reset_peak_memory_stats()
         optimizer.step()
-        steps[f"{name}, PyTorch"] = waiting(optimizer.step)
+        steps[f"{name}, PyTorch"] = synced(optimizer.step)
         peaks[f"{name}, PyTorch"] = torch.cuda.max_memory_allocated() - before
     return torch.cuda.get_device_name(), {"selection": selection, "step": steps}, peaks
 
@@ -70,10 +77,10 @@ def cupy_sides(weights: int) -> tuple[str, dict[str, Sides], dict[str, int]]:
     vector = cupy.random.standard_normal(weights, dtype="f4")
     count = weights // 5
 
-    waiting = partial(and_wait, cupy.cuda.get_current_stream().synchronize)
+    synced = partial(synchronized, cupy.cuda.get_current_stream().synchronize)
     selection = {
-        "cupy.argpartition": waiting(lambda: cupy.argpartition(cupy.abs(vector), -count)[-count:]),
-        "topkast, CuPy": waiting(lambda: topkast.select(vector, fwd=FWD, bwd=BWD)),
+        "cupy.argpartition": synced(lambda: cupy.argpartition(cupy.abs(vector), -count)[-count:]),
+        "topkast, CuPy": synced(lambda: topkast.select(vector, fwd=FWD, bwd=BWD)),
     }
     tx = topkast.wrap_optimizer(topkast.AdamW(1e-6), fwd=FWD, bwd=BWD, refresh_every=NEVER)
     pool = cupy.get_default_memory_pool()
@@ -84,7 +91,7 @@ def cupy_sides(weights: int) -> tuple[str, dict[str, Sides], dict[str, int]]:
     cupy.cuda.get_current_stream().synchronize()
     pool.free_all_blocks()
     tx.step(grads, state, params)
-    steps = {"wrapped, CuPy (a copy of θ)": waiting(lambda: tx.step(grads, state, params))}
+    steps = {"wrapped, CuPy (a copy of θ)": synced(lambda: tx.step(grads, state, params))}
     peaks = {"wrapped, CuPy (a copy of θ)": pool.total_bytes() - before}
     name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
     return name, {"selection": selection, "step": steps}, peaks
@@ -127,11 +134,11 @@ def _jax_step(tx: Any, start: Any) -> Callable[[], Any]:
     step = jax.jit(getattr(tx, "step", dense), donate_argnums=(1, 2))
     params = {"w": jnp.array(start)}
     grads = {"w": jnp.ones_like(start)}
-    held = [params, tx.init(params)]
+    params_and_state = [params, tx.init(params)]
 
     def run() -> None:
-        held[:] = step(grads, held[1], held[0])
-        jax.block_until_ready(held)
+        params_and_state[:] = step(grads, params_and_state[1], params_and_state[0])
+        jax.block_until_ready(params_and_state)
 
     return run
 
@@ -139,13 +146,13 @@ def _jax_step(tx: Any, start: Any) -> Callable[[], Any]:
 def measure(
     make: Any, weights: int, rounds: int
 ) -> tuple[str, dict[str, int], dict[str, dict[str, Timing]]]:
-    """Time the sides of one library, and give its memory back."""
+    """Time the sides of one library, and release its memory."""
     try:
-        device, kinds, peaks = make(weights)
-        timings = {kind: interleave(sides, rounds=rounds) for kind, sides in kinds.items()}
+        device, sides_by_task, peaks = make(weights)
+        timings = {task: interleave(sides, rounds=rounds) for task, sides in sides_by_task.items()}
         return device, peaks, timings
     finally:
-        kinds = None
+        sides_by_task = None
         gc.collect()
         if torch := sys.modules.get("torch"):
             torch.cuda.empty_cache()
@@ -155,7 +162,7 @@ def measure(
 
 def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    parser = arguments(__doc__, "<device>")
+    parser = make_parser(__doc__, "<device>")
     parser.add_argument("--weights", type=int, default=10**8)
     parser.add_argument("--rounds", type=int, default=21)
     options = parser.parse_args()
@@ -163,43 +170,45 @@ def main() -> None:
     for make in (torch_sides, cupy_sides, jax_sides):
         library = make.__name__.partition("_")[0]
         try:
-            device, held, measured = measure(make, options.weights, options.rounds)
-        except Exception as error:  # one library must not take the others' results with it
+            device, library_peaks, measured = measure(make, options.weights, options.rounds)
+        except Exception as error:  # a failing library must not discard the results of the others
             print(f"without {library}: {type(error).__name__}: {error}")
             continue
-        peaks |= held
-        for kind, of_kind in measured.items():
-            timings.setdefault(kind, {}).update(of_kind)
+        peaks |= library_peaks
+        for task, task_timings in measured.items():
+            timings.setdefault(task, {}).update(task_timings)
     if device is None:
         print("No library sees a GPU: nothing was measured.")
         return
     lines = []
-    for kind, of_kind in timings.items():
+    for task, task_timings in timings.items():
         rows = [
-            [name, f"{one.median:.3f}", f"{one.least:.3f}-{one.most:.3f}"]
-            for name, one in of_kind.items()
+            [name, f"{timing.median:.3f}", f"{timing.min:.3f}-{timing.max:.3f}"]
+            for name, timing in task_timings.items()
         ]
-        lines += [f"\n{kind}, {options.weights:,} weights, {device}\n"]
-        lines += [table(["side", "ms", "least-most"], rows)]
+        lines += [f"\n{task}, {options.weights:,} weights, {device}\n"]
+        lines += [markdown_table(["side", "ms", "min-max"], rows)]
+    lines += ["\npeak memory of a step: weights, gradient, state and temporary arrays\n"]
     lines += [
-        "\npeak memory of a step: weights, gradient, state, and what the step needs besides\n"
+        markdown_table(
+            ["side", "MB"], [[name, f"{peak / 1e6:,.0f}"] for name, peak in peaks.items()]
+        )
     ]
-    lines += [table(["side", "MB"], [[name, f"{held / 1e6:,.0f}"] for name, held in peaks.items()])]
     text = "\n".join(lines)
     print(text)
     stem = "-".join(device.lower().split())
     packages = ("numpy", "torch", "jax", "cupy")
     result = {
-        "environment": environment(options.threads, packages) | {"device": device},
+        "environment": describe_environment(options.threads, packages) | {"device": device},
         "weights": options.weights,
         "timings": {
-            kind: {name: vars(one) for name, one in sides.items()}
-            for kind, sides in timings.items()
+            task: {name: vars(timing) for name, timing in task_timings.items()}
+            for task, task_timings in timings.items()
         },
         "peak_bytes": peaks,
     }
     path = options.output.with_name(options.output.name.replace("<device>", stem))
-    write(path, result)
+    write_json(path, result)
     path.with_suffix(".md").write_text(text.strip() + "\n")
 
 

@@ -1,9 +1,8 @@
 """Time of a jitted optax update and its application, plain and wrapped, and of selection under jit.
 
-An update is timed in blocks of `refresh_every` of them, so that each block has one refresh: the
-figures are means that include it. The rivals in selection end, like topkast, with the ascending
-indices of A and of B∖A (0.9/0.8). `approx_max_k` is not exact: its row
-says which share of B it finds.
+`refresh_every` updates are timed together, so that the mean per update includes one refresh. The
+rivals in selection end, like topkast, with the ascending indices of A and of B∖A (0.9/0.8).
+`approx_max_k` is not exact: its row gives the share of B that it finds.
 """
 
 from __future__ import annotations
@@ -20,7 +19,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import optax
-from _harness import Timing, arguments, environment, interleave, table, write
+from _harness import (
+    Timing,
+    describe_environment,
+    interleave,
+    make_parser,
+    markdown_table,
+    write_json,
+)
 
 import topkast
 
@@ -30,7 +36,7 @@ REFRESH_EVERY = 100
 
 
 class Training:
-    """Updates of one weight matrix under a gradient that stays the same."""
+    """Updates of one weight matrix with a constant gradient."""
 
     def __init__(self, side: int, tx: Any, *, fused: bool = False, donate: bool = False) -> None:
         self.grads = jax.random.normal(jax.random.key(1), (side, side))
@@ -69,76 +75,76 @@ def by_topkast(theta: jax.Array) -> tuple[Any, Any]:
     return support.active, support.exploring
 
 
-def in_order(found: jax.Array, size: int) -> tuple[Any, Any]:
-    """Indices of B, the largest first, as a support."""
+def split_ranked(ranked: jax.Array, size: int) -> tuple[Any, Any]:
+    """Split the indices of B, largest weight first, into sorted indices of A and of B∖A."""
     forward = size - int(FWD * size)
-    return jnp.sort(found[:forward]), jnp.sort(found[forward:])
+    return jnp.sort(ranked[:forward]), jnp.sort(ranked[forward:])
 
 
 def by_top_k(theta: jax.Array) -> tuple[Any, Any]:
     size = theta.size
-    return in_order(jax.lax.top_k(jnp.abs(theta), size - int(BWD * size))[1], size)
+    return split_ranked(jax.lax.top_k(jnp.abs(theta), size - int(BWD * size))[1], size)
 
 
 def by_argsort(theta: jax.Array) -> tuple[Any, Any]:
     size = theta.size
     order = jnp.argsort(jnp.abs(theta), descending=True)
-    return in_order(order[: size - int(BWD * size)], size)
+    return split_ranked(order[: size - int(BWD * size)], size)
 
 
 def by_approx_max_k(theta: jax.Array) -> tuple[Any, Any]:
     size = theta.size
-    return in_order(jax.lax.approx_max_k(jnp.abs(theta), size - int(BWD * size))[1], size)
+    return split_ranked(jax.lax.approx_max_k(jnp.abs(theta), size - int(BWD * size))[1], size)
 
 
 def top_k_alone(theta: jax.Array) -> Any:
     return jax.lax.top_k(jnp.abs(theta), theta.size - int(BWD * theta.size))
 
 
-def share_found(found: tuple[Any, Any], expected: tuple[Any, Any], size: int) -> float:
-    """Which share of B another way finds, in per cent."""
-    mask = jnp.zeros(size, bool).at[jnp.concat(found)].set(True)
+def share_of_b(selected: tuple[Any, Any], expected: tuple[Any, Any], size: int) -> float:
+    """Return the share of the expected B that was selected, in percent."""
+    mask = jnp.zeros(size, bool).at[jnp.concat(selected)].set(True)
     return 100 * float(jnp.mean(mask[jnp.concat(expected)]))
 
 
-def print_rows(title: str, timings: dict[str, Timing], last: dict[str, str], head: str) -> None:
+def print_rows(title: str, timings: dict[str, Timing], shares: dict[str, str], head: str) -> None:
     print(f"\n{title}\n")
     rows = [
         [
             name,
             f"{timing.median:.2f}",
-            f"{timing.least:.2f}-{timing.most:.2f}",
-            f"{timing.ratio:.2f} ({timing.least_ratio:.2f}-{timing.most_ratio:.2f})",
-            last.get(name, ""),
+            f"{timing.min:.2f}-{timing.max:.2f}",
+            f"{timing.ratio:.2f} ({timing.min_ratio:.2f}-{timing.max_ratio:.2f})",
+            shares.get(name, ""),
         ]
         for name, timing in timings.items()
     ]
-    print(table(["", "ms", "least-most", "of the first", head], rows), flush=True)
+    print(markdown_table(["", "ms", "min-max", "of the first", head], rows), flush=True)
 
 
-def seconds_to_compile(tensors: int, tx: Any) -> float:
-    params = {str(place): jnp.ones((64, 64)) + place for place in range(tensors)}
+def time_compilation(tensors: int, tx: Any) -> float:
+    params = {str(index): jnp.ones((64, 64)) + index for index in range(tensors)}
     lowered = jax.jit(tx.update).lower(params, tx.init(params), params)
     start = time.perf_counter()
     lowered.compile()
     return time.perf_counter() - start
 
 
-def compile_times(numbers: list[int]) -> list[dict[str, Any]]:
+def measure_compilation(counts: list[int]) -> list[dict[str, Any]]:
     adamw = optax.adamw(1e-3)
     sides = {
         "optax.adamw": adamw,
         "wrapped": topkast.wrap_optimizer(adamw, fwd=FWD, bwd=BWD, refresh_every=REFRESH_EVERY),
     }
-    seconds_to_compile(2, adamw)  # the first compilation of a process starts more than itself
+    time_compilation(2, adamw)  # the first compilation of a process also starts the compiler
     records = [
-        {"tensors": number, "side": name, "seconds": seconds_to_compile(number, tx)}
-        for number in numbers
+        {"tensors": count, "side": name, "seconds": time_compilation(count, tx)}
+        for count in counts
         for name, tx in sides.items()
     ]
     print("\nSeconds to compile an update of tensors of 64 × 64\n")
     rows = [[f"{row['side']}, {row['tensors']}", f"{row['seconds']:.2f}"] for row in records]
-    print(table(["", "s"], rows), flush=True)
+    print(markdown_table(["", "s"], rows), flush=True)
     return records
 
 
@@ -148,32 +154,33 @@ def measure_updates(size: int, rounds: int) -> list[dict[str, Any]]:
         name: replace(
             timing,
             median=timing.median / REFRESH_EVERY,
-            least=timing.least / REFRESH_EVERY,
-            most=timing.most / REFRESH_EVERY,
+            min=timing.min / REFRESH_EVERY,
+            max=timing.max / REFRESH_EVERY,
         )
         for name, timing in interleave(trainings(side), rounds=rounds, warm_up=1).items()
     }
     title = f"{side**2 / 1e6:.1f} M weights, one update of {REFRESH_EVERY} with one refresh"
     print_rows(title, timings, {}, "")
-    return [{"weights": side**2, "side": name, **vars(one)} for name, one in timings.items()]
+    return [{"weights": side**2, "side": name, **vars(timing)} for name, timing in timings.items()]
 
 
 def measure_selection(size: int, rounds: int) -> list[dict[str, Any]]:
     theta = jax.random.normal(jax.random.key(0), (size,))
-    ways: dict[str, Callable[[jax.Array], Any]] = {
+    methods: dict[str, Callable[[jax.Array], Any]] = {
         "topkast.select": jax.jit(by_topkast),
         "lax.top_k": jax.jit(by_top_k),
         "argsort": jax.jit(by_argsort),
         "lax.approx_max_k": jax.jit(by_approx_max_k),
     }
-    expected = ways["topkast.select"](theta)
+    expected = methods["topkast.select"](theta)
     shares = {
-        name: f"{share_found(way(theta), expected, size):.2f} %" for name, way in ways.items()
+        name: f"{share_of_b(select(theta), expected, size):.2f} %"
+        for name, select in methods.items()
     }
-    ways["lax.top_k of B alone"] = jax.jit(top_k_alone)
+    methods["lax.top_k of B alone"] = jax.jit(top_k_alone)
     runs: dict[str, Callable[[], Any]] = {
-        name: partial(lambda way, theta: jax.block_until_ready(way(theta)), way, theta)
-        for name, way in ways.items()
+        name: partial(lambda select, theta: jax.block_until_ready(select(theta)), select, theta)
+        for name, select in methods.items()
     }
     timings = interleave(runs, rounds=rounds, warm_up=1)
     title = f"Selection under jit, {size / 1e6:.1f} M weights, {FWD}/{BWD}"
@@ -185,18 +192,18 @@ def measure_selection(size: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = arguments(__doc__, "jax_update")
+    parser = make_parser(__doc__, "jax_update")
     parser.add_argument("--sizes", type=int, nargs="+", default=[2**22, 2**24])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     rows = [row for size in options.sizes for row in measure_updates(size, options.rounds)]
     rows += [row for size in options.sizes for row in measure_selection(size, options.rounds)]
-    compiling = compile_times([6, 48])
+    compiling = measure_compilation([6, 48])
     packages = ("numpy", "jax", "optax")
-    write(
+    write_json(
         options.output,
         {
-            "environment": environment(options.threads, packages),
+            "environment": describe_environment(options.threads, packages),
             "allocator": {key: value for key, value in os.environ.items() if "MALLOC" in key},
             "rows": rows,
             "compiling": compiling,

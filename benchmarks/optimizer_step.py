@@ -3,8 +3,8 @@
 One matrix of 4.2 or 16.8 million float32 weights; dense AdamW in its three implementations, and
 the same three inside the wrapper. Between refreshes a wrapped step gathers the gradient on B,
 adds the exploration gradient, steps on the compact vector, and writes A back. Two costs lie
-outside `step()` or are spread over many: zeroing the gradient outside B during backward, and the
-refresh, once in `refresh_every` updates. They are timed too.
+outside `step()` or are shared by many steps: zeroing the gradient outside B during backward, and
+the refresh, once in `refresh_every` updates. The benchmark times them too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _harness import Timing, arguments, environment, interleave, table, write
+from _harness import (
+    Timing,
+    describe_environment,
+    interleave,
+    make_parser,
+    markdown_table,
+    write_json,
+)
 from torch.nn import Parameter
 
 import topkast
@@ -36,8 +43,8 @@ def make(side: int, options: dict[str, Any], pair: tuple[float, float] | None) -
     return optimizer
 
 
-def refresh(optimizer: Any) -> Callable[[], None]:
-    """A step that ends with a refresh."""
+def step_with_refresh(optimizer: Any) -> Callable[[], None]:
+    """Make a step that ends with a refresh."""
 
     def run() -> None:
         optimizer.param_groups[0]["refresh_every"] = 1
@@ -47,69 +54,73 @@ def refresh(optimizer: Any) -> Callable[[], None]:
     return run
 
 
-def restrict(optimizer: Any) -> Callable[[], None]:
-    """What backward does in addition: zero the gradient outside B."""
+def zeroing(optimizer: Any) -> Callable[[], None]:
+    """Make the work that the wrapper adds to backward: zero the gradient outside B."""
     param = optimizer.param_groups[0]["params"][0]
     (hook,) = param._post_accumulate_grad_hooks.values()
 
     def run() -> None:
-        assert optimizer is not None  # the hook ends with its owner
-        param.grad.view(-1)[:1].add_(0)  # what nobody has written to is not zeroed again
+        assert optimizer is not None  # the hook refers to it weakly
+        param.grad.view(-1)[:1].add_(0)  # the hook skips a gradient that has not changed
         hook(param)
 
     return run
 
 
-def after_backward(optimizer: Any) -> Callable[[], None]:
-    """What backward does in addition, and a step."""
-    zero = restrict(optimizer)
+def step_with_zeroing(optimizer: Any) -> Callable[[], None]:
+    """Make a step after zeroing the gradient outside B."""
+    zero_outside_b = zeroing(optimizer)
 
     def run() -> None:
-        zero()
+        zero_outside_b()
         optimizer.step()
 
     return run
 
 
 def main() -> None:
-    parser = arguments(__doc__, "optimizer_step")
+    parser = make_parser(__doc__, "optimizer_step")
     parser.add_argument("--sides", type=int, nargs="+", default=[2048, 4096])
     parser.add_argument("--rounds", type=int, default=51)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     records = []
     for side in options.sides:
-        plain = {name: make(side, kind, None) for name, kind in IMPLEMENTATIONS.items()}
+        plain = {name: make(side, flags, None) for name, flags in IMPLEMENTATIONS.items()}
         sides = {f"dense, {name}": optimizer.step for name, optimizer in plain.items()}
         for pair in SPARSITIES:
             label = f"{pair[0]}/{pair[1]}"
-            for name, kind in IMPLEMENTATIONS.items():
-                optimizer = make(side, kind, pair)
+            for name, flags in IMPLEMENTATIONS.items():
+                optimizer = make(side, flags, pair)
                 sides[f"{label}, {name}"] = optimizer.step
-            sides[f"{label}, fused, with a refresh"] = refresh(make(side, kind, pair))
-            sides[f"{label}, zeroing of the gradient"] = restrict(make(side, kind, pair))
-            sides[f"{label}, fused, and the zeroing"] = after_backward(make(side, kind, pair))
+            sides[f"{label}, fused, with a refresh"] = step_with_refresh(make(side, flags, pair))
+            sides[f"{label}, zeroing of the gradient"] = zeroing(make(side, flags, pair))
+            sides[f"{label}, fused, and the zeroing"] = step_with_zeroing(make(side, flags, pair))
         timings = interleave(sides, rounds=options.rounds)
-        show(side, timings, timings["dense, foreach"], timings["dense, fused"])
-        records += [{"weights": side**2, "side": name, **vars(t)} for name, t in timings.items()]
-    write(options.output, {"environment": environment(options.threads), "rows": records})
+        print_timings(side, timings, timings["dense, foreach"], timings["dense, fused"])
+        records += [
+            {"weights": side**2, "side": name, **vars(timing)} for name, timing in timings.items()
+        ]
+    write_json(
+        options.output, {"environment": describe_environment(options.threads), "rows": records}
+    )
 
 
-def show(side: int, timings: dict[str, Timing], foreach: Timing, fused: Timing) -> None:
+def print_timings(side: int, timings: dict[str, Timing], foreach: Timing, fused: Timing) -> None:
     print(f"\n{side**2 / 1e6:.1f} M weights, float32\n")
     rows = [
         [
             name,
             f"{timing.median:.2f}",
-            f"{timing.least:.2f}-{timing.most:.2f}",
-            f"{timing.ratio:.2f} ({timing.least_ratio:.2f}-{timing.most_ratio:.2f})",
+            f"{timing.min:.2f}-{timing.max:.2f}",
+            f"{timing.ratio:.2f} ({timing.min_ratio:.2f}-{timing.max_ratio:.2f})",
             f"{timing.median / foreach.median:.2f}",
             f"{timing.median / fused.median:.2f}",
         ]
         for name, timing in timings.items()
     ]
-    head = ["step", "ms", "least-most", "of dense default", "of dense foreach", "of dense fused"]
-    print(table(head, rows))
+    head = ["step", "ms", "min-max", "of dense default", "of dense foreach", "of dense fused"]
+    print(markdown_table(head, rows))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Is Top-KAST better than a random mask, and a denser backward pass better than a sparse one?
 
 Trains an MLP of two hidden layers of 300 on scikit-learn's digits and on MNIST's test images,
-several seeds for each setting, and prints the test accuracies. It asserts nothing.
+with several seeds per setting, and prints the test accuracies. It asserts nothing.
 
-All accuracies are given one step before the last refresh and after it. Weights that enter A were
-updated while the network did without them; with a constant learning rate and a hundred updates
-between refreshes it takes some steps to get used to them.
+Accuracies are measured one step before the last refresh and after it. Weights that enter A were
+updated while the forward pass did not use them. With a constant learning rate and a hundred updates
+between refreshes, the network needs some steps to adapt to them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import arguments, environment, table, write
+from _harness import describe_environment, make_parser, markdown_table, write_json
 
 from topkast_demo.data import Images, load_images
 from topkast_demo.settings import Settings
@@ -54,7 +54,7 @@ ROWS = (
 
 
 def main() -> None:
-    parser = arguments(__doc__, "orderings")
+    parser = make_parser(__doc__, "orderings")
     parser.add_argument("--data", type=Path, default=DATA, help="images of MNIST in IDX format")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
@@ -63,8 +63,12 @@ def main() -> None:
     if options.data.exists():
         results["mnist"] = compare(load_images(options.data), options.seeds)
     else:
-        print(f"MNIST is skipped: there is no {options.data}; name its images with --data")
-    write(options.output, {"environment": environment(options.threads), "datasets": results})
+        print(
+            f"MNIST is skipped, because {options.data} does not exist: pass its images with --data"
+        )
+    write_json(
+        options.output, {"environment": describe_environment(options.threads), "datasets": results}
+    )
 
 
 def compare(images: Images, seeds: int) -> dict[str, Any]:
@@ -75,21 +79,23 @@ def compare(images: Images, seeds: int) -> dict[str, Any]:
         start = time.perf_counter()
         before, after = zip(*(train_once(task, row, seed) for seed in range(seeds)), strict=True)
         refresh = str(row.refresh_every or "never")
-        rows.append(dataclasses.asdict(row) | {"before": _spread(before), "after": _spread(after)})
+        rows.append(
+            dataclasses.asdict(row) | {"before": _summarize(before), "after": _summarize(after)}
+        )
         cells.append((row.label, refresh, _cell(before), _cell(after)))
         print(f"{row.label}, {time.perf_counter() - start:.0f} s", file=sys.stderr)
     print(f"\n{task.description}; {STEPS:,} steps of {BATCH}, AdamW at 1e-3, {seeds} seeds\n")
-    head = ("test accuracy, mean (least–most)", "refresh", "before the last refresh", "after it")
-    print(table(head, cells))
+    head = ("test accuracy, mean (min–max)", "refresh", "before the last refresh", "after it")
+    print(markdown_table(head, cells))
     return {"description": task.description, "steps": STEPS, "batch": BATCH, "rows": rows}
 
 
 def _cell(accuracies: tuple[float, ...]) -> str:
-    mean, least, most = statistics.mean(accuracies), min(accuracies), max(accuracies)
-    return f"{mean:.2f} % ({least:.2f}–{most:.2f})"
+    mean, lowest, highest = statistics.mean(accuracies), min(accuracies), max(accuracies)
+    return f"{mean:.2f} % ({lowest:.2f}–{highest:.2f})"
 
 
-def _spread(accuracies: tuple[float, ...]) -> dict[str, Any]:
+def _summarize(accuracies: tuple[float, ...]) -> dict[str, Any]:
     return {
         "accuracies": accuracies,
         "mean": statistics.mean(accuracies),

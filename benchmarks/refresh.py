@@ -1,11 +1,11 @@
 """What does a refresh cost? Training steps with refreshes counted, on a real trajectory.
 
 An MLP of three hidden layers (784-h-h-h-10, the last layer dense) trains on MNIST's test images
-with fused Adam, batch 256, after some steps of warm-up. The sides take turns in one process: dense;
-sparse layers between refreshes; with a refresh at each step that reads all weights; and with one at
-each step, or at every tenth, that reads B and a reserve. The time with a refresh at every hundredth
-step is computed from these. Then refreshes of one tensor of many weights, whose entries on B make
-small random steps. It asserts nothing.
+with fused Adam, batch 256, after a warm-up. The sides run in turn in one process: dense; sparse
+layers between refreshes; a refresh from all weights at every step; and a refresh from B and a
+reserve at every step, or at every tenth. The time with a refresh at every hundredth step is
+computed from these. Then one large tensor is refreshed, whose entries on B make small random steps. The
+benchmark asserts nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from _harness import Timing, arguments, environment, interleave, table, write
+from _harness import (
+    Timing,
+    describe_environment,
+    interleave,
+    make_parser,
+    markdown_table,
+    write_json,
+)
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from training_step import NEVER, mlp
@@ -27,19 +34,19 @@ from topkast_demo.data import load_images
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data/t10k-images-idx3-ubyte.gz"
 PAIRS = [(0.9, 0.8), (0.95, 0.9), (0.98, 0.95)]
-STEPS = 10  # that are timed together: one refresh at every tenth
+STEPS = 10  # timed together, with one refresh at every tenth
 WARM_UP = 50
 BATCH = 256
 
 
 class ReadsAll(TopKAST):
-    """The choice of the default method, from all weights at each refresh."""
+    """The default method, but each refresh reads all weights."""
 
     takes_largest: ClassVar[bool] = False
 
 
 class Training:
-    """A network that trains on random batches."""
+    """A network trained on random batches."""
 
     def __init__(self, width: int, pair: tuple[float, float] | None, **options: Any) -> None:
         torch.manual_seed(0)
@@ -80,7 +87,7 @@ def time_steps(width: int, pair: tuple[float, float], rounds: int) -> dict[str, 
 
 
 def time_selection(size: int, pair: tuple[float, float], rounds: int) -> dict[str, Timing]:
-    """A refresh of one tensor: its sets, the weights on them, and one moment that moves along."""
+    """Time a refresh of one tensor: its sets, its values on B, and the migration of one moment."""
     rng = np.random.default_rng(0)
     initial = rng.uniform(-1, 1, size).astype(np.float32) * np.float32(0.02)
     options = Options(fwd=pair[0], bwd=pair[1])
@@ -126,11 +133,12 @@ def time_selection(size: int, pair: tuple[float, float], rounds: int) -> dict[st
         incremental.move()
         for name, timing in interleave(sides, rounds=1, warm_up=0).items():
             results[name].append(timing)
-    for name, found in results.items():
-        medians = sorted(one.median for one in found[1:])  # the first one fills the reserve
+    for name, timings in results.items():
+        # The first refresh fills the reserve.
+        medians = sorted(timing.median for timing in timings[1:])
         ratios = sorted(
-            one.median / other.median
-            for one, other in zip(found[1:], results["all weights"][1:], strict=True)
+            timing.median / baseline.median
+            for timing, baseline in zip(timings[1:], results["all weights"][1:], strict=True)
         )
         middle = len(medians) // 2
         times[name] = Timing(
@@ -140,7 +148,7 @@ def time_selection(size: int, pair: tuple[float, float], rounds: int) -> dict[st
 
 
 def main() -> None:
-    parser = arguments(__doc__, "refresh")
+    parser = make_parser(__doc__, "refresh")
     parser.add_argument("--widths", type=int, nargs="+", default=[2048])
     parser.add_argument("--sizes", type=int, nargs="+", default=[1 << 22, 1 << 27])
     parser.add_argument("--rounds", type=int, default=7)
@@ -151,7 +159,9 @@ def main() -> None:
     for width in settings.widths:
         for pair in PAIRS:
             timings = time_steps(width, pair, settings.rounds)
-            steps[f"{width} {pair[0]}/{pair[1]}"] = {k: vars(v) for k, v in timings.items()}
+            steps[f"{width} {pair[0]}/{pair[1]}"] = {
+                name: vars(timing) for name, timing in timings.items()
+            }
             dense, never, full, every, tenth = (timing.median for timing in timings.values())
             hundredth = (99 * never + every) / 100
             rows.append(
@@ -159,8 +169,8 @@ def main() -> None:
                     f"{width}, {pair[0]}/{pair[1]}",
                     f"{dense:.0f}",
                     *(
-                        f"{one:.0f} ({dense / one:.2f}×)"
-                        for one in (never, full, every, tenth, hundredth)
+                        f"{time:.0f} ({dense / time:.2f}×)"
+                        for time in (never, full, every, tenth, hundredth)
                     ),
                     f"{(every - never) / never:.1f}",
                 ]
@@ -176,22 +186,24 @@ def main() -> None:
         "refresh / step",
     ]
     print("Milliseconds a step, refreshes counted (times dense):\n")
-    print(table(head, rows))
+    print(markdown_table(head, rows))
     selections: dict[str, Any] = {}
     rows = []
     for size in settings.sizes:
         for pair in PAIRS:
             times = time_selection(size, pair, settings.rounds)
-            selections[f"{size} {pair[0]}/{pair[1]}"] = {k: vars(v) for k, v in times.items()}
-            full, few = times["all weights"].median, times["candidates"].median
+            selections[f"{size} {pair[0]}/{pair[1]}"] = {
+                name: vars(timing) for name, timing in times.items()
+            }
+            full, incremental = times["all weights"].median, times["candidates"].median
             label = f"{size / 1e6:.0f} M, {pair[0]}/{pair[1]}"
-            rows.append([label, f"{full:.0f}", f"{few:.0f}", f"{full / few:.1f}"])
+            rows.append([label, f"{full:.0f}", f"{incremental:.0f}", f"{full / incremental:.1f}"])
     print("\nOne refresh of one tensor, milliseconds:\n")
-    print(table(["weights, sparsities", "all weights", "candidates", "ratio"], rows))
-    write(
+    print(markdown_table(["weights, sparsities", "all weights", "candidates", "ratio"], rows))
+    write_json(
         settings.output,
         {
-            "environment": environment(settings.threads),
+            "environment": describe_environment(settings.threads),
             "steps": steps,
             "selections": selections,
         },

@@ -4,8 +4,8 @@ Trains an MLP on MNIST's test images at a constant learning rate, and a small tr
 characters with a warm-up and a falling learning rate. Prints the test accuracies just before and
 just after a refresh, and the validation losses. It asserts nothing.
 
-Age: the displacement of an entry that entered B late is scaled so that the entry moves as Adam
-moves a new parameter. The rows without age switch that off.
+With age, the displacement of an entry that entered B late is scaled so that it moves as Adam moves
+a new parameter. The rows without age switch this off.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from _harness import arguments, environment, table, write
+from _harness import describe_environment, make_parser, markdown_table, write_json
 
 from topkast_demo.data import load_images, load_text
 from topkast_demo.settings import OPTIMIZERS, Settings
@@ -35,7 +35,7 @@ DATA = ROOT.parent / "shared/data/t10k-images-idx3-ubyte.gz"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One setting; everything else is the default of the demo."""
+    """One setting; all other options are the defaults of the demo."""
 
     fwd: float
     bwd: float
@@ -55,7 +55,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """One task trained under every row, evaluated after the steps `evaluate_at`."""
+    """One task, trained with every row and evaluated after the steps `evaluate_at`."""
 
     name: str
     task: Task
@@ -67,7 +67,7 @@ class Study:
     rows: tuple[Row, ...]
 
     def train_once(self, row: Row, seed: int) -> list[float]:
-        """The metric after each of the steps `evaluate_at`."""
+        """Train once, and return the metric after each of the steps `evaluate_at`."""
         settings = Settings(
             task=self.name,
             fwd=row.fwd,
@@ -83,23 +83,23 @@ class Study:
         return run.metric_values
 
     def settings(self, seeds: int) -> dict[str, Any]:
-        """What the figures depend on."""
+        """Return the settings that the results depend on."""
         names = ("batch", "steps", "lr", "decay", "evaluate_at")
         values = {name: getattr(self, name) for name in names}
         return {"description": self.description, "seeds": seeds} | values
 
     @property
     def description(self) -> str:
-        schedule = "a warm-up and a straight line to zero" if self.decay else "constant"
+        schedule = "a warm-up and a linear decay to zero" if self.decay else "constant"
         return (
             f"{self.task.description}; {self.steps:,} steps of {self.batch}, AdamW at {self.lr:g}, "
             f"{schedule}"
         )
 
 
-def rows(*pairs: tuple[float, float, int]) -> tuple[Row, ...]:
-    """Dense, a random mask, and each (fwd, bwd, refresh_every) without and with age."""
-    sparse = (Row(*pair, age=age) for pair in pairs for age in (False, True))
+def make_rows(*settings: tuple[float, float, int]) -> tuple[Row, ...]:
+    """Make rows: dense, a random mask, and each (fwd, bwd, refresh_every) without and with age."""
+    sparse = (Row(*setting, age=age) for setting in settings for age in (False, True))
     dense = Row(0.0, 0.0, None, method="dense")
     static = Row(0.9, 0.9, None, method="static")
     return dense, static, *sparse
@@ -107,7 +107,7 @@ def rows(*pairs: tuple[float, float, int]) -> tuple[Row, ...]:
 
 @contextlib.contextmanager
 def without_age() -> Iterator[None]:
-    """No entry counts as young, so no displacement is scaled."""
+    """Scale no displacement: no entry counts as young."""
     with mock.patch("topkast_torch.inner._young.young_limit", return_value=0):
         yield
 
@@ -121,7 +121,7 @@ def mnist(path: Path, steps: int) -> Study:
         lr=1e-3,
         decay=False,
         evaluate_at=(steps - 1, steps),  # the last step ends with a refresh
-        rows=rows((0.9, 0.8, 1), (0.9, 0.8, 10), (0.9, 0.8, 100), (0.9, 0.5, 100)),
+        rows=make_rows((0.9, 0.8, 1), (0.9, 0.8, 10), (0.9, 0.8, 100), (0.9, 0.5, 100)),
     )
 
 
@@ -135,12 +135,12 @@ def text(steps: int) -> Study:
         lr=OPTIMIZERS["adamw"]["text"],
         decay=True,
         evaluate_at=(steps // 2 - 1, steps // 2, steps),
-        rows=rows((0.9, 0.8, 1), (0.9, 0.8, 10), (0.9, 0.8, 100)),
+        rows=make_rows((0.9, 0.8, 1), (0.9, 0.8, 10), (0.9, 0.8, 100)),
     )
 
 
 def main() -> None:
-    parser = arguments(__doc__, "refreshes")
+    parser = make_parser(__doc__, "refreshes")
     parser.add_argument("--data", type=Path, default=DATA, help="images of MNIST in IDX format")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", choices=("mnist", "text"))
@@ -154,10 +154,15 @@ def main() -> None:
             study = mnist(options.data, options.mnist_steps)
             results["mnist"] = compare_accuracies(study, options.seeds)
         else:
-            print(f"MNIST is skipped: there is no {options.data}; name its images with --data")
+            print(
+                f"MNIST is skipped, because {options.data} does not exist: pass its images with "
+                "--data"
+            )
     if options.only != "mnist":
         results["text"] = compare_losses(text(options.text_steps), options.seeds)
-    write(options.output, {"environment": environment(options.threads), "studies": results})
+    write_json(
+        options.output, {"environment": describe_environment(options.threads), "studies": results}
+    )
 
 
 def compare_accuracies(study: Study, seeds: int) -> dict[str, Any]:
@@ -168,11 +173,11 @@ def compare_accuracies(study: Study, seeds: int) -> dict[str, Any]:
         change = [new - old for old, new in runs]
         results.append(
             dataclasses.asdict(row)
-            | {"before": spread(before), "after": spread(after), "change": spread(change)}
+            | {"before": summarize(before), "after": summarize(after), "change": summarize(change)}
         )
-        cells.append((*row.cells, *(cell(values, 2) for values in (before, after, change))))
+        cells.append((*row.cells, *(format_cell(values, 2) for values in (before, after, change))))
     print(f"\n{study.description}, seeds: {seeds}\n\ntest accuracy in %, mean (min to max)\n")
-    print(table((*HEAD, "before the last refresh", "after it", "change"), cells))
+    print(markdown_table((*HEAD, "before the last refresh", "after it", "change"), cells))
     return study.settings(seeds) | {"rows": results}
 
 
@@ -181,20 +186,22 @@ def compare_losses(study: Study, seeds: int) -> dict[str, Any]:
     cells, results = [], []
     for row, runs in train_all(study, seeds):
         before, after, end = (
-            [math.log(2) * bits for bits in one] for one in zip(*runs, strict=True)
+            [math.log(2) * bits for bits in values] for values in zip(*runs, strict=True)
         )
         change = [new - old for old, new in zip(before, after, strict=True)]
         results.append(
             dataclasses.asdict(row)
-            | {"before": spread(before), "after": spread(after), "change": spread(change)}
-            | {"end": spread(end)}
+            | {"before": summarize(before), "after": summarize(after), "change": summarize(change)}
+            | {"end": summarize(end)}
         )
-        cells.append((*row.cells, *(cell(values, 3) for values in (before, after, change, end))))
+        cells.append(
+            (*row.cells, *(format_cell(values, 3) for values in (before, after, change, end)))
+        )
     half = f"step {study.evaluate_at[1]:,}"
     print(f"\n{study.description}, seeds: {seeds}")
     print("\nvalidation loss in nats per character, mean (min to max)\n")
     head = (f"before the refresh at {half}", "after it", "change", f"step {study.steps:,}")
-    print(table((*HEAD, *head), cells))
+    print(markdown_table((*HEAD, *head), cells))
     return study.settings(seeds) | {"rows": results}
 
 
@@ -202,7 +209,7 @@ HEAD = ("fwd/bwd", "refresh every", "age")
 
 
 def train_all(study: Study, seeds: int) -> Iterator[tuple[Row, list[list[float]]]]:
-    """Each row, with the metrics of each seed."""
+    """Train every row with every seed, and yield the row and the metrics of each seed."""
     for row in study.rows:
         start = time.perf_counter()
         yield row, [study.train_once(row, seed) for seed in range(seeds)]
@@ -210,14 +217,14 @@ def train_all(study: Study, seeds: int) -> Iterator[tuple[Row, list[list[float]]
         print(f"{study.name}: {', '.join(row.cells)}: {elapsed:.0f} s", file=sys.stderr)
 
 
-def cell(values: Sequence[float], digits: int) -> str:
+def format_cell(values: Sequence[float], digits: int) -> str:
     mean, low, high = (
-        f"{v:.{digits}f}" for v in (statistics.mean(values), min(values), max(values))
+        f"{value:.{digits}f}" for value in (statistics.mean(values), min(values), max(values))
     )
     return f"{mean} ({low} to {high})"
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
+def summarize(values: Sequence[float]) -> dict[str, Any]:
     return {
         "values": list(values),
         "mean": statistics.mean(values),

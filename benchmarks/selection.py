@@ -1,9 +1,9 @@
-"""Time of choosing A and B exactly, against PyTorch's own ways of finding the largest entries.
+"""Time of the exact selection of A and B, against PyTorch's functions for the largest entries.
 
-Every side ends with the same result: the ascending indices of A and those of B∖A (0.9/0.8). The
-rivals: `torch.topk` of B, sorted, so that its head is A; `torch.kthvalue` for both thresholds;
-`torch.sort` of everything. `torch.kthvalue` for the threshold of B alone, which is less than is
-asked for, is shown too.
+All sides give the same result: the ascending indices of A and of B∖A (0.9/0.8). The rivals are
+`torch.topk` of B, sorted, so that it starts with A; `torch.kthvalue` for both thresholds; and
+`torch.sort` of all weights. `torch.kthvalue` for the threshold of B alone, which is only part of
+the selection, is timed too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from _harness import arguments, environment, interleave, table, write
+from _harness import describe_environment, interleave, make_parser, markdown_table, write_json
 from torch import Tensor
 
 import topkast
@@ -27,18 +27,18 @@ def by_topkast(theta: Tensor) -> tuple[Tensor, Tensor]:
 
 def by_topk(theta: Tensor) -> tuple[Tensor, Tensor]:
     forward, backward = counts(theta)
-    found = torch.topk(theta.abs(), backward, sorted=True).indices
-    return found[:forward].sort().values, found[forward:].sort().values
+    largest = torch.topk(theta.abs(), backward, sorted=True).indices
+    return largest[:forward].sort().values, largest[forward:].sort().values
 
 
 def by_kthvalue(theta: Tensor) -> tuple[Tensor, Tensor]:
     size, (forward, backward) = theta.numel(), counts(theta)
     magnitudes = theta.abs()
-    first = torch.kthvalue(magnitudes, size - forward + 1).values
-    second = torch.kthvalue(magnitudes, size - backward + 1).values
-    indices = torch.nonzero(magnitudes >= second).view(-1)
-    active = magnitudes[indices] >= first
-    return indices[active], indices[~active]
+    threshold_a = torch.kthvalue(magnitudes, size - forward + 1).values
+    threshold_b = torch.kthvalue(magnitudes, size - backward + 1).values
+    indices = torch.nonzero(magnitudes >= threshold_b).view(-1)
+    is_active = magnitudes[indices] >= threshold_a
+    return indices[is_active], indices[~is_active]
 
 
 def by_sort(theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,8 +47,8 @@ def by_sort(theta: Tensor) -> tuple[Tensor, Tensor]:
     return order[:forward].sort().values, order[forward:backward].sort().values
 
 
-def same(found: Tensor, expected: Tensor) -> bool:
-    return torch.equal(found, expected.long())
+def is_same(indices: Tensor, expected: Tensor) -> bool:
+    return torch.equal(indices, expected.long())
 
 
 def threshold_alone(theta: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def counts(theta: Tensor) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = arguments(__doc__, "selection")
+    parser = make_parser(__doc__, "selection")
     parser.add_argument("--sizes", type=int, nargs="+", default=[2**20, 2**24])
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
@@ -76,7 +76,7 @@ def main() -> None:
             "torch.sort": by_sort,
         }
         expected = by_topkast(theta)
-        agree = {name: all(map(same, run(theta), expected)) for name, run in sides.items()}
+        agrees = {name: all(map(is_same, run(theta), expected)) for name, run in sides.items()}
         runs: dict[str, Callable[[], object]] = {
             name: partial(run, theta) for name, run in sides.items()
         }
@@ -87,15 +87,19 @@ def main() -> None:
             [
                 name,
                 f"{timing.median:.2f}",
-                f"{timing.least:.2f}-{timing.most:.2f}",
-                f"{timing.ratio:.1f} ({timing.least_ratio:.1f}-{timing.most_ratio:.1f})",
-                {True: "yes", False: "but for ties", None: "less"}[agree.get(name)],
+                f"{timing.min:.2f}-{timing.max:.2f}",
+                f"{timing.ratio:.1f} ({timing.min_ratio:.1f}-{timing.max_ratio:.1f})",
+                {True: "yes", False: "except for ties", None: "only a threshold"}[agrees.get(name)],
             ]
             for name, timing in timings.items()
         ]
-        print(table(["", "ms", "least-most", "of topkast", "same sets"], rows))
-        records += [{"weights": size, "side": name, **vars(t)} for name, t in timings.items()]
-    write(options.output, {"environment": environment(options.threads), "rows": records})
+        print(markdown_table(["", "ms", "min-max", "of topkast", "same sets"], rows))
+        records += [
+            {"weights": size, "side": name, **vars(timing)} for name, timing in timings.items()
+        ]
+    write_json(
+        options.output, {"environment": describe_environment(options.threads), "rows": records}
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""GFLOP/s of the kernels, useful products alone, beside dense GEMM and PyTorch's sparse products.
+"""GFLOP/s of the kernels, counting useful products only, against dense GEMM and PyTorch's kernels.
 
-SpMM is the output ``A · X``; its transpose the input gradient ``Aᵀ · dY``; SDDMM the gradient on B,
-``dY · Xᵀ``. Square float32 layers, random sets, four products in a row. "SpMM, one column" is the
-same with all entries in one column, whose activations stay in the first cache: what the loop could
-do if memory cost nothing. "layouts" are the milliseconds that a refresh spends on making them, and
-"bytes" what they hold for each entry of B, beside its index. Then a convolution, forward and
-backward, by the number of images; and what two pools of threads would cost: a dense product and a
-sparse one in turn, against each alone.
+SpMM is the output ``A · X``, its transpose the input gradient ``Aᵀ · dY``, and SDDMM the gradient
+on B, ``dY · Xᵀ``. Layers are square and float32, sets random, and four products are timed in a row.
+"SpMM, one column" has all entries in one column, whose activations stay in the L1 cache: the speed
+of the loop if memory accesses were free. "layouts" is the time in milliseconds that a refresh
+spends on making layouts, "bytes" their size per entry of B without its index. Then a convolution is
+timed, forward and backward, by the number of images; and the cost of two thread pools: a dense and
+a sparse product in turn, against each alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from _harness import Timing, arguments, environment, interleave, table, write
+from _harness import (
+    Timing,
+    describe_environment,
+    interleave,
+    make_parser,
+    markdown_table,
+    write_json,
+)
 
 import topkast
 from topkast.kernels import LinearProducts, find_row_starts, make_row_layout, multiply
@@ -35,10 +42,10 @@ class Case:
     def __init__(self, size: int, batch: int, pair: tuple[float, float]) -> None:
         rng = np.random.default_rng(0)
         backward, forward = (size**2 - int(sparsity * size**2) for sparsity in reversed(pair))
-        chosen = rng.choice(size**2, backward, replace=False).astype(np.int32)
-        parts = np.sort(chosen[:forward]), np.sort(chosen[forward:])
+        selected = rng.choice(size**2, backward, replace=False).astype(np.int32)
+        active, exploring = np.sort(selected[:forward]), np.sort(selected[forward:])
         self.size, self.forward = size, forward
-        self.indices = torch.from_numpy(np.concatenate(parts)).numpy()
+        self.indices = torch.from_numpy(np.concatenate([active, exploring])).numpy()
         self.products = self.make_products()
         _, _, width = self.products.packed_shape((batch, size), np.float32)
         tiles = -(-batch // width)
@@ -53,8 +60,8 @@ class Case:
         }
         self.weight, self.columns = torch.randn(size, size), torch.randn(size, batch)
         self.grad_output = torch.randn(size, batch)
-        self.a = csr(parts[0], self.values[:forward], size)
-        self.b = csr(np.sort(chosen), np.zeros(backward, np.float32), size)
+        self.a = csr(active, self.values[:forward], size)
+        self.b = csr(np.sort(selected), np.zeros(backward, np.float32), size)
 
     def make_products(self) -> LinearProducts:
         return LinearProducts(self.indices, self.forward, shape=(self.size, self.size))
@@ -64,14 +71,14 @@ class Case:
         shape = self.size, self.size
         starts = find_row_starts(self.indices, slice(self.forward), shape=shape)
         layout = make_row_layout(self.indices, starts, shape=shape, pitch=self.size)
-        one = replace(layout, columns=np.zeros_like(self.indices), pitch=0)
+        one_column = replace(layout, columns=np.zeros_like(self.indices), pitch=0)
         return {
             "dense": lambda: self.weight @ self.columns,
             "SpMM": partial(products.forward, self.values, self.x, self.out),
             "SpMM of the transpose": partial(
                 products.input_gradient, self.values, self.y, self.out
             ),
-            "SpMM, one column": partial(multiply, one, self.values, self.x, self.out),
+            "SpMM, one column": partial(multiply, one_column, self.values, self.x, self.out),
             "SDDMM": partial(products.weight_gradient, self.y, self.x, self.gradient),
             "SpMM, PyTorch": lambda: self.a @ self.columns,
             "SDDMM, PyTorch": lambda: torch.sparse.sampled_addmm(
@@ -79,24 +86,24 @@ class Case:
             ),
         }
 
-    def layouts(self) -> dict[str, float]:
-        """Milliseconds of making the layouts, and bytes of them for each entry of B."""
+    def measure_layouts(self) -> dict[str, float]:
+        """Measure the milliseconds of making the layouts, and their bytes per entry of B."""
         timing = interleave({"layouts": self.make_products}, rounds=5)["layouts"]
         return {"ms": timing.median, "bytes": self.products.nbytes / len(self.indices)}
 
 
 def aligned(*shape: int) -> np.ndarray[Any, Any]:
-    """Random numbers at an address that is a multiple of a vector's length, as PyTorch's are."""
+    """Draw random numbers, aligned to a multiple of the vector length as PyTorch aligns them."""
     return torch.randn(*shape).numpy()
 
 
 def csr(indices: Any, values: Any, size: int) -> torch.Tensor:
     row, column = np.divmod(indices, size)
     starts = torch.from_numpy(np.searchsorted(row, np.arange(size + 1)))
-    places = torch.from_numpy(column.astype(np.int64))
+    columns = torch.from_numpy(column.astype(np.int64))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.sparse_csr_tensor(starts, places, torch.from_numpy(values), (size, size))
+        return torch.sparse_csr_tensor(starts, columns, torch.from_numpy(values), (size, size))
 
 
 def flops_of(case: Case, name: str) -> int:
@@ -107,7 +114,7 @@ def measure(size: int, batch: int, rounds: int) -> list[dict[str, Any]]:
     records, rows = [], []
     for pair in SPARSITIES:
         case = Case(size, batch, pair)
-        sides = {name: several(side, IN_A_ROW) for name, side in case.sides().items()}
+        sides = {name: repeat(side, IN_A_ROW) for name, side in case.sides().items()}
         timings = {
             name: timing.divided(IN_A_ROW)
             for name, timing in interleave(sides, rounds=rounds).items()
@@ -115,24 +122,24 @@ def measure(size: int, batch: int, rounds: int) -> list[dict[str, Any]]:
         speeds = {
             name: flops_of(case, name) / timing.median / 1e6 for name, timing in timings.items()
         }
-        layouts = case.layouts()
+        layouts = case.measure_layouts()
         cells = (
             *(f"{speed:.0f}" for speed in speeds.values()),
             *map("{:.1f}".format, layouts.values()),
         )
         rows.append([f"{pair[0]}/{pair[1]}", *cells])
-        of = {"size": size, "batch": batch, "fwd": pair[0], "bwd": pair[1]}
-        records.append({**of, "kernel": "layouts", **layouts})
+        setting = {"size": size, "batch": batch, "fwd": pair[0], "bwd": pair[1]}
+        records.append({**setting, "kernel": "layouts", **layouts})
         records += [
-            {**of, "kernel": name, "gflops": speeds[name], **vars(timing)}
+            {**setting, "kernel": name, "gflops": speeds[name], **vars(timing)}
             for name, timing in timings.items()
         ]
     print(f"\n{size} × {size}, batch {batch}, GFLOP/s\n")
-    print(table(["fwd/bwd", *speeds, "layouts, ms", "bytes"], rows), flush=True)
+    print(markdown_table(["fwd/bwd", *speeds, "layouts, ms", "bytes"], rows), flush=True)
     return records
 
 
-def several(call: Callable[[], Any], count: int) -> Callable[[], None]:
+def repeat(call: Callable[[], Any], count: int) -> Callable[[], None]:
     def run() -> None:
         for _ in range(count):
             call()
@@ -141,7 +148,7 @@ def several(call: Callable[[], Any], count: int) -> Callable[[], None]:
 
 
 def measure_images(rounds: int) -> list[dict[str, Any]]:
-    """A convolution of 64 channels with a window of 3 × 3, on images of 32 × 32."""
+    """Measure a convolution of 64 channels with a 3 × 3 window on 32 × 32 images."""
     records, rows = [], []
     for count in (1, 4, 8, 16, 32, 64):
         images = torch.randn(count, 64, 32, 32, requires_grad=True)
@@ -155,10 +162,10 @@ def measure_images(rounds: int) -> list[dict[str, Any]]:
             topkast.sparsify(models[f"{fwd}/{bwd}"], optimizer)
 
         def passes(model: torch.nn.Module, images: torch.Tensor = images) -> None:
-            found = model(images)
-            torch.autograd.grad(found, [images, *model.parameters()], torch.ones_like(found))
+            output = model(images)
+            torch.autograd.grad(output, [images, *model.parameters()], torch.ones_like(output))
 
-        sides = {name: several(partial(passes, model), IN_A_ROW) for name, model in models.items()}
+        sides = {name: repeat(partial(passes, model), IN_A_ROW) for name, model in models.items()}
         timings = {
             name: timing.divided(IN_A_ROW)
             for name, timing in interleave(sides, rounds=rounds).items()
@@ -175,12 +182,12 @@ def measure_images(rounds: int) -> list[dict[str, Any]]:
         ]
     print("\nConvolution, 64 channels, 3 × 3, images of 32 × 32: times faster than dense\n")
     names = [f"{fwd}/{bwd}" for fwd, bwd in SPARSITIES]
-    print(table(["images", "dense, ms", *names], rows), flush=True)
+    print(markdown_table(["images", "dense, ms", *names], rows), flush=True)
     return records
 
 
 def measure_pools(rounds: int) -> dict[str, Any]:
-    """A dense and a sparse product in turn, against each alone."""
+    """Measure a dense and a sparse product in turn, against each alone."""
     case = Case(2048, 256, (0.9, 0.8))
     sides = case.sides()
     dense, sparse = sides["dense"], sides["SpMM"]
@@ -191,9 +198,9 @@ def measure_pools(rounds: int) -> dict[str, Any]:
 
     timings = interleave(
         {
-            "dense alone": several(dense, 20),
-            "sparse alone": several(sparse, 20),
-            "in turn": several(both, 20),
+            "dense alone": repeat(dense, 20),
+            "sparse alone": repeat(sparse, 20),
+            "in turn": repeat(both, 20),
         },
         rounds=rounds,
     )
@@ -201,12 +208,16 @@ def measure_pools(rounds: int) -> dict[str, Any]:
     together: Timing = timings["in turn"]
     print("\n20 dense products (2048 × 2048 × 256) and 20 sparse ones (0.9), ms\n")
     rows = [[name, f"{timing.median:.1f}"] for name, timing in timings.items()]
-    print(table(["", "ms"], [*rows, ["in turn / sum of both", f"{together.median / alone:.3f}"]]))
+    print(
+        markdown_table(
+            ["", "ms"], [*rows, ["in turn / sum of both", f"{together.median / alone:.3f}"]]
+        )
+    )
     return {name: vars(timing) for name, timing in timings.items()}
 
 
 def main() -> None:
-    parser = arguments(__doc__, "sparse_kernels")
+    parser = make_parser(__doc__, "sparse_kernels")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--rounds", type=int, default=9)
@@ -221,8 +232,8 @@ def main() -> None:
     images = measure_images(options.rounds)
     pools = measure_pools(options.rounds)
     packages = ("numpy", "torch", "numba")
-    result = {"environment": environment(options.threads, packages), "rows": records}
-    write(options.output, {**result, "images": images, "pools": pools})
+    result = {"environment": describe_environment(options.threads, packages), "rows": records}
+    write_json(options.output, {**result, "images": images, "pools": pools})
 
 
 if __name__ == "__main__":

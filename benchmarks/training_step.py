@@ -1,10 +1,10 @@
 """Time of a whole training step, sparse against dense: forward, loss, backward and optimizer.
 
-MLPs of three hidden layers, a residual convolutional network on images of 32×32, and a transformer
-block; float32, fused Adam on both sides, and the rival libraries, which keep one set (A = B),
-where they are installed (benchmarks/_peers.py says how) and have the layers. The last layer of the
-MLPs is dense everywhere. Between refreshes, several steps in a row as in training; the time of a
-refresh is printed besides. Then the bytes of gradient and optimizer state, as PyTorch holds them.
+The networks are MLPs of three hidden layers, a residual convolutional network on images of 32×32,
+and a transformer block, all float32 with fused Adam. Rival libraries, which keep one set (A = B),
+are measured if they are installed (see benchmarks/_peers.py) and have the layers. The last layer of
+the MLPs is dense on all sides. Several steps between refreshes are timed in a row, as in training;
+a step with a refresh is timed alone. Then the bytes of gradient and optimizer state are counted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from typing import Any
 
 import _peers
 import torch
-from _harness import Timing, arguments, environment, interleave, table, write
+from _harness import (
+    Timing,
+    describe_environment,
+    interleave,
+    make_parser,
+    markdown_table,
+    write_json,
+)
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 
@@ -23,7 +30,7 @@ import topkast
 
 PAIRS = [(0.8, 0.5), (0.9, 0.8), (0.95, 0.9), (0.98, 0.95), (0.9, 0.9), (0.95, 0.95), (0.98, 0.98)]
 NEVER = 10**9
-STEPS = 4  # that are timed together
+STEPS = 4  # timed together
 
 
 def mlp(width: int) -> nn.Sequential:
@@ -50,12 +57,12 @@ class Residual(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        found: Tensor = torch.relu(images + self.body(images))
-        return found
+        output: Tensor = torch.relu(images + self.body(images))
+        return output
 
 
 def residual() -> nn.Sequential:
-    """A ResNet's shape: each stage halves the image and doubles the channels."""
+    """Make a small ResNet: each stage halves the image and doubles the channels."""
     layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)]
     channels = 64
     for stage in range(3):
@@ -67,7 +74,7 @@ def residual() -> nn.Sequential:
 
 
 class TransformerBlock(nn.Module):
-    """A transformer block, of width 768 and 3072 in between."""
+    """A transformer block of width 768, with 3072 hidden features."""
 
     def __init__(self, width: int = 768, heads: int = 12) -> None:
         super().__init__()
@@ -92,8 +99,8 @@ def classify(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def square(model: nn.Module, inputs: Tensor) -> Tensor:
-    found: Tensor = model(inputs).square().mean()
-    return found
+    mean_square: Tensor = model(inputs).square().mean()
+    return mean_square
 
 
 class Training:
@@ -103,7 +110,7 @@ class Training:
         self.model, self.optimizer, self.loss, self.inputs = model, optimizer, loss, inputs
 
     def run(self) -> None:
-        """Some steps, one after the other as in training."""
+        """Take `STEPS` steps in a row, as in training."""
         for _ in range(STEPS):
             self()
 
@@ -113,14 +120,14 @@ class Training:
         self.optimizer.step()
 
     def refresh(self) -> None:
-        """A step that ends with a refresh, and what the next one does first."""
+        """Take a step that ends with a refresh, and the first forward pass after it."""
         self.optimizer.param_groups[0]["refresh_every"] = 1
         self()
         self.optimizer.param_groups[0]["refresh_every"] = NEVER
         self.loss(self.model, self.inputs)
 
-    def held(self) -> dict[str, int]:
-        """Bytes after a step."""
+    def count_bytes(self) -> dict[str, int]:
+        """Count bytes after a step."""
         self()
         params = list(self.model.parameters())
         entries = [
@@ -138,12 +145,15 @@ class Training:
 
 
 def adam(params: Any) -> torch.optim.Optimizer:
-    # A batch that is learned by heart has subnormal gradients, which are slow: so it learns slowly.
+    # Overfitting one batch leads to subnormal gradients, which are slow: a low rate avoids that.
     return torch.optim.Adam(params, 1e-6, fused=True)
 
 
 def sparse(
-    make: Callable[[], nn.Module], pair: tuple[float, float], dense: list[str], *rest: Any
+    make: Callable[[], nn.Module],
+    pair: tuple[float, float],
+    dense: list[str],
+    *loss_and_inputs: Any,
 ) -> Training:
     torch.manual_seed(0)
     model = make()
@@ -152,32 +162,32 @@ def sparse(
         adam(model.named_parameters()), fwd=fwd, bwd=bwd, refresh_every=NEVER, dense=dense
     )
     topkast.sparsify(model, optimizer)
-    return Training(model, optimizer, *rest)
+    return Training(model, optimizer, *loss_and_inputs)
 
 
-def dense(make: Callable[[], nn.Module], *rest: Any) -> Training:
+def dense(make: Callable[[], nn.Module], *loss_and_inputs: Any) -> Training:
     torch.manual_seed(0)
     model = make()
-    return Training(model, adam(model.parameters()), *rest)
+    return Training(model, adam(model.parameters()), *loss_and_inputs)
 
 
 def measure(
     title: str,
     make: Callable[[], nn.Module],
     pairs: list[tuple[float, float]],
-    kept: list[str],
+    kept_dense: list[str],
     loss: Any,
     inputs: Tensor,
     rounds: int,
 ) -> list[dict[str, Any]]:
     sides: dict[str, Any] = {"dense": dense(make, loss, inputs)}
     for pair in pairs:
-        sides[f"{pair[0]}/{pair[1]}"] = sparse(make, pair, kept, loss, inputs)
+        sides[f"{pair[0]}/{pair[1]}"] = sparse(make, pair, kept_dense, loss, inputs)
     for name, convert in _peers.available().items():
         for sparsity in (0.9, 0.95, 0.98):
             torch.manual_seed(0)
             try:
-                model: Any = convert(make(), sparsity, kept, inputs)
+                model: Any = convert(make(), sparsity, kept_dense, inputs)
             except TypeError as error:
                 print(f"without {name}: {error}")
                 break
@@ -192,27 +202,27 @@ def measure(
         for name, side in sides.items()
         if name != "dense" and "(A = B)" not in name
     }
-    show(title, timings, refreshes)
+    print_timings(title, timings, refreshes)
     return [
         {"network": title, "side": name, "refresh_ms": refreshes.get(name), **vars(timing)}
         for name, timing in timings.items()
     ]
 
 
-def show(title: str, timings: dict[str, Timing], refreshes: dict[str, float]) -> None:
+def print_timings(title: str, timings: dict[str, Timing], refreshes: dict[str, float]) -> None:
     print(f"\n{title}\n")
     rows = [
         [
             name,
             f"{timing.median:.1f}",
-            f"{timing.least:.1f}-{timing.most:.1f}",
-            f"{1 / timing.ratio:.2f} ({1 / timing.most_ratio:.2f}-{1 / timing.least_ratio:.2f})",
+            f"{timing.min:.1f}-{timing.max:.1f}",
+            f"{1 / timing.ratio:.2f} ({1 / timing.max_ratio:.2f}-{1 / timing.min_ratio:.2f})",
             f"{refreshes[name]:.0f}" if name in refreshes else "",
         ]
         for name, timing in timings.items()
     ]
-    head = ["fwd/bwd", "ms a step", "least-most", "times faster than dense", "ms with a refresh"]
-    print(table(head, rows), flush=True)
+    head = ["fwd/bwd", "ms a step", "min-max", "times faster than dense", "ms with a refresh"]
+    print(markdown_table(head, rows), flush=True)
 
 
 def measure_bytes(width: int) -> list[dict[str, Any]]:
@@ -224,23 +234,23 @@ def measure_bytes(width: int) -> list[dict[str, Any]]:
             if pair is None
             else sparse(lambda: mlp(width), pair, ["6.*"], classify, inputs)
         )
-        held = side.held()
+        nbytes = side.count_bytes()
         if pair is not None:
-            held["with the optimizer"] = sum(
+            nbytes["with the optimizer"] = sum(
                 row.held_bytes for row in topkast.summary(side.optimizer).tensors
             )
-        rows.append({"side": "dense" if pair is None else f"{pair[0]}/{pair[1]}", **held})
+        rows.append({"side": "dense" if pair is None else f"{pair[0]}/{pair[1]}", **nbytes})
     print(f"\nBytes of an MLP of three hidden layers of {width}, after a step\n")
     first = rows[0]
     first["with the optimizer"] = first["gradient"] + first["state"] + first["parameters"]
-    kinds = ["gradient", "state", "parameters", "with the optimizer"]
+    columns = ["gradient", "state", "parameters", "with the optimizer"]
     print(
-        table(
-            ["fwd/bwd", "gradient", "optimizer state", "Parameters", "all, θ and indices too"],
+        markdown_table(
+            ["fwd/bwd", "gradient", "optimizer state", "Parameters", "all, with θ and indices"],
             [
                 [
                     row["side"],
-                    *(f"{row[kind]:,} ({row[kind] / first[kind]:.3f})" for kind in kinds),
+                    *(f"{row[column]:,} ({row[column] / first[column]:.3f})" for column in columns),
                 ]
                 for row in rows
             ],
@@ -251,7 +261,7 @@ def measure_bytes(width: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = arguments(__doc__, "training_step")
+    parser = make_parser(__doc__, "training_step")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--only", choices=["mlp", "convolution", "transformer", "bytes"])
     options = parser.parse_args()
@@ -276,16 +286,18 @@ def main() -> None:
     if options.only in (None, "convolution"):
         inputs = torch.randn(32, 3, 32, 32)
         title = "Residual network of 64 to 256 channels, 32 images of 32×32"
-        kept = ["0.*", f"{len(residual()) - 1}.*"]
-        records += measure(title, residual, PAIRS, kept, classify, inputs, options.rounds // 2)
+        kept_dense = ["0.*", f"{len(residual()) - 1}.*"]
+        records += measure(
+            title, residual, PAIRS, kept_dense, classify, inputs, options.rounds // 2
+        )
     if options.only in (None, "transformer"):
         inputs = torch.randn(8, 256, 768, requires_grad=True)
         title = "Transformer block, width 768, 2,048 tokens"
         records += measure(title, TransformerBlock, PAIRS, [], square, inputs, options.rounds // 2)
-    held = measure_bytes(2048) if options.only in (None, "bytes") else []
+    byte_rows = measure_bytes(2048) if options.only in (None, "bytes") else []
     packages = ("numpy", "torch", "numba", "sparseprop", "sparselab")
-    result = {"environment": environment(options.threads, packages), "rows": records}
-    write(options.output, {**result, "bytes": held})
+    result = {"environment": describe_environment(options.threads, packages), "rows": records}
+    write_json(options.output, {**result, "bytes": byte_rows})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A small network trained by a wrapped optax transformation, as any optax user would write it."""
+"""A small network trained by a wrapped optax transformation, as optax users write it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def inputs_of(step: int, dtype: Any = jnp.float32) -> jax.Array:
 
 
 def make_step(tx: Any) -> Callable[..., tuple[Pytree, Any]]:
-    """A training step as any optax user writes it."""
+    """Make a training step as optax users write it."""
 
     def train(params: Pytree, state: Any, inputs: jax.Array) -> tuple[Pytree, Any]:
         grads = jax.grad(loss)(topkast.forward_params(params, inner_state(state)), inputs)
@@ -51,18 +51,18 @@ def make_step(tx: Any) -> Callable[..., tuple[Pytree, Any]]:
 
 
 def inner_state(state: Any) -> Any:
-    """The state of the wrapped transformation, wherever it is."""
-    kinds = (
+    """Find the state of the wrapped transformation inside a state."""
+    states = (
         entry
         for entry in jax.tree.leaves(state, is_leaf=lambda entry: hasattr(entry, "supports"))
         if hasattr(entry, "supports")
     )
-    return next(kinds)
+    return next(states)
 
 
 def wrap(inner: Any = ADAMW, **options: Any) -> Any:
-    chosen = {"fwd": 0.9, "bwd": 0.7, "refresh_every": 3, **options}
-    return _wrap(inner, tuple(sorted(chosen.items())))
+    all_options = {"fwd": 0.9, "bwd": 0.7, "refresh_every": 3, **options}
+    return _wrap(inner, tuple(sorted(all_options.items())))
 
 
 @functools.cache
@@ -71,31 +71,31 @@ def _wrap(inner: Any, options: tuple[tuple[str, Any], ...]) -> Any:
 
 
 @functools.cache
-def compiled(tx: Any) -> Any:
-    """The jitted step: compiling takes longer than all else here."""
+def compiled_step(tx: Any) -> Any:
+    """Compile the step; it is cached because compiling takes longest in these tests."""
     return jax.jit(make_step(tx))
 
 
 def run(tx: Any, params: Pytree, steps: int = 7, *, jit: bool = True) -> tuple[Pytree, Any]:
-    step = compiled(tx) if jit else make_step(tx)
+    step = compiled_step(tx) if jit else make_step(tx)
     state = tx.init(params)
     for number in range(steps):
         params, state = step(params, state, inputs_of(number))
     return params, state
 
 
-def assert_close(found: Pytree, expected: Pytree, tolerance: float = 1e-6) -> None:
-    assert structure(found) == structure(expected)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
+def assert_close(actual: Pytree, expected: Pytree, tolerance: float = 1e-6) -> None:
+    assert structure(actual) == structure(expected)
+    for leaf, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=tolerance, atol=tolerance)
 
 
-def assert_equal(found: Pytree, expected: Pytree) -> None:
-    assert structure(found) == structure(expected)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(one, other)
-        if jnp.issubdtype(one.dtype, jnp.floating):
-            np.testing.assert_array_equal(jnp.signbit(one), jnp.signbit(other))
+def assert_equal(actual: Pytree, expected: Pytree) -> None:
+    assert structure(actual) == structure(expected)
+    for leaf, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(leaf, other)
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            np.testing.assert_array_equal(jnp.signbit(leaf), jnp.signbit(other))
 
 
 def structure(tree: Pytree) -> Any:

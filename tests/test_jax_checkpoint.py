@@ -1,4 +1,4 @@
-"""Orbax: saved, restored in a new process, continued bit for bit."""
+"""A run saved with Orbax and restored in a new process continues bit for bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jax_training import assert_equal
 def test_a_new_process_continues_bit_for_bit(tmp_path: Path) -> None:
     tx, params = resume.make()
     state = tx.init(params)
-    straight = resume.train(tx, params, state, range(8))  # refreshes at 3 and 6
+    uninterrupted = resume.train(tx, params, state, range(8))  # refreshes at 3 and 6
     resume.save(tmp_path / "half", *resume.train(tx, params, state, range(4)))
     subprocess.run(
         [sys.executable, resume.__file__, tmp_path / "half", tmp_path / "whole", "4", "8"],
@@ -25,6 +25,6 @@ def test_a_new_process_continues_bit_for_bit(tmp_path: Path) -> None:
         timeout=120,
         env=os.environ,
     )
-    found = resume.restore(tmp_path / "whole")
-    assert_equal(found, straight)
-    assert jax.tree.map(jax.typeof, found) == jax.tree.map(jax.typeof, straight)
+    resumed = resume.restore(tmp_path / "whole")
+    assert_equal(resumed, uninterrupted)
+    assert jax.tree.map(jax.typeof, resumed) == jax.tree.map(jax.typeof, uninterrupted)

@@ -1,4 +1,4 @@
-"""optax's own transformations, inside and around the wrapped one."""
+"""optax's own transformations inside and around the wrapped one."""
 
 from __future__ import annotations
 
@@ -41,45 +41,45 @@ INSIDE = {
     "polyak_sgd": optax.polyak_sgd(),
     "reduce_on_plateau": optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau()),
 }
-# The property session runs these, too: they are of the kinds of the others.
+# The default session runs only these: each of the others is similar to one of them.
 FAST = {"chain", "decay of matrices", "inject_hyperparams", "lamb", "schedule_free"}
-CONTEXT = {"polyak_sgd", "reduce_on_plateau"}  # need the loss
+NEED_LOSS = {"polyak_sgd", "reduce_on_plateau"}
 
 
-def on_b_alone(inner: Any, params: Pytree, steps: int, *, value: bool) -> Pytree:
-    """θ after training the entries of a fixed B as if they were all that there is."""
+def train_on_b(inner: Any, params: Pytree, steps: int, *, needs_loss: bool) -> Pytree:
+    """Train the entries of a fixed B as if there were no others, and return θ."""
     start = wrap(inner, refresh_every=1000).init(params)
     supports = start.supports
     weights = {"body.0.w": ("body", 0), "body.1.w": ("body", 1), "head.w": ("head",)}
     state = None
     for number in range(steps):
         alpha = topkast.forward_params(params, start)
-        found, grads = jax.value_and_grad(loss)(alpha, inputs_of(number))
+        value, grads = jax.value_and_grad(loss)(alpha, inputs_of(number))
 
         def compact(tree: Pytree) -> Pytree:
             tree = jax.tree.map(lambda leaf: leaf, tree)
             for name, path in weights.items():
-                place = tree
+                layer = tree
                 for key in path:
-                    place = place[key]
-                place["w"] = place["w"].reshape(1, -1)[:, supports[name].indices]
+                    layer = layer[key]
+                layer["w"] = layer["w"].reshape(1, -1)[:, supports[name].indices]
             return tree
 
         values = compact(params)
         state = inner.init(values) if state is None else state
-        extra = {"value": found} if value else {}
+        extra = {"value": value} if needs_loss else {}
         updates, state = optax.with_extra_args_support(inner).update(
             compact(grads), state, values, **extra
         )
-        moved = optax.apply_updates(values, updates)
+        updated = optax.apply_updates(values, updates)
         params = jax.tree.map(lambda leaf: leaf, params)
         for name, path in weights.items():
-            place, source = params, moved
+            layer, source = params, updated
             for key in path:
-                place, source = place[key], source[key]
-            flat = place["w"].reshape(-1).at[supports[name].indices].set(source["w"][0])
-            place["w"] = flat.reshape(place["w"].shape)
-        for layer, source in zip(params["body"], moved["body"], strict=True):
+                layer, source = layer[key], source[key]
+            flat = layer["w"].reshape(-1).at[supports[name].indices].set(source["w"][0])
+            layer["w"] = flat.reshape(layer["w"].shape)
+        for layer, source in zip(params["body"], updated["body"], strict=True):
             layer["b"] = source["b"]
     return params
 
@@ -89,16 +89,16 @@ def on_b_alone(inner: Any, params: Pytree, steps: int, *, value: bool) -> Pytree
     [pytest.param(name, marks=[pytest.mark.slow] if name not in FAST else []) for name in INSIDE],
 )
 class TestInside:
-    def test_it_does_what_it_would_do_on_b_alone(self, name: str) -> None:
+    def test_updates_equal_those_of_training_on_b_alone(self, name: str) -> None:
         tx = wrap(INSIDE[name], refresh_every=1000, penalty=0.0)
         params = make_params()
-        expected = on_b_alone(INSIDE[name], params, 4, value=name in CONTEXT)
+        expected = train_on_b(INSIDE[name], params, 4, needs_loss=name in NEED_LOSS)
         state = tx.init(params)
         for number in range(4):
-            found, grads = jax.value_and_grad(loss)(
+            value, grads = jax.value_and_grad(loss)(
                 topkast.forward_params(params, state), inputs_of(number)
             )
-            extra = {"value": found} if name in CONTEXT else {}
+            extra = {"value": value} if name in NEED_LOSS else {}
             updates, state = tx.update(grads, state, params, **extra)
             params = optax.apply_updates(params, updates)
         assert_close(params, expected)
@@ -106,20 +106,20 @@ class TestInside:
 
     def test_survivors_keep_their_state_and_entrants_start_anew(self, name: str) -> None:
         tx, params = wrap(INSIDE[name], refresh_every=5), make_params()
-        extra = {"value": jnp.float32(0.5)} if name in CONTEXT else {}
+        extra = {"value": jnp.float32(0.5)} if name in NEED_LOSS else {}
         state = tx.init(params)
         for number in range(4):
             grads = jax.grad(loss)(topkast.forward_params(params, state), inputs_of(number))
             _, state = tx.update(grads, state, params, **extra)
-        # The next update comes with a refresh. Other weights take over half of B.
+        # The next update ends with a refresh. Other weights take over half of B.
         grown = jax.tree.map(lambda leaf: leaf, params)
         flat = grown["head"]["w"].reshape(-1)
         order = jnp.argsort(-jnp.abs(flat))
         grown["head"]["w"] = flat.at[order[20:30]].set(9.0).reshape(16, 4)
-        still = wrap(INSIDE[name], refresh_every=1000)
-        _, without = still.update(grads, state, grown, **extra)
+        unrefreshed_tx = wrap(INSIDE[name], refresh_every=1000)
+        _, unrefreshed = unrefreshed_tx.update(grads, state, grown, **extra)
         _, refreshed = tx.update(grads, state, grown, **extra)
-        old, new = (one.supports["head.w"].indices for one in (without, refreshed))
+        old, new = (after.supports["head.w"].indices for after in (unrefreshed, refreshed))
         assert 0 < len(np.setdiff1d(new, old)) < 20
         compact = jax.tree.map(lambda leaf: leaf, params)
         compact["head"]["w"] = grown["head"]["w"].reshape(1, -1)[:, new]
@@ -129,7 +129,7 @@ class TestInside:
         fresh = INSIDE[name].init(compact)
         checked = 0
         entries = zip(
-            jax.tree.leaves_with_path(without.inner),
+            jax.tree.leaves_with_path(unrefreshed.inner),
             jax.tree.leaves(refreshed.inner),
             jax.tree.leaves(fresh),
             strict=True,
@@ -137,47 +137,47 @@ class TestInside:
         for (path, before), after, initial in entries:
             if "head" in jax.tree_util.keystr(path) and before.shape == (1, 20):
                 checked += 1
-                for place, index in enumerate(np.asarray(new)):
+                for position, index in enumerate(np.asarray(new)):
                     survivor = np.flatnonzero(np.asarray(old) == index)
-                    source = before[0, survivor[0]] if survivor.size else initial[0, place]
-                    assert after[0, place] == source
+                    source = before[0, survivor[0]] if survivor.size else initial[0, position]
+                    assert after[0, position] == source
         mirrors = [leaf for leaf in jax.tree.leaves(fresh) if jnp.shape(leaf) == (1, 20)]
         assert checked == len(mirrors)
-        assert checked > 0 or name in {"clip_by_global_norm", "polyak_sgd"}  # keep nothing
+        assert checked > 0 or name in {"clip_by_global_norm", "polyak_sgd"}  # no entries per weight
 
 
 class TestAround:
     def test_chain_before(self) -> None:
-        """What comes before sees the gradient of all coordinates."""
+        """A transformation before the wrapped one sees the gradient of all coordinates."""
         params, tx = make_params(), wrap(optax.sgd(0.1), penalty=0.0)
         chained = optax.chain(optax.clip_by_global_norm(0.01), tx)
         grads = jax.grad(loss)(params, inputs_of(0))
         norm = optax.tree.norm(grads)
         assert norm > 0.01
         clipped = jax.tree.map(lambda leaf: leaf * (0.01 / norm), grads)
-        found, _ = chained.update(grads, chained.init(params), params)
-        assert_close(found, tx.update(clipped, tx.init(params), params)[0])
+        updates, _ = chained.update(grads, chained.init(params), params)
+        assert_close(updates, tx.update(clipped, tx.init(params), params)[0])
 
     def test_multi_steps(self) -> None:
-        """Micro-batches accumulate to one update, which is what refreshes are counted in."""
+        """Micro-batches accumulate to one update; refreshes count updates."""
         params = make_params()
-        # Between updates optax adds zeros of either sign: -0 becomes 0, which is no other weight.
+        # Between updates optax adds zeros of either sign: -0 may become 0, which is no change.
         params["head"]["w"] = params["head"]["w"].at[:8].set(-0.0)
         once = wrap(optax.sgd(0.1, momentum=0.9), bwd=0.0)
         many = optax.MultiSteps(once, 2)
         step = jax.jit(make_step(many))
-        found, state = params, many.init(params)
+        trained, state = params, many.init(params)
         for number in range(14):
-            found, state = step(found, state, inputs_of(number // 2))
+            trained, state = step(trained, state, inputs_of(number // 2))
         expected, expected_state = run(once, params)
         assert inner_state(state).updates == 7
         assert inner_state(state).stale_refreshes == 0
-        assert topkast.summary(state, found).updates == 7
+        assert topkast.summary(state, trained).updates == 7
         assert_equal(inner_state(state).supports, expected_state.supports)
-        assert_close(found, expected)
+        assert_close(trained, expected)
 
     def test_apply_if_finite(self) -> None:
-        """A step that is skipped moves no weight, no mask and no count."""
+        """A skipped step changes no weight, no mask and no count."""
         params = make_params()
         tx = optax.apply_if_finite(wrap(), 3)
         update = jax.jit(tx.update)
@@ -198,12 +198,12 @@ class TestAround:
 
         params = make_params()
         tx = optax.inject_hyperparams(make)(learning_rate=0.1)
-        found, state = run(tx, params)
+        trained, state = run(tx, params)
         expected, _ = run(wrap(optax.sgd(0.1)), params)
-        assert_close(found, expected)
+        assert_close(trained, expected)
         state.hyperparams["learning_rate"] = jnp.asarray(0.0)
-        grads = jax.grad(loss)(found, inputs_of(0))
-        updates, _ = tx.update(grads, state, found)
+        grads = jax.grad(loss)(trained, inputs_of(0))
+        updates, _ = tx.update(grads, state, trained)
         assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(updates))
 
     def test_masked(self) -> None:
@@ -212,7 +212,7 @@ class TestAround:
         state = tx.init(params)
         assert list(inner_state(state).supports) == ["body.0.w", "body.1.w"]
         updates, _ = jax.jit(tx.update)(params, state, params)
-        assert_equal(updates["head"], params["head"])  # optax hands on what it masks
+        assert_equal(updates["head"], params["head"])  # optax passes masked leaves through
         assert int(jnp.sum(updates["body"][0]["w"] != 0)) == 72
 
     def test_partition(self) -> None:
@@ -236,14 +236,14 @@ class TestRefusals:
         ],
         ids=["muon", "adafactor", "sm3"],
     )
-    def test_what_looks_at_more_than_coordinates(self, inner: Any, name: str) -> None:
+    def test_rules_that_are_not_elementwise(self, inner: Any, name: str) -> None:
         with pytest.raises(
             topkast.UnsupportedOptimizerError, match=rf"{name}.* does not treat a tensor as a bag"
         ):
             wrap(inner)
 
     def test_shampoo_like(self) -> None:
-        """Preconditioning by the square root of the second moment of the rows."""
+        """A preconditioner from the second moments of rows."""
 
         def update(updates: Any, state: Any, params: Any = None) -> Any:
             def precondition(grad: Any) -> Any:
@@ -258,8 +258,8 @@ class TestRefusals:
         with pytest.raises(topkast.UnsupportedOptimizerError, match="bag of coordinates"):
             wrap(optax.chain(inner, optax.scale(-0.1)))
 
-    def test_factors_found_on_the_tree_of_the_user(self) -> None:
-        """Labels by name make the tree of the user necessary, which init has."""
+    def test_rules_that_are_probed_on_the_tree_of_the_user(self) -> None:
+        """Labels by name need the user's tree, which init gets."""
         inner = optax.partition(
             {"muon": optax.contrib.muon(1e-3), "adam": optax.adam(1e-3)},
             lambda params: {"body": "adam", "head": {"w": "muon"}} if params["head"] else None,
@@ -268,8 +268,8 @@ class TestRefusals:
         with pytest.raises(topkast.UnsupportedOptimizerError, match="bag of coordinates"):
             tx.init(make_params())
 
-    def test_factors_found_by_the_place_of_a_tensor(self) -> None:
-        """On a bare array the mask is False, and there is nothing to be seen."""
+    def test_rules_that_depend_on_the_path_of_a_tensor(self) -> None:
+        """On a bare array the mask is False, so the first probe passes."""
 
         def update(updates: Any, state: Any, params: Any = None) -> Any:
             return jax.tree.map(lambda grad: grad - grad.mean(0), updates), state
@@ -297,7 +297,7 @@ class TestRefusals:
         with pytest.raises(topkast.UnsupportedOptimizerError, match="value_fn"):
             tx.init(make_params())
 
-    def test_state_that_cannot_follow_b(self) -> None:
+    def test_state_that_cannot_be_migrated(self) -> None:
         def init(params: Any) -> Any:
             return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params)])
 
@@ -314,7 +314,7 @@ class TestRefusals:
             (optax.apply_if_finite(optax.sgd(0.1), 2), "apply_if_finite"),
         ],
     )
-    def test_what_skips_updates_inside(self, inner: Any, name: str) -> None:
+    def test_transformations_that_skip_updates_inside(self, inner: Any, name: str) -> None:
         with pytest.raises(
             topkast.UnsupportedOptimizerError, match=f"{name} must be around the wrapped"
         ):
@@ -324,7 +324,7 @@ class TestRefusals:
         with pytest.raises(topkast.UnsupportedOptimizerError, match="wrapped already"):
             wrap(wrap())
 
-    def test_what_is_no_transformation(self) -> None:
+    def test_objects_that_are_not_transformations(self) -> None:
         with pytest.raises(topkast.UnsupportedOptimizerError, match="expected an optax"):
             wrap(optax.EmptyState())
 

@@ -1,4 +1,4 @@
-"""Any pytree of weights can be trained with a wrapped optax transformation; others are refused."""
+"""A wrapped optax transformation trains any pytree of weights, and refuses other pytrees."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TestPytrees:
         assert int(jnp.sum(updates != 0)) == 6
         assert topkast.summary(state, params).tensors[0].backward == 6
 
-    def test_integer_leaves_pass(self) -> None:
+    def test_integer_leaves_stay(self) -> None:
         params = {"w": make_params()["head"]["w"], "n": jnp.arange(3), "flag": jnp.asarray(True)}
         tx = wrap()
 
@@ -49,9 +49,9 @@ class TestPytrees:
 
         grads = jax.grad(squares, allow_int=True)(params)
         updates, _ = tx.update(grads, tx.init(params), params)
-        moved = optax.apply_updates(params, updates)
-        assert_equal((moved["n"], moved["flag"]), (params["n"], params["flag"]))
-        assert avals(moved) == avals(params)
+        updated = optax.apply_updates(params, updates)
+        assert_equal((updated["n"], updated["flag"]), (params["n"], params["flag"]))
+        assert avals(updated) == avals(params)
 
     def test_equinox(self) -> None:
         model = eqx.nn.MLP(6, 2, 16, 2, key=jax.random.key(0))
@@ -128,11 +128,11 @@ class TestPytrees:
             _, state = tx.update(params, state, params)
             assert state.updates == 1
 
-    def test_the_transformation_is_a_pytree_like_others(self) -> None:
+    def test_the_transformation_is_a_pytree(self) -> None:
         tx, params = wrap(), make_params()
-        again = jax.tree.map(lambda leaf: leaf, tx)
-        assert_equal(again.init(params).supports, tx.init(params).supports)
-        assert "scale_by_adam" in repr(again)
+        rebuilt = jax.tree.map(lambda leaf: leaf, tx)
+        assert_equal(rebuilt.init(params).supports, tx.init(params).supports)
+        assert "scale_by_adam" in repr(rebuilt)
         step = eqx.filter_jit(lambda tx, state: tx.step(params, state, params))
         assert step(tx, tx.init(params))[1].updates == 1
 
@@ -144,7 +144,7 @@ class TestErrors:
             tx.update(params, tx.init(params))
 
     @pytest.mark.parametrize("jit", [False, True])
-    def test_params_of_another_tree(self, jit: bool) -> None:
+    def test_params_of_a_different_tree(self, jit: bool) -> None:
         tx, params = wrap(), make_params()
         state = tx.init(params)
         update = jax.jit(tx.update) if jit else tx.update
@@ -159,7 +159,7 @@ class TestErrors:
             with pytest.raises(topkast.MismatchError, match="differ from those given to init"):
                 update(other, state, other)
 
-    def test_grads_of_another_tree(self) -> None:
+    def test_grads_of_a_different_tree(self) -> None:
         tx, params = wrap(), make_params()
         state = tx.init(params)
         for grads in ({"head": params["head"]}, {**params, "head": {"w": None}}, [1.0]):
@@ -167,13 +167,13 @@ class TestErrors:
                 tx.update(grads, state, params)
 
     @pytest.mark.parametrize("jit", [False, True])
-    def test_grads_of_another_dtype_or_shape(self, jit: bool) -> None:
+    def test_grads_of_a_different_dtype_or_shape(self, jit: bool) -> None:
         tx, params = wrap(), make_params()
         state = tx.init(params)
         update = jax.jit(tx.update) if jit else tx.update
-        for odd in (jnp.ones((16, 4), jnp.complex64), jnp.ones((4, 16))):
+        for gradient in (jnp.ones((16, 4), jnp.complex64), jnp.ones((4, 16))):
             with pytest.raises(topkast.MismatchError, match=r"head\.w: the gradient is .*, but"):
-                update({**params, "head": {"w": odd}}, state, params)
+                update({**params, "head": {"w": gradient}}, state, params)
 
     def test_functions_among_the_leaves(self) -> None:
         model = eqx.nn.MLP(6, 2, 16, 2, key=jax.random.key(0))
@@ -184,7 +184,7 @@ class TestErrors:
         with pytest.raises(topkast.MismatchError, match="no floating-point leaf"):
             wrap().init({"n": jnp.arange(3)})
 
-    def test_two_leaves_of_one_name(self) -> None:
+    def test_two_leaves_with_the_same_name(self) -> None:
         with pytest.raises(topkast.MismatchError, match=r"one name: \['a\.b'\]"):
             wrap().init({"a.b": jnp.ones((3, 3)), "a": {"b": jnp.ones((3, 3))}})
 
@@ -192,6 +192,6 @@ class TestErrors:
         with pytest.raises(topkast.MismatchError, match="pass params too"):
             topkast.masks(wrap().init(make_params()))
 
-    def test_inspecting_what_is_not_wrapped(self) -> None:
+    def test_inspecting_the_state_of_a_plain_transformation(self) -> None:
         with pytest.raises(topkast.MismatchError, match="got tuple: it contains no such state"):
             topkast.forward_params(make_params(), ADAMW.init(make_params()))

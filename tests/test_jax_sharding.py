@@ -1,4 +1,4 @@
-"""Parameters spread over eight devices: the results of one device, and nothing gathered."""
+"""Parameters sharded over eight devices give the results of one device; none is gathered."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devi
 ROWS, COLUMNS = P("x", None), P(None, "x")
 
 
-def make_mesh(kind: AxisType) -> Any:
-    return jax.make_mesh((8,), ("x",), axis_types=(kind,))
+def make_mesh(axis_type: AxisType) -> Any:
+    return jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
 
 
 def make_params() -> Pytree:
@@ -30,7 +30,7 @@ def make_params() -> Pytree:
     return {"w": jax.random.normal(key, (64, 80)), "b": jnp.zeros(80)}
 
 
-def spread(params: Pytree, mesh: Any, spec: P) -> Pytree:
+def shard(params: Pytree, mesh: Any, spec: P) -> Pytree:
     specs = {"w": spec, "b": P("x") if spec == COLUMNS else P()}
     return {
         name: jax.device_put(leaf, NamedSharding(mesh, specs[name]))
@@ -39,7 +39,7 @@ def spread(params: Pytree, mesh: Any, spec: P) -> Pytree:
 
 
 def gradient(alpha: Pytree) -> Pytree:
-    """Of a loss without products: sums over devices would round in another order."""
+    """Gradient of a loss without products, whose sums over devices would round differently."""
     return {"w": alpha["w"] - 0.1, "b": alpha["b"] + 0.1}
 
 
@@ -54,100 +54,100 @@ def make_step(tx: Any, fused: bool = False) -> Any:
     return train
 
 
-def run(tx: Any, params: Pytree, init: Any, compile: Any, **how: Any) -> Any:  # noqa: A002
-    state, step = init(params), compile(make_step(tx, **how))
+def run(tx: Any, params: Pytree, init: Any, compile: Any, **options: Any) -> Any:  # noqa: A002
+    state, step = init(params), compile(make_step(tx, **options))
     for _ in range(5):
         params, state = step(params, state)
     return params, state
 
 
-def is_cut(array: jax.Array) -> bool:
-    return len({str(shard.index) for shard in array.addressable_shards}) == 8
+def is_sharded(array: jax.Array) -> bool:
+    return len({str(piece.index) for piece in array.addressable_shards}) == 8
 
 
 @pytest.mark.parametrize("spec", [ROWS, COLUMNS], ids=["rows", "columns"])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-class TestSpread:
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+class TestSharded:
     @pytest.mark.parametrize(
         "inner",
         [optax.adamw(1e-1), pytest.param(optax.sgd(0.5, 0.9), marks=pytest.mark.slow)],
         ids=["adamw", "sgd"],
     )
     @pytest.mark.parametrize("fused", [False, True], ids=["update", "step"])
-    def test_equals_one_device(self, kind: AxisType, spec: P, inner: Any, fused: bool) -> None:
+    def test_equals_one_device(self, axis_type: AxisType, spec: P, inner: Any, fused: bool) -> None:
         tx = wrap(inner, fwd=0.9, bwd=0.8, refresh_every=2)
         params = make_params()
         expected, expected_state = run(tx, params, tx.init, jax.jit, fused=fused)
-        mesh = make_mesh(kind)
+        mesh = make_mesh(axis_type)
         with jax.set_mesh(mesh):
-            found, state = run(tx, spread(params, mesh, spec), tx.init, jax.jit, fused=fused)
+            trained, state = run(tx, shard(params, mesh, spec), tx.init, jax.jit, fused=fused)
         assert_equal(state.supports, expected_state.supports)
-        assert_close(found, expected)
+        assert_close(trained, expected)
         assert_close(state.inner, expected_state.inner)
-        assert not np.array_equal(found["w"], params["w"])
+        assert not np.array_equal(trained["w"], params["w"])
 
     @pytest.mark.slow
-    def test_state_is_spread_as_the_parameters_are(self, kind: AxisType, spec: P) -> None:
+    def test_state_is_sharded_as_the_parameters_are(self, axis_type: AxisType, spec: P) -> None:
         tx = wrap(fwd=0.9, bwd=0.8, refresh_every=2)
-        mesh = make_mesh(kind)
+        mesh = make_mesh(axis_type)
         with jax.set_mesh(mesh):
-            params = spread(make_params(), mesh, spec)
+            params = shard(make_params(), mesh, spec)
             for state in (tx.init(params), run(tx, params, tx.init, jax.jit)[1]):
                 support, moments = state.supports["w"], optax.tree.get(state, "mu")
                 for array in (support.indices, moments["w"]):
-                    assert is_cut(array)
-                assert is_cut(moments["b"]) == is_cut(params["b"])
-            moved, state = run(tx, params, tx.init, jax.jit)
-            for alpha in (topkast.forward_params, jax.jit(topkast.forward_params)):
-                view = alpha(moved, state)
+                    assert is_sharded(array)
+                assert is_sharded(moments["b"]) == is_sharded(params["b"])
+            trained, state = run(tx, params, tx.init, jax.jit)
+            for forward_params in (topkast.forward_params, jax.jit(topkast.forward_params)):
+                view = forward_params(trained, state)
                 assert view["w"].sharding.is_equivalent_to(params["w"].sharding, 2)
-            assert moved["w"].sharding.is_equivalent_to(params["w"].sharding, 2)
+            assert trained["w"].sharding.is_equivalent_to(params["w"].sharding, 2)
 
     @pytest.mark.slow
-    def test_outside_jit(self, kind: AxisType, spec: P) -> None:
+    def test_outside_jit(self, axis_type: AxisType, spec: P) -> None:
         tx = wrap(fwd=0.9, bwd=0.8, refresh_every=2)
-        params, mesh = make_params(), make_mesh(kind)
+        params, mesh = make_params(), make_mesh(axis_type)
         expected, expected_state = run(tx, params, tx.init, lambda function: function)
-        found, state = run(tx, spread(params, mesh, spec), tx.init, lambda function: function)
+        trained, state = run(tx, shard(params, mesh, spec), tx.init, lambda function: function)
         assert_equal(state.supports, expected_state.supports)
-        assert_close(found, expected)
-        assert is_cut(state.supports["w"].indices)
-        masks = topkast.masks(state, found)["w"]
+        assert_close(trained, expected)
+        assert is_sharded(state.supports["w"].indices)
+        masks = topkast.masks(state, trained)["w"]
         assert_equal(masks, topkast.masks(expected_state, expected)["w"])
-        assert "w" in str(topkast.summary(state, found))
+        assert "w" in str(topkast.summary(state, trained))
 
-    def test_nan_is_told(self, kind: AxisType, spec: P) -> None:
+    def test_nan_is_an_error(self, axis_type: AxisType, spec: P) -> None:
         params = make_params()
         params["w"] = params["w"].at[3, 3].set(jnp.nan)
         with pytest.raises(topkast.NonFiniteError, match="w: 1 of 5120"):
-            wrap().init(spread(params, make_mesh(kind), spec))
+            wrap().init(shard(params, make_mesh(axis_type), spec))
 
-    def test_what_stays_dense_needs_no_rank(self, kind: AxisType, spec: P) -> None:
+    def test_nan_in_a_dense_tensor_is_no_error(self, axis_type: AxisType, spec: P) -> None:
         params = make_params()
         params["b"] = params["b"].at[3].set(jnp.nan)
-        assert wrap(bwd=0.8).init(spread(params, make_mesh(kind), spec)).updates == 0
+        assert wrap(bwd=0.8).init(shard(params, make_mesh(axis_type), spec)).updates == 0
 
 
 def test_compiled_init_under_automatic_sharding_keeps_whole_copies() -> None:
-    """Inside jit nobody can see how the parameters are cut: correct, and not spread."""
+    """Inside jit the shardings of parameters are unknown, so the state is replicated."""
     tx, mesh = wrap(fwd=0.9, bwd=0.8), make_mesh(AxisType.Auto)
-    params = spread(make_params(), mesh, ROWS)
+    params = shard(make_params(), mesh, ROWS)
     state = jax.jit(tx.init)(params)
     assert_equal(state.supports, tx.init(params).supports)
 
 
-def test_vectors_that_do_not_divide_are_told() -> None:
+def test_vectors_that_do_not_divide_evenly_warn() -> None:
     mesh = make_mesh(AxisType.Auto)
-    params = spread(make_params(), mesh, ROWS)
+    params = shard(make_params(), mesh, ROWS)
     with pytest.warns(UserWarning, match=r"w: \|B\| = 1588 does not divide into 8 equal parts"):
         state = wrap(fwd=0.9, bwd=0.69).init(params)
-    assert not is_cut(state.supports["w"].indices)
+    assert not is_sharded(state.supports["w"].indices)
 
 
 def test_no_step_gathers_anything_as_large_as_a_tensor() -> None:
-    """Cut by rows, which are contiguous: only vectors of |B| travel, at a refresh too."""
+    """Sharded by rows, which are contiguous, only vectors of |B| are sent, even at a refresh."""
     tx, mesh = wrap(fwd=0.9, bwd=0.8, refresh_every=2), make_mesh(AxisType.Auto)
-    params = spread(make_params(), mesh, ROWS)
+    params = shard(make_params(), mesh, ROWS)
     text = jax.jit(make_step(tx)).lower(params, tx.init(params)).compile().as_text()
     assert text is not None
     sent = re.findall(r"= (.*?) (?:all|collective|reduce|ragged)-[\w-]+\(", text)
@@ -159,19 +159,21 @@ def test_no_step_gathers_anything_as_large_as_a_tensor() -> None:
 
 def test_layouts_that_cannot_be_followed_are_refused() -> None:
     params = make_params()
-    one, other = (jax.make_mesh((8,), (name,), axis_types=(AxisType.Auto,)) for name in ("x", "y"))
+    first, second = (
+        jax.make_mesh((8,), (name,), axis_types=(AxisType.Auto,)) for name in ("x", "y")
+    )
     mixed = {
-        "a": jax.device_put(params["w"], NamedSharding(one, P("x"))),
-        "b": jax.device_put(params["w"], NamedSharding(other, P("y"))),
+        "a": jax.device_put(params["w"], NamedSharding(first, P("x"))),
+        "b": jax.device_put(params["w"], NamedSharding(second, P("y"))),
     }
     with pytest.raises(topkast.UnsupportedTensorError, match="must lie on one mesh"):
         wrap().init(mixed)
 
 
-def test_what_lies_on_no_mesh_is_put_on_it() -> None:
+def test_arrays_on_no_mesh_are_replicated_on_it() -> None:
     mesh = make_mesh(AxisType.Auto)
-    params = {**spread(make_params(), mesh, ROWS), "scale": np.float32(2), "one": jnp.ones((9, 9))}
+    params = {**shard(make_params(), mesh, ROWS), "scale": np.float32(2), "extra": jnp.ones((9, 9))}
     tx = wrap(fwd=0.9, bwd=0.8)
-    updates, state = tx.update(params, tx.init(params), params, what="ever", value=1.0)
+    updates, state = tx.update(params, tx.init(params), params, unexpected="ignored", value=1.0)
     assert state.updates == 1
-    assert updates["one"].shape == (9, 9)
+    assert updates["extra"].shape == (9, 9)

@@ -1,4 +1,4 @@
-"""The optax adapter keeps the invariants and optax's conventions, in and out of ``jax.jit``."""
+"""The optax adapter keeps the invariants and optax's conventions, with and without ``jax.jit``."""
 
 from __future__ import annotations
 
@@ -32,18 +32,20 @@ import topkast
 from topkast.testing import assert_forward_view, assert_masks, assert_reservoir_unchanged
 
 
-@pytest.mark.slow  # each example is compiled anew
+@pytest.mark.slow  # each example is compiled
 class TestInvariants:
-    """Section 4 of the design, under jit."""
+    """The invariants of section 4 of the design, under jit."""
 
-    @settings(max_examples=settings().max_examples // 5)  # each is compiled anew
+    @settings(max_examples=settings().max_examples // 5)
     @given(
         fwd=st.sampled_from([0.5, 0.9, 0.98]),
         slack=st.sampled_from([0.0, 0.5, 1.0]),
         inner=st.sampled_from(["sgd", "adamw", "lion"]),
         seed=st.integers(0, 1000),
     )
-    def test_a_run_keeps_all(self, fwd: float, slack: float, inner: str, seed: int) -> None:
+    def test_a_run_keeps_the_invariants(
+        self, fwd: float, slack: float, inner: str, seed: int
+    ) -> None:
         bwd = round(fwd * (1 - slack), 3)
         tx = wrap(getattr(optax, inner)(1e-2), fwd=fwd, bwd=bwd)
         step = jax.jit(make_step(tx))
@@ -54,21 +56,21 @@ class TestInvariants:
             alpha = topkast.forward_params(params, state)
             for (name, theta), view in zip(before.items(), jax.tree.leaves(alpha), strict=True):
                 if name in masks:
-                    if number in (0, 3):  # A and B were chosen from these very weights
+                    if number in (0, 3):  # A and B were chosen from these weights
                         assert_masks(theta, masks[name], fwd=fwd, bwd=bwd)
                     assert_forward_view(theta, view, masks[name].forward)
             for key, support in state.supports.items():
                 path = key.split(".")
-                held = [
+                entries = [
                     leaf
-                    for place, leaf in jax.tree.leaves_with_path(state.inner)
-                    if jax.tree_util.keystr(place, simple=True, separator=".").split(".")[
+                    for leaf_path, leaf in jax.tree.leaves_with_path(state.inner)
+                    if jax.tree_util.keystr(leaf_path, simple=True, separator=".").split(".")[
                         -len(path) :
                     ]
                     == path
                 ]
-                assert len(held) == {"sgd": 0, "adamw": 2, "lion": 1}[inner]
-                assert all(entry.shape == (1, support.indices.size) for entry in held)
+                assert len(entries) == {"sgd": 0, "adamw": 2, "lion": 1}[inner]
+                assert all(entry.shape == (1, support.indices.size) for entry in entries)
             params, state = step(params, state, inputs_of(number))
             after = topkast.dense_params(state, params)
             for name, mask in masks.items():
@@ -92,9 +94,9 @@ class TestInvariants:
 class TestCompiled:
     def test_eager_and_jit_choose_the_same(self) -> None:
         params, state = run(wrap(), make_params())
-        other_params, other = run(wrap(), make_params(), jit=False)
-        assert_equal(other.supports, state.supports)
-        assert_close(other_params, params, 1e-5)
+        eager_params, eager = run(wrap(), make_params(), jit=False)
+        assert_equal(eager.supports, state.supports)
+        assert_close(eager_params, params, 1e-5)
 
     def test_nothing_is_compiled_twice(self) -> None:
         tx, params = wrap(), make_params()
@@ -116,16 +118,16 @@ class TestCompiled:
         step = make_step(tx)
 
         @jax.jit
-        def whole(params: Pytree, state: Any) -> Any:
+        def train(params: Pytree, state: Any) -> Any:
             inputs = jnp.stack([inputs_of(number) for number in range(7)])
             body = lambda carry, x: (step(*carry, x), None)  # noqa: E731
             return jax.lax.scan(body, (params, state), inputs)[0]
 
         params = make_params()
-        found, state = whole(params, tx.init(params))
+        trained, state = train(params, tx.init(params))
         expected, expected_state = run(tx, params)
         assert_equal(state.supports, expected_state.supports)
-        assert_close(found, expected)
+        assert_close(trained, expected)
 
     def test_cond(self) -> None:
         tx, params = wrap(), make_params()
@@ -133,68 +135,68 @@ class TestCompiled:
         grads = jax.grad(loss)(params, inputs_of(0))
 
         @jax.jit
-        def maybe(flag: jax.Array, params: Pytree, state: Any) -> Any:
-            def move(params: Pytree, state: Any) -> Any:
+        def update_if(flag: jax.Array, params: Pytree, state: Any) -> Any:
+            def update(params: Pytree, state: Any) -> Any:
                 updates, state = tx.update(grads, state, params)
                 return optax.apply_updates(params, updates), state
 
-            return jax.lax.cond(flag, move, lambda *same: same, params, state)
+            return jax.lax.cond(flag, update, lambda *unchanged: unchanged, params, state)
 
-        assert_equal(maybe(jnp.asarray(False), params, state), (params, state))
-        _, moved = maybe(jnp.asarray(True), params, state)
-        assert moved.updates == 1
+        assert_equal(update_if(jnp.asarray(False), params, state), (params, state))
+        _, updated = update_if(jnp.asarray(True), params, state)
+        assert updated.updates == 1
 
     @pytest.mark.slow
     def test_vmap_over_seeds(self) -> None:
         tx = wrap()
-        seeds = [make_params(seed) for seed in range(3)]
-        params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *seeds)
+        initial = [make_params(seed) for seed in range(3)]
+        params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *initial)
         state = jax.vmap(tx.init)(params)
         step = jax.jit(jax.vmap(make_step(tx), in_axes=(0, 0, None)))
         for number in range(7):
             params, state = step(params, state, inputs_of(number))
-        for place, one in enumerate(seeds):
-            expected, expected_state = run(tx, one)
-            found = jax.tree.map(lambda leaf, place=place: leaf[place], state.supports)
-            assert_equal(found, expected_state.supports)
-            assert_close(jax.tree.map(lambda leaf, p=place: leaf[p], params), expected)
+        for seed, seed_params in enumerate(initial):
+            expected, expected_state = run(tx, seed_params)
+            supports = jax.tree.map(lambda leaf, seed=seed: leaf[seed], state.supports)
+            assert_equal(supports, expected_state.supports)
+            assert_close(jax.tree.map(lambda leaf, seed=seed: leaf[seed], params), expected)
 
     @pytest.mark.slow
-    def test_members_of_a_batch_are_refreshed_each_in_its_time(self) -> None:
+    def test_members_of_a_batch_are_refreshed_at_their_own_counts(self) -> None:
         tx, params = wrap(refresh_every=2), make_params()
         first = tx.init(params)
-        moved, second = run(tx, params, 1)  # no more the weights that it chose from
-        both = (first, params), (second, moved)
+        updated, second = run(tx, params, 1)  # weights that changed after the first selection
+        both = (first, params), (second, updated)
         states, weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *both)
         grads = jax.grad(loss)(params, inputs_of(0))
         _, batch = jax.vmap(functools.partial(tx.update, grads))(states, weights)
         assert not batch.stale_refreshes.any()
-        for place, (state, own) in enumerate(both):
-            _, alone = tx.update(grads, state, own)
-            found = jax.tree.map(lambda leaf, place=place: leaf[place], batch.supports)
-            assert_equal(found, alone.supports)
+        for index, (state, member_params) in enumerate(both):
+            _, alone = tx.update(grads, state, member_params)
+            supports = jax.tree.map(lambda leaf, index=index: leaf[index], batch.supports)
+            assert_equal(supports, alone.supports)
 
     @pytest.mark.slow
     def test_updates_can_be_differentiated(self) -> None:
-        """What learns a learning rate does: the loss after two updates, by that rate."""
+        """The loss after two updates has a derivative with respect to the learning rate."""
         params = make_params()
 
-        def after(rate: jax.Array) -> jax.Array:
+        def final_loss(rate: jax.Array) -> jax.Array:
             tx = topkast.wrap_optimizer(optax.sgd(rate), fwd=0.9, bwd=0.7, refresh_every=1)
-            step, moved, state = jax.jit(make_step(tx)), params, tx.init(params)
+            step, trained, state = jax.jit(make_step(tx)), params, tx.init(params)
             for number in range(2):
-                moved, state = step(moved, state, inputs_of(number))
-            return loss(moved, inputs_of(9))
+                trained, state = step(trained, state, inputs_of(number))
+            return loss(trained, inputs_of(9))
 
-        slope = jax.grad(after)(0.01)
-        np.testing.assert_allclose(jax.jvp(after, (0.01,), (1.0,))[1], slope, rtol=1e-5)
-        difference = (after(jnp.float32(0.0101)) - after(jnp.float32(0.0099))) / 0.0002
-        np.testing.assert_allclose(slope, difference, rtol=0.05)
-        assert abs(slope) > 0
+        derivative = jax.grad(final_loss)(0.01)
+        np.testing.assert_allclose(jax.jvp(final_loss, (0.01,), (1.0,))[1], derivative, rtol=1e-5)
+        difference = (final_loss(jnp.float32(0.0101)) - final_loss(jnp.float32(0.0099))) / 0.0002
+        np.testing.assert_allclose(derivative, difference, rtol=0.05)
+        assert abs(derivative) > 0
 
     def test_params_and_state_can_be_donated(self) -> None:
         keeping = optax.GradientTransformation(
-            lambda params: params,  # what it keeps must be a copy
+            lambda params: params,  # the adapter must pass it a copy
             lambda updates, state, params=None: (updates, state),
         )
         inner = optax.chain(keeping, optax.sgd(0.1))
@@ -217,28 +219,28 @@ class TestCompiled:
             tx.init(params)
 
 
-def test_a_name_that_ends_another_is_not_taken_for_it() -> None:
+def test_a_name_that_is_the_suffix_of_another_is_not_confused_with_it() -> None:
     theta = [jax.random.normal(jax.random.key(seed), (12, 20)) for seed in range(2)]
 
-    def supports(make: Callable[[list[Any]], Pytree], take: Callable[[Pytree], Any]) -> Any:
+    def train(make: Callable[[list[Any]], Pytree], take: Callable[[Pytree], Any]) -> Any:
         tx = wrap(refresh_every=1)
         step = jax.jit(tx.step)
         params = make(theta)
         state = tx.init(params)
         for number in range(4):
-            slopes = [jax.random.normal(jax.random.key(9 + number), (12, 20))] * 2
-            params, state = step(make(slopes), state, params)
+            gradients = [jax.random.normal(jax.random.key(9 + number), (12, 20))] * 2
+            params, state = step(make(gradients), state, params)
         return take(params)
 
-    found = supports(
-        lambda two: {"w": two[0], "a": {"w": two[1]}}, lambda tree: [tree["w"], tree["a"]["w"]]
+    trained = train(
+        lambda pair: {"w": pair[0], "a": {"w": pair[1]}}, lambda tree: [tree["w"], tree["a"]["w"]]
     )
-    expected = supports(lambda two: {"b": two[0], "c": two[1]}, lambda tree: [tree["b"], tree["c"]])
-    assert_equal(found, expected)
+    expected = train(lambda pair: {"b": pair[0], "c": pair[1]}, lambda tree: [tree["b"], tree["c"]])
+    assert_equal(trained, expected)
 
 
 class TestStep:
-    """``step`` is ``update`` and ``apply_updates``."""
+    """``step`` equals ``update`` and ``apply_updates``."""
 
     @pytest.mark.parametrize(
         ("dtype", "distribution"),
@@ -270,9 +272,9 @@ class TestStep:
     def test_other_leaves_stay(self) -> None:
         params = {"w": make_params()["head"]["w"], "count": jnp.arange(3), "no": None}
         tx = wrap()
-        moved, _ = tx.step({"w": params["w"], "count": None, "no": None}, tx.init(params), params)
-        assert_equal(moved["count"], params["count"])
-        assert moved["no"] is None
+        updated, _ = tx.step({"w": params["w"], "count": None, "no": None}, tx.init(params), params)
+        assert_equal(updated["count"], params["count"])
+        assert updated["no"] is None
 
 
 class TestConventions:
@@ -287,23 +289,23 @@ class TestConventions:
         tx, params = wrap(), make_params()
         grads = jax.tree.map(jnp.ones_like, params)
         plain, _ = tx.update(grads, tx.init(params), params)
-        found, _ = tx.update(grads, tx.init(params), params, value=1.0, what="ever")
-        assert_equal(found, plain)
+        updates, _ = tx.update(grads, tx.init(params), params, value=1.0, unexpected="ignored")
+        assert_equal(updates, plain)
 
     def test_extra_args_reach_the_inner_transformation(self) -> None:
-        seen = {}
+        received = {}
 
         def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-            seen.update(extra)
+            received.update(extra)
             return updates, state
 
         inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
         tx, params = wrap(inner), make_params()
         state = tx.init(params)
         tx.update(params, state, params, value=2.0, grad=params)
-        assert seen["value"] == 2.0
-        assert seen["grad"]["head"]["w"].shape == (1, 20)  # on B, as the gradient is
-        assert seen["grad"]["body"][0]["b"].shape == (20,)
+        assert received["value"] == 2.0
+        assert received["grad"]["head"]["w"].shape == (1, 20)  # on B, as the gradient is
+        assert received["grad"]["body"][0]["b"].shape == (20,)
 
     @pytest.mark.parametrize("name", ["updates", "supports", "entered_active", "inner", "mu", "nu"])
     def test_tree_get_finds_the_state_by_name(self, name: str) -> None:
@@ -334,9 +336,9 @@ class TestConventions:
     def test_selection_in_half_precision_is_exact(self) -> None:
         for dtype in (jnp.bfloat16, jnp.float16):
             theta = jax.random.normal(jax.random.key(3), (64, 65)).astype(dtype)  # full of ties
-            found = jax.jit(lambda theta: topkast.select(theta, fwd=0.9, bwd=0.8))(theta)
+            support = jax.jit(lambda theta: topkast.select(theta, fwd=0.9, bwd=0.8))(theta)
             expected = topkast.select(np.asarray(theta, np.float64), fwd=0.9, bwd=0.8)
-            assert_equal(found, expected)
+            assert_equal(support, expected)
 
     def test_the_count_does_not_overflow(self) -> None:
         tx, params = wrap(), make_params()
@@ -354,28 +356,28 @@ class TestConventions:
 
 
 class TestOutermost:
-    """What changes the updates after they were made is told."""
+    """Changing the updates before they are applied raises a warning."""
 
-    def test_changed_updates_are_told(self) -> None:
+    def test_changed_updates_warn(self) -> None:
         tx = optax.chain(wrap(), optax.scale(0.5))
         with pytest.warns(topkast.WeightsMovedWarning, match=r"must be the outermost"):
             run(tx, make_params(), 5, jit=False)
 
-    def test_compiled_functions_count_and_looking_inside_tells(self) -> None:
+    def test_compiled_functions_count_and_inspectors_warn(self) -> None:
         tx = optax.chain(wrap(), optax.scale(0.5))
         params, state = run(tx, make_params(), 5)
         assert inner_state(state).stale_refreshes == 1
-        for look in (topkast.summary, topkast.masks, topkast.dense_params):
+        for inspector in (topkast.summary, topkast.masks, topkast.dense_params):
             with pytest.warns(topkast.WeightsMovedWarning):
-                look(state, params)
+                inspector(state, params)
 
-    def test_weights_changed_by_hand_are_told(self) -> None:
+    def test_weights_changed_by_hand_warn(self) -> None:
         tx = wrap(bwd=0.5)
         params, state = run(tx, {"w": jnp.ones((32, 64)), **make_params()}, 3)  # |B| of 1024
         for change in (lambda w: 2 * w, jnp.negative, lambda w: w[::-1]):
-            others = jax.tree.map(change, params)
-            with pytest.warns(topkast.WeightsMovedWarning, match="init anew"):
-                tx.update(others, state, others)
+            changed = jax.tree.map(change, params)
+            with pytest.warns(topkast.WeightsMovedWarning, match="call init again"):
+                tx.update(changed, state, changed)
 
     @pytest.mark.parametrize(
         ("dtype", "distribution"),

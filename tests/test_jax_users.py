@@ -1,4 +1,4 @@
-"""optax, Flax, Equinox and files as people bring them."""
+"""optax, Flax, Equinox and checkpoints as users combine them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def wrap(inner: Any = None, **options: Any) -> Any:
     return topkast.wrap_optimizer(inner, **OPTIONS | options)
 
 
-class TestOneStateOfSeveral:
+class TestSeveralWrappedStates:
     """``optax.partition`` with two wrapped transformations."""
 
     def make(self) -> tuple[Any, Any, Any]:
@@ -47,7 +47,7 @@ class TestOneStateOfSeveral:
         )
         return tx, tx.init(params), params
 
-    def test_inspectors_look_at_all(self) -> None:
+    def test_inspectors_cover_all_states(self) -> None:
         _, state, params = self.make()
         masks = topkast.masks(state, params)
         assert {name: int(mask.forward.sum()) for name, mask in masks.items()} == {
@@ -77,7 +77,7 @@ class TestOneStateOfSeveral:
         assert int((topkast.forward_params(params, state)["head"]["w"] != 0).sum()) == 60
 
 
-class TestWhatInspectorsAreGiven:
+class TestInspectedObjects:
     def test_a_training_state_of_flax(self) -> None:
         params = make_params()
         create: Any = TrainState.create
@@ -95,25 +95,25 @@ class TestWhatInspectorsAreGiven:
         alpha: Any = topkast.forward_params(params, optimizer)
         assert int((alpha["kernel"].get_value() != 0).sum()) == 10
 
-    def test_what_is_none_is_told_what_to_do(self) -> None:
+    def test_errors_say_which_state_to_pass(self) -> None:
         params, tx = make_params(), wrap()
         state = tx.init(params)
         restored = {"updates": 0, "supports": {}}
         batch = jax.vmap(lambda _: tx.init(params))(jnp.arange(3))
-        for odd, message in (
+        for wrong, message in (
             (tx, r"this is the transformation: pass the state"),
             (restored, "restore it into the state"),
             (({"opt": restored},), "restore it into the state"),
             (batch, r"batch of 3.*leaf\[0\]"),
             ({"a": 1}, "it contains no such state"),
         ):
-            for look in (topkast.masks, topkast.summary, topkast.dense_params):
+            for inspector in (topkast.masks, topkast.summary, topkast.dense_params):
                 with pytest.raises(topkast.MismatchError, match=message):
-                    look(odd, params)
+                    inspector(wrong, params)
         with pytest.raises(topkast.MismatchError, match="needs the state that init returned"):
             tx.update(params, restored, params)
-        one = jax.tree.map(lambda leaf: leaf[0], batch)
-        assert topkast.summary(one, params).updates == int(state.updates)
+        member = jax.tree.map(lambda leaf: leaf[0], batch)
+        assert topkast.summary(member, params).updates == int(state.updates)
 
     def test_an_optimizer_of_torch(self) -> None:
         import torch
@@ -152,16 +152,17 @@ class TestDtypes:
             for _ in range(3):
                 updates, state = tx.update(grads, state, params)
                 expected, plain = inner.update(grads, plain, params)
-                moved, other = (optax.apply_updates(params, one) for one in (updates, expected))
-                assert [leaf.dtype for leaf in jax.tree.leaves(moved)] == [
-                    leaf.dtype for leaf in jax.tree.leaves(other)
-                ]
-                jax.tree.map(
-                    lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-6), moved, other
+                updated, plain_updated = (
+                    optax.apply_updates(params, tree) for tree in (updates, expected)
                 )
-                params = moved
+                assert [leaf.dtype for leaf in jax.tree.leaves(updated)] == [
+                    leaf.dtype for leaf in jax.tree.leaves(plain_updated)
+                ]
+                close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+                jax.tree.map(close, updated, plain_updated)
+                params = updated
 
-    def test_wider_gradients_too(self) -> None:
+    def test_gradients_wider_than_parameters(self) -> None:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), make_params())
         tx = wrap()
         state = tx.init(params)
@@ -170,32 +171,33 @@ class TestDtypes:
             params, state = tx.step(grads, state, params)
         assert params["body"]["w"].dtype == jnp.bfloat16
 
-    def test_a_global_ranking_is_of_one_dtype(self) -> None:
+    def test_a_global_ranking_needs_one_dtype(self) -> None:
         params = make_params()
-        for other in (jnp.bfloat16, jnp.complex64):
-            params["head"]["w"] = params["head"]["w"].astype(other)
+        for dtype in (jnp.bfloat16, jnp.complex64):
+            params["head"]["w"] = params["head"]["w"].astype(dtype)
             with pytest.raises(topkast.OptionError, match="must have one dtype"):
                 wrap(distribution="global").init(params)
 
-    def test_a_state_goes_on_where_numbers_are_wider(self) -> None:
+    def test_a_state_continues_under_x64(self) -> None:
         params, tx = make_params(), wrap()
         state = tx.init(params)
-        updates, following = tx.update(params, state, params)
+        updates, next_state = tx.update(params, state, params)
         with jax.enable_x64(True):
-            found, wide = tx.update(params, state, params)
-        for name, support in following.supports.items():
-            assert_same_support(support, wide.supports[name])
-            assert wide.supports[name].indices.dtype == jnp.int32
+            wide_updates, wide_state = tx.update(params, state, params)
+        for name, support in next_state.supports.items():
+            assert_same_support(support, wide_state.supports[name])
+            assert wide_state.supports[name].indices.dtype == jnp.int32
+        # Under x64 optax computes Adam's bias corrections in 64 bits.
         close = functools.partial(np.testing.assert_allclose, rtol=1e-4)
-        jax.tree.map(close, found, updates)  # optax computes Adam's corrections in 64 bits then
+        jax.tree.map(close, wide_updates, updates)
 
 
 class TestTraced:
     def test_derivatives_through_training_with_hyperparameters(self) -> None:
-        """Of a loss after training, by the learning rate, inside jit."""
+        """The loss after training is differentiated by the learning rate, inside jit."""
         params = {"w": jax.random.normal(jax.random.key(1), (4, 5))}
 
-        def final(lr: jax.Array) -> jax.Array:
+        def final_loss(lr: jax.Array) -> jax.Array:
             tx = topkast.wrap_optimizer(
                 optax.inject_hyperparams(optax.sgd)(learning_rate=lr), fwd=0.5, bwd=0.25
             )
@@ -208,15 +210,15 @@ class TestTraced:
                 theta = optax.apply_updates(theta, updates)
             return jnp.sum(topkast.forward_params(theta, state)["w"] ** 2)
 
-        eager = jax.grad(final)(0.1)
+        eager = jax.grad(final_loss)(0.1)
         assert np.isfinite(eager)
-        assert jax.jit(jax.grad(final))(0.1) == pytest.approx(float(eager), rel=1e-5)
+        assert jax.jit(jax.grad(final_loss))(0.1) == pytest.approx(float(eager), rel=1e-5)
 
-    def test_predicates_are_asked_about_shapes(self) -> None:
-        asked: list[Any] = []
+    def test_predicates_get_shapes_and_dtypes(self) -> None:
+        received: list[Any] = []
 
         def dense(name: str, tensor: Any) -> bool:
-            asked.append((tensor.shape, tensor.ndim, str(tensor.dtype)))
+            received.append((tensor.shape, tensor.ndim, str(tensor.dtype)))
             return bool(tensor.shape == (12, 10))
 
         tx = wrap(dense=dense)
@@ -224,7 +226,7 @@ class TestTraced:
         state = jax.jit(tx.init)(params)
         jax.jit(tx.update)(params, state, params)
         assert list(state.supports) == ["body.w"]
-        assert set(asked) == {((8, 12), 2, "float32"), ((12, 10), 2, "float32")}
+        assert set(received) == {((8, 12), 2, "float32"), ((12, 10), 2, "float32")}
 
     def test_huge_intervals(self) -> None:
         params = make_params()
@@ -234,58 +236,60 @@ class TestTraced:
 
 
 class TestLeaves:
-    def test_keys_of_random_numbers(self) -> None:
+    def test_prng_keys(self) -> None:
         params = {"w": jnp.ones((4, 5)), "key": jax.random.key(0)}
         tx = wrap()
         state = tx.init(params)
         grads = {"w": jnp.ones((4, 5)), "key": np.zeros((), jax.dtypes.float0)}
-        moved, _ = tx.step(grads, state, params)
-        assert moved["key"] is params["key"]
-        with pytest.raises(topkast.UnsupportedTensorError, match=r"key is a typed key.*tx\.step"):
+        updated, _ = tx.step(grads, state, params)
+        assert updated["key"] is params["key"]
+        with pytest.raises(
+            topkast.UnsupportedTensorError, match=r"key is a typed PRNG key.*tx\.step"
+        ):
             tx.update(grads, state, params)
 
     @pytest.mark.parametrize("jit", [False, True])
     def test_a_state_of_numpy_arrays(self, jit: bool) -> None:
         params, tx = make_params(), wrap()
         state = tx.init(params)
-        run = jax.jit if jit else lambda function: function
-        expected = run(tx.update)(params, state, params)
-        hosted = jax.tree.map(np.asarray, state)
-        found = run(tx.update)(params, hosted, params)
-        jax.tree.map(np.testing.assert_array_equal, expected, found)
+        update = jax.jit(tx.update) if jit else tx.update
+        expected = update(params, state, params)
+        numpy_state = jax.tree.map(np.asarray, state)
+        result = update(params, numpy_state, params)
+        jax.tree.map(np.testing.assert_array_equal, expected, result)
         jax.tree.map(
             np.testing.assert_array_equal,
             topkast.forward_params(params, state),
-            topkast.forward_params(params, hosted),
+            topkast.forward_params(params, numpy_state),
         )
 
-    def test_a_state_of_transposed_tensors_is_told(self) -> None:
+    def test_a_state_of_transposed_tensors_warns(self) -> None:
         params, tx = {"w": jax.random.normal(jax.random.key(0), (8, 9))}, wrap()
         state = tx.init(params)
-        turned = {"w": params["w"].T}
+        transposed = {"w": params["w"].T}
         with pytest.warns(topkast.WeightsMovedWarning):
-            tx.update(turned, state, turned)
+            tx.update(transposed, state, transposed)
 
 
 class TestMapParams:
-    def test_the_idiom_of_shardings(self) -> None:
+    def test_tree_map_params_visits_entries_per_parameter(self) -> None:
         params = make_params()
         tx = wrap()
         state = tx.init(params)
-        seen: list[Any] = []
+        shapes: list[Any] = []
 
-        def look(leaf: Any) -> Any:
-            seen.append(leaf.shape)
+        def record(leaf: Any) -> Any:
+            shapes.append(leaf.shape)
             return leaf
 
-        mapped = optax.tree_utils.tree_map_params(tx, look, state)
+        mapped = optax.tree_utils.tree_map_params(tx, record, state)
         jax.tree.map(np.testing.assert_array_equal, mapped, state)
-        assert seen.count((1, 29)) == 2
-        assert len(seen) == 8
+        assert shapes.count((1, 29)) == 2
+        assert len(shapes) == 8
 
 
 class TestNormsOfTensors:
-    """Rules that normalise by tensor would see one joint vector."""
+    """Rules that normalise by tensor cannot be used on a joint vector."""
 
     @pytest.mark.parametrize(
         "inner",
@@ -296,13 +300,13 @@ class TestNormsOfTensors:
         ],
         ids=["lamb", "lars", "clip_by_block_rms"],
     )
-    def test_are_refused_under_a_global_ranking(self, inner: Any) -> None:
+    def test_they_are_refused_under_a_global_ranking(self, inner: Any) -> None:
         wrap(inner).init(make_params())
         with pytest.raises(topkast.UnsupportedOptimizerError, match="distribution='global'"):
             wrap(inner, distribution="global").init(make_params())
 
     @pytest.mark.parametrize("inner", [optax.adam(0.01), optax.sgd(0.1, momentum=0.9)])
-    def test_others_are_not(self, inner: Any) -> None:
+    def test_other_rules_are_not(self, inner: Any) -> None:
         (support,) = wrap(inner, distribution="global").init(make_params()).supports.values()
         assert support.backward > support.forward > 0
 
@@ -317,7 +321,7 @@ class TestProbe:
         ],
         ids=["three dimensions", "long axes", "name"],
     )
-    def test_it_asks_about_tensors_like_the_users(self, condition: Any, shape: Any) -> None:
+    def test_it_uses_tensors_like_the_users(self, condition: Any, shape: Any) -> None:
         def update(updates: Any, state: Any, params: Any = None) -> Any:
             def change(path: Any, leaf: Any) -> Any:
                 return -(leaf - leaf.mean(0)) if condition(path, leaf) else -leaf
@@ -330,36 +334,36 @@ class TestProbe:
         with pytest.raises(topkast.UnsupportedOptimizerError, match="bag of coordinates"):
             tx.init(harmless | {"odd": jnp.ones(shape)})
 
-    def test_adafactor_with_a_threshold_of_its_own(self) -> None:
+    def test_adafactor_with_a_higher_threshold(self) -> None:
         inner = optax.adafactor(0.1, min_dim_size_to_factor=256)
         tx = wrap(inner)
         with pytest.raises(topkast.UnsupportedOptimizerError, match="bag of coordinates"):
             tx.init({"w": jnp.ones((300, 400))})
 
-    def test_the_second_init_asks_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_second_init_does_not_probe(self, monkeypatch: pytest.MonkeyPatch) -> None:
         calls: list[Any] = []
         inner = optax.adam(0.01)
 
-        def update(*arguments: Any, **named: Any) -> Any:
+        def update(*arguments: Any, **keywords: Any) -> Any:
             calls.append(arguments)
-            return inner.update(*arguments, **named)
+            return inner.update(*arguments, **keywords)
 
         tx = wrap(optax.GradientTransformation(inner.init, update))
         tx.init(make_params())
-        asked = len(calls)
-        assert asked > 0
+        calls_of_first_init = len(calls)
+        assert calls_of_first_init > 0
         tx.init(make_params())
-        assert len(calls) == asked
+        assert len(calls) == calls_of_first_init
 
 
-def test_the_penalty_shrinks_weights_of_who_ascends() -> None:
+def test_the_penalty_shrinks_weights_whatever_the_sign_of_the_objective() -> None:
     params = make_params()
     for sign in (1.0, -1.0):
         tx = wrap(optax.chain(optax.sgd(0.1), optax.scale(sign)), penalty=1.0)
         state = tx.init(params)
         zeros = jax.tree.map(jnp.zeros_like, params)
         updates, _ = tx.update(zeros, state, params)
-        moved = optax.apply_updates(params, updates)
+        updated = optax.apply_updates(params, updates)
         backward = topkast.masks(state, params)["body.w"].backward
-        before, after = (jnp.abs(one["body"]["w"])[backward] for one in (params, moved))
+        before, after = (jnp.abs(tree["body"]["w"])[backward] for tree in (params, updated))
         assert (after < before).all()

@@ -1,4 +1,4 @@
-"""Parameters spread over several devices: where the state goes, and how it is computed there."""
+"""Parameters sharded over several devices: the layout of the state, and running under it."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from topkast_jax._rule import find_key
 from topkast_jax._tree import Tree
 
 
-def is_spread(weights: Mapping[str, jax.Array]) -> bool:
-    """Whether arrays that can be looked at lie on several devices."""
+def is_sharded(weights: Mapping[str, jax.Array]) -> bool:
+    """Whether an array that is not traced lies on several devices."""
     return any(
         not is_traced(array) and len(array.sharding.device_set) > 1 for array in weights.values()
     )
 
 
-def is_explicit(weights: Mapping[str, jax.Array]) -> bool:
-    """Whether shardings are part of the types, so that JAX derives none by itself."""
-    return any(_explicit_axes(array) for array in weights.values())
+def has_explicit_axes(weights: Mapping[str, jax.Array]) -> bool:
+    """Whether shardings are part of the types, so that JAX does not derive them."""
+    return any(_is_explicit(array) for array in weights.values())
 
 
-def run(function: Callable[..., Any], layout: Any, *arguments: Any) -> Any:
-    """``function(*arguments)`` compiled for many devices, its results laid out as `layout` says."""
+def run_sharded(function: Callable[..., Any], layout: Any, *arguments: Any) -> Any:
+    """Call ``function(*arguments)``, compiled for many devices, with results in `layout`."""
     meshes = [leaf.mesh for leaf in jax.tree.leaves(layout) if isinstance(leaf, NamedSharding)]
     axes = {
         name
         for mesh in meshes
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
+        for name, axis_type in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if axis_type == AxisType.Explicit
     }
     if axes:
         function = jax.sharding.auto_axes(function, axes=tuple(axes), out_sharding=layout)
@@ -45,107 +45,110 @@ def run(function: Callable[..., Any], layout: Any, *arguments: Any) -> Any:
 
 
 def layout_of(tree: Any, weights: Mapping[str, jax.Array]) -> Any:
-    """The sharding of each array, and whole on each device of `weights` what has none."""
-    everywhere = NamedSharding(_mesh(weights), PartitionSpec())
+    """Return the sharding of each array of `tree`; leaves without one are replicated."""
+    replicated = NamedSharding(_mesh_of(weights), PartitionSpec())
 
-    def place(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array) or _sharding(leaf).mesh.empty:
-            return everywhere
-        return _sharding(leaf)
+    def choose_sharding(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or _sharding_of(leaf).mesh.empty:
+            return replicated
+        return _sharding_of(leaf)
 
-    return jax.tree.map(place, tree)
+    return jax.tree.map(choose_sharding, tree)
 
 
 def is_array_tree(value: Any) -> bool:
-    """Whether all leaves of `value` may be arguments of a compiled function."""
+    """Whether all leaves of `value` can be arguments of a compiled function."""
     return all(isinstance(leaf, (jax.Array, float, int)) for leaf in jax.tree.leaves(value))
 
 
 def check_layout(weights: Mapping[str, jax.Array]) -> None:
-    """Raise :class:`topkast.UnsupportedTensorError` for a layout that cannot be served."""
+    """Raise :class:`topkast.UnsupportedTensorError` for a layout that the state cannot follow."""
     mesh = None
     for name, array in weights.items():
         if is_traced(array) or len(array.sharding.device_set) == 1:
             continue
         if not isinstance(array.sharding, NamedSharding):
             raise UnsupportedTensorError(
-                f"{name} is spread over devices by {type(array.sharding).__name__}: only a "
-                "jax.sharding.NamedSharding can be followed"
+                f"{name} is sharded by a {type(array.sharding).__name__}, which the state cannot "
+                "follow: use a jax.sharding.NamedSharding"
             )
         if mesh is not None and array.sharding.mesh != mesh:
             raise UnsupportedTensorError(
-                f"{name} lies on the mesh {array.sharding.mesh}, others on {mesh}: all parameters "
-                "must lie on one mesh"
+                f"{name} lies on the mesh {array.sharding.mesh}, others lie on {mesh}: all "
+                "parameters must lie on one mesh"
             )
         mesh = array.sharding.mesh
 
 
-def layout_beside(shapes: Any, tree: Tree, weights: Mapping[str, jax.Array]) -> Any:
-    """Shardings for a state with these `shapes`: what belongs to a tensor is spread as it is.
+def layout_of_state(shapes: Any, tree: Tree, weights: Mapping[str, jax.Array]) -> Any:
+    """Return shardings for a state with these `shapes`; its entries follow their tensors.
 
-    The vectors on B are cut into equal parts over the axes of the mesh that the tensor is cut over.
+    Vectors on B are sharded over all mesh axes that their tensor is sharded over.
     """
-    mesh = _mesh(weights)
+    mesh = _mesh_of(weights)
     axes = {
-        key: _axes(key, support.backward, weights, mesh) for key, support in shapes.supports.items()
+        key: _axes_of(key, support.backward, weights, mesh)
+        for key, support in shapes.supports.items()
     }
 
-    def place(path: Any, entry: Any) -> NamedSharding:
+    def choose_sharding(path: Any, entry: Any) -> NamedSharding:
         key = find_key(tree.paths, path)
         if key is None:
             return NamedSharding(mesh, PartitionSpec())
         if key in axes and entry.ndim and entry.shape[-1] == shapes.supports[key].backward_size:
             return NamedSharding(mesh, PartitionSpec(*[None] * (entry.ndim - 1), axes[key]))
-        spread = key in weights and not _sharding(weights[key]).mesh.empty
-        if spread and entry.shape == weights[key].shape:
-            own: NamedSharding = _sharding(weights[key])
-            return own
+        lies_on_mesh = key in weights and not _sharding_of(weights[key]).mesh.empty
+        if lies_on_mesh and entry.shape == weights[key].shape:
+            sharding: NamedSharding = _sharding_of(weights[key])
+            return sharding
         return NamedSharding(mesh, PartitionSpec())
 
-    everywhere = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes)
-    core = everywhere.core._replace(
+    replicated = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes)
+    core = replicated.core._replace(
         ages={key: NamedSharding(mesh, PartitionSpec(axes[key])) for key in shapes.ages},
         supports={
-            key: jax.tree.map(lambda _, key=key: NamedSharding(mesh, PartitionSpec(axes[key])), one)
-            for key, one in shapes.supports.items()
+            key: jax.tree.map(
+                lambda _, key=key: NamedSharding(mesh, PartitionSpec(axes[key])), support
+            )
+            for key, support in shapes.supports.items()
         },
-        inner=tree_map_with_path(place, shapes.inner),
+        inner=tree_map_with_path(choose_sharding, shapes.inner),
     )
-    return everywhere._replace(core=core)
+    return replicated._replace(core=core)
 
 
-def _axes(
+def _axes_of(
     key: str, backward: int, weights: Mapping[str, jax.Array], mesh: Any
 ) -> tuple[str, ...] | None:
-    """Axes of the mesh that a vector on B is spread over, None if it is on every device."""
-    cut: list[str] = []
+    """Find the mesh axes that a vector on B is sharded over; None if it is replicated."""
+    names: list[str] = []
     for name in members(key, weights):
-        for axis in getattr(_sharding(weights[name]), "spec", ()):
-            cut += [axis] if isinstance(axis, str) else list(axis or ())
-    axes = tuple(dict.fromkeys(cut))
-    parts = math.prod(mesh.shape[axis] for axis in axes)
-    if backward % parts:
+        for axis in getattr(_sharding_of(weights[name]), "spec", ()):
+            names += [axis] if isinstance(axis, str) else list(axis or ())
+    axes = tuple(dict.fromkeys(names))
+    shards = math.prod(mesh.shape[axis] for axis in axes)
+    if backward % shards:
         warnings.warn(
-            f"{key}: |B| = {backward} does not divide into {parts} equal parts: what the optimizer "
-            "holds for it is kept whole on every device. Choose bwd so that it does (0.75, 0.875)",
+            f"{key}: |B| = {backward} does not divide into {shards} equal parts, so its optimizer "
+            "state is replicated on every device: choose bwd so that it does (0.75, 0.875)",
             stacklevel=2,
         )
         return None
     return axes or None
 
 
-def _mesh(weights: Mapping[str, jax.Array]) -> Any:
+def _mesh_of(weights: Mapping[str, jax.Array]) -> Any:
     return next(
-        _sharding(array).mesh for array in weights.values() if not _sharding(array).mesh.empty
+        _sharding_of(array).mesh for array in weights.values() if not _sharding_of(array).mesh.empty
     )
 
 
-def _explicit_axes(array: Any) -> bool:
+def _is_explicit(array: Any) -> bool:
     mesh = jax.typeof(array).sharding.mesh
     return not mesh.empty and AxisType.Explicit in mesh.axis_types
 
 
-def _sharding(array: Any) -> Any:
+def _sharding_of(array: Any) -> Any:
     if is_traced(array):
         return jax.typeof(array).sharding
     if isinstance(array.sharding, NamedSharding):

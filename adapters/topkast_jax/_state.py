@@ -1,4 +1,4 @@
-"""The state of a wrapped optax transformation, and what it shows."""
+"""The state of a wrapped optax transformation, and its inspection."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from jax.tree_util import tree_flatten_with_path
 from topkast import MismatchError, Support, TopKASTState, WeightsMovedWarning
 from topkast.adapter import Inspection, count_bytes, forward_views, inspection, is_traced
 from topkast_jax._rule import find_key
-from topkast_jax._sharding import is_explicit, is_spread, layout_of, run
+from topkast_jax._sharding import has_explicit_axes, is_sharded, layout_of, run_sharded
 from topkast_jax._tree import as_arrays, flatten_weights
 
 Arrays = dict[str, jax.Array]
 
 
 class CheckedState(NamedTuple):
-    """State of a wrapped optax transformation: arrays alone, of fixed shapes and dtypes.
+    """State of a wrapped optax transformation: only arrays, of fixed shapes and dtypes.
 
     The fields of ``core`` can be read from the state itself: ``state.supports`` is
     ``state.core.supports``.
@@ -27,12 +27,12 @@ class CheckedState(NamedTuple):
     Attributes
     ----------
     core
-        The state of the method; see :class:`topkast.TopKASTState`. The sets, ages and entries of
-        ``core.inner`` belong to the names of the leaves, such as ``"dense.kernel"``.
+        State of the method; see :class:`topkast.TopKASTState`. The name of a tensor is the name of
+        its leaf, such as ``"dense.kernel"``.
     weights_checksum
-        Checksum of the shapes, and of the weights on B that the sets were chosen from; 0-d uint32.
+        Checksum of the shapes and of the weights on B from which the sets were chosen; 0-d uint32.
     stale_refreshes
-        Number of refreshes whose weights were changed before the next update; 0-d int32.
+        Number of refreshes after which the weights changed before the next update; 0-d int32.
 
     Examples
     --------
@@ -49,23 +49,23 @@ class CheckedState(NamedTuple):
 
     @property
     def updates(self) -> jax.Array:
-        """Number of updates; 0-d int32."""
+        """Number of updates so far; 0-d int32."""
         updates: jax.Array = self.core.updates
         return updates
 
     @property
     def supports(self) -> dict[str, Support]:
-        """The sets A and B, by the name of the tensor."""
+        """The sets A and B, by name of the tensor."""
         return self.core.supports
 
     @property
     def entered_active(self) -> Arrays:
-        """Number of entries that the last refresh made active, by the name of the tensor."""
+        """Number of entries that entered A at the last refresh, by name of the tensor."""
         return self.core.entered_active
 
     @property
     def ages(self) -> Arrays:
-        """Updates since each entry of B entered it, by the name of the tensor."""
+        """Number of updates since each entry entered B, by name of the tensor."""
         return self.core.ages
 
     @property
@@ -81,8 +81,8 @@ class CheckedState(NamedTuple):
         warn_if_stale(self.stale_refreshes)
         tree, weights = flatten_weights(params, strict=False)
         state = self.core
-        if is_spread(weights) or is_explicit(weights):
-            state = state._replace(supports=jax.tree.map(_on_one_device, state.supports))
+        if is_sharded(weights) or has_explicit_axes(weights):
+            state = state._replace(supports=jax.tree.map(_to_one_device, state.supports))
         nbytes = dict.fromkeys({*weights, *self.supports}, 0)
         for path, entry in tree_flatten_with_path(self.inner)[0]:
             key = find_key(tree.paths, path)
@@ -93,9 +93,9 @@ class CheckedState(NamedTuple):
     def _check_single(self) -> None:
         if jnp.ndim(self.updates):
             raise MismatchError(
-                f"the state is a batch of {jnp.shape(self.updates)[0]}, as from jax.vmap: pass one "
-                "of them, jax.tree.map(lambda leaf: leaf[0], state), with its params, or use "
-                "jax.vmap here too"
+                f"the state is a batch of {jnp.shape(self.updates)[0]} states, as from jax.vmap: "
+                "pass one of them, jax.tree.map(lambda leaf: leaf[0], state), with its params, or "
+                "apply jax.vmap to this call too"
             )
 
     def __topkast_forward__(self, params: Any) -> Any:
@@ -106,29 +106,29 @@ class CheckedState(NamedTuple):
         def view(weights: Arrays, supports: dict[str, Support]) -> Arrays:
             return forward_views(weights, supports)
 
-        if is_spread(weights) or is_explicit(weights):
-            views = run(view, layout_of(weights, weights), weights, supports)
+        if is_sharded(weights) or has_explicit_axes(weights):
+            views = run_sharded(view, layout_of(weights, weights), weights, supports)
         else:
             views = view(weights, supports)
-        return tree.rebuild(views | tree.other_leaves(params))
+        return tree.unflatten(views | tree.other_leaves(params))
 
 
 def warn_if_stale(stale_refreshes: jax.Array) -> None:
-    """Warn if a count is not zero, where it can be looked at.
+    """Warn if a count is not zero, unless it is traced.
 
-    Not by a call back from compiled functions: on a CPU, one can wait for ever for a thread that
-    waits for it, and it keeps functions out of JAX's persistent cache of compilations.
+    A compiled function does not warn: a callback can deadlock with a thread that waits for it on a
+    CPU, and keeps the function out of JAX's persistent compilation cache.
     """
     if not is_traced(stale_refreshes) and stale_refreshes > 0:
         warnings.warn(
-            "the weights are not those that the last refresh chose A and B from. Were the updates "
-            "of the wrapped transformation changed before they were applied, as by "
-            "optax.chain(wrapped, other)? It must be the outermost: put the others inside it. "
-            "After changing weights yourself, init anew",
+            "the weights are not those from which the last refresh chose A and B. If another "
+            "transformation changes the updates, as in optax.chain(wrapped, other), put it inside "
+            "the wrapped one, which must be the outermost. If you changed weights yourself, call "
+            "init again",
             WeightsMovedWarning,
             stacklevel=2,
         )
 
 
-def _on_one_device(array: jax.Array) -> jax.Array:
+def _to_one_device(array: jax.Array) -> jax.Array:
     return jnp.asarray(jax.device_get(array))

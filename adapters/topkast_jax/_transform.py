@@ -1,4 +1,4 @@
-"""Top-KAST as an optax gradient transformation around another one."""
+"""Top-KAST as an optax gradient transformation that wraps another one."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ from topkast import (
     UnsupportedTensorError,
 )
 from topkast.adapter import Options, TensorInfo, TopKASTTransform, apply_updates, kept_dense
-from topkast_jax._probe import NotProbedError, TriedRule, describe, refuse_skipping
+from topkast_jax._probe import NotProbedError, ProbedRule, describe, refuse_skipping
 from topkast_jax._rule import OptaxRule
 from topkast_jax._sharding import (
     check_layout,
+    has_explicit_axes,
     is_array_tree,
-    is_explicit,
-    is_spread,
-    layout_beside,
+    is_sharded,
     layout_of,
-    run,
+    layout_of_state,
+    run_sharded,
 )
 from topkast_jax._stale import checksum, compare_at_refreshes
 from topkast_jax._state import CheckedState
-from topkast_jax._tree import Tree, flatten_weights, is_key
+from topkast_jax._tree import Tree, flatten_weights, is_prng_key
 
 Arrays = dict[str, jax.Array]
-_Core: TypeAlias = Any  # a TopKASTTransform, for states of this module
+_CoreTransform: TypeAlias = Any  # a TopKASTTransform, typed for the containers of JAX
 
 
 class TopKASTGradientTransformation(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
     """An optax transformation that trains sparse weights; made by ``topkast.wrap_optimizer``.
 
     Differentiate the loss at :func:`topkast.forward_params` of the parameters and the state, and
-    add the updates with ``optax.apply_updates``. It must be the outermost transformation: what
-    changes its updates afterwards makes A and B those of other weights, which is told in a
-    :class:`topkast.WeightsMovedWarning`; after compiled steps, by :func:`topkast.summary`. The
-    exceptions are those that keep or drop an update whole: ``optax.MultiSteps`` and
-    ``optax.apply_if_finite`` go around it.
+    add the updates with ``optax.apply_updates``. It must be the outermost transformation: if its
+    updates are changed afterwards, A and B belong to other weights. A
+    :class:`topkast.WeightsMovedWarning` then follows, from :func:`topkast.summary` if the steps are
+    compiled. Only ``optax.MultiSteps`` and ``optax.apply_if_finite``, which keep or drop whole
+    updates, go around it.
 
-    ``init(params)`` raises :class:`topkast.NonFiniteError` for NaN or infinity in what is
-    sparsified, :class:`topkast.UnsupportedTensorError` for leaves that are no arrays and layouts
-    over devices that cannot be followed, and :class:`topkast.UnsupportedOptimizerError` where the
-    state of the wrapped transformation cannot follow B. ``update(grads, state, params)`` raises
-    :class:`topkast.MismatchError` without `params`, and if the trees, shapes or dtypes of `grads`
-    and `params` are not those that ``init`` was given.
+    ``init(params)`` raises :class:`topkast.NonFiniteError` for NaN or infinity in a sparsified
+    tensor, :class:`topkast.UnsupportedTensorError` for leaves that are not arrays and for shardings
+    that the state cannot follow, and :class:`topkast.UnsupportedOptimizerError` if the state of the
+    wrapped transformation cannot be migrated when B changes. ``update(grads, state, params)``
+    raises :class:`topkast.MismatchError` without `params`, and if the trees, shapes or dtypes of
+    `grads` and `params` are not those of ``init``.
 
     Examples
     --------
@@ -82,10 +82,10 @@ class TopKASTGradientTransformation(optax.GradientTransformationExtraArgs):  # t
         return f"{type(self).__name__}({describe(self._transform.tx)}, {self._transform.options})"
 
     def step(self, grads: Any, state: CheckedState, params: Any, **extra: Any) -> tuple[Any, Any]:
-        r"""The next parameters and state: ``update`` and ``optax.apply_updates`` in one.
+        r"""Compute the next θ and state: ``update`` and ``optax.apply_updates`` in one.
 
         It writes the values on B into θ and never forms updates as large as θ. Inside ``jax.jit``
-        with `params` and `state` donated, what it writes is of the size of B.
+        with `params` and `state` donated, it writes only arrays of the size of B.
 
         Parameters
         ----------
@@ -96,7 +96,7 @@ class TopKASTGradientTransformation(optax.GradientTransformationExtraArgs):  # t
         params
             θ.
         extra
-            For the wrapped transformation.
+            Further arguments of the wrapped transformation.
 
         Returns
         -------
@@ -107,7 +107,7 @@ class TopKASTGradientTransformation(optax.GradientTransformationExtraArgs):  # t
         ------
         MismatchError
             As ``update``: if the trees, shapes or dtypes of `grads` and `params` are not those
-            that ``init`` was given.
+            of ``init``.
 
         Examples
         --------
@@ -124,9 +124,11 @@ class TopKASTGradientTransformation(optax.GradientTransformationExtraArgs):  # t
 
 
 def wrap(tx: Any, options: Options) -> TopKASTGradientTransformation:
-    """The adapter for optax; see :func:`topkast.wrap_optimizer`."""
+    """Wrap an optax transformation; see :func:`topkast.wrap_optimizer`."""
     if isinstance(tx, TopKASTGradientTransformation):
-        raise UnsupportedOptimizerError("the transformation is wrapped already")
+        raise UnsupportedOptimizerError(
+            "the transformation is wrapped already: use the one that wrap_optimizer returned"
+        )
     if isinstance(tx, optax.MultiSteps):
         tx = tx.gradient_transformation()
     if not isinstance(tx, optax.GradientTransformation):
@@ -138,20 +140,20 @@ def wrap(tx: Any, options: Options) -> TopKASTGradientTransformation:
 
 
 class _Transform:
-    """The functions of the wrapped transformation."""
+    """``init``, ``update`` and ``step`` of the wrapped transformation."""
 
     def __init__(self, tx: optax.GradientTransformation, options: Options) -> None:
         self.tx = tx
         self.options = options
-        self._unprobed: NotProbedError | None = None
-        self._cores: dict[Any, tuple[_Core, OptaxRule, TriedRule]] = {}
+        self._probe_error: NotProbedError | None = None
+        self._transforms: dict[Any, tuple[_CoreTransform, OptaxRule, ProbedRule]] = {}
         self._probed: set[Any] = set()
         if options.probe:
             tree, _ = flatten_weights(jnp.zeros((1, 1)))
             try:
-                TriedRule(OptaxRule(tx, tree)).probe_on({"": (1, 1)}, {})
+                ProbedRule(OptaxRule(tx, tree)).probe_on({"": (1, 1)}, {})
             except NotProbedError as error:
-                self._unprobed = error  # masks and labels may ask for the tree that init gets
+                self._probe_error = error  # masks and labels may need the tree that init gets
 
     def init(self, params: Any) -> CheckedState:
         if type(params).__name__ == "_ParamsPlaceholder":
@@ -159,21 +161,21 @@ class _Transform:
         tree, weights = flatten_weights(params)
         if self.options.probe:
             self._probe_on(tree, weights)
-        if not (is_spread(weights) or is_explicit(weights)):
+        if not (is_sharded(weights) or has_explicit_axes(weights)):
             return self._init(params)
         check_layout(weights)
-        core, _ = self._core_of(tree)
-        core.check_finite(weights)
-        shapes = jax.eval_shape(self._init, jax.tree.map(_shape, params))
-        layout = layout_beside(shapes, tree, weights)
-        return run(self._init, layout, params)  # type: ignore[no-any-return]
+        transform, _ = self._transform_for(tree)
+        transform.check_finite(weights)
+        shapes = jax.eval_shape(self._init, jax.tree.map(_shape_of, params))
+        layout = layout_of_state(shapes, tree, weights)
+        return run_sharded(self._init, layout, params)  # type: ignore[no-any-return]
 
     def _placeholder(self, params: Any) -> CheckedState:
-        """What ``optax.tree_utils.tree_map_params`` asks for: where the state mirrors params."""
-        none = jnp.zeros(())
-        fields: Any = dict.fromkeys(TopKASTState._fields, none)
+        """Mark where the state mirrors params, for ``optax.tree_utils.tree_map_params``."""
+        filler = jnp.zeros(())
+        fields: Any = dict.fromkeys(TopKASTState._fields, filler)
         core = TopKASTState(**fields | {"inner": self.tx.init(params)})
-        return CheckedState(core, none, none)
+        return CheckedState(core, filler, filler)
 
     def update(
         self, grads: Any, state: CheckedState, params: Any = None, **extra: Any
@@ -190,31 +192,33 @@ class _Transform:
     def _run(
         self, grads: Any, state: CheckedState, params: Any, extra: dict[str, Any], *, fused: bool
     ) -> tuple[Any, CheckedState]:
-        """:meth:`_advance`, where the parameters are."""
+        """Call :meth:`_advance`, compiled if the parameters are sharded."""
         if not isinstance(state, CheckedState):
             raise MismatchError(
                 f"update needs the state that init returned, got {type(state).__name__}: restore "
-                "what comes from a file into the form of tx.init(params)"
+                "a checkpoint into the structure of tx.init(params)"
             )
         if any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(state)):
             state = jax.tree.map(jnp.asarray, state)
         _, weights = flatten_weights(params)
-        if not (is_spread(weights) or is_explicit(weights)):
+        if not (is_sharded(weights) or has_explicit_axes(weights)):
             return self._advance(grads, state, params, extra, fused=fused)
         layout = layout_of((params, state), weights)
         arrays = {name: value for name, value in extra.items() if is_array_tree(value)}
-        others = {name: value for name, value in extra.items() if name not in arrays}
+        static = {name: value for name, value in extra.items() if name not in arrays}
 
-        def with_others(grads: Any, state: Any, params: Any, arrays: Any) -> Any:
-            return self._advance(grads, state, params, {**arrays, **others}, fused=fused)
+        def advance(grads: Any, state: Any, params: Any, arrays: Any) -> Any:
+            return self._advance(grads, state, params, {**arrays, **static}, fused=fused)
 
-        return run(with_others, layout, grads, state, params, arrays)  # type: ignore[no-any-return]
+        return run_sharded(  # type: ignore[no-any-return]
+            advance, layout, grads, state, params, arrays
+        )
 
     def _init(self, params: Any) -> CheckedState:
         tree, weights = flatten_weights(params)
-        core, rule = self._core_of(tree)
-        state = core.init(weights)
-        compact = core.compact(weights, state.supports)
+        transform, rule = self._transform_for(tree)
+        state = transform.init(weights)
+        compact = transform.compact(weights, state.supports)
         rule.check(compact, state.supports)
         refuse_skipping(state.inner)
         weights_checksum = checksum(compact, state.supports, weights)
@@ -229,53 +233,53 @@ class _Transform:
         *,
         fused: bool,
     ) -> tuple[Any, CheckedState]:
-        """Updates and the next state or, `fused`, the parameters after them and the state."""
+        """Compute the updates, or the next parameters if `fused`, and the next state."""
         tree, weights = flatten_weights(params)
-        core, rule = self._core_of(tree)
+        transform, rule = self._transform_for(tree)
         gradients = tree.weights(grads, "grads")
-        core.check(gradients, weights, state.core)
-        passed = {
-            name: rule.assemble(core.compact(tree.weights(value, name), state.supports))
+        transform.check(gradients, weights, state.core)
+        compact_extra = {
+            name: rule.unflatten(transform.compact(tree.weights(value, name), state.supports))
             if tree.is_like(value, weights)
             else value
             for name, value in extra.items()
         }
-        others = tree.other_leaves(params)
+        other_leaves = tree.other_leaves(params)
         if fused:
-            output, following = core.step(gradients, state.core, weights, **passed)
-            moved = output
+            output, core = transform.step(gradients, state.core, weights, **compact_extra)
+            next_weights = output
         else:
-            output, following = core.update(gradients, state.core, weights, **passed)
-            moved = apply_updates(weights, output)
-            others = {name: _no_update(name, leaf) for name, leaf in others.items()}
-        interval = self._interval(core, weights)
-        following = compare_at_refreshes(core, interval, state, following, weights, moved)
-        return tree.rebuild(output | others), following
+            output, core = transform.update(gradients, state.core, weights, **compact_extra)
+            next_weights = apply_updates(weights, output)
+            other_leaves = {name: _zero_update(name, leaf) for name, leaf in other_leaves.items()}
+        interval = self._common_interval(transform, weights)
+        next_state = compare_at_refreshes(transform, interval, state, core, weights, next_weights)
+        return tree.unflatten(output | other_leaves), next_state
 
-    def _core_of(self, tree: Tree) -> tuple[_Core, OptaxRule]:
-        """The core's transform for a tree: what follows from names and shapes is found once."""
+    def _transform_for(self, tree: Tree) -> tuple[_CoreTransform, OptaxRule]:
+        """Return the core's transform for a tree, cached with the plans that it makes."""
         try:
             key = hash((tree.treedef, tree.names))
-        except TypeError:  # something static in it that has no hash
+        except TypeError:  # static content of the tree has no hash
             key = None
-        if key is None or key not in self._cores:
+        if key is None or key not in self._transforms:
             rule = OptaxRule(self.tx, tree)
-            tried = TriedRule(rule)
-            core = TopKASTTransform(rule, self.options, tried), rule, tried
+            probed = ProbedRule(rule)
+            transform = TopKASTTransform(rule, self.options, probed)
             if key is None:
-                return core[:2]
-            self._cores[key] = core
-        return self._cores[key][:2]
+                return transform, rule
+            self._transforms[key] = transform, rule, probed
+        return self._transforms[key][:2]
 
     @staticmethod
-    def _interval(core: _Core, weights: Arrays) -> int:
-        """The number of updates between refreshes at which the sets of all tensors are chosen."""
-        plan = core.plan(weights)
+    def _common_interval(transform: _CoreTransform, weights: Arrays) -> int:
+        """Return the number of updates between refreshes of all tensors at once."""
+        plan = transform.plan(weights)
         intervals = (options.refresh_every for options in plan.options.values())
         return math.lcm(*intervals)
 
     def _probe_on(self, tree: Tree, weights: Arrays) -> None:
-        """Probe once more: what the transformation does may depend on where a tensor is."""
+        """Probe on the user's tree: the transformation may depend on a tensor's path."""
         signature = str([(name, leaf.shape) for name, leaf in weights.items()]), tree.names
         if signature in self._probed:
             return
@@ -286,27 +290,27 @@ class _Transform:
         )
         shapes = {name: leaf.shape for name, leaf in weights.items()}
         try:
-            TriedRule(OptaxRule(self.tx, tree)).probe_on(
+            ProbedRule(OptaxRule(self.tx, tree)).probe_on(
                 {name: shape for name, shape in shapes.items() if name not in dense},
                 {name: shape for name, shape in shapes.items() if name in dense},
             )
         except NotProbedError as error:
-            if self._unprobed is not None:
+            if self._probe_error is not None:
                 raise UnsupportedOptimizerError(
                     f"{describe(self.tx)} cannot take a plain step: {error}. Pass probe=False to "
-                    "wrap it all the same"
+                    "wrap it anyway"
                 ) from error
         self._probed.add(signature)
 
 
-def _no_update(name: str, leaf: Any) -> Any:
-    if is_key(leaf):
+def _zero_update(name: str, leaf: Any) -> Any:
+    if is_prng_key(leaf):
         raise UnsupportedTensorError(
-            f"{name} is a typed key of random numbers, which nothing can be added to: keep it out "
-            "of params, or use tx.step, which leaves it as it is"
+            f"{name} is a typed PRNG key, to which no update can be added: keep it out of params, "
+            "or use tx.step, which leaves it unchanged"
         )
     return jnp.zeros_like(leaf)
 
 
-def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))

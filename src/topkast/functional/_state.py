@@ -75,9 +75,9 @@ def inspection(state: Any, params: Arrays, nbytes: Mapping[str, int]) -> Inspect
         if key in state.ages:
             total[key] += count_bytes(state.ages[key])
     # Parameters, their gradients, and the forward views of sparsified tensors.
-    members_of = {name for one in ranked.values() for name in one.shapes}
+    sparsified = {name for tensors in ranked.values() for name in tensors.shapes}
     model = sum(
-        (3 if name in members_of else 2) * count_bytes(array) for name, array in params.items()
+        (3 if name in sparsified else 2) * count_bytes(array) for name, array in params.items()
     )
     return Inspection(
         int(state.updates), params, ranked, state.supports, state.entered_active, total, model
@@ -109,8 +109,8 @@ def forward_params(params: Params, state: Any, /) -> Params:
            [ 0. ,  0. ]])
     """
     views: Any = params
-    for one in find_states(state, "__topkast_forward__"):
-        views = one.__topkast_forward__(views)
+    for wrapped_state in find_states(state, "__topkast_forward__"):
+        views = wrapped_state.__topkast_forward__(views)
     return views  # type: ignore[no-any-return]
 
 
@@ -141,8 +141,8 @@ def _ranked(shapes: Mapping[str, Shape], support: Support) -> RankedTensors:
 def map_dictionaries(visit: Visit, state: Any, fresh: Any, keys: set[str]) -> Any:
     """Apply `visit` to the entries of every dictionary in a state that has exactly these keys.
 
-    The inner rule gets a dictionary with `keys`, and its state mirrors it in dictionaries with the
-    same keys, at any depth of tuples and other dictionaries.
+    The parameters of the inner rule are a dictionary with `keys`. Its state mirrors them in
+    dictionaries with the same keys, nested in tuples, lists and other dictionaries.
     """
     if isinstance(state, dict):
         if state.keys() == keys:
@@ -152,11 +152,11 @@ def map_dictionaries(visit: Visit, state: Any, fresh: Any, keys: set[str]) -> An
             }
         return {key: map_dictionaries(visit, state[key], fresh[key], keys) for key in state}
     if isinstance(state, (tuple, list)):
-        parts = [
-            map_dictionaries(visit, part, initial, keys)
-            for part, initial in zip(state, fresh, strict=True)
+        fields = [
+            map_dictionaries(visit, entry, initial, keys)
+            for entry, initial in zip(state, fresh, strict=True)
         ]
-        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
+        return type(state)(*fields) if hasattr(state, "_fields") else type(state)(fields)
     return state
 
 
