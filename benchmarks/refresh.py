@@ -4,8 +4,8 @@ An MLP of three hidden layers (784-h-h-h-10, the last layer dense) trains on MNI
 with fused Adam, batch 256, after a warm-up. The sides run in turn in one process: dense; sparse
 layers between refreshes; a refresh from all weights at every step; and a refresh from B and a
 reserve at every step, or at every tenth. The time with a refresh at every hundredth step is
-computed from these. Then one large tensor is refreshed, whose entries on B make small random steps. The
-benchmark asserts nothing.
+computed from these. Then one large tensor is refreshed, whose entries on B make small random
+steps. The benchmark asserts nothing.
 """
 
 from __future__ import annotations
