@@ -52,7 +52,9 @@ def test_bytes_held_by_torch_equal_the_sizes_of_its_tensors() -> None:
     inner = 4 + 2 * 4 * 1000  # Adam's step, and two moments of |B| = 1000 float32
     weights = 2 * 4 * 1000 + 4 * 5000  # values, their gradient, θ
     index = 4 * 1000 + 2 * 1000  # B, ages
-    assert row.held_bytes == inner + weights + index
+    reserve, remainder = divmod(row.held_bytes - (inner + weights + index), 4 + 4)
+    assert remainder == 0  # an index and a weight for each of its entries
+    assert 1024 <= reserve < 1200
 
 
 def test_bytes_held_by_a_functional_state(library: Library) -> None:
