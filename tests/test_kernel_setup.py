@@ -24,7 +24,7 @@ from topkast.kernels import (
     _sampling,
 )
 from topkast.kernels.runtime import _arguments
-from topkast.kernels.runtime._compile import FolderLocator
+from topkast.kernels.runtime._compile import FolderLocator, Kernel
 from topkast.testing import assert_same_support
 
 PACKAGE = Path(topkast.__file__).parent
@@ -139,9 +139,21 @@ def test_entry_points_are_cached_by_the_hash_of_the_folder() -> None:
     """The functions that an entry point calls are compiled into it."""
     modules = _layout_arrays, _plane_products, _gather, _packing, _planes, _products, _sampling
     entries = [value for module in modules for value in vars(module).values()]
-    cached = [value for value in entries if hasattr(getattr(value, "_cache", None), "_impl")]
-    assert {"_single", "_double"} <= {function.__name__[-7:] for function in cached}
-    assert all(isinstance(function._cache._impl.locator, FolderLocator) for function in cached)
+    compiled = [value._compiled for value in entries if isinstance(value, Kernel)]
+    compiled += [value for value in entries if hasattr(getattr(value, "_cache", None), "_impl")]
+    assert {"_single", "_double"} <= {function.__name__[-7:] for function in compiled}
+    assert all(isinstance(function._cache._impl.locator, FolderLocator) for function in compiled)
+
+
+def test_kernels_are_compiled_when_they_are_needed() -> None:
+    code = """
+from topkast.kernels import _gather
+import numpy as np, topkast.kernels
+assert "_compiled" not in vars(_gather._put_single)
+topkast.kernels.put(np.zeros(1, "float32"), np.zeros(1, "int32"), np.ones(1, "float32"))
+print("_compiled" in vars(_gather._put_single), "_compiled" in vars(_gather._put_double))
+"""
+    assert run(code, PACKAGE.parent) == "True False\n"
 
 
 def test_an_interrupt_waits_for_the_threads() -> None:

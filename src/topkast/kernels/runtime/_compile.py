@@ -77,7 +77,28 @@ def compiled(function: Callable[..., Any]) -> Any:
     return numba.njit(cache=can_cache(), nogil=True)(function)
 
 
-def kernel(signature: Any) -> Callable[[Callable[..., Any]], Any]:
-    """``numba.cfunc``, cached where possible."""
-    decorator: Callable[[Callable[..., Any]], Any] = numba.cfunc(signature, cache=can_cache())
-    return decorator
+class Kernel:
+    """A ``numba.cfunc`` that is compiled when it is first needed, cached where possible."""
+
+    def __init__(self, function: Callable[..., Any], signature: Any) -> None:
+        self._function, self._signature = function, signature
+
+    @functools.cached_property
+    def _compiled(self) -> Any:
+        return numba.cfunc(self._signature, cache=can_cache())(self._function)
+
+    @property
+    def address(self) -> int:
+        """Address of the compiled function."""
+        address: int = self._compiled.address
+        return address
+
+    @property
+    def ctypes(self) -> Any:
+        """The function as a callable that releases the GIL."""
+        return self._compiled.ctypes
+
+
+def kernel(signature: Any) -> Callable[[Callable[..., Any]], Kernel]:
+    """Decorate a function to become a :class:`Kernel` of this signature."""
+    return functools.partial(Kernel, signature=signature)
