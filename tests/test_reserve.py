@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import topkast
+import topkast.adapter
 from topkast.adapter import IncrementalSelection, Migration
 from topkast.backends import _candidates, _compiled
 from topkast.selection._random import Ranks, make_key
@@ -166,6 +167,18 @@ def test_zeros_leave_it_to_a_full_selection() -> None:
     theta[:2_000] = 1.0
     support = select(theta, (0.9, 0.8))
     assert IncrementalSelection().choose(support, theta[support.indices], theta, RANKS) is None
+
+
+def test_a_tensor_too_long_for_the_kernels_is_ranked_whole() -> None:
+    options = topkast.adapter.Options(fwd=0.9, bwd=0.8)
+    theta = np.ones(10)
+    support = select(theta, (0.9, 0.8))
+    for size, is_served in ((10, True), (1 << 31, False)):
+        ranked = topkast.adapter.RankedTensors({"w": (size,)}, 1, 2, density=0.1)
+        refresh = ranked.refresh_incrementally(
+            theta[support.indices], theta, support, options, IncrementalSelection()
+        )
+        assert (refresh is not None) == is_served
 
 
 def test_a_selection_is_a_value() -> None:

@@ -138,7 +138,8 @@ class RankedTensors:
         Returns None where all weights have to be looked at: :meth:`refresh` does so. See
         :meth:`IncrementalSelection.choose` for the arguments.
         """
-        if not method_of(options).takes_largest or self.blocks is not None or self.layers > 1:
+        is_served = self.blocks is None and self.layers == 1 and self.size < 1 << 31
+        if not is_served or not method_of(options).takes_largest:
             return None
         with _naming(self.key):
             ranks = Ranks(make_key(options.seed, self.key, "ties"))

@@ -14,14 +14,32 @@ Vector = np.ndarray[Any, Any]
 
 
 class Threshold(NamedTuple):
-    """The smallest of the largest magnitudes, and how many entries of it are too many."""
+    """The smallest of the largest magnitudes.
+
+    Attributes
+    ----------
+    magnitude
+        Of the last entry that is counted.
+    surplus
+        Number of entries with this magnitude that are too many.
+    """
 
     magnitude: float
     surplus: int
 
 
 class Division(NamedTuple):
-    """Candidates in their new order: A, B∖A, those outside B, those below the bound."""
+    """Candidates in their new order: A, B∖A, those outside B, those below the bound.
+
+    Attributes
+    ----------
+    indices, values
+        Of all candidates, ascending within each of the four parts.
+    source
+        Position that each had in the old B, -1 for those that were outside; int32.
+    sizes
+        Lengths of the four parts.
+    """
 
     indices: Vector
     values: Vector
@@ -46,8 +64,7 @@ def find_thresholds(
 def collect(flat: Vector, bound: float, /) -> tuple[Vector, Vector]:
     """Ascending indices of the entries of `flat` (n,) of magnitude `bound` or more, and these."""
     indices = np.flatnonzero(np.abs(flat) >= flat.dtype.type(bound))
-    narrow = indices.astype(np.int32 if flat.size < 1 << 31 else np.int64)
-    return narrow, flat.take(indices)
+    return indices.astype(np.int32), flat.take(indices)
 
 
 def put(flat: Vector, indices: Vector, values: Vector, /) -> None:

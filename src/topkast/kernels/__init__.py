@@ -26,6 +26,7 @@ except ModuleNotFoundError:
         "the kernels need numba: pip install 'topkast[cpu]'", name="numba"
     ) from None
 
+from topkast.backends._candidates import Division, Threshold
 from topkast.kernels._columns import find_columns, find_row_starts
 from topkast.kernels._convolution import ConvolutionProducts
 from topkast.kernels._gather import compress, gather, put
@@ -36,8 +37,8 @@ from topkast.kernels._packing import pack
 from topkast.kernels._plane_products import OffsetLayout, convolve, sampled_correlation, shift
 from topkast.kernels._planes import from_planes, lanes_of, to_planes
 from topkast.kernels._products import multiply, sampled_product, tile_width
-from topkast.kernels.refresh._divide import Division, divide
-from topkast.kernels.refresh._magnitudes import Threshold, collect, find_thresholds
+from topkast.kernels.refresh._divide import divide
+from topkast.kernels.refresh._magnitudes import collect, find_thresholds
 from topkast.kernels.refresh._migrate import migrate
 from topkast.kernels.refresh._young import scale_displacement
 

@@ -108,7 +108,7 @@ class IncrementalSelection:
         Parameters
         ----------
         support
-            The present sets, of single weights, whose indices are a NumPy array.
+            The present sets, of single weights, whose indices are a NumPy array of int32.
         values
             Weights on B (\|B\|,), contiguous, float32 or float64.
         theta
@@ -119,12 +119,26 @@ class IncrementalSelection:
         Returns
         -------
         tuple or None
-            None if so many entries are zero that no reserve is smaller than the tensor.
+            None if too few entries outside B are nonzero: all weights have to be ranked.
 
         Raises
         ------
         NonFiniteError
             If a weight on B is NaN or infinite.
+
+        Examples
+        --------
+        B is {1, 2, 5}. Then the weight of 5 shrinks, and 3 takes its place:
+
+        >>> import numpy as np, topkast
+        >>> from topkast.adapter import IncrementalSelection
+        >>> theta = np.asarray([0.1, 0.9, 0.5, 0.3, 0.0, 0.4])
+        >>> support = topkast.select(theta, fwd=0.8, bwd=0.5)
+        >>> values = np.asarray([0.9, 0.5, 0.2])
+        >>> by_position = lambda indices: indices  # ranks equal magnitudes
+        >>> chosen, following = IncrementalSelection().choose(support, values, theta, by_position)
+        >>> chosen.support.indices, chosen.left
+        (array([1, 2, 3], dtype=int32), (array([5], dtype=int32), array([0.2])))
         """
         if self.reserve is not None:
             outcome = exchange(support, values, self.reserve, theta.size, ranks)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import carray, njit, types
 
+from topkast.backends._candidates import Division
 from topkast.backends._threads import default_threads
 from topkast.kernels.refresh._magnitudes import key_of_magnitude
 from topkast.kernels.refresh._parts import count_parts, entries_of, write_parts
@@ -49,25 +50,6 @@ _DIVIDE = define_arguments(
 )
 
 
-class Division(NamedTuple):
-    """Candidates in their new order: A, B∖A, those outside B, those below the bound.
-
-    Attributes
-    ----------
-    indices, values
-        Of all candidates, ascending within each of the four parts.
-    source
-        Position that each had in the old B, -1 for those that were outside; int32.
-    sizes
-        Lengths of the four parts.
-    """
-
-    indices: Vector
-    values: Vector
-    source: Vector
-    sizes: tuple[int, int, int, int]
-
-
 def divide(
     active: tuple[Vector, Vector],
     exploring: tuple[Vector, Vector],
@@ -89,7 +71,7 @@ def divide(
         Ascending indices and values of the entries of the old A, of the old B∖A, and of others. No
         index is in two of them.
     size
-        Number of entries of the tensor.
+        Number of entries of the tensor, below 2³¹.
     forward, backward
         The smallest magnitudes in the next A and B.
     bound
@@ -117,9 +99,9 @@ def divide(
     """
     lists = dict(zip(_LISTS, (active, exploring, reserve), strict=True))
     _check(lists)
-    index_dtype, dtype = active[0].dtype, active[1].dtype
+    dtype = active[1].dtype
     ranges = _RANGES * (threads or default_threads())
-    cuts = np.linspace(0, size, ranges + 1).astype(index_dtype)
+    cuts = np.linspace(0, size, ranges + 1).astype(np.int32)
     edges = [np.searchsorted(indices, cuts) for indices, _ in lists.values()]
     none = np.zeros(0, dtype=np.int64)
     forward_ties, backward_ties = ties or (none, none)
@@ -140,14 +122,14 @@ def divide(
         arguments[f"{name}_indices"], arguments[f"{name}_values"] = indices, values
         arguments[f"{name}_size"] = len(indices)
     names = "indices", "values", "source", "moved_indices", "moved_values", "moved_source"
-    entry_point = _KERNELS[dtype, index_dtype]
+    entry_point = _KERNELS[dtype]
     unused = dict.fromkeys((*names, "moved_size", "starts", "moved_starts"), 0)
     _run(entry_point, threads, writes=0, **arguments, **unused)
     in_parts = counts.sum(axis=1)
     moved = counts * (1 - np.eye(3, 4, dtype=np.int64))
     arguments |= {"starts": _find_starts(in_parts), "moved_starts": _find_starts(moved)}
     sizes, moved_size = in_parts.sum(axis=0), int(moved.sum())
-    total, dtypes = int(sizes.sum()), (index_dtype, dtype, np.dtype(np.int32))
+    total, dtypes = int(sizes.sum()), (np.dtype(np.int32), dtype, np.dtype(np.int32))
     outputs = [np.empty(total, one) for one in dtypes]
     scratch = [np.empty(moved_size, one) for one in dtypes]
     arguments |= dict(zip(names, (*outputs, *scratch), strict=True))
@@ -157,11 +139,12 @@ def divide(
 
 
 def _check(lists: dict[str, tuple[Vector, Vector]]) -> None:
-    dtypes = {(values.dtype, indices.dtype) for indices, values in lists.values()}
-    if len(dtypes) > 1 or not dtypes <= _KERNELS.keys():
+    dtypes = {values.dtype for _, values in lists.values()}
+    index_dtypes = {indices.dtype for indices, _ in lists.values()}
+    if len(dtypes) > 1 or not dtypes <= _KERNELS.keys() or index_dtypes != {np.dtype(np.int32)}:
         raise TypeError(
-            "candidates must have indices of int32 or int64 and values of float32 or float64, the "
-            f"same in all lists, got {sorted(map(str, dtypes))}"
+            "candidates must have int32 indices and values of one dtype, float32 or float64, got "
+            f"{sorted(map(str, index_dtypes))} and {sorted(map(str, dtypes))}"
         )
     for name, (indices, values) in lists.items():
         contiguous = indices.flags.c_contiguous and values.flags.c_contiguous
@@ -186,7 +169,7 @@ def _run(entry_point: Any, threads: int | None, /, **arguments: Any) -> None:
 
 
 @njit  # type: ignore[untyped-decorator]
-def _divide(address: Any, unsigned: Any, index: Any) -> None:
+def _divide(address: Any, unsigned: Any) -> None:
     """Count the entries of each range and list that go to each part, or write them."""
     arguments = carray(as_pointer(address), 1, _DIVIDE)[0]
     keys = (
@@ -200,26 +183,26 @@ def _divide(address: Any, unsigned: Any, index: Any) -> None:
     )
     lists = (
         (
-            array_at(arguments.active_indices, arguments.active_size, index),
+            array_at(arguments.active_indices, arguments.active_size, np.int32),
             array_at(arguments.active_values, arguments.active_size, unsigned),
         ),
         (
-            array_at(arguments.exploring_indices, arguments.exploring_size, index),
+            array_at(arguments.exploring_indices, arguments.exploring_size, np.int32),
             array_at(arguments.exploring_values, arguments.exploring_size, unsigned),
         ),
         (
-            array_at(arguments.reserve_indices, arguments.reserve_size, index),
+            array_at(arguments.reserve_indices, arguments.reserve_size, np.int32),
             array_at(arguments.reserve_values, arguments.reserve_size, unsigned),
         ),
     )
     total = arguments.active_size + arguments.exploring_size + arguments.reserve_size
     outputs = (
-        array_at(arguments.indices, total, index),
+        array_at(arguments.indices, total, np.int32),
         array_at(arguments.values, total, unsigned),
         array_at(arguments.source, total, np.int32),
     )
     moved = (
-        array_at(arguments.moved_indices, arguments.moved_size, index),
+        array_at(arguments.moved_indices, arguments.moved_size, np.int32),
         array_at(arguments.moved_values, arguments.moved_size, unsigned),
         array_at(arguments.moved_source, arguments.moved_size, np.int32),
     )
@@ -257,28 +240,12 @@ _KERNEL = types.void(types.intp)
 
 @kernel(_KERNEL)
 def _divide_single(address: Any) -> None:
-    _divide(address, np.uint32, np.int32)
-
-
-@kernel(_KERNEL)
-def _divide_single_wide(address: Any) -> None:
-    _divide(address, np.uint32, np.int64)
+    _divide(address, np.uint32)
 
 
 @kernel(_KERNEL)
 def _divide_double(address: Any) -> None:
-    _divide(address, np.uint64, np.int32)
+    _divide(address, np.uint64)
 
 
-@kernel(_KERNEL)
-def _divide_double_wide(address: Any) -> None:
-    _divide(address, np.uint64, np.int64)
-
-
-_SINGLE, _DOUBLE, _NARROW, _WIDE = map(np.dtype, ("float32", "float64", "int32", "int64"))
-_KERNELS = {
-    (_SINGLE, _NARROW): _divide_single,
-    (_SINGLE, _WIDE): _divide_single_wide,
-    (_DOUBLE, _NARROW): _divide_double,
-    (_DOUBLE, _WIDE): _divide_double_wide,
-}
+_KERNELS = {np.dtype(np.float32): _divide_single, np.dtype(np.float64): _divide_double}

@@ -7,11 +7,12 @@ the *key* of an entry. NaN and infinity have the largest keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import carray, njit, types
 
+from topkast.backends._candidates import Threshold
 from topkast.backends._threads import default_threads
 from topkast.kernels.runtime._arguments import (
     THREAD_COUNTER,
@@ -31,21 +32,6 @@ _COUNT = define_arguments(
     "values", "size", "digits", "prefix", "prefix_shift", "digit_shift", "digit_bits"
 )
 _COLLECT = define_arguments("flat", "size", "bound", "starts", "writes", "indices", "values")
-
-
-class Threshold(NamedTuple):
-    """The smallest of the largest magnitudes.
-
-    Attributes
-    ----------
-    magnitude
-        Of the last entry that is counted.
-    surplus
-        Number of entries with this magnitude that are too many.
-    """
-
-    magnitude: float
-    surplus: int
 
 
 def find_thresholds(
@@ -98,7 +84,12 @@ def find_thresholds(
 def collect(flat: Vector, bound: float, /, *, threads: int | None = None) -> tuple[Vector, Vector]:
     """Ascending indices of the entries of `flat` (n,) of magnitude `bound` or more, and these.
 
-    The indices are int32 where n is below 2³¹, else int64.
+    The indices are int32: n must be below 2³¹.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For other dtypes, for a vector that is not contiguous, and for a longer one.
 
     Examples
     --------
@@ -108,12 +99,13 @@ def collect(flat: Vector, bound: float, /, *, threads: int | None = None) -> tup
     (array([1, 2], dtype=int32), array([-2.,  1.]))
     """
     _check(flat, flat.dtype)
-    index_dtype = np.dtype(np.int64 if len(flat) >= 1 << 31 else np.int32)
+    if len(flat) >= 1 << 31:
+        raise ValueError(f"the vector must have fewer than 2**31 entries, got {len(flat)}")
     starts = np.zeros(-(-len(flat) // _CHUNK) + 1, dtype=np.int64)
-    indices, values = np.empty(0, index_dtype), np.empty(0, flat.dtype)
+    indices, values = np.empty(0, np.int32), np.empty(0, flat.dtype)
     for writes in (0, 1):
         _run(
-            _COLLECT_KERNELS[flat.dtype, index_dtype],
+            _COLLECT_KERNELS[flat.dtype],
             _COLLECT,
             threads,
             flat=flat,
@@ -127,7 +119,7 @@ def collect(flat: Vector, bound: float, /, *, threads: int | None = None) -> tup
         if not writes:
             np.cumsum(starts, out=starts)
             count = int(starts[-1])
-            indices, values = np.empty(count, index_dtype), np.empty(count, flat.dtype)
+            indices, values = np.empty(count, np.int32), np.empty(count, flat.dtype)
     return indices, values
 
 
@@ -236,7 +228,7 @@ def _count(address: Any, unsigned: Any) -> None:
 
 
 @njit  # type: ignore[untyped-decorator]
-def _collect(address: Any, unsigned: Any, index: Any) -> None:
+def _collect(address: Any, unsigned: Any) -> None:
     arguments = carray(as_pointer(address), 1, _COLLECT)[0]
     flat = array_at(arguments.flat, arguments.size, unsigned)
     chunks = (arguments.size + _CHUNK - 1) // _CHUNK
@@ -253,7 +245,7 @@ def _collect(address: Any, unsigned: Any, index: Any) -> None:
                 count += key_of(flat[entry], unsigned) >= bound
             starts[chunk + 1] = count
             continue
-        indices = array_at(arguments.indices, starts[chunks], index)
+        indices = array_at(arguments.indices, starts[chunks], np.int32)
         values = array_at(arguments.values, starts[chunks], unsigned)
         # Every entry is written, and the next one over it unless it is kept: there is no branch.
         kept, entry = starts[chunk], first
@@ -279,29 +271,14 @@ def _count_double(address: Any) -> None:
 
 @kernel(_KERNEL)
 def _collect_single(address: Any) -> None:
-    _collect(address, np.uint32, np.int32)
-
-
-@kernel(_KERNEL)
-def _collect_single_wide(address: Any) -> None:
-    _collect(address, np.uint32, np.int64)
+    _collect(address, np.uint32)
 
 
 @kernel(_KERNEL)
 def _collect_double(address: Any) -> None:
-    _collect(address, np.uint64, np.int32)
+    _collect(address, np.uint64)
 
 
-@kernel(_KERNEL)
-def _collect_double_wide(address: Any) -> None:
-    _collect(address, np.uint64, np.int64)
-
-
-_SINGLE, _DOUBLE, _NARROW, _WIDE = map(np.dtype, ("float32", "float64", "int32", "int64"))
+_SINGLE, _DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
 _COUNT_KERNELS = {_SINGLE: _count_single, _DOUBLE: _count_double}
-_COLLECT_KERNELS = {
-    (_SINGLE, _NARROW): _collect_single,
-    (_SINGLE, _WIDE): _collect_single_wide,
-    (_DOUBLE, _NARROW): _collect_double,
-    (_DOUBLE, _WIDE): _collect_double_wide,
-}
+_COLLECT_KERNELS = {_SINGLE: _collect_single, _DOUBLE: _collect_double}
