@@ -15,12 +15,12 @@ from topkast.kernels.runtime._arguments import (
     Vector,
     array_at,
     define_arguments,
-    fill_record,
+    run_kernel,
 )
 from topkast.kernels.runtime._compile import kernel
-from topkast.kernels.runtime._pool import run
 from topkast.kernels.runtime._vector import as_pointer, fetch_add
 
+_DTYPES = {np.dtype(np.float32), np.dtype(np.float64)}
 _RANGES = 8  # ranges of the tensor for each thread: some have more candidates than others
 
 _LIST = ("indices", "values", "size")
@@ -122,9 +122,8 @@ def divide(
         arguments[f"{name}_indices"], arguments[f"{name}_values"] = indices, values
         arguments[f"{name}_size"] = len(indices)
     names = "indices", "values", "source", "moved_indices", "moved_values", "moved_source"
-    entry_point = _KERNELS[dtype]
     unused = dict.fromkeys((*names, "moved_size", "starts", "moved_starts"), 0)
-    _run(entry_point, threads, writes=0, **arguments, **unused)
+    run_kernel(_KERNELS, dtype, threads, _DIVIDE, writes=0, **arguments, **unused)
     in_parts = counts.sum(axis=1)
     moved = counts * (1 - np.eye(3, 4, dtype=np.int64))
     arguments |= {"starts": _find_starts(in_parts), "moved_starts": _find_starts(moved)}
@@ -133,7 +132,7 @@ def divide(
     outputs = [np.empty(total, one) for one in dtypes]
     scratch = [np.empty(moved_size, one) for one in dtypes]
     arguments |= dict(zip(names, (*outputs, *scratch), strict=True))
-    _run(entry_point, threads, writes=1, moved_size=moved_size, **arguments)
+    run_kernel(_KERNELS, dtype, threads, _DIVIDE, writes=1, moved_size=moved_size, **arguments)
     first, second, third, fourth = sizes.tolist()
     return Division(outputs[0], outputs[1], outputs[2], (first, second, third, fourth))
 
@@ -141,7 +140,7 @@ def divide(
 def _check(lists: dict[str, tuple[Vector, Vector]]) -> None:
     dtypes = {values.dtype for _, values in lists.values()}
     index_dtypes = {indices.dtype for indices, _ in lists.values()}
-    if len(dtypes) > 1 or not dtypes <= _KERNELS.keys() or index_dtypes != {np.dtype(np.int32)}:
+    if len(dtypes) > 1 or not dtypes <= _DTYPES or index_dtypes != {np.dtype(np.int32)}:
         raise TypeError(
             "candidates must have int32 indices and values of one dtype, float32 or float64, got "
             f"{sorted(map(str, index_dtypes))} and {sorted(map(str, dtypes))}"
@@ -161,11 +160,6 @@ def _find_starts(counts: Vector) -> Vector:
     flat = by_group.reshape(-1)
     starts = (np.cumsum(flat) - flat).reshape(by_group.shape)
     return np.ascontiguousarray(np.moveaxis(starts, -1, 0))
-
-
-def _run(entry_point: Any, threads: int | None, /, **arguments: Any) -> None:
-    record = fill_record(_DIVIDE, next_item=0, next_thread=0, **arguments)
-    run(entry_point, record, threads)
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -248,4 +242,4 @@ def _divide_double(address: Any) -> None:
     _divide(address, np.uint64)
 
 
-_KERNELS = {np.dtype(np.float32): _divide_single, np.dtype(np.float64): _divide_double}
+_KERNELS = _divide_single, _divide_double

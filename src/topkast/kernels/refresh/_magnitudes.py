@@ -19,10 +19,9 @@ from topkast.kernels.runtime._arguments import (
     Vector,
     array_at,
     define_arguments,
-    fill_record,
+    run_kernel,
 )
 from topkast.kernels.runtime._compile import kernel
-from topkast.kernels.runtime._pool import run
 from topkast.kernels.runtime._vector import as_pointer, fetch_add
 
 _CHUNK = 1 << 15  # entries that a thread takes at a time
@@ -104,10 +103,11 @@ def collect(flat: Vector, bound: float, /, *, threads: int | None = None) -> tup
     starts = np.zeros(-(-len(flat) // _CHUNK) + 1, dtype=np.int64)
     indices, values = np.empty(0, np.int32), np.empty(0, flat.dtype)
     for writes in (0, 1):
-        _run(
-            _COLLECT_KERNELS[flat.dtype],
-            _COLLECT,
+        run_kernel(
+            (_collect_single, _collect_double),
+            flat.dtype,
             threads,
+            _COLLECT,
             flat=flat,
             size=len(flat),
             bound=key_of_magnitude(bound, flat.dtype),
@@ -124,7 +124,7 @@ def collect(flat: Vector, bound: float, /, *, threads: int | None = None) -> tup
 
 
 def _check(vector: Vector, dtype: Any) -> None:
-    if vector.dtype not in _COUNT_KERNELS or vector.dtype != dtype:
+    if vector.dtype not in (np.float32, np.float64) or vector.dtype != dtype:
         raise TypeError(
             f"expected vectors of one dtype, float32 or float64, got {vector.dtype} and {dtype}"
         )
@@ -178,10 +178,11 @@ def _count_digits(
     """Number of keys with each digit among those with a prefix; (2 ** digit_bits,)."""
     counts = np.zeros((threads or default_threads(), 1 << digit_bits), dtype=np.int32)
     for values in lists:
-        _run(
-            _COUNT_KERNELS[values.dtype],
-            _COUNT,
+        run_kernel(
+            (_count_single, _count_double),
+            values.dtype,
             threads,
+            _COUNT,
             values=values,
             size=len(values),
             digits=counts,
@@ -192,10 +193,6 @@ def _count_digits(
         )
     digits: Vector = counts.sum(axis=0, dtype=np.int64)
     return digits
-
-
-def _run(entry_point: Any, record: np.dtype[Any], threads: int | None, /, **arguments: Any) -> None:
-    run(entry_point, fill_record(record, next_item=0, next_thread=0, **arguments), threads)
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
@@ -277,8 +274,3 @@ def _collect_single(address: Any) -> None:
 @kernel(_KERNEL)
 def _collect_double(address: Any) -> None:
     _collect(address, np.uint64)
-
-
-_SINGLE, _DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
-_COUNT_KERNELS = {_SINGLE: _count_single, _DOUBLE: _count_double}
-_COLLECT_KERNELS = {_SINGLE: _collect_single, _DOUBLE: _collect_double}
