@@ -76,6 +76,13 @@ def describe_environment(
     }
 
 
+def peak_memory() -> int:
+    """Largest memory of this process so far, in bytes (Linux)."""
+    text = Path("/proc/self/status").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
 def make_parser(description: str | None, name: str) -> argparse.ArgumentParser:
     """Make a parser of the options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=description)

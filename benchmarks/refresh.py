@@ -30,6 +30,7 @@ from training_step import NEVER, mlp
 import topkast
 from topkast.adapter import IncrementalSelection, Options, RankedTensors
 from topkast.methods import TopKAST
+from topkast.reservoirs import ArrayReservoir
 from topkast_demo.data import load_images
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data/t10k-images-idx3-ubyte.gz"
@@ -97,6 +98,7 @@ def time_selection(size: int, pair: tuple[float, float], rounds: int) -> dict[st
     class Side:
         def __init__(self) -> None:
             self.theta = initial.copy()
+            self.reservoir = ArrayReservoir(self.theta)
             self.support = ranked.select(self.theta, options)
             self.values = self.theta[self.support.indices]
             self.moment = np.zeros_like(self.values)
@@ -116,11 +118,11 @@ def time_selection(size: int, pair: tuple[float, float], rounds: int) -> dict[st
 
         def from_candidates(self) -> None:
             refresh = ranked.refresh_incrementally(
-                self.values, self.theta, self.support, options, self.selection
+                self.values, self.reservoir, self.support, options, self.selection
             )
             assert refresh is not None
             self.support, self.selection = refresh.support, refresh.selection
-            self.theta[refresh.left[0]] = refresh.left[1]
+            self.reservoir.write(*refresh.left)
             self.values = refresh.values
             self.moment = refresh.migration.apply(self.moment)
 

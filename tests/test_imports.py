@@ -119,7 +119,7 @@ def test_the_core_imports_no_framework_and_no_adapter() -> None:
 
 
 def test_adapters_import_public_modules_only() -> None:
-    public = re.compile(r"topkast(\.(adapter|kernels)(\..*)?|\.[A-Za-z]\w*)?$")
+    public = re.compile(r"topkast(\.(adapter|kernels|reservoirs)(\..*)?|\.[A-Za-z]\w*)?$")
     for path in ADAPTERS.rglob("*.py"):
         for module in _imports(path):
             if module.partition(".")[0] == "topkast":

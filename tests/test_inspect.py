@@ -40,7 +40,7 @@ def test_summary_counts_the_masks_and_converts_to_json() -> None:
     text = str(table)
     assert "0.weight" in text
     assert "20×30" in text
-    assert text.count("\n") == len(rows) + 1
+    assert text.count("\n") == len(rows) + 2
 
 
 def test_bytes_held_by_torch_equal_the_sizes_of_its_tensors() -> None:

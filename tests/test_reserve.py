@@ -15,6 +15,7 @@ import topkast
 import topkast.adapter
 from topkast.adapter import IncrementalSelection, Migration
 from topkast.backends import _candidates, _compiled
+from topkast.reservoirs import ArrayReservoir
 from topkast.selection._random import Ranks, make_key
 from topkast.selection._reserve import Reserve, exchange, fill_reserve
 
@@ -75,8 +76,8 @@ def test_the_sets_are_those_of_a_full_selection(
         values = data.draw(updates(theta[support.indices], bound))
         theta[support.indices] = values
         expected = select(theta, pair)
-        reservoir = theta.copy()
-        outcome = selection.choose(support, values, reservoir, RANKS)
+        before = theta.copy()
+        outcome = selection.choose(support, values, ArrayReservoir(theta), RANKS)
         if outcome is None:  # many zeros: the caller chooses from all weights
             assert np.count_nonzero(theta) < size
             support, selection = expected, IncrementalSelection()
@@ -88,9 +89,7 @@ def test_the_sets_are_those_of_a_full_selection(
         assert_migrates(chosen.migration, support, expected, size)
         assert_left(chosen.left, support, expected, theta)
         assert_reserve(chosen.reserve, expected, theta)
-        outside = np.ones(size, dtype=bool)
-        outside[support.indices] = False
-        np.testing.assert_array_equal(reservoir[outside], theta[outside])
+        np.testing.assert_array_equal(before, theta)
         support = chosen.support
 
 
@@ -124,14 +123,14 @@ def assert_reserve(reserve: Reserve, support: topkast.Support, theta: Array) -> 
 def test_a_reserve_that_does_not_reach_far_enough_is_filled_again() -> None:
     theta = np.random.default_rng(0).standard_normal(20_000)
     support = select(theta, (0.9, 0.8))
-    values = theta[support.indices]
-    reserve = fill_reserve(theta.copy(), support, 1_024)
+    values, counts = theta[support.indices], (2_000, 4_000)
+    reserve = fill_reserve(ArrayReservoir(theta), support, 1_024)
     assert reserve is not None
     assert 1_024 <= len(reserve.indices) < 2_048
-    assert exchange(support, values, reserve, theta.size, RANKS) is not None
-    assert exchange(support, values / 2, reserve, theta.size, RANKS) is None
+    assert exchange(support, values, reserve, theta.size, RANKS, counts) is not None
+    assert exchange(support, values / 2, reserve, theta.size, RANKS, counts) is None
     selection = IncrementalSelection(reserve)
-    outcome = selection.choose(support, values / 2, theta, RANKS)
+    outcome = selection.choose(support, values / 2, ArrayReservoir(theta), RANKS)
     assert outcome is not None
     assert outcome[0].reserve.bound < reserve.bound
 
@@ -142,7 +141,7 @@ def test_short_lived_reserves_grow() -> None:
     shares = []
     for _ in range(4):
         theta[support.indices] *= 0.7
-        outcome = selection.choose(support, theta[support.indices], theta.copy(), RANKS)
+        outcome = selection.choose(support, theta[support.indices], ArrayReservoir(theta), RANKS)
         assert outcome is not None
         support, selection = outcome[0].support, outcome[1]
         shares.append(selection.share)
@@ -159,26 +158,15 @@ def test_weights_without_a_rank_are_counted(value: float) -> None:
     values = theta[support.indices].copy()
     values[[3, 800]] = value
     with pytest.raises(topkast.NonFiniteError, match="2 of 5000 entries are NaN or infinite"):
-        IncrementalSelection().choose(support, values, theta, RANKS)
+        IncrementalSelection().choose(support, values, ArrayReservoir(theta), RANKS)
 
 
 def test_zeros_leave_it_to_a_full_selection() -> None:
     theta = np.zeros(10_000)
     theta[:2_000] = 1.0
     support = select(theta, (0.9, 0.8))
-    assert IncrementalSelection().choose(support, theta[support.indices], theta, RANKS) is None
-
-
-def test_a_tensor_too_long_for_the_kernels_is_ranked_whole() -> None:
-    options = topkast.adapter.Options(fwd=0.9, bwd=0.8)
-    theta = np.ones(10)
-    support = select(theta, (0.9, 0.8))
-    for size, is_served in ((10, True), (1 << 31, False)):
-        ranked = topkast.adapter.RankedTensors({"w": (size,)}, 1, 2, density=0.1)
-        refresh = ranked.refresh_incrementally(
-            theta[support.indices], theta, support, options, IncrementalSelection()
-        )
-        assert (refresh is not None) == is_served
+    reservoir = ArrayReservoir(theta)
+    assert IncrementalSelection().choose(support, theta[support.indices], reservoir, RANKS) is None
 
 
 def test_a_selection_is_a_value() -> None:

@@ -165,7 +165,8 @@ def test_summary_counts_the_reserve() -> None:
     before = [row.held_bytes for row in topkast.summary(opt).tensors if row.forward_sparsity]
     sizes = [reserve.nbytes for reserve in reserves(opt)]
     for execution in opt._wrapper_state.executions:
-        execution.restore(execution.support, execution.theta())
+        values = execution.values.detach().view(-1).clone()
+        execution.restore(execution.support, values, execution.reservoir)
     after = [row.held_bytes for row in topkast.summary(opt).tensors if row.forward_sparsity]
     assert [one - two for one, two in zip(before, after, strict=True)] == sizes
 

@@ -1,6 +1,7 @@
 """Top-KAST for PyTorch: an optimizer around any elementwise ``torch.optim`` optimizer."""
 
 from topkast_torch._averages import WeightAverage
+from topkast_torch._generate_weights import generate_weights
 from topkast_torch.optimizer._optimizer import TopKASTOptimizer, wrap
 from topkast_torch.sparse import _replicas as _replicas
 from topkast_torch.sparse._export import load_forward, save_forward
@@ -15,6 +16,7 @@ __all__ = [
     "TopKASTOptimizer",
     "WeightAverage",
     "densify",
+    "generate_weights",
     "load_forward",
     "save_forward",
     "sparsify",

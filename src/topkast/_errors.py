@@ -17,6 +17,10 @@ class StateDictError(MismatchError):
     """A state dict is corrupt, or was saved from a different object."""
 
 
+class ReservoirError(OSError):
+    """The file of a reservoir cannot be written or read, is damaged, or belongs elsewhere."""
+
+
 class UnsupportedTensorError(TypeError):
     """A tensor has a type, dtype or layout that the library cannot keep sparse."""
 

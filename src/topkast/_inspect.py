@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from typing import Any, NamedTuple, TypeAlias
 
 from array_api_compat import array_namespace
 
@@ -14,7 +15,10 @@ from topkast._primitives import Array, device
 from topkast._table import format_table
 from topkast._tensors import RankedTensors
 from topkast.selection._compact import scatter
+from topkast.selection._distribution import Shape
 from topkast.selection._support import Support, in_forward
+
+Parts: TypeAlias = Mapping[str, int]  # bytes by what they hold
 
 
 def find_states(x: Any, method: str = "__topkast_inspect__") -> list[Any]:
@@ -83,12 +87,14 @@ class Inspection:
     """The data of an optimizer that the functions of this module report."""
 
     updates: int
-    params: Mapping[str, Array]  # θ by name, dense tensors included
+    shapes: Mapping[str, Shape]  # by name, dense tensors included
+    params: Callable[[], Mapping[str, Array]]  # makes θ by name, dense tensors included
     ranked: Mapping[str, RankedTensors]  # by key, as are supports and entered_active
     supports: Mapping[str, Support]
     entered_active: Mapping[str, Array]
-    nbytes: Mapping[str, int]  # held by the optimizer; by key, or by name of a dense tensor
-    model_bytes: int  # of weights and gradients that `nbytes` does not count
+    held: Mapping[str, Parts]  # by the optimizer; by key, or by name of a dense tensor
+    model_bytes: int  # of weights and gradients that `held` does not count
+    disk_bytes: Mapping[str, int] = field(default_factory=dict)  # of files, by key
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,8 @@ class TensorSummary:
     mask_change: float  # share of A that entered at the last refresh
     empty_rows: int  # indices of the first axis without a weight in A
     held_bytes: int  # bytes that the optimizer holds for this tensor; see summary()
+    held_parts: Mapping[str, int]  # the same, by what they hold
+    disk_bytes: int = 0  # bytes of the file of its weights
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,20 @@ class Summary:
         return sum(row.held_bytes for row in self.tensors)
 
     @property
+    def held_parts(self) -> dict[str, int]:
+        """Bytes that the optimizer holds for all tensors, by what they hold."""
+        parts: dict[str, int] = {}
+        for row in self.tensors:
+            for part, count in row.held_parts.items():
+                parts[part] = parts.get(part, 0) + count
+        return parts
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the files of ``reservoir="disk"``."""
+        return sum(row.disk_bytes for row in self.tensors)
+
+    @property
     def total_bytes(self) -> int:
         """Bytes held by the optimizer plus those of the model's weights and gradients."""
         return self.held_bytes + self.model_bytes
@@ -127,7 +149,12 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         """Convert to built-in types, for JSON."""
         rows = [asdict(row) for row in self.tensors]
-        sizes = {"held_bytes": self.held_bytes, "total_bytes": self.total_bytes}
+        sizes = {
+            "held_bytes": self.held_bytes,
+            "held_parts": self.held_parts,
+            "total_bytes": self.total_bytes,
+            "disk_bytes": self.disk_bytes,
+        }
         return {"updates": self.updates, "tensors": rows} | sizes
 
     def scalars(self) -> dict[str, float]:
@@ -161,11 +188,14 @@ class Summary:
         table = format_table(head, list(map(_cells, self.tensors)), text_columns=2)
         size = sum(math.prod(row.shape) for row in self.tensors)
         active = sum(row.forward for row in self.tensors)
+        parts = ", ".join(f"{part} {count:,}" for part, count in self.held_parts.items() if count)
+        disk = f"; {self.disk_bytes:,} on a disk" if self.disk_bytes else ""
         return (
             f"{table}\n"
             f"{size:,} weights, {active:,} active ({1 - active / max(size, 1):.1%} zeros), "
             f"{self.held_bytes:,} bytes held, {self.total_bytes:,} in all, "
-            f"{self.updates:,} updates"
+            f"{self.updates:,} updates\n"
+            f"held: {parts}{disk}"
         )
 
 
@@ -251,7 +281,7 @@ def dense_params(x: Any, params: Any = None, /) -> dict[str, Array]:
     """
     theta: dict[str, Array] = {}
     for inspection in _inspect(x, params):
-        theta |= inspection.params
+        theta |= inspection.params()
     return theta
 
 
@@ -259,9 +289,10 @@ def summary(x: Any, params: Any = None, /) -> Summary:
     """Report shape, counts, sparsities, mask change and bytes of every tensor.
 
     The mask change is the share of A that entered at the last refresh. A wrapped PyTorch optimizer
-    holds the compact values, their gradient, the inner optimizer's state, the indices and θ itself;
-    a functional state holds the indices and the inner rule's state. The total adds the model's
-    weights and gradients, which are dense for masked tensors. An empty row is an index of the first
+    holds the values on B, their gradient, the inner optimizer's state, the indices, the layouts
+    of the products, ages, a reserve of candidates, and the reservoir; a functional state holds the
+    indices, ages and the inner rule's state. The total adds the model's weights and gradients,
+    which are dense for masked tensors. An empty row is an index of the first
     axis without a weight in A: a neuron, or a rare token of an embedding.
 
     Parameters
@@ -286,26 +317,17 @@ def summary(x: Any, params: Any = None, /) -> Summary:
     w       10×10   10   20  0.9000  0.8000        0.00%           3         440
     b       10      10   10  0.0000  0.0000        0.00%           0         160
     110 weights, 20 active (81.8% zeros), 600 bytes held, 3,160 in all, 0 updates
+    held: state 480, indices 80, ages 40
     """
     inspections = _inspect(x, params)
     rows: dict[str, TensorSummary] = {}
     for inspection in inspections:
-        for name, array in inspection.params.items():
-            size = math.prod(array.shape)
-            rows.setdefault(
-                name,
-                TensorSummary(
-                    name,
-                    tuple(array.shape),
-                    size,
-                    size,
-                    0.0,
-                    0.0,
-                    0.0,
-                    0,
-                    inspection.nbytes.get(name, 0),
-                ),
+        for name, shape in inspection.shapes.items():
+            size, parts = math.prod(shape), inspection.held.get(name, {})
+            row = TensorSummary(
+                name, shape, size, size, 0.0, 0.0, 0.0, 0, sum(parts.values()), dict(parts)
             )
+            rows.setdefault(name, row)
     for inspection in inspections:
         for key, ranked in inspection.ranked.items():
             rows |= _summarise(inspection, key, ranked)
@@ -327,6 +349,8 @@ def _summarise(inspection: Inspection, key: str, ranked: RankedTensors) -> dict[
         )
         forward, backward = active.shape[0], active.shape[0] + exploring.shape[0]
         shape, size = tuple(ranked.shapes[name]), stop - start
+        share = Fraction(backward, ranked.backward_size)
+        parts = {part: round(share * count) for part, count in inspection.held[key].items()}
         xp = array_namespace(active)
         occupied = xp.unique_values((active - start) // (size // shape[0]))
         rows[name] = TensorSummary(
@@ -338,6 +362,8 @@ def _summarise(inspection: Inspection, key: str, ranked: RankedTensors) -> dict[
             1 - backward / size,
             int(inspection.entered_active[key][number]) / max(forward, 1),
             shape[0] - occupied.shape[0],
-            round(inspection.nbytes[key] * backward / ranked.backward_size),
+            sum(parts.values()),
+            parts,
+            round(share * inspection.disk_bytes.get(key, 0)),
         )
     return rows

@@ -56,6 +56,9 @@ class Method(ABC):
     takes_largest
         Whether A and B are the largest magnitudes, as :class:`topkast.methods.TopKAST` chooses
         them: a refresh may then look at few candidates instead of all weights.
+    forgets
+        Whether weights that leave B are lost, and entries that enter start at zero: outside B,
+        nothing is kept then. False: an entry that enters continues with the weight it had.
 
     Examples
     --------
@@ -71,6 +74,7 @@ class Method(ABC):
     needs: ClassVar[frozenset[str]] = frozenset({"weights"})
     refreshes: ClassVar[bool] = True
     takes_largest: ClassVar[bool] = False
+    forgets: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         if "choose" in cls.__dict__ and "takes_largest" not in cls.__dict__:

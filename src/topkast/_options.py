@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from numbers import Integral, Real
+from os import PathLike
 from typing import Any, Literal, TypeAlias, get_args
 
 from topkast._errors import OptionError
@@ -21,6 +22,8 @@ Distribution: TypeAlias = Literal["uniform", "erk", "global"]
 Patterns: TypeAlias = str | Sequence[str] | None
 Dense: TypeAlias = bool | Callable[[str, Any], bool] | Patterns
 Overrides: TypeAlias = Mapping[str, Mapping[str, Any]] | None
+ReservoirKind: TypeAlias = Literal["device", "host", "disk", "seeded"]
+FolderPath: TypeAlias = str | PathLike[str] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,8 @@ class Options:
     dense: Dense = None
     stacked: Patterns = None
     method: Method | None = None
+    reservoir: ReservoirKind = "device"
+    reservoir_path: FolderPath = None
     overrides: Overrides = None
     seed: int = 0
     probe: bool = True
@@ -68,7 +73,9 @@ class Options:
         _check_dense(self.dense)
         _check_names("stacked", self.stacked)
         _check_method(self.method, self.explore)
+        _check_choice("reservoir", self.reservoir, get_args(ReservoirKind))
         self._check_overrides()
+        self._check_path()
 
     def override(self, options: Mapping[str, Any]) -> Options:
         """Replace options by those in `options` that a parameter group may set."""
@@ -97,6 +104,11 @@ class Options:
                 changes |= values
         return changes
 
+    def reservoir_kinds(self) -> set[ReservoirKind]:
+        """The values of `reservoir` for all tensors."""
+        overrides = (self.overrides or {}).values()
+        return {self.reservoir} | {values.get("reservoir", self.reservoir) for values in overrides}
+
     def without_functions(self) -> Options:
         """Drop a `dense` predicate that cannot be pickled, for a copy of the optimizer."""
         name = getattr(self.dense, "__qualname__", "")
@@ -113,6 +125,15 @@ class Options:
             check_patterns(names, "dense", self.dense)
         check_patterns(names, "stacked", self.stacked)
         check_patterns(names, "overrides", list(self.overrides or {}))
+
+    def _check_path(self) -> None:
+        path: Any = self.reservoir_path
+        if path is None and "disk" in self.reservoir_kinds():
+            raise OptionError(
+                "reservoir='disk' needs reservoir_path, the folder for the files of the weights"
+            )
+        if path is not None and not isinstance(path, (str, PathLike)):
+            raise OptionError(f"reservoir_path must be a path or None, got {path!r}")
 
     def _check_overrides(self) -> None:
         overrides: Any = {} if self.overrides is None else self.overrides
@@ -156,16 +177,27 @@ def _refuse(name: str, tensor: Any) -> bool:
 # Options that determine the sizes of compact vectors: they cannot change during training.
 FIXED_OPTIONS = ("fwd", "bwd", "distribution", "block")
 
-# A group may set `dense` too, but does not keep it: it may be a function, and the entries of a
-# group are saved in checkpoints.
-GROUP_OPTIONS = tuple(
-    field.name
-    for field in fields(Options)
-    if field.name not in ("dense", "stacked", "method", "overrides", "seed", "probe")
+_NOT_OF_GROUPS = (
+    "dense",
+    "stacked",
+    "method",
+    "reservoir",
+    "reservoir_path",
+    "overrides",
+    "seed",
+    "probe",
 )
 
+# A group may set `dense` too, but does not keep it: it may be a function, and the entries of a
+# group are saved in checkpoints.
+GROUP_OPTIONS = tuple(field.name for field in fields(Options) if field.name not in _NOT_OF_GROUPS)
+
 # Options that `overrides` may set for a tensor.
-TENSOR_OPTIONS = (*(name for name in GROUP_OPTIONS if name != "distribution"), "method")
+TENSOR_OPTIONS = (
+    *(name for name in GROUP_OPTIONS if name != "distribution"),
+    "method",
+    "reservoir",
+)
 
 
 def check_sparsities(fwd: float, bwd: float) -> tuple[float, float]:

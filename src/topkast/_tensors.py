@@ -17,6 +17,7 @@ from topkast._options import Options
 from topkast._primitives import Array, device
 from topkast.backends import backend_of
 from topkast.methods._chosen import check_chosen, method_of
+from topkast.reservoirs._reservoir import Reservoir
 from topkast.selection._distribution import Shape, exact_densities, exact_fraction, kept_count
 from topkast.selection._random import Ranks, make_key
 from topkast.selection._reserve import IncrementalSelection, Vector
@@ -128,7 +129,7 @@ class RankedTensors:
     def refresh_incrementally(
         self,
         values: Vector,
-        theta: Vector,
+        reservoir: Reservoir,
         old: Support,
         options: Options,
         selection: IncrementalSelection,
@@ -138,12 +139,11 @@ class RankedTensors:
         Returns None where all weights have to be looked at: :meth:`refresh` does so. See
         :meth:`IncrementalSelection.choose` for the arguments.
         """
-        is_served = self.blocks is None and self.layers == 1 and self.size < 1 << 31
-        if not is_served or not method_of(options).takes_largest:
+        if self.blocks is not None or self.layers > 1 or not method_of(options).takes_largest:
             return None
         with _naming(self.key):
             ranks = Ranks(make_key(options.seed, self.key, "ties"))
-            outcome = selection.choose(old, values, theta, ranks)
+            outcome = selection.choose(old, values, reservoir, ranks, name=self.key)
         if outcome is None:
             return None
         exchange, following = outcome

@@ -13,10 +13,12 @@ from topkast._options import (
     Dense,
     Distribution,
     Explore,
+    FolderPath,
     Options,
     Overrides,
     Patterns,
     PenaltyKind,
+    ReservoirKind,
 )
 from topkast.functional._rules import SGD, Adam
 from topkast.functional._transform import TopKASTTransform
@@ -39,6 +41,8 @@ class _OptionalArguments(TypedDict, total=False):
     dense: Dense
     stacked: Patterns
     method: Method | None
+    reservoir: ReservoirKind
+    reservoir_path: FolderPath
     overrides: Overrides
     seed: int
     probe: bool
@@ -98,6 +102,8 @@ def wrap_optimizer(
     dense: Dense = None,
     stacked: Patterns = None,
     method: Method | None = None,
+    reservoir: ReservoirKind = "device",
+    reservoir_path: FolderPath = None,
     overrides: Overrides = None,
     seed: int = 0,
     probe: bool = True,
@@ -148,11 +154,17 @@ def wrap_optimizer(
         experts. Each layer is ranked separately, and the first axis does not count as a dimension.
     method
         How A and B are chosen: one of :mod:`topkast.methods`, or your own. None: by `explore`.
+    reservoir
+        Where the weights outside B are kept (PyTorch): ``"device"``, beside the model; ``"host"``,
+        in host memory; ``"disk"``, in files under `reservoir_path`; ``"seeded"``, nowhere: they are
+        generated again from a seed. It changes memory and time, not the training.
+    reservoir_path
+        Folder of the files of ``reservoir="disk"``.
     overrides
         Options of single tensors, by name or glob: ``{"head.*": {"fwd": 0.5, "bwd": 0.2}}``. If
         several globs match, the last one wins. Can set ``fwd``, ``bwd``, ``refresh_every``,
-        ``penalty``, ``penalty_kind``, ``explore``, ``explore_until``, ``block``, ``block_score``
-        and ``method``.
+        ``penalty``, ``penalty_kind``, ``explore``, ``explore_until``, ``block``, ``block_score``,
+        ``method`` and ``reservoir``.
     seed
         Seed of the hash that ranks equal magnitudes, and of random choices.
     probe
@@ -179,6 +191,8 @@ def wrap_optimizer(
         fixed length (LBFGS, SparseAdam).
     NonFiniteError
         If a weight is NaN or infinite.
+    ReservoirError
+        If a file of ``reservoir="disk"`` cannot be written.
     UnsupportedTensorError
         If a tensor cannot be kept sparse (sharded, quantised, integer).
 
@@ -222,6 +236,8 @@ def wrap_optimizer(
         dense=dense,
         stacked=stacked,
         method=method,
+        reservoir=reservoir,
+        reservoir_path=reservoir_path,
         overrides=overrides,
         seed=seed,
         probe=probe,

@@ -46,8 +46,8 @@ from topkast.functional._state import Arrays, TopKASTState, count_bytes, forward
 from topkast.functional._transform import TopKASTTransform, apply_updates
 from topkast.functional._wrapped_rule import WrappedRule
 from topkast.methods._chosen import method_of
-from topkast.selection._distribution import Shape, exact_fraction
-from topkast.selection._reserve import IncrementalSelection
+from topkast.selection._distribution import Shape, exact_fraction, kept_count
+from topkast.selection._reserve import IncrementalSelection, choose_first
 from topkast.selection._support import Migration
 
 __all__ = [
@@ -85,6 +85,7 @@ __all__ = [
     "check_patterns",
     "check_permutation",
     "check_sparsities",
+    "choose_first",
     "cond",
     "corrections",
     "count_bytes",
@@ -98,6 +99,7 @@ __all__ = [
     "is_due",
     "is_traced",
     "kappa",
+    "kept_count",
     "kept_dense",
     "learning_rate",
     "matches",

@@ -26,11 +26,11 @@ from topkast.adapter import (
     method_of,
     settled_ages,
 )
+from topkast.reservoirs import Reservoir
+from topkast_torch._reservoirs import STREAMED, all_weights, keep_weights, take_weights
 from topkast_torch.inner._fresh import class_name
 from topkast_torch.inner._inner_state import Layout, check_migratable, entries_of, migrate_entries
 from topkast_torch.inner._young import YoungEntries
-
-_INCREMENTAL = (torch.float32, torch.float64)  # dtypes of weights in host memory
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Execution(ABC):
     # Fixed at wrapping
     ranked: RankedTensors
     values: Parameter  # (1, …, |B|)
-    reservoir: Tensor  # θ as one vector; stale on B until a refresh
+    reservoir: Reservoir  # θ outside B
     profile: InnerProfile
     overrides: dict[str, Any]  # options set for these tensors only
     refreshes: bool  # whether the method ever chooses new sets
@@ -133,8 +133,12 @@ class Execution(ABC):
         """The inner optimizer's existing state for `values`, from its state by member."""
 
     @abstractmethod
-    def held_tensors(self) -> list[Tensor]:
-        """Tensors stored besides values, θ and support."""
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradient on B."""
+
+    @abstractmethod
+    def layout_bytes(self) -> int:
+        """Bytes of everything derived from the support."""
 
     def decide(self, group: Mapping[str, Any], updates: int) -> None:
         """Decide the next step of these tensors, after `updates` updates."""
@@ -222,9 +226,8 @@ class Execution(ABC):
         return dict(zip(self.ranked.shapes, zip(*ranges, strict=True), strict=True))
 
     def theta(self) -> Tensor:
-        """All weights as one vector: the reservoir, updated on B."""
-        self.reservoir.index_copy_(0, self.support.entries.long(), self.values.detach().view(-1))
-        return self.reservoir
+        """All weights as one vector, which may be the reservoir's own memory."""
+        return all_weights(self.reservoir, self.support, self.values)
 
     def choose_sets(self, options: Options, updates: int) -> Refresh | IncrementalRefresh:
         """Choose the next sets from the current weights, without applying them."""
@@ -235,14 +238,16 @@ class Execution(ABC):
 
     def _choose_incrementally(self, options: Options) -> IncrementalRefresh | None:
         """Choose the next sets from few candidates; None if all weights have to be read."""
-        if self.values.device.type != "cpu" or self.values.dtype not in _INCREMENTAL:
+        on_device = self.values.device.type != "cpu" and self.reservoir.kind == "device"
+        if on_device or self.values.dtype not in STREAMED:
             return None
-        values, theta, indices = (
-            tensor.detach().view(-1).numpy()
-            for tensor in (self.values, self.reservoir, self.support.indices)
+        values, indices = (
+            tensor.detach().view(-1).cpu().numpy() for tensor in (self.values, self.support.indices)
         )
         old = Support(indices, self.support.forward, self.support.blocks)
-        return self.ranked.refresh_incrementally(values, theta, old, options, self.selection)
+        return self.ranked.refresh_incrementally(
+            values, self.reservoir, old, options, self.selection
+        )
 
     def check_migratable(self, inner: torch.optim.Optimizer) -> None:
         """Raise :class:`UnsupportedOptimizerError` for state that cannot be migrated."""
@@ -257,31 +262,42 @@ class Execution(ABC):
         group: Mapping[str, Any],
     ) -> None:
         """Switch to new sets; migrate values, gradient, inner state and ages to the new B."""
-        migration = refresh.migration
+        new, migration = refresh.support, refresh.migration
         if isinstance(refresh, IncrementalRefresh):
-            migration = Migration(*map(torch.from_numpy, migration))
-        self.migrate_gradient(migration)
-        if isinstance(refresh, IncrementalRefresh):
-            indices, weights = map(torch.from_numpy, refresh.left)
-            self.reservoir.index_copy_(0, indices.long(), weights)
-            self.values.detach().view(-1).copy_(torch.from_numpy(refresh.values))
-            new = torch.from_numpy(refresh.support.indices)
-            self._switch_to(Support(new, refresh.support.forward))
+            migration = Migration(*map(self._to_device, migration))
+            new = Support(self._to_device(new.indices), new.forward)
+            values, entered_active = map(self._to_device, (refresh.values, refresh.entered_active))
+            self.reservoir.write(*refresh.left)
             self.selection = refresh.selection
-            self.entered_active = torch.from_numpy(refresh.entered_active)
         else:
-            self.restore(refresh.support, self.reservoir)
-            self.entered_active = refresh.entered_active
+            values, entered_active = self._exchange(new, migration), refresh.entered_active
+            self.selection = IncrementalSelection(share=self.selection.share)
+        self.migrate_gradient(migration)
+        self.values.detach().view(-1).copy_(values)
+        self._switch_to(new)
+        self.entered_active = entered_active
         entries = entries_of(inner, self.values, self.profile.layout.stores)
         migrate_entries(entries, self.profile.layout, self.values, migration)
         if self.young is not None:
             self.young.migrate(migration, group)
 
-    def restore(self, support: Support, theta: Tensor) -> None:
-        """Set the support and the weights θ (size,)."""
-        if theta is not self.reservoir:
-            self.reservoir.copy_(theta)
-        self.values.detach().view(-1).copy_(self.reservoir.index_select(0, support.entries))
+    def _to_device(self, host: Any) -> Tensor:
+        return torch.from_numpy(host).to(self.values.device)
+
+    def _exchange(self, new: Support, migration: Migration) -> Tensor:
+        """Keep the weights that leave B in the reservoir; return those on the new B (|B|,)."""
+        values = self.values.detach().view(-1)
+        fresh = take_weights(self.reservoir, new.entries, values)
+        leaves = torch.ones_like(values, dtype=torch.bool)
+        leaves[migration.source[migration.survives].long()] = False
+        keep_weights(self.reservoir, self.support.entries[leaves], values[leaves])
+        moved: Tensor = migration.apply(values, fresh)
+        return moved
+
+    def restore(self, support: Support, values: Tensor, reservoir: Reservoir) -> None:
+        """Set the support, the values on B (|B|,) and the weights outside B."""
+        self.reservoir = reservoir
+        self.values.detach().view(-1).copy_(values)
         self._switch_to(support)
         self.selection = IncrementalSelection(share=self.selection.share)
 
@@ -291,9 +307,15 @@ class Execution(ABC):
         self.update_positions()
         self.write_forward_view(everywhere=True)
 
-    def count_bytes(self, entries: list[Tensor]) -> int:
-        """Bytes of values, gradient, the inner optimizer's entries, indices, ages and θ."""
-        tensors = [self.values, self.reservoir, self.support.indices, *self.held_tensors()]
-        young = 0 if self.young is None else self.young.nbytes
-        total: int = sum(tensor.nbytes for tensor in (*tensors, *entries))
-        return young + total + self.selection.nbytes
+    def count_bytes(self, entries: list[Tensor]) -> dict[str, int]:
+        """Bytes in memory by what they hold; `entries` are the inner optimizer's."""
+        return {
+            "values": self.values.nbytes,
+            "gradient": self.gradient_bytes(),
+            "state": sum(entry.nbytes for entry in entries),
+            "indices": self.support.indices.nbytes,
+            "layouts": self.layout_bytes(),
+            "ages": 0 if self.young is None else self.young.nbytes,
+            "reserve": self.selection.nbytes,
+            "reservoir": self.reservoir.nbytes,
+        }

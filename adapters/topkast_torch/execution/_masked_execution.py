@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from topkast import MismatchError, UnsupportedTensorError
 from topkast.adapter import Options, RankedTensors
+from topkast_torch._reservoirs import make_reservoir
 from topkast_torch.execution._execution import Execution, InnerProfile
 from topkast_torch.execution._flat import FlatEntries, compress
 from topkast_torch.inner._inner_state import join_entries, restrict_entries
@@ -56,11 +57,13 @@ class MaskedExecution(Execution):
     ) -> None:
         self.ranked = ranked
         self._params = {name: params[name] for name in ranked.shapes}
-        self.reservoir = ranked.flatten(
+        theta = ranked.flatten(
             {name: param.detach() for name, param in self._params.items()}
         ).clone()
-        self.support = ranked.select(self.reservoir, options.for_tensor(ranked.key))
-        values = self.reservoir.index_select(0, self.support.entries)
+        own_options = options.for_tensor(ranked.key)
+        self.support = ranked.select(theta, own_options)
+        values = theta.index_select(0, self.support.entries)
+        self.reservoir = make_reservoir(theta, ranked, own_options, self._params)
         self.values = Parameter(values.reshape(ranked.compact_shape), requires_grad=True)
         self.gradient = torch.empty_like(self.values).detach().view(-1)
         self._hooks: dict[str, RemovableHandle] = {}
@@ -210,18 +213,18 @@ class MaskedExecution(Execution):
                 f"and {error}; wrap the optimizer before its first step"
             ) from None
 
-    def held_tensors(self) -> list[Tensor]:
+    def gradient_bytes(self) -> int:
+        return self.gradient.nbytes
+
+    def layout_bytes(self) -> int:
         support_memory = self.support.indices.untyped_storage().data_ptr()
-        return [
-            self.gradient,
-            *(
-                tensor
-                for member in self.members.values()
-                for entries in member.entries
-                for tensor in entries.tensors()
-                if tensor.untyped_storage().data_ptr() != support_memory
-            ),
-        ]
+        return sum(
+            tensor.nbytes
+            for member in self.members.values()
+            for entries in member.entries
+            for tensor in entries.tensors()
+            if tensor.untyped_storage().data_ptr() != support_memory
+        )
 
     def update_positions(self) -> None:
         entries, bounds = self.support.entries, self.ranked.bounds

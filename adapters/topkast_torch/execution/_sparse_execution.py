@@ -13,6 +13,7 @@ from torch import Tensor
 
 from topkast import MismatchError, OptionError
 from topkast.adapter import Migration, Options, RankedTensors
+from topkast_torch._reservoirs import take_over
 from topkast_torch.execution._execution import Execution, InnerProfile
 from topkast_torch.execution._masked_execution import MaskedExecution
 from topkast_torch.optimizer._ownership import claim, release
@@ -24,6 +25,7 @@ class SparseExecution(Execution):
     """One tensor, the weight of a sparse layer."""
 
     layer: SparseLayer
+    _dtype: torch.dtype  # of the values, when the optimizer was built
     # During a step
     _gradient: Tensor | None  # of the loss alone, while values.grad includes the penalty's
 
@@ -57,13 +59,16 @@ class SparseExecution(Execution):
         execution.ranked = RankedTensors(
             {name: layer.weight_shape}, forward, layer.values.numel(), density
         )
-        theta = layer.reservoir
-        if theta is None:  # loaded from a file, which has no weights outside B
-            theta = layer.values.detach().new_zeros(size)
-        execution.values, execution.reservoir = layer.values, theta.to(layer.values)
-        execution.layer, execution.support = layer, layer.support
+        execution.reservoir = take_over(
+            layer.reservoir, layer.values, execution.ranked, options.for_tensor(name)
+        )
+        execution.values, execution.layer = layer.values, layer
+        execution.support = layer.support
         execution._gradient, execution._replaced = None, False
+        execution._dtype = layer.values.dtype
         execution.set_up(profile, options, updates, steps)
+        if layer.selection is not None and execution.reservoir is layer.reservoir:
+            execution.selection = layer.selection
         return execution
 
     @classmethod
@@ -74,6 +79,7 @@ class SparseExecution(Execution):
             setattr(execution, name, getattr(masked, name))
         execution.values, execution.layer = layer.values, layer
         execution._gradient, execution._replaced = None, False
+        execution._dtype = layer.values.dtype
         execution._connect()
         return execution
 
@@ -85,7 +91,7 @@ class SparseExecution(Execution):
         self._connect()
 
     def install(self) -> None:
-        self.layer.reservoir = None  # this execution holds it now
+        self.layer.reservoir = self.layer.selection = None  # this execution holds them now
         self._connect()
 
     def _connect(self) -> None:
@@ -104,7 +110,7 @@ class SparseExecution(Execution):
             theta = self.theta().clone().view(self.layer.weight_shape)
             make_dense(self.layer, theta, keep_param=True)
         else:
-            self.layer.reservoir = self.theta().clone()
+            self.layer.reservoir = self.reservoir.copy()
 
     def disconnect(self) -> None:
         self._hook.remove()
@@ -121,7 +127,7 @@ class SparseExecution(Execution):
                 f"the layer of {name} was made dense by topkast.densify: its optimizer no longer "
                 "trains it. To export and train on, densify a copy.deepcopy of the model"
             )
-        if self._replaced or values is not self.values or values.dtype != self.reservoir.dtype:
+        if self._replaced or values is not self.values or values.dtype != self._dtype:
             raise MismatchError(
                 f"the layer of {name} was converted, or got another Parameter, after its "
                 "optimizer was built: convert and move the model before building its optimizer"
@@ -162,13 +168,12 @@ class SparseExecution(Execution):
     def restrict_state(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         return dict(next(iter(states.values()), {}))
 
-    def held_tensors(self) -> list[Tensor]:
-        return [] if self.values.grad is None else [self.values.grad]
+    def gradient_bytes(self) -> int:
+        return 0 if self.values.grad is None else self.values.grad.nbytes
 
-    def count_bytes(self, entries: list[Tensor]) -> int:
+    def layout_bytes(self) -> int:
         layer: Any = self.layer
-        products = layer.products.nbytes if isinstance(layer, SparseLayer) else 0
-        return super().count_bytes(entries) + products
+        return layer.products.nbytes if isinstance(layer, SparseLayer) else 0
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,7 +180,7 @@ def prepare_group(state: WrapperState, param_group: Mapping[str, Any], options: 
     shapes |= {name: layer.weight_shape for name, layer in layers.items() if layer is not None}
     profiles = _find_profiles(state.inner, param_group, list(shapes.values()), options)
     executions: list[Execution] = []
-    with torch.no_grad():
+    with torch.no_grad(), _discarding(executions):
         for ranked in rankings:
             members = {name: masked[name] for name in ranked.shapes}
             steps = count_steps(state.inner, param_group, members.values())
@@ -197,6 +198,17 @@ def prepare_group(state: WrapperState, param_group: Mapping[str, Any], options: 
     by_name = {name: execution for execution in executions for name in execution.ranked.shapes}
     fixed = {name: getattr(options, name) for name in FIXED_OPTIONS}
     return Group(names, params, executions, by_name, profiles, fixed)
+
+
+@contextmanager
+def _discarding(executions: list[Execution]) -> Iterator[None]:
+    """Remove the files of the reservoirs that were made so far if the next one fails."""
+    try:
+        yield
+    except BaseException:
+        for execution in executions:
+            execution.reservoir.discard()
+        raise
 
 
 def _find_profiles(

@@ -7,14 +7,14 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 
 from topkast import MismatchError, UnsupportedOptimizerError
 from topkast.adapter import GROUP_OPTIONS, Inspection, Method, Options
+from topkast_torch.checkpoint._load import load
+from topkast_torch.checkpoint._save import save
 from topkast_torch.execution._execution import Execution
 from topkast_torch.inner._fresh import DISABLED_METHODS, class_name
-from topkast_torch.inner._inner_state import entries_of, walk
 from topkast_torch.optimizer._checks import check_inner, check_names, name_params
 from topkast_torch.optimizer._groups import (
     Group,
@@ -24,11 +24,9 @@ from topkast_torch.optimizer._groups import (
     restrict_state,
 )
 from topkast_torch.optimizer._inner_optimizer import Refusal, clear_state
-from topkast_torch.optimizer._load import load
+from topkast_torch.optimizer._inspection import inspect
 from topkast_torch.optimizer._loop import step
-from topkast_torch.optimizer._save import save
 from topkast_torch.optimizer._state_view import StateView
-from topkast_torch.sparse._sparse_layer import layer_of
 
 
 class TopKASTOptimizer(torch.optim.Optimizer):
@@ -342,39 +340,7 @@ class TopKASTOptimizer(torch.optim.Optimizer):
 
     def __topkast_inspect__(self, params: None = None) -> Inspection:
         self._accept_external_writes()
-        state = self._wrapper_state
-        theta: dict[str, Tensor] = {}
-        held: dict[str, int] = {}
-        model_bytes = 0
-        with torch.no_grad():
-            for group in state.groups:
-                for name, param in zip(group.names, group.params, strict=True):
-                    theta[name] = param.detach()
-                    is_sparse = name in group.execution_by_name
-                    if layer_of(param) is None:  # `held` counts sparse layers in full
-                        model_bytes += 2 * param.nbytes if is_sparse else param.nbytes
-                    if not is_sparse:
-                        theta[name] = theta[name].clone()
-                        held[name] = sum(entry.nbytes for entry in (param, *self._entries(param)))
-                for execution in group.executions:
-                    theta |= execution.ranked.unflatten(execution.theta().clone())
-                    held[execution.ranked.key] = execution.count_bytes(
-                        self._entries(execution.values)
-                    )
-        executions = {execution.ranked.key: execution for execution in state.executions}
-        return Inspection(
-            state.updates,
-            theta,
-            {key: execution.ranked for key, execution in executions.items()},
-            {key: execution.support for key, execution in executions.items()},
-            {key: execution.entered_active for key, execution in executions.items()},
-            held,
-            model_bytes,
-        )
-
-    def _entries(self, param: Tensor) -> list[Tensor]:
-        state = self._wrapper_state
-        return [entry for _, entry in walk(entries_of(state.inner, param, state.stores))]
+        return inspect(self._wrapper_state)
 
     if not TYPE_CHECKING:  # so that type checkers find misspelt names
         __getattr__ = _find_attribute

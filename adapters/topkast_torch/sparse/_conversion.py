@@ -17,6 +17,22 @@ SPARSE_FORMS: dict[type[nn.Module], type[SparseLayer]] = {
 }
 
 
+# Attributes of a module that only sparse layers have.
+_OF_SPARSE_LAYERS = (
+    "indices",
+    "active_count",
+    "reservoir",
+    "selection",
+    "weight_shape",
+    "density",
+    "_products",
+    "_assignment_count",
+    "_valid_version",
+    "_is_drawn",
+    "_recipe",
+)
+
+
 def make_sparse(
     module: nn.Module, values: Parameter, support: Support, shape: tuple[int, ...]
 ) -> SparseLayer:
@@ -35,9 +51,8 @@ def make_dense(module: SparseLayer, weight: Tensor, *, keep_param: bool) -> None
     """Make a sparse layer dense in place; `keep_param` keeps the Parameter's identity."""
     param, bias = module._parameters.pop("values"), module._parameters.pop("bias")
     assert param is not None
-    for name in ("indices", "active", "reservoir", "weight_shape", "density", "_products"):
+    for name in _OF_SPARSE_LAYERS:
         module.__dict__.pop(name, None)
-    del module._assignment_count
     if keep_param:
         unregister(param)
         replace_data(param, weight)

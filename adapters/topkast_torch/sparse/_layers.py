@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.nn.functional import pad
 
-from topkast import MismatchError, UnsupportedTensorError
+from topkast import MismatchError, OptionError, UnsupportedTensorError
 from topkast.adapter import check_sparsities
+from topkast.reservoirs import Generated, Init, LayeredReservoir
+from topkast_torch._reservoirs import STREAMED
+from topkast_torch.optimizer._ownership import owner_of
 from topkast_torch.sparse._convolutions import Convolution, Window, make_convolution
+from topkast_torch.sparse._drawing import draw_dense, draw_streamed, set_undrawn
 from topkast_torch.sparse._functions import convolve, multiply
-from topkast_torch.sparse._products import Entries, Products, make_products
-from topkast_torch.sparse._sparse_layer import SparseLayer, initialise
+from topkast_torch.sparse._products import Entries, Products, make_products, numpy_name
+from topkast_torch.sparse._sparse_layer import SparseLayer
 
 
 class SparseLinear(SparseLayer):
@@ -30,7 +36,18 @@ class SparseLinear(SparseLayer):
     fwd, bwd
         Forward and backward sparsity, ``0 <= bwd <= fwd < 1``.
     device, dtype
-        Device and dtype of the Parameters; float32 or float64.
+        Device and dtype of the Parameters; float32 or float64. On the meta device nothing is drawn
+        until :meth:`reset_parameters`.
+    reservoir
+        ``"device"``: all weights are drawn and kept until an optimizer takes them over.
+        ``"seeded"``: they are generated from a seed whenever they are needed, and never form a
+        dense matrix.
+    init
+        Rule or :class:`topkast.reservoirs.Init` by which weights are generated; see
+        :meth:`topkast.reservoirs.Init.of`. None: as ``torch.nn.Linear`` draws them, and
+        ``"default"``, the same distribution, if they are seeded.
+    seed
+        Seed of generated weights, an integer; None: drawn by PyTorch's default generator.
 
     Attributes
     ----------
@@ -42,7 +59,7 @@ class SparseLinear(SparseLayer):
     Raises
     ------
     OptionError
-        If the sparsities are out of range.
+        If the sparsities are out of range, or the reservoir or the rule is not known.
     UnsupportedTensorError
         If the dtype is neither float32 nor float64.
 
@@ -56,7 +73,16 @@ class SparseLinear(SparseLayer):
     >>> opt = topkast.wrap_optimizer(opt, fwd=0.9, bwd=0.8)
     >>> layer(torch.ones(4, 20)).square().sum().backward()
     >>> opt.step()
+
+    Ten billion weights, of which 10,000 are ever stored:
+
+    >>> large = topkast_torch.SparseLinear(
+    ...     10**5, 10**5, fwd=0.999999, bwd=0.999999, reservoir="seeded", device="meta")
+    >>> large.values.shape
+    torch.Size([1, 10000])
     """
+
+    _recipe: _Recipe
 
     def __init__(
         self,
@@ -68,17 +94,43 @@ class SparseLinear(SparseLayer):
         bwd: float,
         device: Any = None,
         dtype: Any = None,
+        reservoir: Literal["device", "seeded"] = "device",
+        init: str | Init | None = None,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
-        check_sparsities(fwd, bwd)
-        dense = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        if dense.weight.dtype not in (torch.float32, torch.float64):
+        fwd, bwd = check_sparsities(fwd, bwd)
+        self._recipe = _Recipe(fwd, bwd, reservoir, init, seed)
+        shape = out_features, in_features
+        self._recipe.check(shape)
+        biases = torch.empty(out_features if bias else 0, device=device, dtype=dtype)
+        if biases.dtype not in STREAMED:
             raise UnsupportedTensorError(
-                f"sparse layers need dtype float32 or float64, got {dense.weight.dtype}"
+                f"sparse layers need dtype float32 or float64, got {biases.dtype}"
             )
         self.in_features, self.out_features = in_features, out_features
-        initialise(self, dense.weight.detach(), fwd=fwd, bwd=bwd)
-        self.register_parameter("bias", dense.bias)
+        set_undrawn(self, shape, fwd=fwd, bwd=bwd, like=biases)
+        self.register_parameter("bias", Parameter(biases) if bias else None)
+        if not biases.is_meta:
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights and the bias, and choose A and B, as at construction.
+
+        Raises :class:`topkast.MismatchError` for a layer that an optimizer trains, or that
+        :func:`topkast.sparsify` made.
+        """
+        recipe = self.__dict__.get("_recipe")
+        if recipe is None or owner_of(self.values) is not None:
+            raise MismatchError(
+                "reset_parameters draws the weights of a SparseLinear that was constructed "
+                "directly, before its optimizer is built"
+            )
+        recipe.draw(self)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
+            nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as torch.nn.Linear has it
         """(…, out_features) from (…, in_features).
@@ -176,6 +228,47 @@ class SparseConv2d(SparseLayer):
     def _entries(self) -> Entries:
         rows, width = self._matrix_shape()
         return Entries(self.indices, self.active_count, (rows, width * self.groups), self.groups)
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How the weights of a :class:`SparseLinear` are drawn."""
+
+    fwd: float
+    bwd: float
+    reservoir: str
+    init: str | Init | None
+    seed: int | None
+
+    def check(self, shape: tuple[int, int]) -> None:
+        if self.reservoir not in ("device", "seeded"):
+            raise OptionError(
+                f"reservoir of a SparseLinear must be 'device' or 'seeded', got {self.reservoir!r}:"
+                " pass the others to topkast.wrap_optimizer"
+            )
+        if self.init is not None and min(shape) > 0:
+            Init.of(self.init, shape)
+        seed: Any = self.seed
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+            raise OptionError(f"seed must be an integer of at least 0 or None, got {seed!r}")
+
+    def draw(self, layer: SparseLinear) -> None:
+        """Draw the weights, choose the sets, and store values and reservoir in the layer."""
+        shape, values = layer.weight_shape, layer.values
+        if self.reservoir == "device" and self.init is None:
+            theta = torch.empty(shape, dtype=values.dtype, device=values.device)
+            nn.init.kaiming_uniform_(theta, a=math.sqrt(5))  # as torch.nn.Linear does
+            draw_dense(layer, theta, fwd=self.fwd, bwd=self.bwd)
+            return
+        seed = int(torch.randint(1 << 62, ())) if self.seed is None else self.seed
+        init = Init.of(self.init or "default", shape)
+        dtype = numpy_name(values.dtype)
+        weights = Generated("weight", seed, init, math.prod(shape), dtype)
+        if self.reservoir == "device":
+            theta = torch.from_numpy(weights.read(0, weights.size)).to(values.device)
+            draw_dense(layer, theta.view(shape), fwd=self.fwd, bwd=self.bwd)
+        else:
+            draw_streamed(layer, LayeredReservoir("seeded", [weights]))
 
 
 def _describe(layer: SparseLayer) -> str:

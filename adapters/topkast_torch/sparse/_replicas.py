@@ -7,11 +7,13 @@ from zlib import crc32
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from topkast import MismatchError
+from topkast.reservoirs import LayeredReservoir, Reservoir, describe
+from topkast_torch._reservoirs import TensorReservoir
 from topkast_torch.optimizer._ownership import owner_of
 from topkast_torch.sparse._sparse_layer import SparseLayer
 
@@ -28,8 +30,13 @@ def _check_replicas(parent: nn.Module, name: str, model: Any) -> None:
         execution = owner_of(layer.values)
         reservoir = layer.reservoir if execution is None else execution.reservoir
         checksum = crc32(str(layer.active_count).encode(), checksum)
-        for tensor in (layer.indices, *([] if reservoir is None else [reservoir])):
+        for tensor in (layer.indices, *_tensors_of(reservoir)):
             checksum = crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), checksum)
+        if isinstance(reservoir, LayeredReservoir):
+            described = {**describe(reservoir)}
+            for base in described["bases"]:
+                base.pop("path", None)  # processes may have their own copies of a file
+            checksum = crc32(repr(described).encode(), checksum)
     group = getattr(parent, "process_group", None)
     device = layers[0].values.device
     extremes = torch.tensor([checksum, -checksum], dtype=torch.int64, device=device)
@@ -40,6 +47,15 @@ def _check_replicas(parent: nn.Module, name: str, model: Any) -> None:
             "and only values on B are sent: start all processes with the same weights, or load "
             "the same state dict in each"
         )
+
+
+def _tensors_of(reservoir: Reservoir | None) -> list[Tensor]:
+    """The tensors whose values are the weights outside B."""
+    if isinstance(reservoir, TensorReservoir):
+        return [reservoir.tensor]
+    if isinstance(reservoir, LayeredReservoir):
+        return [torch.from_numpy(array) for array in reservoir.changes()]
+    return []
 
 
 register_module_module_registration_hook(_check_replicas)

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from topkast import MismatchError, SparseExportWarning, Support, select
-from topkast.adapter import exact_fraction
+from topkast import MismatchError, SparseExportWarning, Support
+from topkast.adapter import IncrementalSelection
+from topkast.reservoirs import Reservoir
+from topkast_torch._reservoirs import check_convertible, convert, forget_changes
 from topkast_torch.sparse._products import Entries
 from topkast_torch.sparse._read_only import read_only
 
@@ -71,21 +73,24 @@ class SparseLayer(nn.Module):
     bias: Parameter | None
     indices: Tensor
     active_count: int
-    reservoir: Tensor | None  # all weights, until an optimizer takes them over
+    reservoir: Reservoir | None  # the weights outside B, until an optimizer takes them over
+    selection: IncrementalSelection | None  # for the next refresh, likewise
     _valid_version: tuple[int, ...] | None = None  # of sets that need no check
     _products: tuple[Any, tuple[Any, ...]] | None  # with the key that they were made for
     _assignment_count: int = 0  # how often `indices` or `active_count` were assigned
+    _is_drawn: bool = True  # whether the weights have values: not on the meta device
 
     def set_sparse(self, values: Parameter, support: Support, shape: tuple[int, ...]) -> None:
         """Set the values, the support and the weight's shape."""
         self.values = values
         self.weight_shape = tuple(shape)
-        self.reservoir = self._products = None
+        self.reservoir = self.selection = self._products = None
         self.set_support(support)
 
     def set_support(self, support: Support, *, is_valid: bool = False) -> None:
         """Set the indices of the values, and |A|; unless `is_valid`, they are checked later."""
         self.indices, self.active_count = support.indices, support.forward
+        self._is_drawn = not support.indices.is_meta
         if is_valid:
             self._valid_version = self.sets_version
 
@@ -112,6 +117,11 @@ class SparseLayer(nn.Module):
     @property
     def products(self) -> Any:
         """The products with this layer's weight, rebuilt after each refresh."""
+        if not self._is_drawn:
+            raise MismatchError(
+                f"the weights of this {type(self).__name__} were never drawn, since it was built "
+                "on the meta device: call reset_parameters() after to_empty(), or load a state dict"
+            )
         key = *self.sets_version, self._window
         if self._products is None or self._products[1] != key:
             if self._valid_version != self.sets_version:
@@ -177,14 +187,18 @@ class SparseLayer(nn.Module):
             _LAYERS[self.values] = weakref.ref(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self.reservoir is not None:
+            check_convertible(self.reservoir, fn(self.values.detach().new_empty(0)).dtype)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if layer_of(self.values) is None:
             _LAYERS[self.values] = weakref.ref(self)
         device = self.values.device
         if device.type != "meta":
+            if self.indices.is_meta:  # reset_parameters() will choose the sets
+                self.indices = torch.zeros_like(self.indices, device=device)
             self.indices = self.indices.to(device)
             if self.reservoir is not None:
-                self.reservoir = self.reservoir.to(self.values)
+                self.reservoir = convert(self.reservoir, self.values)
         self._products = None
         return self
 
@@ -222,7 +236,8 @@ class SparseLayer(nn.Module):
                 self.set_support(Support(indices.clone(), support.forward))
         elif dense is not None:
             merged[prefix + "values"] = self._gather_values(prefix + "weight", dense)
-        self.reservoir = None  # it belongs to the old weights
+        self.reservoir = None if self.reservoir is None else forget_changes(self.reservoir)
+        self.selection = None
         super()._load_from_state_dict(
             merged, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -275,17 +290,6 @@ class SparseLayer(nn.Module):
             )
         values[: self.active_count] = current.to(values.dtype)
         return values.view(self.values.shape)
-
-
-def initialise(layer: SparseLayer, theta: Tensor, *, fwd: float, bwd: float) -> None:
-    """Select a layer's sets from the weights `theta`, and store its values and reservoir."""
-    support = select(theta, fwd=fwd, bwd=bwd)
-    flat = theta.reshape(-1)
-    shape = (1,) * (theta.dim() - 1) + (support.backward,)
-    values = flat.index_select(0, support.indices)
-    layer.set_sparse(Parameter(values.view(shape)), support, tuple(theta.shape))
-    layer.reservoir = flat.clone()
-    layer.density = float(1 - exact_fraction(fwd))
 
 
 def to_dense(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor:

@@ -34,7 +34,7 @@ class Division(NamedTuple):
     Attributes
     ----------
     indices, values
-        Of all candidates, ascending within each of the four parts.
+        Of all candidates, ascending within each of the first three parts.
     source
         Position that each had in the old B, -1 for those that were outside; int32.
     sizes

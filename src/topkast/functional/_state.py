@@ -65,22 +65,30 @@ class TopKASTState(NamedTuple):
 
 def inspection(state: Any, params: Arrays, nbytes: Mapping[str, int]) -> Inspection:
     """Inspect a functional state; `nbytes` are the bytes of its inner state, by key."""
-    ranked, total = {}, dict(nbytes)
+    ranked = {}
+    held = {key: {"state": count} for key, count in nbytes.items()}
     for key, support in state.supports.items():
         shapes = {name: tuple(params[name].shape) for name in members(key, params)}
         ranked[key] = _ranked(shapes, support)
-        total[key] += count_bytes(support.indices)
+        held[key]["indices"] = count_bytes(support.indices)
         if support.blocks is not None and not is_jax_array(support.indices):  # cached entries
-            total[key] += count_bytes(support.entries)
+            held[key]["indices"] += count_bytes(support.entries)
         if key in state.ages:
-            total[key] += count_bytes(state.ages[key])
+            held[key]["ages"] = count_bytes(state.ages[key])
     # Parameters, their gradients, and the forward views of sparsified tensors.
     sparsified = {name for tensors in ranked.values() for name in tensors.shapes}
     model = sum(
         (3 if name in sparsified else 2) * count_bytes(array) for name, array in params.items()
     )
     return Inspection(
-        int(state.updates), params, ranked, state.supports, state.entered_active, total, model
+        int(state.updates),
+        {name: tuple(array.shape) for name, array in params.items()},
+        lambda: params,
+        ranked,
+        state.supports,
+        state.entered_active,
+        held,
+        model,
     )
 
 

@@ -38,6 +38,7 @@ from topkast.kernels._plane_products import OffsetLayout, convolve, sampled_corr
 from topkast.kernels._planes import from_planes, lanes_of, to_planes
 from topkast.kernels._products import multiply, sampled_product, tile_width
 from topkast.kernels.refresh._divide import divide
+from topkast.kernels.refresh._generate import generate
 from topkast.kernels.refresh._magnitudes import collect, find_thresholds
 from topkast.kernels.refresh._migrate import migrate
 from topkast.kernels.refresh._young import scale_displacement
@@ -62,6 +63,7 @@ __all__ = [
     "find_thresholds",
     "from_planes",
     "gather",
+    "generate",
     "lanes_of",
     "make_layout",
     "make_row_layout",

@@ -30,6 +30,7 @@ class Static(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({"random"})
     refreshes: ClassVar[bool] = False
+    forgets: ClassVar[bool] = True
 
     def choose(self, view: View, /) -> Support:
         """Draw both sets uniformly."""

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from topkast._errors import NonFiniteError
+from topkast._progress import chunks
 from topkast.backends import _candidates
 from topkast.backends._compiled import functions
-from topkast.selection._random import Ranks
+from topkast.reservoirs._reservoir import Reservoir
+from topkast.selection._random import Ranks, make_key
 from topkast.selection._support import Migration, Support
 
 Vector = np.ndarray[Any, Any]
@@ -27,6 +29,7 @@ _SPREAD = 4.0  # standard deviations of a sampled quantile, by which the bound i
 _MIN_RESERVE = 1 << 10  # entries
 _FIRST_SHARE, _MAX_SHARE = 1 / 8, 1 / 2  # of |B|
 _LIFETIME = 8  # refreshes that a reserve should last
+_WIDE = 1 << 31  # number of weights from which indices have 64 bits
 
 
 class Reserve(NamedTuple):
@@ -101,20 +104,32 @@ class IncrementalSelection:
         return 0 if self.reserve is None else self.reserve.nbytes
 
     def choose(
-        self, support: Support, values: Vector, theta: Vector, ranks: Ranks
+        self,
+        support: Support,
+        values: Vector,
+        reservoir: Reservoir,
+        ranks: Ranks,
+        *,
+        counts: tuple[int, int] | None = None,
+        name: str = "",
     ) -> tuple[Exchange, IncrementalSelection] | None:
-        r"""Choose the next sets, of the same sizes; also return the selection that follows.
+        r"""Choose the next sets; also return the selection that follows.
 
         Parameters
         ----------
         support
-            The present sets, of single weights, whose indices are a NumPy array of int32.
+            The present sets, of single weights. Their indices are a NumPy array: int32 if the
+            tensor has fewer than 2³¹ weights, else int64.
         values
             Weights on B (\|B\|,), contiguous, float32 or float64.
-        theta
-            All weights (n,), contiguous; entries on B may be overwritten.
+        reservoir
+            The weights outside B.
         ranks
             Ranks of equal magnitudes.
+        counts
+            \|A\| and \|B\| of the next sets; None: those of the present ones.
+        name
+            The tensor's name, for messages about progress.
 
         Returns
         -------
@@ -132,39 +147,64 @@ class IncrementalSelection:
 
         >>> import numpy as np, topkast
         >>> from topkast.adapter import IncrementalSelection
+        >>> from topkast.reservoirs import ArrayReservoir
         >>> theta = np.asarray([0.1, 0.9, 0.5, 0.3, 0.0, 0.4])
-        >>> support = topkast.select(theta, fwd=0.8, bwd=0.5)
+        >>> support, reservoir = topkast.select(theta, fwd=0.8, bwd=0.5), ArrayReservoir(theta)
         >>> values = np.asarray([0.9, 0.5, 0.2])
         >>> by_position = lambda indices: indices  # ranks equal magnitudes
-        >>> chosen, following = IncrementalSelection().choose(support, values, theta, by_position)
+        >>> selection = IncrementalSelection()
+        >>> chosen, following = selection.choose(support, values, reservoir, by_position)
         >>> chosen.support.indices, chosen.left
         (array([1, 2, 3], dtype=int32), (array([5], dtype=int32), array([0.2])))
         """
+        counts = (support.forward, support.backward) if counts is None else counts
         if self.reserve is not None:
-            outcome = exchange(support, values, self.reserve, theta.size, ranks)
+            outcome = exchange(support, values, self.reserve, reservoir.size, ranks, counts)
             if outcome is not None:
                 return outcome, replace(self, reserve=outcome.reserve, age=self.age + 1)
         grows = self.reserve is not None and self.age < _LIFETIME
         share = min(2 * self.share, _MAX_SHARE) if grows else self.share
-        count = max(_MIN_RESERVE, int(share * support.backward))
+        count = max(_MIN_RESERVE, int(share * counts[1])) + counts[1] - support.backward
         while True:
-            reserve = fill_reserve(theta, support, count)
+            reserve = fill_reserve(reservoir, support, count, name)
             if reserve is None:
                 return None
-            outcome = exchange(support, values, reserve, theta.size, ranks)
+            outcome = exchange(support, values, reserve, reservoir.size, ranks, counts)
             if outcome is not None:
                 return outcome, IncrementalSelection(outcome.reserve, share)
             count *= 2
 
 
+def choose_first(
+    reservoir: Reservoir, counts: tuple[int, int], *, seed: int = 0, name: str = ""
+) -> tuple[Exchange, IncrementalSelection] | None:
+    r"""Choose the first sets, of \|A\| and \|B\| `counts`, from a reservoir that holds all weights.
+
+    They are those of :func:`topkast.select` with this `seed` and `name`. Returns None if too few
+    weights are nonzero.
+    """
+    ranks = Ranks(make_key(seed, name, "ties"))
+    indices = np.zeros(0, dtype=np.int32 if reservoir.size < _WIDE else np.int64)
+    nothing, values = Support(indices, 0), reservoir.read(0, 0)
+    selection, name = IncrementalSelection(), name or "a layer"
+    return selection.choose(nothing, values, reservoir, ranks, counts=counts, name=name)
+
+
 def exchange(
-    support: Support, values: Vector, reserve: Reserve, size: int, ranks: Ranks
+    support: Support,
+    values: Vector,
+    reserve: Reserve,
+    size: int,
+    ranks: Ranks,
+    counts: tuple[int, int],
 ) -> Exchange | None:
-    """Choose the next sets, of the same sizes, among the entries of B and the reserve.
+    """Choose the next sets among the entries of B and the reserve.
 
     Returns None if an entry outside both could belong to the next B. Parameters and errors are
     those of :meth:`IncrementalSelection.choose`; `size` is the number of entries of the tensor.
     """
+    if counts[1] > support.backward + len(reserve.indices):
+        return None
     use = functions(values.size + reserve.values.size)
     split = support.forward
     lists = [
@@ -173,7 +213,6 @@ def exchange(
         (reserve.indices, reserve.values),
     ]
     vectors = [vector for _, vector in lists]
-    counts = support.forward, support.backward
     (forward, backward), not_finite = use.find_thresholds(vectors, counts)
     if not_finite:
         raise NonFiniteError(f"{not_finite} of {size} entries are NaN or infinite")
@@ -195,7 +234,7 @@ def exchange(
     survives = source >= 0
     left = np.flatnonzero(division.source[inside:] >= 0) + inside
     return Exchange(
-        Support(division.indices[:inside], support.forward),
+        Support(division.indices[:inside], counts[0]),
         Migration(np.maximum(source, 0, out=source), survives),
         division.values[:inside],
         Reserve(
@@ -207,30 +246,59 @@ def exchange(
     )
 
 
-def fill_reserve(theta: Vector, support: Support, count: int) -> Reserve | None:
+def fill_reserve(
+    reservoir: Reservoir, support: Support, count: int, name: str = ""
+) -> Reserve | None:
     """Collect about the `count` largest entries outside B, and all that are as large.
 
-    Entries of `theta` (n,) on B are overwritten with zeros. Returns None if entries of magnitude
-    zero would be among them, unless all entries outside B are.
+    Returns None if entries of magnitude zero would be among them, unless all entries outside B are.
     """
-    use = functions(theta.size)
-    if count >= theta.size - support.backward:
-        outside = np.ones(theta.size, dtype=np.bool_)
-        outside[support.indices] = False
-        indices = np.flatnonzero(outside).astype(support.indices.dtype)
-        return Reserve(indices, theta[indices], 0.0)
-    for indices in (support.active, support.exploring):
-        use.put(theta, indices, np.zeros(indices.size, theta.dtype))
-    sample = np.abs(theta[:: max(1, theta.size // _SAMPLE)])
-    share = count / theta.size
+    takes_all = count >= reservoir.size - support.backward
+    bound = 0.0 if takes_all else _estimate_bound(reservoir, support, count)
+    if not takes_all and not bound:
+        return None
+    dtype = support.indices.dtype
+    ranges = list(chunks(reservoir.size, ""))
+    starts = np.asarray([start for start, _ in ranges] + [reservoir.size], dtype=dtype)
+    runs = support.active, support.exploring
+    edges = [np.searchsorted(run, starts) for run in runs]
+    parts = [(np.zeros(0, dtype), reservoir.read(0, 0))]
+    for number, (start, stop) in enumerate(chunks(reservoir.size, f"{name}: reading all weights")):
+        weights = reservoir.read(start, stop)
+        inside = [
+            (run[edge[number] : edge[number + 1]] - dtype.type(start)).astype(np.int32, copy=False)
+            for run, edge in zip(runs, edges, strict=True)
+        ]
+        if takes_all:
+            outside = np.ones(weights.size, dtype=np.bool_)
+            for positions in inside:
+                outside[positions] = False
+            found = np.flatnonzero(outside)
+            kept = weights[found]
+        else:
+            use = functions(weights.size)
+            for positions in inside:
+                use.put(weights, positions, np.zeros(positions.size, weights.dtype))
+            found, kept = use.collect(weights, bound)
+        parts.append((found.astype(dtype, copy=False) + dtype.type(start), kept))
+    indices, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return Reserve(indices, values, bound)
+
+
+def _estimate_bound(reservoir: Reservoir, support: Support, count: int) -> float:
+    """A magnitude that most likely more than `count` entries outside B reach, from a sample."""
+    dtype = support.indices.dtype
+    indices = np.arange(0, reservoir.size, max(1, reservoir.size // _SAMPLE), dtype=dtype)
+    sample = np.abs(reservoir.take(indices))
+    for run in (support.active, support.exploring):
+        if len(run):
+            positions = np.minimum(np.searchsorted(run, indices), len(run) - 1)
+            sample[run[positions] == indices] = 0
+    share = count / reservoir.size
     margin = _SPREAD * math.sqrt(sample.size * share * (1 - share)) + 1
     rank = min(sample.size - 1, int(sample.size * share + margin))
     position = sample.size - 1 - rank
-    bound = float(np.partition(sample, position)[position])
-    if not bound:
-        return None
-    indices, values = use.collect(theta, bound)
-    return Reserve(indices, values, bound)
+    return float(np.partition(sample, position)[position])
 
 
 def _find_ties(

@@ -11,16 +11,12 @@ from topkast.backends._candidates import Division
 from topkast.backends._threads import default_threads
 from topkast.kernels.refresh._magnitudes import key_of_magnitude
 from topkast.kernels.refresh._parts import count_parts, entries_of, write_parts
-from topkast.kernels.runtime._arguments import (
-    Vector,
-    array_at,
-    define_arguments,
-    run_kernel,
-)
+from topkast.kernels.runtime._arguments import Vector, array_at, define_arguments, run_kernel
 from topkast.kernels.runtime._compile import kernel
 from topkast.kernels.runtime._vector import as_pointer, fetch_add
 
 _DTYPES = {np.dtype(np.float32), np.dtype(np.float64)}
+_INDEX_DTYPES = {np.dtype(np.int32), np.dtype(np.int64)}
 _RANGES = 8  # ranges of the tensor for each thread: some have more candidates than others
 
 _LIST = ("indices", "values", "size")
@@ -69,9 +65,9 @@ def divide(
     ----------
     active, exploring, reserve
         Ascending indices and values of the entries of the old A, of the old B∖A, and of others. No
-        index is in two of them.
+        index is in two of them. Indices are int32 or int64.
     size
-        Number of entries of the tensor, below 2³¹.
+        Number of entries of the tensor; below 2³¹ if indices are int32.
     forward, backward
         The smallest magnitudes in the next A and B.
     bound
@@ -99,9 +95,10 @@ def divide(
     """
     lists = dict(zip(_LISTS, (active, exploring, reserve), strict=True))
     _check(lists)
-    dtype = active[1].dtype
+    index_dtype, dtype = active[0].dtype, active[1].dtype
+    kernels = _KERNELS if index_dtype == np.int32 else _WIDE_KERNELS
     ranges = _RANGES * (threads or default_threads())
-    cuts = np.linspace(0, size, ranges + 1).astype(np.int32)
+    cuts = np.linspace(0, size, ranges + 1).astype(index_dtype)
     edges = [np.searchsorted(indices, cuts) for indices, _ in lists.values()]
     none = np.zeros(0, dtype=np.int64)
     forward_ties, backward_ties = ties or (none, none)
@@ -123,16 +120,16 @@ def divide(
         arguments[f"{name}_size"] = len(indices)
     names = "indices", "values", "source", "moved_indices", "moved_values", "moved_source"
     unused = dict.fromkeys((*names, "moved_size", "starts", "moved_starts"), 0)
-    run_kernel(_KERNELS, dtype, threads, _DIVIDE, writes=0, **arguments, **unused)
+    run_kernel(kernels, dtype, threads, _DIVIDE, writes=0, **arguments, **unused)
     in_parts = counts.sum(axis=1)
     moved = counts * (1 - np.eye(3, 4, dtype=np.int64))
     arguments |= {"starts": _find_starts(in_parts), "moved_starts": _find_starts(moved)}
     sizes, moved_size = in_parts.sum(axis=0), int(moved.sum())
-    total, dtypes = int(sizes.sum()), (np.dtype(np.int32), dtype, np.dtype(np.int32))
+    total, dtypes = int(sizes.sum()), (index_dtype, dtype, np.dtype(np.int32))
     outputs = [np.empty(total, one) for one in dtypes]
     scratch = [np.empty(moved_size, one) for one in dtypes]
     arguments |= dict(zip(names, (*outputs, *scratch), strict=True))
-    run_kernel(_KERNELS, dtype, threads, _DIVIDE, writes=1, moved_size=moved_size, **arguments)
+    run_kernel(kernels, dtype, threads, _DIVIDE, writes=1, moved_size=moved_size, **arguments)
     first, second, third, fourth = sizes.tolist()
     return Division(outputs[0], outputs[1], outputs[2], (first, second, third, fourth))
 
@@ -140,10 +137,13 @@ def divide(
 def _check(lists: dict[str, tuple[Vector, Vector]]) -> None:
     dtypes = {values.dtype for _, values in lists.values()}
     index_dtypes = {indices.dtype for indices, _ in lists.values()}
-    if len(dtypes) > 1 or not dtypes <= _DTYPES or index_dtypes != {np.dtype(np.int32)}:
+    if (len(dtypes), len(index_dtypes)) != (1, 1) or not (
+        dtypes <= _DTYPES and index_dtypes <= _INDEX_DTYPES
+    ):
         raise TypeError(
-            "candidates must have int32 indices and values of one dtype, float32 or float64, got "
-            f"{sorted(map(str, index_dtypes))} and {sorted(map(str, dtypes))}"
+            "candidates must have indices of one dtype, int32 or int64, and values of one dtype, "
+            f"float32 or float64, got {sorted(map(str, index_dtypes))} and "
+            f"{sorted(map(str, dtypes))}"
         )
     for name, (indices, values) in lists.items():
         contiguous = indices.flags.c_contiguous and values.flags.c_contiguous
@@ -163,7 +163,7 @@ def _find_starts(counts: Vector) -> Vector:
 
 
 @njit  # type: ignore[untyped-decorator]
-def _divide(address: Any, unsigned: Any) -> None:
+def _divide(address: Any, unsigned: Any, integer: Any) -> None:
     """Count the entries of each range and list that go to each part, or write them."""
     arguments = carray(as_pointer(address), 1, _DIVIDE)[0]
     keys = (
@@ -177,26 +177,26 @@ def _divide(address: Any, unsigned: Any) -> None:
     )
     lists = (
         (
-            array_at(arguments.active_indices, arguments.active_size, np.int32),
+            array_at(arguments.active_indices, arguments.active_size, integer),
             array_at(arguments.active_values, arguments.active_size, unsigned),
         ),
         (
-            array_at(arguments.exploring_indices, arguments.exploring_size, np.int32),
+            array_at(arguments.exploring_indices, arguments.exploring_size, integer),
             array_at(arguments.exploring_values, arguments.exploring_size, unsigned),
         ),
         (
-            array_at(arguments.reserve_indices, arguments.reserve_size, np.int32),
+            array_at(arguments.reserve_indices, arguments.reserve_size, integer),
             array_at(arguments.reserve_values, arguments.reserve_size, unsigned),
         ),
     )
     total = arguments.active_size + arguments.exploring_size + arguments.reserve_size
     outputs = (
-        array_at(arguments.indices, total, np.int32),
+        array_at(arguments.indices, total, integer),
         array_at(arguments.values, total, unsigned),
         array_at(arguments.source, total, np.int32),
     )
     moved = (
-        array_at(arguments.moved_indices, arguments.moved_size, np.int32),
+        array_at(arguments.moved_indices, arguments.moved_size, integer),
         array_at(arguments.moved_values, arguments.moved_size, unsigned),
         array_at(arguments.moved_source, arguments.moved_size, np.int32),
     )
@@ -234,12 +234,23 @@ _KERNEL = types.void(types.intp)
 
 @kernel(_KERNEL)
 def _divide_single(address: Any) -> None:
-    _divide(address, np.uint32)
+    _divide(address, np.uint32, np.int32)
 
 
 @kernel(_KERNEL)
 def _divide_double(address: Any) -> None:
-    _divide(address, np.uint64)
+    _divide(address, np.uint64, np.int32)
+
+
+@kernel(_KERNEL)
+def _divide_wide_single(address: Any) -> None:
+    _divide(address, np.uint32, np.int64)
+
+
+@kernel(_KERNEL)
+def _divide_wide_double(address: Any) -> None:
+    _divide(address, np.uint64, np.int64)
 
 
 _KERNELS = _divide_single, _divide_double
+_WIDE_KERNELS = _divide_wide_single, _divide_wide_double

@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from topkast.reservoirs import LayeredReservoir, describe
 from topkast_torch.execution._execution import Execution
 from topkast_torch.inner._fresh import find_missing_counts
 from topkast_torch.inner._inner_state import encode, entries_of, map_tree
@@ -118,15 +120,25 @@ def _save_entries(
 
 
 def _save_execution(execution: Execution) -> dict[str, dict[str, Any]]:
-    """θ of each member by name; the first also has the sets and ages."""
-    ranked = execution.ranked
-    theta = ranked.unflatten(execution.theta().clone())
-    saved = {
-        name: {"params": theta[name], "entered_active": int(execution.entered_active[number])}
+    """θ of each member by name; the first also has the sets and ages.
+
+    If θ outside B is not in memory, the first has what makes it instead, and the values on B.
+    """
+    ranked, reservoir = execution.ranked, execution.reservoir
+    saved: dict[str, dict[str, Any]] = {
+        name: {"entered_active": int(execution.entered_active[number])}
         for number, name in enumerate(ranked.shapes)
     }
     first, *others = ranked.shapes
     shared = saved[first]
+    if isinstance(reservoir, LayeredReservoir):
+        changes = (torch.from_numpy(array).clone() for array in reservoir.changes())
+        shared["reservoir"] = describe(reservoir)
+        shared["left_indices"], shared["left_weights"] = changes
+        shared["values"] = execution.values.detach().view(-1).clone()
+    else:
+        for name, theta in ranked.unflatten(execution.theta().clone()).items():
+            saved[name]["params"] = theta
     shared["indices"] = execution.support.indices.clone()
     shared["active_count"] = execution.support.forward
     if ranked.blocks is not None:

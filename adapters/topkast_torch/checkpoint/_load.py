@@ -13,11 +13,13 @@ from torch.nn import Parameter
 
 from topkast import MismatchError, OptionError, StateDictError, Support
 from topkast.adapter import FIXED_OPTIONS, GROUP_OPTIONS
+from topkast.reservoirs import Reservoir
+from topkast_torch.checkpoint._load_weights import expect, load_weights
+from topkast_torch.checkpoint._save import TOPKAST_KEY, VERSION, copy_tree, is_tensor
 from topkast_torch.execution._execution import Execution
 from topkast_torch.inner._inner_state import decode, map_tree
 from topkast_torch.optimizer._groups import Group, WrapperState
 from topkast_torch.optimizer._inner_optimizer import clear_state
-from topkast_torch.optimizer._save import TOPKAST_KEY, VERSION, copy_tree, is_tensor
 
 _NOT_OPTIONS = ("params", "param_names", TOPKAST_KEY)  # entries of a group
 
@@ -78,13 +80,15 @@ class _Sets:
 
     support: Support
     entered_active: Tensor
-    theta: Tensor  # one vector
+    values: Tensor  # on B (|B|,)
+    reservoir: Reservoir
     steps: int
     ages: Tensor | None
 
     def restore(self, execution: Execution, param_group: Mapping[str, Any]) -> None:
         execution.entered_active, execution.steps = self.entered_active, self.steps
-        execution.restore(self.support, self.theta)
+        execution.reservoir.discard()
+        execution.restore(self.support, self.values, self.reservoir)
         if execution.young is not None and self.ages is not None:
             execution.young.restore(self.ages, param_group)
 
@@ -116,8 +120,8 @@ def _check(state: WrapperState, state_dict: Mapping[str, Any]) -> _Loaded:
     if not isinstance(updates, int) or updates < 0:
         raise StateDictError(f"the number of updates must be an integer >= 0, got {updates!r}")
     attributes = header.get("attributes", {})  # some libraries drop empty dictionaries
-    _expect("attributes of the inner optimizer", {*state.attributes}, {*attributes})
-    _expect("number of parameter groups", len(state.groups), len(groups))
+    expect("attributes of the inner optimizer", {*state.attributes}, {*attributes})
+    expect("number of parameter groups", len(state.groups), len(groups))
     loaded = _Loaded(
         updates,
         bool(header["overdue"]),
@@ -129,7 +133,7 @@ def _check(state: WrapperState, state_dict: Mapping[str, Any]) -> _Loaded:
         zip(state.groups, state.inner.param_groups, groups, strict=True)
     ):
         saved = {name: saved[name] for name in saved if f"{number}:{name}" not in uncounted}
-        _expect("parameters in a group", len(group.params), len(saved["params"]))
+        expect("parameters in a group", len(group.params), len(saved["params"]))
         try:
             state.options.override({name: saved[name] for name in GROUP_OPTIONS})
         except OptionError as error:
@@ -137,7 +141,15 @@ def _check(state: WrapperState, state_dict: Mapping[str, Any]) -> _Loaded:
                 f"a parameter group of the state dict has an invalid option: {error}"
             ) from None
         loaded.groups.append({name: copy_tree(saved[name]) for name in saved if name != "params"})
-        _check_group(loaded, group, param_group, saved, state_dict["state"], state.stores)
+        _check_group(
+            loaded,
+            group,
+            param_group,
+            saved,
+            state_dict["state"],
+            state.stores,
+            state.options.reservoir_path,
+        )
     return loaded
 
 
@@ -148,6 +160,7 @@ def _check_group(
     saved: Mapping[str, Any],
     states: Mapping[Any, Any],
     known_stores: tuple[str, ...],
+    folder: Any,
 ) -> None:
     numbers = _match_params(group, param_group, saved)
     by_name: dict[str, dict[str, Any]] = {}
@@ -168,12 +181,12 @@ def _check_group(
     for execution in group.executions:
         extras = {name: by_name[name].pop(TOPKAST_KEY, None) for name in execution.ranked.shapes}
         for name, extra in extras.items():
-            if extra is None or "params" not in extra:
+            if extra is None or not ({"params", "reservoir"} & extra.keys() or len(extras) > 1):
                 raise StateDictError(f"{name}: the state dict lacks its sets")
         first, *others = extras
         if others:
             _expect_order(list(extras), extras[first].get("members"))
-        loaded.sets[id(execution)] = _check_sets(execution, extras)
+        loaded.sets[id(execution)] = _check_sets(execution, extras, folder)
         if extras[first]["started"]:
             stores = _read_stores(extras[first], known_stores)
             checked = _check_entries(execution, {"state": by_name[first]} | stores)
@@ -213,32 +226,28 @@ def _match_params(
     return dict(zip(group.names, saved["params"], strict=True))
 
 
-def _check_sets(execution: Execution, extras: Mapping[str, Any]) -> _Sets:
+def _check_sets(execution: Execution, extras: Mapping[str, Any], folder: Any) -> _Sets:
     ranked, key = execution.ranked, execution.ranked.key
-    device = execution.reservoir.device
-    for name, extra in extras.items():
-        _expect(f"shape of {name}", tuple(ranked.shapes[name]), tuple(extra["params"].shape))
-        _expect(f"dtype of {name}", execution.reservoir.dtype, extra["params"].dtype)
-        if not torch.isfinite(extra["params"]).all():
-            raise StateDictError(f"{name}: a saved weight is NaN or infinite")
+    device = execution.values.device
     shared = extras[next(iter(ranked.shapes))]
     blocks = ranked.blocks
     sides = (1, 1) if blocks is None else (blocks.rows, blocks.columns)
     saved_sides = shared.get("block_rows", 1), shared.get("block_columns", 1)
-    _expect(f"block of {key}", sides, saved_sides)
+    expect(f"block of {key}", sides, saved_sides)
     indices, count = shared["indices"], ranked.backward
     expected = ((count,), execution.support.indices.dtype)
-    _expect(f"indices of B of {key}", expected, _shape_and_dtype(indices))
-    _expect(f"|A| of {key}", ranked.forward, shared["active_count"])
+    expect(f"indices of B of {key}", expected, _shape_and_dtype(indices))
+    expect(f"|A| of {key}", ranked.forward, shared["active_count"])
     support = Support(indices.to(device, copy=True), ranked.forward, ranked.blocks)
     try:
         support.check(ranked.size, f"{key}: the state dict")
     except MismatchError as error:
         raise StateDictError(str(error)) from None
+    values, reservoir = load_weights(execution, support, extras, folder)
     ages = None
     if execution.young is not None:
         expected = ((ranked.backward_size,), torch.int16)
-        _expect(f"ages of {key}", expected, _shape_and_dtype(shared["ages"]))
+        expect(f"ages of {key}", expected, _shape_and_dtype(shared["ages"]))
         ages = shared["ages"].to(device, copy=True)
     entered, steps = [extra["entered_active"] for extra in extras.values()], shared["steps"]
     if not all(isinstance(number, int) and number >= 0 for number in (*entered, steps)):
@@ -246,7 +255,8 @@ def _check_sets(execution: Execution, extras: Mapping[str, Any]) -> _Sets:
     return _Sets(
         support,
         torch.tensor(entered, dtype=torch.int32, device=device),
-        torch.cat([extra["params"].reshape(-1).to(device) for extra in extras.values()]),
+        values,
+        reservoir,
         steps,
         ages,
     )
@@ -271,7 +281,7 @@ def _check_entries(execution: Execution, stores: dict[str, Any]) -> dict[str, An
         dims = spec.leading + (1 if spec.flat else len(compact))
         if entry.dim() < dims or entry.shape[spec.axis(compact)] != count:
             expected = (count,) if spec.flat else (*compact[:-1], count)
-            _expect(f"{path[-1]} of {key}", expected, tuple(entry.shape))
+            expect(f"{path[-1]} of {key}", expected, tuple(entry.shape))
         return entry
 
     return dict(map_tree(check_entry, stores))
@@ -297,8 +307,3 @@ def _to_device(
 
 def _shape_and_dtype(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
     return tuple(tensor.shape), tensor.dtype
-
-
-def _expect(name: str, expected: object, actual: object) -> None:
-    if expected != actual:
-        raise StateDictError(f"{name}: expected {expected}, the state dict has {actual}")

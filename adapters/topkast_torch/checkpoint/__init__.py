@@ -1,0 +1,1 @@
+"""State dicts: what is saved, and how it is checked and loaded."""

@@ -1,0 +1,92 @@
+"""The weights in a state dict: those on B, and the reservoir, whatever kind was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from topkast import StateDictError, Support
+from topkast.reservoirs import FileBase, LayeredReservoir, Reservoir, restore
+from topkast_torch._reservoirs import TensorReservoir
+from topkast_torch.execution._execution import Execution
+
+
+def expect(name: str, expected: object, actual: object) -> None:
+    """Raise :class:`topkast.StateDictError` unless the two are equal."""
+    if expected != actual:
+        raise StateDictError(f"{name}: expected {expected}, the state dict has {actual}")
+
+
+def load_weights(
+    execution: Execution, support: Support, extras: Mapping[str, Any], folder: Any
+) -> tuple[Tensor, Reservoir]:
+    """The saved values on B (|B|,) and a reservoir of the kind that the execution has."""
+    shared = extras[next(iter(execution.ranked.shapes))]
+    if "reservoir" in shared:
+        return _load_layered(execution, shared, folder)
+    theta = _join(execution, extras)
+    values = theta.index_select(0, support.entries)
+    return values, _make_reservoir(execution, theta, folder)
+
+
+def _join(execution: Execution, extras: Mapping[str, Any]) -> Tensor:
+    """All saved weights as one vector."""
+    ranked, values = execution.ranked, execution.values
+    for name, extra in extras.items():
+        expect(f"shape of {name}", tuple(ranked.shapes[name]), tuple(extra["params"].shape))
+        expect(f"dtype of {name}", values.dtype, extra["params"].dtype)
+        _check_finite(name, extra["params"])
+    return torch.cat([extra["params"].reshape(-1).to(values.device) for extra in extras.values()])
+
+
+def _load_layered(
+    execution: Execution, shared: Mapping[str, Any], folder: Any
+) -> tuple[Tensor, Reservoir]:
+    ranked, current, key = execution.ranked, execution.values, execution.ranked.key
+    values, indices, weights = (shared[name] for name in ("values", "left_indices", "left_weights"))
+    expected = (ranked.backward_size,), current.dtype
+    expect(f"values of {key}", expected, (tuple(values.shape), values.dtype))
+    expect(f"left_weights of {key}", indices.shape, weights.shape)
+    for tensor in (values, weights):
+        _check_finite(key, tensor)
+    changes = indices.cpu().numpy().copy(), weights.cpu().numpy().copy()
+    is_ascending = bool(np.all(changes[0][1:] > changes[0][:-1]))
+    if len(indices) and not (is_ascending and indices[0] >= 0 and indices[-1] < ranked.size):
+        raise StateDictError(f"left_indices of {key} must ascend in [0, {ranked.size})")
+    saved = restore(shared["reservoir"], changes, folder)
+    expect(f"size of {key}", ranked.size, saved.size)
+    values = values.to(current.device, copy=True)
+    if saved.kind == execution.reservoir.kind:
+        return values, saved
+    theta = torch.from_numpy(saved.read(0, saved.size)).to(current)
+    return values, _make_reservoir(execution, theta, folder)
+
+
+def _make_reservoir(execution: Execution, theta: Tensor, folder: Any) -> Reservoir:
+    """A reservoir of the execution's kind with the weights `theta` (n,)."""
+    kind, key = execution.reservoir.kind, execution.ranked.key
+    if kind == "seeded":
+        raise StateDictError(
+            f"{key}: the state dict has the weights, but reservoir='seeded' has none: load it with "
+            "reservoir='device', 'host' or 'disk'"
+        )
+    if kind == "none":
+        assert isinstance(execution.reservoir, LayeredReservoir)
+        return execution.reservoir
+    if kind == "disk":
+        return LayeredReservoir("disk", [FileBase.create(folder, key, theta.cpu().numpy())])
+    current = execution.reservoir
+    assert isinstance(current, TensorReservoir)
+    target = torch.empty_like(theta, device=current.tensor.device)
+    if current.tensor.is_pinned():
+        target = target.pin_memory()
+    return TensorReservoir(target.copy_(theta), kind)
+
+
+def _check_finite(name: str, weights: Tensor) -> None:
+    if not torch.isfinite(weights).all():
+        raise StateDictError(f"{name}: a saved weight is NaN or infinite")

@@ -1,0 +1,235 @@
+"""Initial weights in a file, which is written once and then only read, memory-mapped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from topkast._errors import ReservoirError
+from topkast._progress import chunks
+
+Vector = np.ndarray[Any, Any]
+
+_FORMAT = "topkast-reservoir-1"
+_HEADER = 4096  # bytes: the weights begin at a page of memory
+_SUFFIX = ".reservoir"
+
+
+class FileBase:
+    """The initial weights of one tensor in a file, named by tensor and content.
+
+    The file is written beside its final place and moved there when it is complete, so that a file
+    of this name holds all weights or does not exist. Nothing writes to it afterwards.
+
+    Attributes
+    ----------
+    path
+        The file.
+    name
+        Name of the tensor.
+    digest
+        BLAKE2 digest of the weights, in hexadecimal digits.
+    """
+
+    nbytes = 0
+
+    def __init__(self, path: Path, header: dict[str, Any], *, is_new: bool = False) -> None:
+        self.path, self.header, self._is_new = path, header, is_new
+        self.name, self.digest = header["name"], header["digest"]
+        self.size, self.dtype = header["size"], header["dtype"]
+        self._weights = _map(path, header)
+
+    @classmethod
+    def create(cls, folder: Any, name: str, weights: Vector) -> FileBase:
+        """Write the weights (n,) of a tensor to a file in `folder`.
+
+        Raises
+        ------
+        ReservoirError
+            If the folder cannot be written to, or its disk is full. No file is left then.
+        """
+        folder = Path(folder)
+        stem = re.sub(r"[^\w.+-]+", "_", name)[:100]
+        part = folder / f".{stem}.{os.getpid()}.part"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(folder)
+            header: dict[str, Any] = {"format": _FORMAT, "name": name}
+            header |= {"size": weights.size, "dtype": weights.dtype.name}
+            with part.open("wb") as file:
+                file.write(bytes(_HEADER))
+                header["digest"] = _digest(_write_chunks(file, weights, name))
+                file.seek(0)
+                file.write(json.dumps(header).encode().ljust(_HEADER, b" "))
+                file.flush()
+                os.fsync(file.fileno())
+            path = folder / f"{stem}-{header['digest'][:16]}{_SUFFIX}"
+            is_new = not path.exists()
+            if is_new:
+                part.replace(path)
+                _sync_folder(folder)
+        except OSError as error:
+            raise ReservoirError(
+                f"the weights of {name} ({weights.nbytes:,} bytes) cannot be written to {folder}: "
+                f"{error}. Free the space or choose another reservoir_path"
+            ) from error
+        finally:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+        return cls(path, header, is_new=is_new)
+
+    @classmethod
+    def from_description(cls, saved: dict[str, Any], folder: Any = None) -> FileBase:
+        """Open the file that a checkpoint describes, in `folder` or where it was, and check it.
+
+        Raises
+        ------
+        ReservoirError
+            If it does not exist, is damaged, or belongs to another tensor.
+        """
+        recorded = Path(saved["path"])
+        places = [recorded] if folder is None else [Path(folder) / recorded.name, recorded]
+        path = next((place for place in places if place.exists()), None)
+        if path is None:
+            raise ReservoirError(
+                f"the checkpoint needs the file {recorded.name}, which holds the weights of "
+                f"{saved['name']} outside B, but it is not in "
+                f"{' or '.join(str(place.parent) for place in places)}: copy it there"
+            )
+        base = cls(path, _read_header(path))
+        for field in ("name", "size", "dtype", "digest"):
+            if base.header[field] != saved[field]:
+                raise ReservoirError(
+                    f"{path} belongs to another tensor or run: its {field} is "
+                    f"{base.header[field]!r}, the checkpoint has {saved[field]!r}"
+                )
+        pieces = (
+            base.read(start, stop) for start, stop in chunks(base.size, f"checking {path.name}")
+        )
+        if _digest(pieces) != base.digest:
+            raise ReservoirError(f"{path} is damaged: its weights do not have its digest")
+        return base
+
+    def read(self, start: int, stop: int) -> Vector:
+        """The weights of a range of flat indices, as a new array."""
+        return np.array(self._weights[start:stop])
+
+    def take(self, indices: Vector) -> Vector:
+        """The weights at flat indices (k,)."""
+        return np.asarray(self._weights.take(indices))
+
+    def describe(self) -> dict[str, Any]:
+        """Numbers and strings by which the file is found and recognised."""
+        self._is_new = False  # a checkpoint needs it from now on
+        fields = ("name", "size", "dtype", "digest")
+        return {field: self.header[field] for field in fields} | {"path": str(self.path.absolute())}
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the file."""
+        return _HEADER + self._weights.nbytes
+
+    def discard(self) -> None:
+        """Remove the file, if this object created it and no checkpoint needs it."""
+        if self._is_new:
+            self._is_new = False
+            with suppress(OSError):
+                self.path.unlink()
+
+    def __deepcopy__(self, memo: Any) -> FileBase:
+        return self  # nothing changes
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._is_new = False
+        return {"path": self.path, "header": self.header}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        path, header = state["path"], state["header"]
+        FileBase.__init__(self, path, header)
+
+
+def _write_chunks(file: BinaryIO, weights: Vector, name: str) -> Iterable[Vector]:
+    """Write the weights chunk by chunk, and yield each chunk."""
+    for start, stop in chunks(weights.size, f"writing the weights of {name}"):
+        chunk = np.ascontiguousarray(weights[start:stop])
+        file.write(chunk.astype(chunk.dtype.newbyteorder("<"), copy=False).data)
+        yield chunk
+
+
+def _digest(pieces: Iterable[Vector]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for piece in pieces:
+        digest.update(piece.data)
+    return digest.hexdigest()
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """The header of a file; raises :class:`ReservoirError` if it is not one of ours."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(_HEADER))
+    except OSError as error:
+        raise ReservoirError(f"{path} cannot be read: {error}") from error
+    except ValueError:
+        header = None
+    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+        version = header.get("format") if isinstance(header, dict) else None
+        raise ReservoirError(
+            f"{path} is not a reservoir of this version of topkast: its format is {version!r}, "
+            f"expected {_FORMAT!r}"
+        )
+    return header
+
+
+def _map(path: Path, header: dict[str, Any]) -> Vector:
+    """Map the weights of a file into memory, to be read only."""
+    dtype, size = np.dtype(header["dtype"]).newbyteorder("<"), header["size"]
+    try:
+        actual = path.stat().st_size
+        if actual != _HEADER + size * dtype.itemsize:
+            raise ReservoirError(
+                f"{path} has {actual:,} bytes, but its header asks for "
+                f"{_HEADER + size * dtype.itemsize:,}: it is damaged"
+            )
+        return np.memmap(path, dtype, "r", _HEADER, (size,))
+    except OSError as error:
+        if isinstance(error, ReservoirError):
+            raise
+        raise ReservoirError(f"{path} cannot be read: {error}") from error
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove incomplete files of processes that no longer run on this machine."""
+    for path in folder.glob(".*.part"):
+        number = path.name.split(".")[-2]
+        if number.isdecimal() and int(number) != os.getpid() and not _is_running(int(number)):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the file's new name survive a loss of power, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

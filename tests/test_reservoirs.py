@@ -1,0 +1,421 @@
+"""Reservoirs: generated weights, weights in files, and what left B since."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import math
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from libraries import LIBRARIES, Library, host
+
+import topkast
+from topkast import OptionError, ReservoirError
+from topkast.adapter import IncrementalSelection, choose_first
+from topkast.backends import _candidates, _compiled
+from topkast.reservoirs import (
+    ArrayReservoir,
+    FileBase,
+    Generated,
+    Init,
+    LayeredReservoir,
+    Reservoir,
+    Zeros,
+    describe,
+    restore,
+)
+from topkast.selection._random import Ranks, make_key
+
+Array = Any
+
+UNIFORM, NORMAL = Init("uniform", 0.1), Init("normal", 0.02)
+
+
+def bits(array: Array) -> Array:
+    return np.asarray(array).view(np.uint8)
+
+
+# Generated weights
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=str)
+@pytest.mark.parametrize("init", [UNIFORM, NORMAL], ids=["uniform", "normal"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_every_library_generates_the_same_bits(library: Library, init: Init, dtype: str) -> None:
+    if dtype == "float64" and "jax" in library.name:
+        pytest.skip("JAX has 32 bits here")
+    weights = Generated("layer.weight", 7, init, 1 << 40, dtype)
+    indices = np.arange(30_000, dtype=np.int32)
+    expected = weights.take(indices)
+    assert str(expected.dtype) == dtype
+    generated = host(library.compile(weights.take)(library.asarray(indices)))
+    np.testing.assert_array_equal(bits(generated), bits(expected))
+
+
+@pytest.mark.parametrize("init", [UNIFORM, NORMAL], ids=["uniform", "normal"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("start", [0, 12_345, (1 << 32) - 1_000, (1 << 35) + 5])
+def test_the_kernel_generates_the_same_bits(
+    init: Init, dtype: str, start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("numba")
+    weights = Generated("layer.weight", 7, init, 1 << 40, dtype)
+    monkeypatch.setattr(_compiled, "_MIN_ENTRIES", 0)
+    compiled = weights.read(start, start + 40_001)
+    monkeypatch.setattr(_compiled, "has_numba", lambda: False)
+    np.testing.assert_array_equal(bits(compiled), bits(weights.read(start, start + 40_001)))
+
+
+def test_a_weight_depends_on_seed_name_and_index_alone() -> None:
+    weights = Generated("a", 0, UNIFORM, 100_000)
+    same = Generated("a", 0, UNIFORM, 100_000).take(np.asarray([99_999, 5]))
+    np.testing.assert_array_equal(same, weights.read(0, 100_000)[[99_999, 5]])
+    others = Generated("b", 0, UNIFORM, 100_000), Generated("a", 1, UNIFORM, 100_000)
+    for other in others:
+        correlation = np.corrcoef(weights.read(0, 100_000), other.read(0, 100_000))[0, 1]
+        assert abs(correlation) < 5 / math.sqrt(100_000)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_distributions_are_those_that_are_promised(dtype: str) -> None:
+    scipy_stats = pytest.importorskip("scipy.stats")
+    count = 200_000
+    uniform = Generated("w", 3, UNIFORM, count, dtype).read(0, count)
+    normal = Generated("w", 3, NORMAL, count, dtype).read(0, count)
+    assert np.abs(uniform).max() <= 0.1
+    assert np.abs(normal).max() <= 4.5 * 0.02
+    assert np.count_nonzero(uniform) == np.count_nonzero(normal) == count
+    exact = scipy_stats.uniform(-0.1, 0.2), scipy_stats.norm(0, 0.02)
+    for weights, distribution in zip((uniform, normal), exact, strict=True):
+        assert scipy_stats.kstest(weights, distribution.cdf).pvalue > 1e-3
+        neighbours = np.corrcoef(weights[1:], weights[:-1])[0, 1]
+        assert abs(neighbours) < 5 / math.sqrt(count)
+    # The tail decides which weights are in B: its quantiles are those of the normal distribution.
+    for share in (1e-2, 1e-3):
+        quantile = np.quantile(np.abs(normal), 1 - share)
+        spread = math.sqrt(share / count) / scipy_stats.norm.pdf(exact[1].isf(share / 2) / 0.02) / 2
+        assert quantile / 0.02 == pytest.approx(exact[1].isf(share / 2) / 0.02, abs=5 * spread)
+
+
+@pytest.mark.parametrize("shape", [(50, 100), (8, 6, 3, 5)])
+@pytest.mark.parametrize(
+    "rule", ["default", "kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal"]
+)
+def test_rules_have_the_scale_of_pytorch(rule: str, shape: tuple[int, ...]) -> None:
+    torch = pytest.importorskip("torch")
+    nn = torch.nn.init
+    fill = {
+        "default": lambda tensor: nn.kaiming_uniform_(tensor, a=math.sqrt(5)),
+        "kaiming_uniform": lambda tensor: nn.kaiming_uniform_(tensor, nonlinearity="relu"),
+        "kaiming_normal": lambda tensor: nn.kaiming_normal_(tensor, nonlinearity="relu"),
+        "xavier_uniform": nn.xavier_uniform_,
+        "xavier_normal": nn.xavier_normal_,
+    }[rule]
+    torch.manual_seed(0)
+    drawn = torch.cat([fill(torch.empty(shape)).reshape(-1) for _ in range(40)])
+    init = Init.of(rule, shape)
+    scale = drawn.std() if init.kind == "normal" else drawn.abs().max()
+    assert init.scale == pytest.approx(float(scale), rel=0.02)
+
+
+def test_wrong_distributions_are_refused() -> None:
+    with pytest.raises(OptionError, match=r"init must be .* one of 'default', .* got 'kaiming'"):
+        Init.of("kaiming", (2, 3))
+    with pytest.raises(OptionError, match="kind must be 'uniform' or 'normal'"):
+        Init("cauchy", 1.0)  # type: ignore[arg-type]
+    for scale in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(OptionError, match="scale must be positive and finite"):
+            Init("normal", scale)
+
+
+# What is read is what was written
+
+
+def make_reservoirs(theta: Array, folder: Path) -> dict[str, Reservoir]:
+    """A reservoir of each kind, with the weights that `Generated("w", 0, UNIFORM)` has."""
+    half = theta.size // 2
+    parts = {"a": theta[:half], "b": theta[half:]}
+    bases = [FileBase.create(folder, name, part) for name, part in parts.items()]
+    generated = Generated("w", 0, UNIFORM, theta.size, theta.dtype.name)
+    return {
+        "array": ArrayReservoir(theta.copy()),
+        "seeded": LayeredReservoir("seeded", [generated]),
+        "disk": LayeredReservoir("disk", [FileBase.create(folder, "w", theta)]),
+        "two files": LayeredReservoir("disk", bases),
+    }
+
+
+@given(data=st.data())
+def test_reservoirs_agree(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    size = data.draw(st.sampled_from([2, 100, 5_000]))
+    theta = Generated("w", 0, UNIFORM, size, data.draw(st.sampled_from(["float32", "float64"])))
+    expected = theta.read(0, size)
+    reservoirs = make_reservoirs(expected, tmp_path_factory.mktemp("reservoir"))
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    for number in range(data.draw(st.integers(0, 12))):
+        count = data.draw(st.integers(0, size))
+        indices = rng.permutation(size)[:count].astype(np.int32)
+        weights = rng.standard_normal(count).astype(expected.dtype)
+        expected[indices] = weights
+        for name, reservoir in reservoirs.items():
+            reservoir.write(indices, weights)
+            if number == 5:
+                kept = reservoir
+                reservoirs[name] = reservoir.copy()
+                kept.write(indices, weights + 1)
+    start, stop = sorted(rng.integers(0, size + 1, 2).tolist())
+    chosen = rng.integers(0, size, 20).astype(np.int32)
+    for reservoir in reservoirs.values():
+        copies = [reservoir, copy.deepcopy(reservoir), pickle.loads(pickle.dumps(reservoir))]
+        if isinstance(reservoir, LayeredReservoir):
+            copies.append(restore(describe(reservoir), reservoir.changes()))
+        for one in copies:
+            assert one.size == size
+            np.testing.assert_array_equal(bits(one.read(0, size)), bits(expected))
+            np.testing.assert_array_equal(one.read(start, stop), expected[start:stop])
+            np.testing.assert_array_equal(one.take(chosen), expected[chosen])
+
+
+def test_what_is_read_belongs_to_the_caller(tmp_path: Path) -> None:
+    theta = Generated("w", 0, UNIFORM, 100).read(0, 100)
+    for reservoir in make_reservoirs(theta, tmp_path).values():
+        reservoir.read(0, 100)[:] = 0
+        np.testing.assert_array_equal(reservoir.read(0, 100), theta)
+
+
+def test_only_entries_that_left_are_stored() -> None:
+    reservoir = LayeredReservoir("seeded", [Generated("w", 0, UNIFORM, 10**12)])
+    assert reservoir.nbytes == reservoir.disk_bytes == 0
+    for _ in range(50):
+        reservoir.write(np.arange(1_000) + 10**11, np.ones(1_000, np.float32))
+    assert 12 * 1_000 <= reservoir.nbytes <= 2 * 12 * 1_000
+    indices, weights = reservoir.changes()
+    np.testing.assert_array_equal(indices, np.arange(1_000) + 10**11)
+    assert weights.tolist() == [1.0] * 1_000
+
+
+def test_a_method_that_forgets_keeps_nothing() -> None:
+    reservoir = LayeredReservoir("none", [Zeros(100, "float32")])
+    reservoir.write(np.arange(5), np.ones(5, np.float32))
+    assert reservoir.nbytes == 0
+    assert not reservoir.read(0, 100).any()
+    assert not reservoir.take(np.arange(5)).any()
+
+
+# Selection from a reservoir
+
+
+@pytest.fixture(params=["kernels", "numpy"])
+def functions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_compiled, "_MIN_ENTRIES", 0)
+    monkeypatch.setattr(_compiled, "has_numba", lambda: request.param == "kernels")
+
+
+@pytest.mark.usefixtures("functions")
+@given(data=st.data(), pair=st.sampled_from([(0.9, 0.8), (0.98, 0.9), (0.5, 0.0), (0.99, 0.99)]))
+def test_the_sets_do_not_depend_on_the_reservoir(
+    data: st.DataObject, pair: tuple[float, float], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    size = data.draw(st.sampled_from([2, 50, 4_000, 20_000]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    dtype = data.draw(st.sampled_from(["float32", "float64"]))
+    theta = Generated("w", 0, UNIFORM, size, dtype).read(0, size)
+    reservoirs = make_reservoirs(theta, tmp_path_factory.mktemp("reservoir"))
+    seed, name = 3, "layer.weight"
+    ranks = Ranks(make_key(seed, name, "ties"))
+
+    def select(weights: Array) -> topkast.Support:
+        return topkast.select(weights, fwd=pair[0], bwd=pair[1], seed=seed, name=name)
+
+    expected = select(theta)
+    counts = expected.forward, expected.backward
+    selections = {}
+    for kind, reservoir in reservoirs.items():
+        chosen = choose_first(reservoir, counts, seed=seed, name=name)
+        assert chosen is not None
+        np.testing.assert_array_equal(chosen[0].support.indices, expected.indices)
+        assert chosen[0].support.forward == expected.forward
+        np.testing.assert_array_equal(chosen[0].values, theta[expected.indices])
+        selections[kind] = chosen[1]
+    for _ in range(4):
+        change = data.draw(st.sampled_from(["move", "shrink", "round", "zeros", "signs"]))
+        old, values = expected, theta[expected.indices]
+        changed: Array = {
+            "move": values + rng.standard_normal(values.size) * 0.02,
+            "shrink": values * rng.random(values.size),
+            "round": np.round(values, 2),
+            "zeros": np.where(rng.random(values.size) < 0.5, 0, values),
+            "signs": -values,
+        }[change]
+        values = changed.astype(theta.dtype)
+        theta[old.indices] = values
+        expected = select(theta)
+        for kind, reservoir in reservoirs.items():
+            outcome = selections[kind].choose(old, values, reservoir, ranks)
+            if outcome is None:  # zeros: all weights are ranked
+                assert np.count_nonzero(theta) < size
+                gone = np.setdiff1d(old.indices, expected.indices)
+                reservoir.write(gone, theta[gone])
+                selections[kind] = IncrementalSelection()
+                continue
+            exchange, selections[kind] = outcome
+            np.testing.assert_array_equal(exchange.support.indices, expected.indices)
+            np.testing.assert_array_equal(exchange.values, theta[expected.indices])
+            reservoir.write(*exchange.left)
+
+
+def test_indices_of_large_tensors_have_64_bits() -> None:
+    size, count = (1 << 31) + 10, 2_000
+    weights = Generated("w", 0, UNIFORM, size)
+    chosen = choose_first(LayeredReservoir("seeded", [weights]), (count, 2 * count))
+    assert chosen is not None
+    support, values = chosen[0].support, chosen[0].values
+    assert support.indices.dtype == np.int64
+    assert (support.forward, support.backward) == (count, 2 * count)
+    np.testing.assert_array_equal(values, weights.take(support.indices))
+    smallest = np.abs(values[:count]).min()
+    assert np.abs(values[count:]).max() <= smallest
+    # The magnitudes of a range: what reaches the threshold there is in B.
+    start = size - (1 << 20)
+    inside = np.flatnonzero(np.abs(weights.read(start, size)) > np.abs(values).min()) + start
+    assert set(inside.tolist()) <= set(support.indices.tolist())
+    reserve = chosen[1].reserve
+    assert reserve is not None
+    assert reserve.indices.dtype == np.int64
+    # A refresh, in which an entry of A shrinks.
+    values = values.copy()
+    values[5] = 0
+    ranks = Ranks(make_key(0, "", "ties"))  # many magnitudes are equal
+    outcome = chosen[1].choose(support, values, LayeredReservoir("seeded", [weights]), ranks)
+    assert outcome is not None
+    assert outcome[0].left[0].tolist() == [support.indices[5]]
+
+
+def test_numpy_and_kernels_choose_alike_in_64_bits() -> None:
+    kernels = pytest.importorskip("topkast.kernels")
+    rng = np.random.default_rng(0)
+    indices = np.sort(rng.choice(1 << 40, 3_000, replace=False))
+    values = rng.standard_normal(3_000).astype(np.float32)
+    thirds = rng.permutation(np.arange(3_000) % 3)
+    lists = [(indices[thirds == part], values[thirds == part]) for part in range(3)]
+    arguments: Any = {"size": 1 << 40, "forward": 1.5, "backward": 1.0, "bound": 0.5}
+    expected = _candidates.divide(*lists, **arguments)
+    actual = kernels.divide(*lists, **arguments)
+    assert expected.sizes == actual.sizes
+    candidates = sum(expected.sizes[:3])  # what is below the bound is in no order
+    for one, two in zip(expected[:3], actual[:3], strict=True):
+        np.testing.assert_array_equal(one[:candidates], two[:candidates])
+        np.testing.assert_array_equal(np.sort(one[candidates:]), np.sort(two[candidates:]))
+    assert actual.indices.dtype == np.int64
+
+
+# Files
+
+
+def test_a_file_is_named_by_tensor_and_content(tmp_path: Path) -> None:
+    theta = np.arange(1_000, dtype=np.float32)
+    first = FileBase.create(tmp_path, "layers/0.weight", theta)
+    again = FileBase.create(tmp_path, "layers/0.weight", theta)
+    other = FileBase.create(tmp_path, "layers/0.weight", theta + 1)
+    assert first.path == again.path != other.path
+    assert sorted(tmp_path.iterdir()) == sorted([first.path, other.path])
+    again.discard()  # which it did not create
+    assert first.path.exists()
+    other.discard()
+    assert not other.path.exists()
+
+
+def test_a_file_that_a_checkpoint_needs_stays(tmp_path: Path) -> None:
+    base = FileBase.create(tmp_path, "w", np.ones(10, np.float32))
+    base.describe()
+    base.discard()
+    assert base.path.exists()
+
+
+def test_wrong_files_are_refused(tmp_path: Path) -> None:
+    theta = np.arange(1_000, dtype=np.float32)
+    base = FileBase.create(tmp_path, "w", theta)
+    saved, content = base.describe(), base.path.read_bytes()
+
+    def check(message: str, **changes: Any) -> None:
+        with pytest.raises(ReservoirError, match=message):
+            FileBase.from_description(saved | changes, tmp_path)
+
+    check("belongs to another tensor or run: its name is 'w'", name="v")
+    check("its size is 1000, the checkpoint has 7", size=7)
+    check("its digest is", digest="0" * 32)
+    check("copy it there", path=str(tmp_path / "missing" / "w-1.reservoir"))
+    damaged = bytearray(content)
+    damaged[-3] ^= 1
+    base.path.write_bytes(damaged)
+    check("is damaged: its weights do not have its digest")
+    base.path.write_bytes(content[:-4])
+    check("it is damaged")
+    base.path.write_bytes(b"PK" + content[2:])
+    check("is not a reservoir of this version")
+    base.path.write_bytes(content.replace(b"topkast-reservoir-1", b"topkast-reservoir-9"))
+    check("its format is 'topkast-reservoir-9', expected 'topkast-reservoir-1'")
+    base.path.write_bytes(content)
+    assert FileBase.from_description(saved, tmp_path).read(0, 3).tolist() == [0.0, 1.0, 2.0]
+
+
+def test_a_moved_file_is_found_in_the_new_folder(tmp_path: Path) -> None:
+    base = FileBase.create(tmp_path / "old", "w", np.ones(10, np.float32))
+    saved = base.describe()
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert FileBase.from_description(saved, tmp_path / "new").path.parent == tmp_path / "new"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ReservoirError, match=r"4,000 bytes\) cannot be written to .*file"):
+        FileBase.create(tmp_path / "file", "w", np.zeros(1_000, np.float32))
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+def test_a_full_disk_or_an_interruption_leaves_what_was_there(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = FileBase.create(tmp_path, "w", np.ones(10, np.float32))
+    before = base.path.read_bytes()
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "fsync", fail)
+    expected = ReservoirError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected):
+        FileBase.create(tmp_path, "w", np.zeros(10, np.float32))
+    assert list(tmp_path.iterdir()) == [base.path]
+    assert base.path.read_bytes() == before
+
+
+def test_incomplete_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    process = ended.pid
+    assert ended.wait(timeout=60) == 0
+    dead, own = tmp_path / f".w.{process}.part", tmp_path / ".w.1.part"
+    for path in (dead, own):
+        path.write_bytes(b"incomplete")
+    FileBase.create(tmp_path, "v", np.ones(10, np.float32))
+    assert not dead.exists()
+    assert own.exists()  # process 1 runs
+
+
+def test_a_file_can_be_shared(tmp_path: Path) -> None:
+    base = FileBase.create(tmp_path, "w", np.ones(10, np.float32))
+    assert copy.deepcopy(base) is base
+    loaded = pickle.loads(pickle.dumps(base))
+    assert loaded.read(0, 10).tolist() == [1.0] * 10
+    with pytest.raises(ValueError, match="read-only"):
+        base._weights[0] = 2
