@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 _LOGGER = logging.getLogger("topkast")
 
-_CHUNK = 1 << 20  # entries
+_CHUNK = 1 << 21  # entries
 _SILENT = 2.0  # seconds of work before the first message
 _TERMINAL_PAUSE, _LOG_PAUSE = 0.2, 10.0  # seconds between two messages
 

@@ -25,6 +25,7 @@ from topkast.kernels.runtime._compile import kernel
 from topkast.kernels.runtime._vector import as_pointer, fetch_add
 
 _CHUNK = 1 << 15  # entries that a thread takes at a time
+_BLOCK = 1 << 6  # entries of a chunk that are skipped together if none is kept
 _DIGIT = 16  # bits of a key that one pass counts; the counts stay in a second-level cache
 
 _COUNT = define_arguments(
@@ -236,21 +237,41 @@ def _collect(address: Any, unsigned: Any) -> None:
         if chunk >= chunks:
             break
         first = chunk * _CHUNK
+        part = flat[first : min(first + _CHUNK, len(flat))]
         if arguments.writes == 0:
-            count = 0
-            for entry in range(first, min(first + _CHUNK, len(flat))):
-                count += key_of(flat[entry], unsigned) >= bound
-            starts[chunk + 1] = count
+            starts[chunk + 1] = _count_large(part, bound, unsigned)
             continue
-        indices = array_at(arguments.indices, starts[chunks], np.int32)
-        values = array_at(arguments.values, starts[chunks], unsigned)
+        size = starts[chunk + 1] - starts[chunk]
+        indices = array_at(arguments.indices + 4 * starts[chunk], size, np.int32)
+        values = array_at(arguments.values + part.itemsize * starts[chunk], size, unsigned)
+        _write_large(part, first, bound, indices, values, unsigned)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _count_large(entries: Any, bound: Any, unsigned: Any) -> Any:
+    count = 0
+    for bits in entries:  # compared as vectors
+        count += key_of(bits, unsigned) >= bound
+    return count
+
+
+@njit  # type: ignore[untyped-decorator]
+def _write_large(
+    entries: Any, first: Any, bound: Any, indices: Any, values: Any, unsigned: Any
+) -> None:
+    """Write the entries of a key of `bound` or more, and their indices, which begin at `first`."""
+    kept, start = 0, 0
+    while kept < len(indices):
+        block = entries[start : start + _BLOCK]
+        stop = kept + _count_large(block, bound, unsigned)
         # Every entry is written, and the next one over it unless it is kept: there is no branch.
-        kept, entry = starts[chunk], first
-        while kept < starts[chunk + 1]:
-            bits = flat[entry]
-            indices[kept], values[kept] = entry, bits
+        position = 0
+        while kept < stop:
+            bits = block[position]
+            indices[kept], values[kept] = first + start + position, bits
             kept += np.int64(key_of(bits, unsigned) >= bound)
-            entry += 1
+            position += 1
+        start += _BLOCK
 
 
 _KERNEL = types.void(types.intp)
