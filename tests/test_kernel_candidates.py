@@ -42,11 +42,30 @@ def test_thresholds_are_order_statistics(vector: Array, data: st.DataObject) -> 
     assert [one.magnitude for one in found] == [float(descending[count - 1]) for count in counts]
 
 
+@given(vector=vectors(), data=st.data())
+def test_brackets_change_no_threshold(vector: Array, data: st.DataObject) -> None:
+    counts = data.draw(st.lists(st.integers(1, vector.size), min_size=1, max_size=3))
+    ends = st.sampled_from([0.0, *np.abs(vector[:50]).tolist()])
+    brackets = [tuple(sorted(data.draw(st.lists(ends, min_size=2, max_size=2)))) for _ in counts]
+    if data.draw(st.booleans()):  # around the thresholds
+        expected, _ = find_thresholds([vector], counts)
+        share = data.draw(st.sampled_from([0.0, 0.01, 0.5]))
+        brackets = [(one.magnitude * (1 - share), one.magnitude * (1 + share)) for one in expected]
+    cut = data.draw(st.integers(0, vector.size))
+    lists = [vector[:cut], vector[cut:]]
+    for threads in THREADS:
+        found = find_thresholds(lists, counts, brackets=brackets, threads=threads)
+        assert found == find_thresholds(lists, counts)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_and_infinity_are_counted(dtype: Any) -> None:
+@pytest.mark.parametrize("brackets", [None, [(0.5, 2.0)], [(1.5, 2.0)]])
+def test_nan_and_infinity_are_counted(dtype: Any, brackets: Any) -> None:
     vector = np.ones(40_000, dtype)
     vector[[0, 7, 39_999]] = np.nan, np.inf, -np.inf
-    assert find_thresholds([vector[:20], vector[20:]], [1])[1] == 3
+    for count in (1, 10):
+        lists = [vector[:20], vector[20:]]
+        assert find_thresholds(lists, [count], brackets=brackets)[1] == 3
 
 
 @given(vector=vectors(), data=st.data())
@@ -93,14 +112,21 @@ def test_divide_agrees_with_numpy(vector: Array, data: st.DataObject) -> None:
         threads = data.draw(st.sampled_from(THREADS))
         found = divide(*parts, **limits, ties=tied, threads=threads)
         assert found.sizes == expected.sizes
-        inside = sum(found.sizes[:3])
-        for one, other in zip(found[:3], expected[:3], strict=True):
-            np.testing.assert_array_equal(one[:inside], other[:inside])
+        ordered_count = found.sizes[2]  # what is below the bound is in no order
+        for one, other in zip(found.inside, expected.inside, strict=True):
+            np.testing.assert_array_equal(one, other)
             assert one.dtype == other.dtype
-        assert {*found.indices[inside:]} == {*expected.indices[inside:]}
-        dropped = dict(zip(expected.indices[inside:], expected.source[inside:], strict=True))
-        for index, source in zip(found.indices[inside:], found.source[inside:], strict=True):
-            assert dropped[index] == source
+        for one, other in zip(found.outside, expected.outside, strict=True):
+            np.testing.assert_array_equal(one[:ordered_count], other[:ordered_count])
+            assert one.dtype == other.dtype
+        below, expected_below = (
+            {
+                tuple(entry)
+                for entry in zip(*(array[ordered_count:].tolist() for array in side), strict=True)
+            }
+            for side in (found.outside, expected.outside)
+        )
+        assert below == expected_below
 
 
 @pytest.mark.parametrize("dtype", ["int16", "float16", "int32", "float32", "int64", "float64"])

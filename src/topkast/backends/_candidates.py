@@ -28,27 +28,46 @@ class Threshold(NamedTuple):
     surplus: int
 
 
-class Division(NamedTuple):
-    """Candidates in their new order: A, B∖A, those outside B, those below the bound.
+class Candidates(NamedTuple):
+    """Entries that may belong to B.
 
     Attributes
     ----------
     indices, values
-        Of all candidates, ascending within each of the first three parts.
+        Flat indices and weights.
     source
         Position that each had in the old B, -1 for those that were outside; int32.
-    sizes
-        Lengths of the four parts.
     """
 
     indices: Vector
     values: Vector
     source: Vector
-    sizes: tuple[int, int, int, int]
+
+
+class Division(NamedTuple):
+    """Candidates in their new order, in four parts: A, B∖A, those outside B, those below the bound.
+
+    Attributes
+    ----------
+    inside
+        A and B∖A; indices ascend within each.
+    outside
+        The others; indices of those that reach the bound ascend.
+    sizes
+        Lengths of the four parts.
+    """
+
+    inside: Candidates
+    outside: Candidates
+    sizes: tuple[int, ...]
 
 
 def find_thresholds(
-    lists: Sequence[Vector], counts: Sequence[int], /
+    lists: Sequence[Vector],
+    counts: Sequence[int],
+    /,
+    *,
+    brackets: Sequence[tuple[float, float]] | None = None,
 ) -> tuple[list[Threshold], int]:
     """Find the `count`-th largest magnitude of all entries of some vectors, for several counts."""
     magnitudes = np.abs(np.concatenate(lists))
@@ -105,4 +124,6 @@ def divide(
     number = np.sum(below, axis=0, dtype=np.int8)
     order = np.argsort(number, kind="stable")
     sizes = np.bincount(number, minlength=4)
-    return Division(indices[order], values[order], source[order], tuple(sizes.tolist()))
+    halves = np.split(order, [sizes[:2].sum()])
+    inside_b, outside_b = (Candidates(indices[half], values[half], source[half]) for half in halves)
+    return Division(inside_b, outside_b, tuple(sizes.tolist()))

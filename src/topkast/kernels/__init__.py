@@ -26,7 +26,7 @@ except ModuleNotFoundError:
         "the kernels need numba: pip install 'topkast[cpu]'", name="numba"
     ) from None
 
-from topkast.backends._candidates import Division, Threshold
+from topkast.backends._candidates import Candidates, Division, Threshold
 from topkast.kernels._columns import find_columns, find_row_starts
 from topkast.kernels._convolution import ConvolutionProducts
 from topkast.kernels._gather import compress, gather, put
@@ -39,12 +39,14 @@ from topkast.kernels._planes import from_planes, lanes_of, to_planes
 from topkast.kernels._products import multiply, sampled_product, tile_width
 from topkast.kernels.refresh._divide import divide
 from topkast.kernels.refresh._generate import generate
-from topkast.kernels.refresh._magnitudes import collect, find_thresholds
+from topkast.kernels.refresh._magnitudes import collect
 from topkast.kernels.refresh._migrate import migrate
+from topkast.kernels.refresh._thresholds import find_thresholds
 from topkast.kernels.refresh._young import scale_displacement
 
 __all__ = [
     "Bands",
+    "Candidates",
     "ConvGeometry",
     "ConvolutionProducts",
     "Division",

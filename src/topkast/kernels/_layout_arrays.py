@@ -66,19 +66,22 @@ def make_layout_arrays(
     prefetch_distance: int,
 ) -> Any:
     """The arrays of a Layout; `prefetch_distance` zeros follow the indices of values."""
-    height, panels = chunk_rows[-1], -(-max(width, 1) // panel_width)
-    column_panels = np.empty(width, dtype=np.int32)  # a table saves a division for each entry
+    height, panels, entries = chunk_rows[-1], -(-max(width, 1) // panel_width), len(rows)
+    # A cell is a row inside a panel. Tables save a division for each entry. Numbers that cannot be
+    # negative are unsigned, because others are checked as indices.
+    first_cells, panel_columns = np.empty(width, dtype=np.uint32), np.empty(width, dtype=np.uint16)
     for column in range(width):
-        column_panels[column] = column // panel_width
-    counts = np.zeros((panels, height), dtype=np.int32)
-    segments = 0
-    for entry in range(len(rows)):
-        panel, row = column_panels[columns[entry]], rows[entry]
-        segments += counts[panel, row] == 0
-        counts[panel, row] += 1
-    panel_segments, segment_rows, segment_lengths = _sort_segments(counts, chunk_rows, segments)
+        first_cells[column] = column // panel_width * height
+        panel_columns[column] = column % panel_width
+    counts = np.zeros(panels * height, dtype=np.int32)
+    for entry in range(entries):
+        first_cell = first_cells[np.uint32(columns[entry])]
+        counts[np.uint32(first_cell + np.uint32(rows[entry]))] += 1
+    segments = np.count_nonzero(counts)
+    by_panel = counts.reshape(panels, height)
+    panel_segments, segment_rows, segment_lengths = _sort_segments(by_panel, chunk_rows, segments)
     chunk_entries = np.zeros(len(chunk_rows), dtype=np.int32)
-    next_entry, first = counts, 0  # reuses `counts`: position of the next entry of each segment
+    next_entry, first = by_panel, 0  # reuses `counts`: position of the next entry of each segment
     for chunk in range(len(chunk_rows) - 1):
         chunk_entries[chunk] = first
         for panel in range(panels):
@@ -87,14 +90,16 @@ def make_layout_arrays(
                 next_entry[panel, chunk_rows[chunk] + segment_rows[segment]] = first
                 first += segment_lengths[segment]
     chunk_entries[-1] = first
-    ordered_index = np.zeros(len(rows) + prefetch_distance, dtype=np.int32)
-    ordered_columns = np.empty(len(rows), dtype=np.uint16)
-    for entry in range(len(rows)):
-        panel, row = column_panels[columns[entry]], rows[entry]
-        target = next_entry[panel, row]
+    ordered_index = np.empty(entries + prefetch_distance, dtype=np.int32)
+    ordered_index[entries:] = 0
+    ordered_columns = np.empty(entries, dtype=np.uint16)
+    for entry in range(entries):
+        column_number = np.uint32(columns[entry])
+        cell = np.uint32(first_cells[column_number] + np.uint32(rows[entry]))
+        target = np.uint32(counts[cell])
+        counts[cell] = target + 1
         ordered_index[target] = value_index[entry]
-        ordered_columns[target] = columns[entry] - panel * panel_width
-        next_entry[panel, row] = target + 1
+        ordered_columns[target] = panel_columns[column_number]
     return (
         chunk_entries,
         panel_segments,

@@ -9,6 +9,7 @@ next B is exact, and only candidates were read. Otherwise the reserve is filled 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ _SPREAD = 4.0  # standard deviations of a sampled quantile, by which the bound i
 _MIN_RESERVE = 1 << 10  # entries
 _FIRST_SHARE, _MAX_SHARE = 1 / 8, 1 / 2  # of |B|
 _LIFETIME = 8  # refreshes that a reserve should last
+_BRACKET = 1.0  # times the last change of a threshold, by which the next one may differ from it
+_MIN_BRACKET = 1 / 4096  # of the threshold
 _WIDE = 1 << 31  # number of weights from which indices have 64 bits
 
 
@@ -68,6 +71,8 @@ class Exchange(NamedTuple):
         The largest entries outside the next B.
     left
         Indices and weights of the entries that left B.
+    smallest
+        The smallest magnitudes in the next A and B.
     """
 
     support: Support
@@ -75,6 +80,7 @@ class Exchange(NamedTuple):
     values: Vector
     reserve: Reserve
     left: tuple[Vector, Vector]
+    smallest: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -92,11 +98,14 @@ class IncrementalSelection:
         Size of a full reserve, as a share of \|B\|.
     age
         Refreshes since the reserve was filled.
+    smallest
+        The smallest magnitudes in A and B, at the last refresh and at the one before.
     """
 
     reserve: Reserve | None = None
     share: float = _FIRST_SHARE
     age: int = 0
+    smallest: tuple[tuple[float, float], ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -159,9 +168,16 @@ class IncrementalSelection:
         """
         counts = (support.forward, support.backward) if counts is None else counts
         if self.reserve is not None:
-            outcome = exchange(support, values, self.reserve, reservoir.size, ranks, counts)
+            brackets = self._expect_smallest()
+            outcome = exchange(
+                support, values, self.reserve, reservoir.size, ranks, counts, brackets
+            )
             if outcome is not None:
-                return outcome, replace(self, reserve=outcome.reserve, age=self.age + 1)
+                smallest = *self.smallest[-1:], outcome.smallest
+                following = replace(
+                    self, reserve=outcome.reserve, age=self.age + 1, smallest=smallest
+                )
+                return outcome, following
         grows = self.reserve is not None and self.age < _LIFETIME
         share = min(2 * self.share, _MAX_SHARE) if grows else self.share
         count = max(_MIN_RESERVE, int(share * counts[1])) + counts[1] - support.backward
@@ -171,8 +187,20 @@ class IncrementalSelection:
                 return None
             outcome = exchange(support, values, reserve, reservoir.size, ranks, counts)
             if outcome is not None:
-                return outcome, IncrementalSelection(outcome.reserve, share)
+                smallest = *self.smallest[-1:], outcome.smallest
+                return outcome, IncrementalSelection(outcome.reserve, share, smallest=smallest)
             count *= 2
+
+    def _expect_smallest(self) -> list[tuple[float, float]] | None:
+        """Bounds of the next smallest magnitudes, if they move about as they did before."""
+        if len(self.smallest) < 2:
+            return None
+        brackets = []
+        for before, now in zip(*self.smallest, strict=True):
+            width = _BRACKET * abs(now - before) + _MIN_BRACKET * now
+            center = 2 * now - before
+            brackets.append((max(center - width, 0.0), max(center + width, 0.0)))
+        return brackets
 
 
 def choose_first(
@@ -197,11 +225,13 @@ def exchange(
     size: int,
     ranks: Ranks,
     counts: tuple[int, int],
+    brackets: Sequence[tuple[float, float]] | None = None,
 ) -> Exchange | None:
     """Choose the next sets among the entries of B and the reserve.
 
     Returns None if an entry outside both could belong to the next B. Parameters and errors are
-    those of :meth:`IncrementalSelection.choose`; `size` is the number of entries of the tensor.
+    those of :meth:`IncrementalSelection.choose`; `size` is the number of entries of the tensor, and
+    `brackets` are bounds of the smallest magnitudes in A and B, within which they are expected.
     """
     if counts[1] > support.backward + len(reserve.indices):
         return None
@@ -213,7 +243,7 @@ def exchange(
         (reserve.indices, reserve.values),
     ]
     vectors = [vector for _, vector in lists]
-    (forward, backward), not_finite = use.find_thresholds(vectors, counts)
+    (forward, backward), not_finite = use.find_thresholds(vectors, counts, brackets=brackets)
     if not_finite:
         raise NonFiniteError(f"{not_finite} of {size} entries are NaN or infinite")
     if backward.magnitude < reserve.bound:
@@ -229,20 +259,15 @@ def exchange(
         bound=reserve.bound,
         ties=ties,
     )
-    inside, outside = sum(division.sizes[:2]), sum(division.sizes[:3])
-    source = division.source[:inside]
-    survives = source >= 0
-    left = np.flatnonzero(division.source[inside:] >= 0) + inside
+    inside, outside, reserved = division.inside, division.outside, division.sizes[2]
+    survives, left = inside.source >= 0, outside.source >= 0
     return Exchange(
-        Support(division.indices[:inside], counts[0]),
-        Migration(np.maximum(source, 0, out=source), survives),
-        division.values[:inside],
-        Reserve(
-            division.indices[inside:outside].copy(),
-            division.values[inside:outside].copy(),
-            reserve.bound,
-        ),
-        (division.indices[left], division.values[left]),
+        Support(inside.indices, counts[0]),
+        Migration(np.maximum(inside.source, 0, out=inside.source), survives),
+        inside.values,
+        Reserve(outside.indices[:reserved], outside.values[:reserved], reserve.bound),
+        (outside.indices[left], outside.values[left]),
+        (forward.magnitude, backward.magnitude),
     )
 
 

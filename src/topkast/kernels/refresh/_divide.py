@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
-from topkast.backends._candidates import Division
+from topkast.backends._candidates import Candidates, Division
 from topkast.backends._threads import default_threads
 from topkast.kernels.refresh._magnitudes import key_of_magnitude
 from topkast.kernels.refresh._parts import count_parts, entries_of, write_parts
@@ -21,6 +21,24 @@ _RANGES = 8  # ranges of the tensor for each thread: some have more candidates t
 
 _LIST = ("indices", "values", "size")
 _LISTS = ("active", "exploring", "reserve")
+_OUTPUTS = (
+    "inside_indices",
+    "inside_values",
+    "inside_source",
+    "inside_size",
+    "outside_indices",
+    "outside_values",
+    "outside_source",
+    "outside_size",
+    "moved_indices",
+    "moved_values",
+    "moved_source",
+    "gone",
+    "moved_size",
+    "starts",
+    "moved_starts",
+    "gone_starts",
+)
 _DIVIDE = define_arguments(
     *(f"{of}_{what}" for of in _LISTS for what in _LIST),
     "edges",
@@ -34,15 +52,7 @@ _DIVIDE = define_arguments(
     "forward_ties_size",
     "backward_ties",
     "backward_ties_size",
-    "indices",
-    "values",
-    "source",
-    "moved_indices",
-    "moved_values",
-    "moved_source",
-    "moved_size",
-    "starts",
-    "moved_starts",
+    *_OUTPUTS,
 )
 
 
@@ -90,8 +100,8 @@ def divide(
     >>> indices, values = np.asarray([1, 4, 0, 3], np.int32), np.asarray([2.0, 1.0, 3.0, 0.5])
     >>> active, exploring, reserve = ((indices[one], values[one]) for one in np.s_[:1, 1:2, 2:])
     >>> division = divide(active, exploring, reserve, size=6, forward=3, backward=2, bound=0.5)
-    >>> division.indices, division.source, division.sizes
-    (array([0, 1, 3, 4], dtype=int32), array([-1,  0, -1,  1], dtype=int32), (1, 1, 2, 0))
+    >>> division.inside.indices, division.outside.indices, division.sizes
+    (array([0, 1], dtype=int32), array([3, 4], dtype=int32), (1, 1, 2, 0))
     """
     lists = dict(zip(_LISTS, (active, exploring, reserve), strict=True))
     _check(lists)
@@ -118,20 +128,33 @@ def divide(
     for name, (indices, values) in lists.items():
         arguments[f"{name}_indices"], arguments[f"{name}_values"] = indices, values
         arguments[f"{name}_size"] = len(indices)
-    names = "indices", "values", "source", "moved_indices", "moved_values", "moved_source"
-    unused = dict.fromkeys((*names, "moved_size", "starts", "moved_starts"), 0)
+    unused = dict.fromkeys(_OUTPUTS, 0)
     run_kernel(kernels, dtype, threads, _DIVIDE, writes=0, **arguments, **unused)
     in_parts = counts.sum(axis=1)
+    sizes = in_parts.sum(axis=0)
+    inside_size, outside_size = int(sizes[:2].sum()), int(sizes[2:].sum())
+    starts = _find_starts(in_parts)
+    starts[:, 2:] -= inside_size
     moved = counts * (1 - np.eye(3, 4, dtype=np.int64))
-    arguments |= {"starts": _find_starts(in_parts), "moved_starts": _find_starts(moved)}
-    sizes, moved_size = in_parts.sum(axis=0), int(moved.sum())
-    total, dtypes = int(sizes.sum()), (index_dtype, dtype, np.dtype(np.int32))
-    outputs = [np.empty(total, one) for one in dtypes]
-    scratch = [np.empty(moved_size, one) for one in dtypes]
-    arguments |= dict(zip(names, (*outputs, *scratch), strict=True))
-    run_kernel(kernels, dtype, threads, _DIVIDE, writes=1, moved_size=moved_size, **arguments)
-    first, second, third, fourth = sizes.tolist()
-    return Division(outputs[0], outputs[1], outputs[2], (first, second, third, fourth))
+    gone = moved.sum(axis=2)
+    dtypes = index_dtype, dtype, np.dtype(np.int32)
+    arrays = {"gone": np.empty(gone.sum(), dtype=np.int32)}
+    for name, length in (
+        ("inside", inside_size),
+        ("outside", outside_size),
+        ("moved", int(moved.sum())),
+    ):
+        arguments[f"{name}_size"] = length
+        for what, one in zip(("indices", "values", "source"), dtypes, strict=True):
+            arrays[f"{name}_{what}"] = np.empty(length, one)
+    arguments |= {"starts": starts, "moved_starts": _find_starts(moved)}
+    arguments |= {"gone_starts": _find_starts(gone)}
+    run_kernel(kernels, dtype, threads, _DIVIDE, writes=1, **arguments, **arrays)
+    inside, outside = (
+        Candidates(*(arrays[f"{name}_{what}"] for what in ("indices", "values", "source")))
+        for name in ("inside", "outside")
+    )
+    return Division(inside, outside, tuple(sizes.tolist()))
 
 
 def _check(lists: dict[str, tuple[Vector, Vector]]) -> None:
@@ -189,22 +212,28 @@ def _divide(address: Any, unsigned: Any, integer: Any) -> None:
             array_at(arguments.reserve_values, arguments.reserve_size, unsigned),
         ),
     )
-    total = arguments.active_size + arguments.exploring_size + arguments.reserve_size
-    outputs = (
-        array_at(arguments.indices, total, integer),
-        array_at(arguments.values, total, unsigned),
-        array_at(arguments.source, total, np.int32),
+    inside = (
+        array_at(arguments.inside_indices, arguments.inside_size, integer),
+        array_at(arguments.inside_values, arguments.inside_size, unsigned),
+        array_at(arguments.inside_source, arguments.inside_size, np.int32),
+    )
+    outside = (
+        array_at(arguments.outside_indices, arguments.outside_size, integer),
+        array_at(arguments.outside_values, arguments.outside_size, unsigned),
+        array_at(arguments.outside_source, arguments.outside_size, np.int32),
     )
     moved = (
         array_at(arguments.moved_indices, arguments.moved_size, integer),
         array_at(arguments.moved_values, arguments.moved_size, unsigned),
         array_at(arguments.moved_source, arguments.moved_size, np.int32),
     )
+    gone = array_at(arguments.gone, arguments.moved_size, np.int32)
     ranges = arguments.ranges
     edges = carray(as_pointer(arguments.edges), (3, ranges + 1), np.int64)
     counts = carray(as_pointer(arguments.counts), (ranges, 3, 4), np.int64)
     starts = carray(as_pointer(arguments.starts), (ranges, 4), np.int64)
     moved_starts = carray(as_pointer(arguments.moved_starts), (ranges, 3, 4), np.int64)
+    gone_starts = carray(as_pointer(arguments.gone_starts), (ranges, 3), np.int64)
     while True:
         number = fetch_add(address)
         if number >= ranges:
@@ -217,10 +246,13 @@ def _divide(address: Any, unsigned: Any, integer: Any) -> None:
                 counts[number],
                 starts[number],
                 moved_starts[number],
+                gone_starts[number],
                 keys,
                 ties,
                 moved,
-                outputs,
+                gone,
+                inside,
+                outside,
                 unsigned,
             )
             continue

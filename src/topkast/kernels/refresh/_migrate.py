@@ -80,6 +80,9 @@ def migrate(
             f"source, survives and fresh must have {size} entries as out has, got {len(source)}, "
             f"{len(survives)} and {len(fresh)}"
         )
+    if not len(entry):  # nothing can survive, and there is nothing to read
+        out[:] = fresh
+        return
     record = fill_record(
         _MIGRATE,
         next_item=0,
@@ -109,8 +112,27 @@ def _migrate(address: Any, dtype: Any) -> None:
         start = fetch_add(address) * _CHUNK
         if start >= size:
             break
-        for k in range(start, min(start + _CHUNK, size)):
-            out[k] = entry[source[k]] if survives[k] else fresh[k * step]
+        stop = min(start + _CHUNK, size)
+        parts = source[start:stop], survives[start:stop], out[start:stop]
+        if step:
+            _gather(entry, *parts, fresh[start:stop])
+        else:
+            _gather_or_fill(entry, *parts, fresh[0])
+
+
+# Positions inside a part are never negative, which the compiler has to know to gather vectors.
+@njit  # type: ignore[untyped-decorator]
+def _gather(entry: Any, source: Any, survives: Any, out: Any, fresh: Any) -> None:
+    for k in range(len(out)):
+        moved = entry[np.uint32(source[k])]
+        out[k] = moved if survives[k] else fresh[k]
+
+
+@njit  # type: ignore[untyped-decorator]
+def _gather_or_fill(entry: Any, source: Any, survives: Any, out: Any, fresh: Any) -> None:
+    for k in range(len(out)):
+        moved = entry[np.uint32(source[k])]
+        out[k] = moved if survives[k] else fresh
 
 
 _KERNEL = types.void(types.intp)

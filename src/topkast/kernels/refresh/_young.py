@@ -88,7 +88,7 @@ def scale_displacement(
 @njit  # type: ignore[untyped-decorator]
 def _scale(address: Any, dtype: Any) -> None:
     arguments = carray(as_pointer(address), 1, _SCALE)[0]
-    size, last, since = arguments.size, arguments.last, arguments.since
+    size, last, since = arguments.size, np.int32(arguments.last), np.int32(arguments.since)
     values = array_at(arguments.values, size, dtype)
     before = array_at(arguments.before, size, dtype)
     ages = array_at(arguments.ages, size, np.int16)
@@ -97,10 +97,16 @@ def _scale(address: Any, dtype: Any) -> None:
         start = fetch_add(address) * _CHUNK
         if start >= size:
             break
-        for k in range(start, min(start + _CHUNK, size)):
-            factor = factors[min(ages[k] + since, last)]
-            if factor != 1:
-                values[k] = before[k] + (values[k] - before[k]) * factor
+        stop = min(start + _CHUNK, size)
+        _scale_part(values[start:stop], before[start:stop], ages[start:stop], factors, since, last)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _scale_part(values: Any, before: Any, ages: Any, factors: Any, since: Any, last: Any) -> None:
+    for k in range(len(values)):  # no branches, so that a vector is scaled at once
+        factor = factors[np.uint32(min(np.int32(ages[k]) + since, last))]
+        scaled = before[k] + (values[k] - before[k]) * factor
+        values[k] = scaled if factor != 1 else values[k]
 
 
 _KERNEL = types.void(types.intp)
