@@ -32,8 +32,10 @@ class TensorReservoir(Reservoir):
         positions = torch.from_numpy(indices).to(self.tensor.device)
         return self.tensor.index_select(0, positions).cpu().numpy()
 
-    def write(self, indices: Any, weights: Any) -> None:
-        keep_weights(self, torch.from_numpy(indices), torch.from_numpy(weights))
+    def write(self, indices: Any, weights: Any, inside: Any = ()) -> None:
+        target, positions = self.tensor, torch.from_numpy(indices).long()
+        kept = torch.from_numpy(weights).to(target.device)
+        target.index_copy_(0, positions.to(target.device), kept)
 
     def copy(self) -> TensorReservoir:
         return TensorReservoir(self.tensor.clone(), self.kind)
@@ -64,7 +66,7 @@ def take_weights(reservoir: Reservoir, entries: Tensor, like: Tensor) -> Tensor:
 
 def keep_weights(reservoir: Reservoir, entries: Tensor, weights: Tensor) -> None:
     """Keep the weights (k,) of entries that left B, at flat indices."""
-    if isinstance(reservoir, TensorReservoir):
+    if isinstance(reservoir, TensorReservoir):  # of any dtype
         target = reservoir.tensor
         target.index_copy_(0, entries.to(target.device).long(), weights.to(target))
     else:

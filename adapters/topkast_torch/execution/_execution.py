@@ -267,7 +267,8 @@ class Execution(ABC):
             migration = Migration(*map(self._to_device, migration))
             new = Support(self._to_device(new.indices), new.forward)
             values, entered_active = map(self._to_device, (refresh.values, refresh.entered_active))
-            self.reservoir.write(*refresh.left)
+            inside = refresh.support.active, refresh.support.exploring
+            self.reservoir.write(*refresh.left, inside)
             self.selection = refresh.selection
         else:
             values, entered_active = self._exchange(new, migration), refresh.entered_active

@@ -14,6 +14,8 @@ from topkast.reservoirs._initial import Generated
 Vector = np.ndarray[Any, Any]
 Run = tuple[Vector, Vector]  # ascending flat indices, and the weights there
 
+_GROWTH = 4  # a run is at least this many times as long as the next
+
 
 class Reservoir(ABC):
     """The weights of one tensor, or of tensors ranked as one, outside B.
@@ -40,8 +42,12 @@ class Reservoir(ABC):
         """The weights at flat indices (k,), in host memory."""
 
     @abstractmethod
-    def write(self, indices: Vector, weights: Vector) -> None:
-        """Keep the weights (k,) of entries that left B, at distinct flat indices in any order."""
+    def write(self, indices: Vector, weights: Vector, inside: Sequence[Vector] = ()) -> None:
+        """Keep the weights (k,) of entries that left B, at distinct flat indices in any order.
+
+        `inside` are the indices that are in B now, in ascending vectors: what is held for these may
+        be dropped.
+        """
 
     @abstractmethod
     def copy(self) -> Reservoir:
@@ -85,7 +91,7 @@ class ArrayReservoir(Reservoir):
     def take(self, indices: Vector) -> Vector:
         return self.array.take(indices)
 
-    def write(self, indices: Vector, weights: Vector) -> None:
+    def write(self, indices: Vector, weights: Vector, inside: Sequence[Vector] = ()) -> None:
         self.array[indices] = weights
 
     def copy(self) -> ArrayReservoir:
@@ -186,7 +192,7 @@ class LayeredReservoir(Reservoir):
         self._base: Any = self.bases[0] if len(self.bases) == 1 else Joined(self.bases)
         self.size = self._base.size
         self.dtype = np.dtype(self._base.dtype)
-        # Oldest first, each at least twice as long as the next. Of equal indices the last counts.
+        # Oldest first, each much longer than the next. Of equal indices the last counts.
         self._runs: tuple[Run, ...] = (changes,) if changes is not None and len(changes[0]) else ()
 
     def read(self, start: int, stop: int) -> Vector:
@@ -205,13 +211,15 @@ class LayeredReservoir(Reservoir):
             weights[found] = changed[positions[found]]
         return weights
 
-    def write(self, indices: Vector, weights: Vector) -> None:
+    def write(self, indices: Vector, weights: Vector, inside: Sequence[Vector] = ()) -> None:
         if self.kind == "none" or not len(indices):
             return
         order = np.argsort(indices, kind="stable")
         runs = [*self._runs, (indices[order], weights[order])]
-        while len(runs) > 1 and len(runs[-2][0]) < 2 * len(runs[-1][0]):
+        while len(runs) > 1 and len(runs[-2][0]) < _GROWTH * len(runs[-1][0]):
             runs[-2:] = [_merge(runs[-2], runs[-1])]
+            if len(runs) == 1:
+                runs = [_drop(runs[0], inside)]
         self._runs = tuple(runs)
 
     def changes(self) -> Run:
@@ -241,6 +249,17 @@ class LayeredReservoir(Reservoir):
         for base in self.bases:
             if hasattr(base, "discard"):
                 base.discard()
+
+
+def _drop(run: Run, inside: Sequence[Vector]) -> Run:
+    """Drop the entries of a run that are in B."""
+    indices, weights = run
+    is_outside = np.ones(len(indices), dtype=np.bool_)
+    for known in inside:
+        if len(known):
+            places = np.minimum(np.searchsorted(known, indices), len(known) - 1)
+            is_outside &= known[places] != indices
+    return indices[is_outside], weights[is_outside]
 
 
 def _merge(older: Run, newer: Run) -> Run:
