@@ -11,6 +11,7 @@ process reads count in its peak, though the system may drop them at any time.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -19,7 +20,14 @@ from typing import Any
 
 import topkast_torch
 import torch
-from _harness import describe_environment, make_parser, markdown_table, peak_memory, write_json
+from _harness import (
+    describe_environment,
+    make_parser,
+    markdown_table,
+    peak_memory,
+    restart_peak_memory,
+    write_json,
+)
 from torch import nn
 
 import topkast
@@ -27,6 +35,8 @@ import topkast
 PAIRS = [(0.9, 0.8), (0.95, 0.9), (0.99, 0.98)]
 SIDES = ("dense", "masked", "device", "host", "disk", "seeded")
 BATCH = 32
+WARM_UP_WIDTH = 2048
+LEARNING_RATE = 1e-4  # a hundredth of the largest weight
 
 
 def build(side: str, width: int, pair: tuple[float, float], folder: str) -> tuple[Any, Any]:
@@ -34,7 +44,7 @@ def build(side: str, width: int, pair: tuple[float, float], folder: str) -> tupl
     options: Any = {"fwd": pair[0], "bwd": pair[1], "refresh_every": 1}
     if side == "dense":
         layer: nn.Module = nn.Linear(width, width, bias=False)
-        return layer, torch.optim.Adam(layer.parameters(), 1e-3, fused=True)
+        return layer, torch.optim.Adam(layer.parameters(), LEARNING_RATE, fused=True)
     if side == "masked":
         layer = nn.Linear(width, width, bias=False)
     else:
@@ -42,20 +52,26 @@ def build(side: str, width: int, pair: tuple[float, float], folder: str) -> tupl
         layer = topkast_torch.SparseLinear(
             width, width, bias=False, fwd=pair[0], bwd=pair[1], reservoir=kind, init="default"
         )
-    inner = torch.optim.Adam(layer.named_parameters(), 1e-3, fused=True)
-    kinds: Any = {"reservoir": side} if side in ("host", "disk") else {}
-    return layer, topkast.wrap_optimizer(inner, **options, **kinds, reservoir_path=folder)
+    inner = torch.optim.Adam(layer.named_parameters(), LEARNING_RATE, fused=True)
+    if side in ("host", "disk"):
+        options["reservoir"] = side
+    if side == "disk":
+        options["reservoir_path"] = folder
+    return layer, topkast.wrap_optimizer(inner, **options)
 
 
 def measure(side: str, width: int, pair: tuple[float, float], steps: int) -> dict[str, float]:
     """Train one side; runs in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         inputs = torch.randn(BATCH, width, requires_grad=True)
-        small, small_opt = build(side, 64, pair, folder)  # compiles what it needs
-        for layer, optimizer in ((small, small_opt),):
-            layer(torch.ones(BATCH, 64)).square().mean().backward()
+        layer, optimizer = build(side, WARM_UP_WIDTH, pair, folder)
+        for _ in range(3):  # compiles what it needs
+            optimizer.zero_grad()
+            layer(inputs[:, :WARM_UP_WIDTH]).square().mean().backward()
             optimizer.step()
-        start, size = peak_memory(), width * width
+        del layer, optimizer
+        gc.collect()
+        start, size = restart_peak_memory(), width * width
         layer, optimizer = build(side, width, pair, folder)
         for _ in range(steps):
             optimizer.zero_grad()

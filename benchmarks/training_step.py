@@ -3,8 +3,11 @@
 The networks are MLPs of three hidden layers, a residual convolutional network on images of 32×32,
 and a transformer block, all float32 with fused Adam. Rival libraries, which keep one set (A = B),
 are measured if they are installed (see benchmarks/_peers.py) and have the layers. The last layer of
-the MLPs is dense on all sides. Several steps between refreshes are timed in a row, as in training;
-a step with a refresh is timed alone. Then the bytes of gradient and optimizer state are counted.
+the MLPs is dense on all sides. Several steps between refreshes are timed in a row, as in training.
+A refresh is the difference between a step with one and a step without, each with the forward pass
+that follows; from it come the times with refreshes counted. One batch is repeated at a low learning
+rate, so that little changes: benchmarks/refresh.py counts refreshes on a real trajectory. Then the
+bytes of gradient and optimizer state are counted.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ import topkast
 PAIRS = [(0.8, 0.5), (0.9, 0.8), (0.95, 0.9), (0.98, 0.95), (0.9, 0.9), (0.95, 0.95), (0.98, 0.98)]
 NEVER = 10**9
 STEPS = 4  # timed together
+INTERVALS = (1, 10, 100)  # steps between refreshes that are counted
 
 
 def mlp(width: int) -> nn.Sequential:
@@ -119,12 +123,21 @@ class Training:
         self.loss(self.model, self.inputs).backward()
         self.optimizer.step()
 
-    def refresh(self) -> None:
-        """Take a step that ends with a refresh, and the first forward pass after it."""
-        self.optimizer.param_groups[0]["refresh_every"] = 1
+    def step_and_forward(self, *, refreshes: bool) -> None:
+        """Take a step that ends with a refresh or without one, and the forward pass after it."""
+        self.optimizer.param_groups[0]["refresh_every"] = 1 if refreshes else NEVER
         self()
         self.optimizer.param_groups[0]["refresh_every"] = NEVER
         self.loss(self.model, self.inputs)
+
+    def time_refresh(self, rounds: int) -> float:
+        """Milliseconds that a refresh adds to a step."""
+        sides = {
+            "without": lambda: self.step_and_forward(refreshes=False),
+            "with": lambda: self.step_and_forward(refreshes=True),
+        }
+        timings = interleave(sides, rounds=rounds)
+        return timings["with"].median - timings["without"].median
 
     def count_bytes(self) -> dict[str, int]:
         """Count bytes after a step."""
@@ -198,7 +211,7 @@ def measure(
         name: timing.divided(STEPS) for name, timing in interleave(runs, rounds=rounds).items()
     }
     refreshes = {
-        name: interleave({"refresh": side.refresh}, rounds=3)["refresh"].median
+        name: side.time_refresh(max(rounds // 2, 3))
         for name, side in sides.items()
         if name != "dense" and "(A = B)" not in name
     }
@@ -211,17 +224,25 @@ def measure(
 
 def print_timings(title: str, timings: dict[str, Timing], refreshes: dict[str, float]) -> None:
     print(f"\n{title}\n")
-    rows = [
-        [
-            name,
-            f"{timing.median:.1f}",
-            f"{timing.min:.1f}-{timing.max:.1f}",
-            f"{1 / timing.ratio:.2f} ({1 / timing.max_ratio:.2f}-{1 / timing.min_ratio:.2f})",
-            f"{refreshes[name]:.0f}" if name in refreshes else "",
+    rows, dense_ms = [], timings["dense"].median
+    for name, timing in timings.items():
+        refresh = refreshes.get(name)
+        counted = [
+            "" if refresh is None else f"{dense_ms / (timing.median + refresh / interval):.2f}"
+            for interval in INTERVALS
         ]
-        for name, timing in timings.items()
-    ]
-    head = ["fwd/bwd", "ms a step", "min-max", "times faster than dense", "ms with a refresh"]
+        rows.append(
+            [
+                name,
+                f"{timing.median:.1f}",
+                f"{timing.min:.1f}-{timing.max:.1f}",
+                f"{1 / timing.ratio:.2f} ({1 / timing.max_ratio:.2f}-{1 / timing.min_ratio:.2f})",
+                "" if refresh is None else f"{refresh:.0f}",
+                *counted,
+            ]
+        )
+    head = ["fwd/bwd", "ms a step", "min-max", "times faster than dense", "ms a refresh"]
+    head += [f"× dense, refresh {interval}" for interval in INTERVALS]
     print(markdown_table(head, rows), flush=True)
 
 

@@ -17,7 +17,7 @@ from topkast.adapter import IncrementalSelection, Migration
 from topkast.backends import _candidates, _compiled
 from topkast.reservoirs import ArrayReservoir
 from topkast.selection._random import Ranks, make_key
-from topkast.selection._reserve import Reserve, exchange, fill_reserve
+from topkast.selection._reserve import Exchange, Reserve, exchange, fill_reserve
 
 Array = Any
 
@@ -127,8 +127,20 @@ def test_a_reserve_that_does_not_reach_far_enough_is_filled_again() -> None:
     reserve = fill_reserve(ArrayReservoir(theta), support, 1_024)
     assert reserve is not None
     assert 1_024 <= len(reserve.indices) < 2_048
-    assert exchange(support, values, reserve, theta.size, RANKS, counts) is not None
-    assert exchange(support, values / 2, reserve, theta.size, RANKS, counts) is None
+    arguments: Any = (reserve, theta.size, RANKS, counts)
+    assert isinstance(exchange(support, values, *arguments), Exchange)
+    reach = exchange(support, values * 0.7, *arguments)
+    assert isinstance(reach, float)
+    assert reach < reserve.bound
+    # A reserve that reaches so far is large enough, whatever the number of entries asked for.
+    second = fill_reserve(ArrayReservoir(theta), support, 1_024, reach=reach)
+    assert second is not None
+    assert second.bound == reach
+    assert isinstance(exchange(support, values * 0.7, second, *arguments[1:]), Exchange)
+    # But no more than about four times as many entries are collected.
+    third = fill_reserve(ArrayReservoir(theta), support, 1_024, reach=0.0)
+    assert third is not None
+    assert 4 * 1_024 <= len(third.indices) < 4 * 2_048
     selection = IncrementalSelection(reserve)
     outcome = selection.choose(support, values / 2, ArrayReservoir(theta), RANKS)
     assert outcome is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import itertools
 import math
 import os
 import pickle
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from libraries import LIBRARIES, Library, host
 
 import topkast
-from topkast import OptionError, ReservoirError
+from topkast import OptionError, ReservoirError, _progress
 from topkast.adapter import IncrementalSelection, choose_first
 from topkast.backends import _candidates, _compiled
 from topkast.reservoirs import (
@@ -432,3 +433,36 @@ def test_a_file_can_be_shared(tmp_path: Path) -> None:
     assert loaded.read(0, 10).tolist() == [1.0] * 10
     with pytest.raises(ValueError, match="read-only"):
         base._weights[0] = 2
+
+
+# Progress
+
+
+def test_progress_is_shown_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_progress, "_SILENT", -1.0)
+    monkeypatch.setattr(_progress, "_TERMINAL_PAUSE", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    ranges = list(_progress.chunks(5 << 20, "w: reading all weights"))
+    assert ranges[0][0] == 0
+    assert ranges[-1][1] == 5 << 20
+    assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(ranges))
+    shown = capsys.readouterr().err
+    assert "topkast: w: reading all weights: 0%" in shown
+    assert "s left" in shown
+    assert shown.endswith("\r\x1b[K")  # the line is removed
+
+
+def test_progress_is_logged_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", logger="topkast")
+    list(_progress.chunks(5 << 20, "w: reading all weights"))
+    assert not caplog.records  # short work is silent
+    monkeypatch.setattr(_progress, "_SILENT", -1.0)
+    list(_progress.chunks(5 << 20, "w: reading all weights"))
+    assert "w: reading all weights: 0%" in caplog.messages[0]
+    assert not capsys.readouterr().err

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import topkast
 from topkast import MismatchError, OptionError, ReservoirError, StateDictError
+from topkast.adapter import IncrementalSelection
 from topkast.methods import Method, Static, View
 from topkast.reservoirs import Generated, Init, LayeredReservoir
 
@@ -287,6 +288,8 @@ def test_refusals_name_the_remedy(tmp_path: Path) -> None:
         build(overrides={"2.*": {"reservoir": "disk"}})
     with pytest.raises(OptionError, match="reservoir_path must be a path"):
         build(reservoir_path=3)
+    with pytest.raises(OptionError, match="which no tensor has: pass both, or neither"):
+        build("seeded", reservoir_path=tmp_path)
     for kind in ("disk", "seeded"):
         with pytest.raises(OptionError, match=r"keeps float32 and float64, but 0.weight is torch"):
             build(kind, folder=tmp_path, dtype=torch.bfloat16)
@@ -382,6 +385,30 @@ def test_the_first_selection_is_not_repeated(monkeypatch: pytest.MonkeyPatch) ->
         assert execution.selection.reserve is not None
     train(model, opt, 1)
     assert not any(read)
+
+
+@pytest.mark.parametrize("kind", ["device", "disk", "seeded"])
+def test_an_interrupted_refresh_changes_no_set(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, opt = build(kind, folder=tmp_path, sparse=True)
+    train(model, opt, 3)
+    supports = [execution.support for execution in executions(opt)]
+    chosen: list[Any] = []
+    original = IncrementalSelection.choose
+
+    def interrupt_second(*arguments: Any, **named: Any) -> Any:
+        chosen.append(arguments)
+        if len(chosen) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(IncrementalSelection, "choose", interrupt_second)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, opt, 1)
+    assert [execution.support for execution in executions(opt)] == supports
+    train(model, opt, 3)  # and the refresh that is due is made up for
+    assert [execution.support for execution in executions(opt)] != supports
 
 
 def test_layers_on_the_meta_device() -> None:

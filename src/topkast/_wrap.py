@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, Unpack, overload
 
 from topkast._adapters import EXTRAS, find_entry, known_packages, load
-from topkast._errors import AdapterNotFoundError, UnsupportedOptimizerError
+from topkast._errors import AdapterNotFoundError, OptionError, UnsupportedOptimizerError
 from topkast._method import Method
 from topkast._options import (
     Dense,
@@ -242,6 +242,11 @@ def wrap_optimizer(
         seed=seed,
         probe=probe,
     )
+    if reservoir_path is not None and "disk" not in options.reservoir_kinds():
+        raise OptionError(
+            "reservoir_path is the folder of reservoir='disk', which no tensor has: pass both, or "
+            "neither"
+        )
     return _find_adapter(optimizer)(optimizer, options)
 
 

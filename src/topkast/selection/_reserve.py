@@ -167,12 +167,15 @@ class IncrementalSelection:
         (array([1, 2, 3], dtype=int32), (array([5], dtype=int32), array([0.2])))
         """
         counts = (support.forward, support.backward) if counts is None else counts
+        reach = math.inf
         if self.reserve is not None:
             brackets = self._expect_smallest()
             outcome = exchange(
                 support, values, self.reserve, reservoir.size, ranks, counts, brackets
             )
-            if outcome is not None:
+            if not isinstance(outcome, Exchange):
+                reach = outcome
+            else:
                 smallest = *self.smallest[-1:], outcome.smallest
                 following = replace(
                     self, reserve=outcome.reserve, age=self.age + 1, smallest=smallest
@@ -182,14 +185,14 @@ class IncrementalSelection:
         share = min(2 * self.share, _MAX_SHARE) if grows else self.share
         count = max(_MIN_RESERVE, int(share * counts[1])) + counts[1] - support.backward
         while True:
-            reserve = fill_reserve(reservoir, support, count, name)
+            reserve = fill_reserve(reservoir, support, count, reach=reach, name=name)
             if reserve is None:
                 return None
             outcome = exchange(support, values, reserve, reservoir.size, ranks, counts)
-            if outcome is not None:
+            if isinstance(outcome, Exchange):
                 smallest = *self.smallest[-1:], outcome.smallest
                 return outcome, IncrementalSelection(outcome.reserve, share, smallest=smallest)
-            count *= 2
+            count, reach = 2 * count, outcome
 
     def _expect_smallest(self) -> list[tuple[float, float]] | None:
         """Bounds of the next smallest magnitudes, if they move about as they did before."""
@@ -226,15 +229,16 @@ def exchange(
     ranks: Ranks,
     counts: tuple[int, int],
     brackets: Sequence[tuple[float, float]] | None = None,
-) -> Exchange | None:
+) -> Exchange | float:
     """Choose the next sets among the entries of B and the reserve.
 
-    Returns None if an entry outside both could belong to the next B. Parameters and errors are
+    If an entry outside both could belong to the next B, returns the magnitude that a reserve has to
+    reach instead: the smallest one in the next B is at least as large. Parameters and errors are
     those of :meth:`IncrementalSelection.choose`; `size` is the number of entries of the tensor, and
     `brackets` are bounds of the smallest magnitudes in A and B, within which they are expected.
     """
     if counts[1] > support.backward + len(reserve.indices):
-        return None
+        return 0.0
     use = functions(values.size + reserve.values.size)
     split = support.forward
     lists = [
@@ -247,7 +251,8 @@ def exchange(
     if not_finite:
         raise NonFiniteError(f"{not_finite} of {size} entries are NaN or infinite")
     if backward.magnitude < reserve.bound:
-        return None
+        reach: float = backward.magnitude
+        return reach
     ties = None
     if forward.surplus or backward.surplus:
         ties = _find_ties(lists, forward, ranks), _find_ties(lists, backward, ranks)
@@ -272,14 +277,15 @@ def exchange(
 
 
 def fill_reserve(
-    reservoir: Reservoir, support: Support, count: int, name: str = ""
+    reservoir: Reservoir, support: Support, count: int, *, reach: float = math.inf, name: str = ""
 ) -> Reserve | None:
     """Collect about the `count` largest entries outside B, and all that are as large.
 
-    Returns None if entries of magnitude zero would be among them, unless all entries outside B are.
+    They are up to four times as many if that is needed to `reach` a smaller magnitude. Returns None
+    if entries of magnitude zero would be among them, unless all entries outside B are.
     """
     takes_all = count >= reservoir.size - support.backward
-    bound = 0.0 if takes_all else _estimate_bound(reservoir, support, count)
+    bound = 0.0 if takes_all else _estimate_bound(reservoir, support, count, reach)
     if not takes_all and not bound:
         return None
     dtype = support.indices.dtype
@@ -310,8 +316,11 @@ def fill_reserve(
     return Reserve(indices, values, bound)
 
 
-def _estimate_bound(reservoir: Reservoir, support: Support, count: int) -> float:
-    """A magnitude that most likely more than `count` entries outside B reach, from a sample."""
+def _estimate_bound(reservoir: Reservoir, support: Support, count: int, reach: float) -> float:
+    """A magnitude that most likely more than `count` entries outside B reach, from a sample.
+
+    It is as small as `reach`, if about four times as many entries are that large, or fewer.
+    """
     dtype = support.indices.dtype
     indices = np.arange(0, reservoir.size, max(1, reservoir.size // _SAMPLE), dtype=dtype)
     sample = np.abs(reservoir.take(indices))
@@ -322,8 +331,10 @@ def _estimate_bound(reservoir: Reservoir, support: Support, count: int) -> float
     share = count / reservoir.size
     margin = _SPREAD * math.sqrt(sample.size * share * (1 - share)) + 1
     rank = min(sample.size - 1, int(sample.size * share + margin))
-    position = sample.size - 1 - rank
-    return float(np.partition(sample, position)[position])
+    places = [sample.size - 1 - rank, max(sample.size - 1 - 4 * (rank + 1), 0)]
+    sample.partition(places)
+    bound, smaller = map(float, sample[places])
+    return min(bound, max(smaller, reach))
 
 
 def _find_ties(
