@@ -31,8 +31,6 @@ from topkast.reservoirs import (
     LayeredReservoir,
     Reservoir,
     Zeros,
-    describe,
-    restore,
 )
 from topkast.selection._random import Ranks, make_key
 
@@ -178,7 +176,9 @@ def test_reservoirs_agree(data: st.DataObject, tmp_path_factory: pytest.TempPath
     for reservoir in reservoirs.values():
         copies = [reservoir, copy.deepcopy(reservoir), pickle.loads(pickle.dumps(reservoir))]
         if isinstance(reservoir, LayeredReservoir):
-            copies.append(restore(describe(reservoir), reservoir.changes()))
+            copies.append(
+                LayeredReservoir.from_description(reservoir.describe(), reservoir.changes())
+            )
         for one in copies:
             assert one.size == size
             np.testing.assert_array_equal(bits(one.read(0, size)), bits(expected))

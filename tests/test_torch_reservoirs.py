@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
+import optax
 import pytest
 import topkast_torch
 import torch
@@ -132,6 +133,19 @@ def test_methods_that_forget_keep_nothing(sparse: bool) -> None:
                 assert not weights[~topkast.masks(opt)[name].backward].any()
         for execution in executions(opt):
             assert execution.values.view(-1)[-1] == 0  # it has just entered
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_methods_that_forget_take_any_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, opt = build(method=Forgetful(), dtype=dtype)
+    train(model, opt, 4)
+    saved = checkpoint(opt, model, tmp_path)
+    resumed, resumed_opt = build(method=Forgetful(), dtype=dtype)
+    resumed.load_state_dict(saved["model"])
+    resumed_opt.load_state_dict(saved["optimizer"])
+    train(model, opt, 4)
+    train(resumed, resumed_opt, 4)
+    assert_same(opt, resumed_opt)
 
 
 def test_static_masks_keep_nothing() -> None:
@@ -302,8 +316,10 @@ def test_refusals_name_the_remedy(tmp_path: Path) -> None:
         model.weight[3, 4] += 1
     with pytest.raises(OptionError, match=r"weight have changed since they were generated"):
         topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.8, reservoir="seeded")
-    with pytest.raises(OptionError, match=r"of PyTorch's optimizers"):
-        topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.9, bwd=0.8, reservoir="host")
+    functional: Any = (topkast.SGD(0.1), optax.sgd(0.1))
+    for rule in functional:
+        with pytest.raises(OptionError, match=r"of PyTorch's optimizers"):
+            topkast.wrap_optimizer(rule, fwd=0.9, bwd=0.8, reservoir="host")
     with pytest.raises(OptionError, match=r"weight is torch.bfloat16"):
         topkast_torch.generate_weights(nn.Linear(4, 4, dtype=torch.bfloat16))
 

@@ -69,7 +69,7 @@ def keep_weights(reservoir: Reservoir, entries: Tensor, weights: Tensor) -> None
     if isinstance(reservoir, TensorReservoir):  # of any dtype
         target = reservoir.tensor
         target.index_copy_(0, entries.to(target.device).long(), weights.to(target))
-    else:
+    elif reservoir.kind != "none":  # which may be of a dtype that NumPy does not know
         reservoir.write(entries.cpu().numpy(), weights.cpu().numpy())
 
 

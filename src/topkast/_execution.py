@@ -27,8 +27,8 @@ def sparsify(
     Layers whose weight `optimizer` keeps sparse change in place. Their Parameter becomes the values
     on B, of shape (1, …, \|B\|); the forward pass multiplies by A, the input gradient by A's
     transpose, and the weight gradient is computed on B alone. No dense weight and no dense gradient
-    remain. Training continues with the same optimizer, state and sets. A refresh costs as much as
-    several steps, so sparse layers save time if `refresh_every` is large.
+    remain. Training continues with the same optimizer, state and sets. A refresh takes as long as
+    one to three steps: sparse layers save most time if `refresh_every` is large.
 
     ``torch.nn.Linear`` and ``torch.nn.Conv2d`` have a sparse form in float32 and float64. All else
     (``torch.nn.MultiheadAttention``, subclasses, tied weights, blocks of weights, tensors that are

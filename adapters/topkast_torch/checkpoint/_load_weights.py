@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from topkast import StateDictError, Support
-from topkast.reservoirs import FileBase, LayeredReservoir, Reservoir, restore
+from topkast.reservoirs import FileBase, LayeredReservoir, Reservoir
 from topkast_torch._reservoirs import TensorReservoir
 from topkast_torch.execution._execution import Execution
 
@@ -57,7 +57,7 @@ def _load_layered(
     is_ascending = bool(np.all(changes[0][1:] > changes[0][:-1]))
     if len(indices) and not (is_ascending and indices[0] >= 0 and indices[-1] < ranked.size):
         raise StateDictError(f"left_indices of {key} must ascend in [0, {ranked.size})")
-    saved = restore(shared["reservoir"], changes, folder)
+    saved = LayeredReservoir.from_description(shared["reservoir"], changes, folder)
     expect(f"size of {key}", ranked.size, saved.size)
     values = values.to(current.device, copy=True)
     if saved.kind == execution.reservoir.kind:

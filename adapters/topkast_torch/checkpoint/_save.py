@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topkast.reservoirs import LayeredReservoir, describe
+from topkast.reservoirs import LayeredReservoir
 from topkast_torch.execution._execution import Execution
 from topkast_torch.inner._fresh import find_missing_counts
 from topkast_torch.inner._inner_state import encode, entries_of, map_tree
@@ -133,7 +133,7 @@ def _save_execution(execution: Execution) -> dict[str, dict[str, Any]]:
     shared = saved[first]
     if isinstance(reservoir, LayeredReservoir):
         changes = (torch.from_numpy(array).clone() for array in reservoir.changes())
-        shared["reservoir"] = describe(reservoir)
+        shared["reservoir"] = reservoir.describe()
         shared["left_indices"], shared["left_weights"] = changes
         shared["values"] = execution.values.detach().view(-1).clone()
     else:

@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from topkast import MismatchError
-from topkast.reservoirs import LayeredReservoir, Reservoir, describe
+from topkast.reservoirs import LayeredReservoir, Reservoir
 from topkast_torch._reservoirs import TensorReservoir
 from topkast_torch.optimizer._ownership import owner_of
 from topkast_torch.sparse._sparse_layer import SparseLayer
@@ -33,7 +33,7 @@ def _check_replicas(parent: nn.Module, name: str, model: Any) -> None:
         for tensor in (layer.indices, *_tensors_of(reservoir)):
             checksum = crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), checksum)
         if isinstance(reservoir, LayeredReservoir):
-            described = {**describe(reservoir)}
+            described = reservoir.describe()
             for base in described["bases"]:
                 base.pop("path", None)  # processes may have their own copies of a file
             checksum = crc32(repr(described).encode(), checksum)

@@ -11,8 +11,6 @@ from topkast.reservoirs._reservoir import (
     LayeredReservoir,
     Reservoir,
     Zeros,
-    describe,
-    restore,
 )
 
 __all__ = [
@@ -23,6 +21,4 @@ __all__ = [
     "LayeredReservoir",
     "Reservoir",
     "Zeros",
-    "describe",
-    "restore",
 ]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
 from topkast._errors import MismatchError
+from topkast.reservoirs._file import FileBase
 from topkast.reservoirs._initial import Generated
 
 Vector = np.ndarray[Any, Any]
@@ -102,19 +103,6 @@ class ArrayReservoir(Reservoir):
         return self.array.nbytes
 
 
-class Base(Protocol):
-    """Weights that never change: what a :class:`LayeredReservoir` held at the start."""
-
-    size: Any
-    dtype: Any
-
-    @property
-    def nbytes(self) -> int: ...
-    def read(self, start: int, stop: int) -> Vector: ...
-    def take(self, indices: Vector) -> Any: ...
-    def describe(self) -> dict[str, Any]: ...
-
-
 class Zeros:
     """The weights outside B of a method that forgets what leaves B."""
 
@@ -136,7 +124,7 @@ class Zeros:
 class Joined:
     """The weights of several tensors that are ranked as one, one after the other."""
 
-    def __init__(self, bases: Sequence[Base]) -> None:
+    def __init__(self, bases: Sequence[Any]) -> None:
         self.bases = tuple(bases)
         self._ends = np.cumsum([base.size for base in bases])
         self.size, self.dtype = int(self._ends[-1]), bases[0].dtype
@@ -161,9 +149,6 @@ class Joined:
             chosen = numbers == number
             out[chosen] = base.take(indices[chosen] - (self._ends[number] - base.size))
         return out
-
-    def describe(self) -> dict[str, Any]:
-        raise NotImplementedError  # LayeredReservoir describes the bases one by one
 
 
 class LayeredReservoir(Reservoir):
@@ -231,6 +216,33 @@ class LayeredReservoir(Reservoir):
             merged = _merge(merged, run)
         return merged
 
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the changes: numbers and strings."""
+        return {"kind": self.kind, "bases": [base.describe() for base in self.bases]}
+
+    @classmethod
+    def from_description(
+        cls, saved: Mapping[str, Any], changes: Run, folder: Any = None
+    ) -> LayeredReservoir:
+        """The inverse of :meth:`describe` and :meth:`changes`; `folder` is looked into for files.
+
+        Raises
+        ------
+        MismatchError
+            If the kind is not known.
+        ReservoirError
+            If a file is missing or damaged, or belongs elsewhere.
+        """
+        kind = saved["kind"]
+        makers: dict[str, Any] = {
+            "seeded": Generated.from_description,
+            "disk": lambda described: FileBase.from_description(described, folder),
+            "none": lambda described: Zeros(**described),
+        }
+        if kind not in makers:
+            raise MismatchError(f"a reservoir of kind {kind!r} is not known: {', '.join(makers)}")
+        return cls(kind, [makers[kind](base) for base in saved["bases"]], changes)
+
     def copy(self) -> LayeredReservoir:
         copied = type(self)(self.kind, self.bases)
         copied._runs = self._runs  # which no method writes to
@@ -269,26 +281,3 @@ def _merge(older: Run, newer: Run) -> Run:
     indices, weights = indices[order], weights[order]
     is_last = np.append(indices[1:] != indices[:-1], True)
     return indices[is_last], weights[is_last]
-
-
-def describe(reservoir: LayeredReservoir) -> dict[str, Any]:
-    """What a checkpoint holds besides the changes: numbers and strings."""
-    return {
-        "kind": reservoir.kind,
-        "bases": [base.describe() for base in reservoir.bases],
-    }
-
-
-def restore(saved: Mapping[str, Any], changes: Run, folder: Any = None) -> LayeredReservoir:
-    """The reservoir that :func:`describe` described; files are looked for in `folder` first."""
-    from topkast.reservoirs._file import FileBase
-
-    kind = saved["kind"]
-    makers: dict[str, Any] = {
-        "seeded": Generated.from_description,
-        "disk": lambda description: FileBase.from_description(description, folder),
-        "none": lambda description: Zeros(**description),
-    }
-    if kind not in makers:
-        raise MismatchError(f"a reservoir of kind {kind!r} is not known: {', '.join(makers)}")
-    return LayeredReservoir(kind, [makers[kind](base) for base in saved["bases"]], changes)
