@@ -285,6 +285,7 @@ def test_what_entered_b_again_is_dropped() -> None:
     assert reservoir.read(4_950, 5_000).tolist() == [1.0] * 50
 
 
+@pytest.mark.slow  # generates two billion weights
 def test_indices_of_large_tensors_have_64_bits() -> None:
     size, count = (1 << 31) + 10, 2_000
     weights = Generated("w", 0, UNIFORM, size)

@@ -54,28 +54,28 @@ def assert_same(first: Any, second: Any) -> None:
                 assert torch.equal(entry, entries[1][name]), name
 
 
-@pytest.mark.parametrize("sparse", [False, True], ids=["masked", "sparse"])
 @pytest.mark.parametrize("kind", ["host", "disk", "seeded"])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "sparse"),
     [
-        {},
-        {"refresh_every": 3, "optimizer": torch.optim.SGD},
-        {"dtype": torch.float64},
-        {"distribution": "global"},
-        {"explore": "random"},
-        {"block": (2, 1)},
-        {"overrides": {"0.*": {"bwd": 0.0}, "2.*": {"fwd": 0.99, "bwd": 0.95}}},
+        ({}, False),
+        ({}, True),
+        ({"refresh_every": 3, "optimizer": torch.optim.SGD}, True),
+        ({"dtype": torch.float64}, True),
+        ({"distribution": "global"}, False),
+        ({"explore": "random"}, True),
+        ({"block": (2, 1)}, False),
+        ({"overrides": {"0.*": {"bwd": 0.0}, "2.*": {"fwd": 0.99, "bwd": 0.95}}}, True),
     ],
-    ids=["adamw", "sgd", "float64", "global", "random", "blocks", "overrides"],
+    ids=["masked", "sparse", "sgd", "float64", "global", "random", "blocks", "overrides"],
 )
 def test_trajectories_are_equal(
-    sparse: bool, kind: str, options: dict[str, Any], tmp_path: Path
+    options: dict[str, Any], sparse: bool, kind: str, tmp_path: Path
 ) -> None:
     model, opt = build(sparse=sparse, **options)
     other, other_opt = build(kind, folder=tmp_path, sparse=sparse, **options)
     assert {reservoir.kind for reservoir in reservoirs(other_opt)} == {kind}
-    for steps in (1, 2, 20):
+    for steps in (1, 14):
         train(model, opt, steps)
         train(other, other_opt, steps)
         assert_same(opt, other_opt)
@@ -135,7 +135,7 @@ def test_methods_that_forget_keep_nothing(sparse: bool) -> None:
             assert execution.values.view(-1)[-1] == 0  # it has just entered
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_methods_that_forget_take_any_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     model, opt = build(method=Forgetful(), dtype=dtype)
     train(model, opt, 4)
@@ -270,7 +270,7 @@ def test_a_killed_run_continues(tmp_path: Path) -> None:
     script = Path(__file__).parent / "reservoir_training.py"
     rng = random.Random(0)
     steps = []
-    for number, last in enumerate((12, 60, 12, 90, 90)):
+    for number, last in enumerate((12, 60, 90, 90)):
         # Another start in each run: the weights must come from the checkpoint's files.
         numbers = {"RUN": str(number), "KILLED_AT": str(rng.randrange(1, last))}
         command = [sys.executable, "-W", "ignore", str(script), str(tmp_path)]
@@ -422,9 +422,10 @@ def test_an_interrupted_refresh_changes_no_set(
     monkeypatch.setattr(IncrementalSelection, "choose", interrupt_second)
     with pytest.raises(KeyboardInterrupt):
         train(model, opt, 1)
-    assert [execution.support for execution in executions(opt)] == supports
+    pairs = list(zip(executions(opt), supports, strict=True))
+    assert all(execution.support is support for execution, support in pairs)
     train(model, opt, 3)  # and the refresh that is due is made up for
-    assert [execution.support for execution in executions(opt)] != supports
+    assert not any(execution.support is support for execution, support in pairs)
 
 
 def test_layers_on_the_meta_device() -> None:

@@ -135,6 +135,7 @@ def wrap(tx: Any, options: Options) -> TopKASTGradientTransformation:
         raise UnsupportedOptimizerError(
             f"expected an optax.GradientTransformation, got {type(tx).__name__}"
         )
+    options.check_functional()
     transform = _Transform(tx, options)
     return TopKASTGradientTransformation(transform.init, transform.update)
 

@@ -109,6 +109,15 @@ class Options:
         overrides = (self.overrides or {}).values()
         return {self.reservoir} | {values.get("reservoir", self.reservoir) for values in overrides}
 
+    def check_functional(self) -> None:
+        """Raise :class:`OptionError` for options that the functional form cannot have."""
+        kinds = sorted(self.reservoir_kinds() - {"device"})
+        if kinds:
+            raise OptionError(
+                f"reservoir={kinds[0]!r} is of PyTorch's optimizers: here the weights are the "
+                "`params` of the caller, wherever these are. Leave the option out"
+            )
+
     def without_functions(self) -> Options:
         """Drop a `dense` predicate that cannot be pickled, for a copy of the optimizer."""
         name = getattr(self.dense, "__qualname__", "")

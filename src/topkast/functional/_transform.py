@@ -18,7 +18,7 @@ from typing import Any
 from array_api_compat import array_namespace
 
 from topkast._age import grow, scale_young, settled_ages
-from topkast._errors import MismatchError, OptionError, UnsupportedTensorError
+from topkast._errors import MismatchError, UnsupportedTensorError
 from topkast._options import Options
 from topkast._primitives import (
     Array,
@@ -53,12 +53,7 @@ class TopKASTTransform:
     def __init__(
         self, inner: UpdateRule, options: Options, rule: WrappedRule | None = None
     ) -> None:
-        kinds = sorted(options.reservoir_kinds() - {"device"})
-        if kinds:
-            raise OptionError(
-                f"reservoir={kinds[0]!r} is of PyTorch's optimizers: here the weights are the "
-                "`params` of the caller, wherever these are. Leave the option out"
-            )
+        options.check_functional()
         self.inner = inner
         self.options = options
         self._rule = WrappedRule(inner) if rule is None else rule
