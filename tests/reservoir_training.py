@@ -23,7 +23,7 @@ def build(
     folder: Path | None = None,
     sparse: bool = False,
     seed: int = 0,
-    optimizer: Any = torch.optim.AdamW,
+    optimizer: Any = lambda params: torch.optim.AdamW(params, lr=3e-3),
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> tuple[Any, Any]:
@@ -33,7 +33,7 @@ def build(
     model.append(nn.Linear(110, 4)).to(dtype)
     if dtype in (torch.float32, torch.float64):
         topkast_torch.generate_weights(model, seed=seed)
-    inner = optimizer(model.named_parameters(), lr=3e-3)
+    inner = optimizer(model.named_parameters())
     settings: Any = {"fwd": 0.9, "bwd": 0.8, "refresh_every": 1, "dense": ["4.*"]} | options
     if reservoir == "disk":
         settings["reservoir_path"] = folder

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import topkast
-from topkast._options import kept_dense
+from topkast._patterns import kept_dense
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"fwd": 0.5, "bwd": 0.6}, "bwd must not exceed fwd, got bwd=0.6 and fwd=0.5"),

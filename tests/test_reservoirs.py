@@ -131,6 +131,12 @@ def test_wrong_distributions_are_refused() -> None:
         Init.of("kaiming", (2, 3))
     with pytest.raises(OptionError, match="kind must be 'uniform' or 'normal'"):
         Init("cauchy", 1.0)  # type: ignore[arg-type]
+    for shape in ((), (5,), (0, 3), (3, 0)):
+        with pytest.raises(OptionError, match="needs a weight with inputs and outputs"):
+            Init.of("default", shape)
+    for seed in (-1, 1.5, True, "0"):
+        with pytest.raises(OptionError, match="seed must be an integer of at least 0"):
+            Generated("w", seed, UNIFORM, 10)  # type: ignore[arg-type]
     for scale in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(OptionError, match="scale must be positive and finite"):
             Init("normal", scale)
@@ -354,6 +360,22 @@ def test_a_file_that_a_checkpoint_needs_stays(tmp_path: Path) -> None:
     base.describe()
     base.discard()
     assert base.path.exists()
+
+
+def test_a_damaged_file_is_written_again(tmp_path: Path) -> None:
+    base = FileBase.create(tmp_path, "w", np.ones(10, np.float32))
+    content = base.path.read_bytes()
+    base.path.write_bytes(content[:-4] + b"\0\0\0\0")
+    again = FileBase.create(tmp_path, "w", np.ones(10, np.float32))
+    assert again.path == base.path
+    assert again.read(0, 10).tolist() == [1.0] * 10
+
+
+def test_similar_names_have_files_of_their_own(tmp_path: Path) -> None:
+    bases = [FileBase.create(tmp_path, name, np.ones(10, np.float32)) for name in ("a/b", "a_b")]
+    assert bases[0].path != bases[1].path
+    for base in bases:
+        assert FileBase.from_description(base.describe(), tmp_path).name == base.name
 
 
 def test_wrong_files_are_refused(tmp_path: Path) -> None:

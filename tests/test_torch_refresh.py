@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
+import reservoir_training
 import torch
-from torch import Tensor, nn
+from reservoir_training import train
+from torch import Tensor
 
 import topkast
 from topkast.methods import TopKAST, View
@@ -34,29 +36,10 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda params: torch.optim.AdamW(params, lr=3e-3),
     "adagrad": lambda params: torch.optim.Adagrad(params, lr=0.01),
 }
-INPUTS = torch.randn(16, 40, generator=torch.Generator().manual_seed(7))
 
 
-def build(
-    optimizer: str, *, sparse: bool = False, method: Any = None, dtype: Any = None, **options: Any
-) -> tuple[Any, Any]:
-    torch.manual_seed(0)
-    model: Any = nn.Sequential(nn.Linear(40, 96), nn.Tanh(), nn.Linear(96, 110), nn.Tanh())
-    model.append(nn.Linear(110, 4)).to(dtype or torch.float32)
-    inner = OPTIMIZERS[optimizer](model.named_parameters())
-    settings: Any = {"fwd": 0.9, "bwd": 0.8, "refresh_every": 1, "dense": ["4.*"]} | options
-    opt = topkast.wrap_optimizer(inner, method=method, **settings)
-    if sparse:
-        topkast.sparsify(model, opt)
-    return model, opt
-
-
-def train(model: nn.Module, opt: Any, steps: int) -> None:
-    for _ in range(steps):
-        opt.zero_grad()
-        dtype = next(model.parameters()).dtype
-        model(INPUTS.to(dtype)).square().mean().backward()
-        opt.step()
+def build(optimizer: str, **options: Any) -> tuple[Any, Any]:
+    return reservoir_training.build(optimizer=OPTIMIZERS[optimizer], **options)
 
 
 def reserves(opt: Any) -> list[Any]:

@@ -29,6 +29,10 @@ from topkast.reservoirs import Generated, Init, LayeredReservoir
 KINDS = ["device", "host", "disk", "seeded"]
 
 
+def momentum(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.05, momentum=0.9)
+
+
 def executions(opt: Any) -> list[Any]:
     return list(opt._wrapper_state.executions)
 
@@ -60,7 +64,7 @@ def assert_same(first: Any, second: Any) -> None:
     [
         ({}, False),
         ({}, True),
-        ({"refresh_every": 3, "optimizer": torch.optim.SGD}, True),
+        ({"refresh_every": 3, "optimizer": momentum}, True),
         ({"dtype": torch.float64}, True),
         ({"distribution": "global"}, False),
         ({"explore": "random"}, True),
@@ -332,8 +336,43 @@ def test_refusals_name_the_remedy(tmp_path: Path) -> None:
     for rule in functional:
         with pytest.raises(OptionError, match=r"of PyTorch's optimizers"):
             topkast.wrap_optimizer(rule, fwd=0.9, bwd=0.8, reservoir="host")
-    with pytest.raises(OptionError, match=r"weight is torch.bfloat16"):
-        topkast_torch.generate_weights(nn.Linear(4, 4, dtype=torch.bfloat16))
+    for rule in functional:
+        with pytest.raises(OptionError, match="Forgetful forgets the weights that leave B"):
+            topkast.wrap_optimizer(rule, fwd=0.9, bwd=0.8, method=Forgetful())
+    group: Any = {"params": [nn.Linear(20, 30).weight], "reservoir": "host"}
+    with pytest.raises(OptionError, match="a parameter group cannot set reservoir"):
+        topkast.wrap_optimizer(torch.optim.SGD([group], 0.1), fwd=0.9, bwd=0.8)
+
+
+def test_a_file_that_was_written_again_survives_loading(tmp_path: Path) -> None:
+    """Its checkpoint needs it, though this process has just created it."""
+    model, opt = build("disk", folder=tmp_path / "weights")
+    train(model, opt, 2)
+    saved = checkpoint(opt, model, tmp_path)
+    for path in (tmp_path / "weights").iterdir():
+        path.unlink()
+    for seed in (0, 1):  # the first run writes the same files, the second others
+        resumed, resumed_opt = build("disk", folder=tmp_path / "weights", seed=seed)
+        resumed.load_state_dict(saved["model"])
+        resumed_opt.load_state_dict(saved["optimizer"])
+        assert_same(opt, resumed_opt)
+
+
+def test_generated_weights_are_refused_as_a_whole() -> None:
+    models: Any = {
+        "w.weight is torch.bfloat16": nn.Linear(4, 4, dtype=torch.bfloat16),
+        "w.weight is torch.float32 on meta": nn.Linear(4, 4, device="meta"),
+        "w.values belongs to a sparse layer": topkast_torch.SparseLinear(4, 4, fwd=0.5, bwd=0.5),
+    }
+    for message, last in models.items():
+        first = nn.Linear(4, 4)
+        model = nn.ModuleDict({"first": first, "w": last})
+        before = first.weight.clone()
+        with pytest.raises(OptionError, match=re.escape(message)):
+            topkast_torch.generate_weights(model)
+        assert torch.equal(first.weight, before)
+    with pytest.raises(OptionError, match="seed must be an integer"):
+        topkast_torch.generate_weights(nn.Linear(4, 4), seed=-1)
 
 
 def test_a_failed_wrapping_leaves_no_file(tmp_path: Path) -> None:
@@ -473,6 +512,10 @@ def test_layers_refuse_what_they_cannot_do() -> None:
         sparse_model("disk")
     with pytest.raises(OptionError, match="init must be"):
         sparse_model("seeded", init="orthogonal")
+    with pytest.raises(OptionError, match="seed=3 is of generated weights: pass init too"):
+        topkast_torch.SparseLinear(4, 4, fwd=0.5, bwd=0.5, seed=3)
+    with pytest.raises(OptionError, match="needs a weight with inputs and outputs"):
+        topkast_torch.SparseLinear(0, 4, fwd=0.5, bwd=0.5, reservoir="seeded")
     for seed in (-1, 1.5, True):
         with pytest.raises(OptionError, match="seed must be an integer"):
             sparse_model("seeded", seed=seed)

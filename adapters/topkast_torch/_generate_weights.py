@@ -9,6 +9,8 @@ from topkast import OptionError
 from topkast.adapter import TensorInfo, kept_dense
 from topkast.reservoirs import Generated, Init
 from topkast_torch._reservoirs import STREAMED, record_origin
+from topkast_torch.sparse._products import numpy_name
+from topkast_torch.sparse._sparse_layer import layer_of
 
 
 @torch.no_grad()
@@ -30,7 +32,8 @@ def generate_weights(model: nn.Module, *, seed: int = 0, init: str | Init = "def
     Raises
     ------
     OptionError
-        If the rule is not known, or a weight is neither float32 nor float64.
+        If the rule is not known, the seed is invalid, or a weight is neither float32 nor float64,
+        on the meta device, or that of a sparse layer. Nothing is changed then.
 
     Examples
     --------
@@ -44,12 +47,24 @@ def generate_weights(model: nn.Module, *, seed: int = 0, init: str | Init = "def
     """
     params = dict(model.named_parameters())
     shapes = {name: TensorInfo(tuple(param.shape), param.dtype) for name, param in params.items()}
-    for name in params.keys() - kept_dense(shapes, None):
-        param = params[name]
-        if param.dtype not in STREAMED:
-            raise OptionError(f"{name} is {param.dtype}: generated weights are float32 or float64")
-        dtype = str(param.dtype).removeprefix("torch.")
-        origin = Generated(name, seed, Init.of(init, tuple(param.shape)), param.numel(), dtype)
+    dense = kept_dense(shapes, None)
+    origins = {}
+    for name, param in params.items():
+        if layer_of(param) is not None:
+            raise OptionError(
+                f"{name} belongs to a sparse layer, which draws its own weights: pass it "
+                "reservoir='seeded', init and seed instead"
+            )
+        if name in dense:
+            continue
+        if param.dtype not in STREAMED or param.is_meta:
+            raise OptionError(
+                f"{name} is {param.dtype} on {param.device}: generated weights are float32 or "
+                "float64, and need memory"
+            )
+        rule, dtype = Init.of(init, tuple(param.shape)), numpy_name(param.dtype)
+        origins[name] = Generated(name, seed, rule, param.numel(), dtype)
+    for name, origin in origins.items():
         weights = torch.from_numpy(origin.read(0, origin.size))
-        param.copy_(weights.view(param.shape))
-        record_origin(param, origin)
+        params[name].copy_(weights.view(params[name].shape))
+        record_origin(params[name], origin)

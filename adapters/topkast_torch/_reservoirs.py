@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from topkast import MismatchError, OptionError, Support
 from topkast.adapter import Options, RankedTensors, method_of
 from topkast.reservoirs import FileBase, Generated, LayeredReservoir, Reservoir, Zeros
+from topkast_torch.sparse._products import numpy_name
 
 STREAMED = (torch.float32, torch.float64)  # dtypes of weights outside of tensors
 
@@ -33,9 +34,7 @@ class TensorReservoir(Reservoir):
         return self.tensor.index_select(0, positions).cpu().numpy()
 
     def write(self, indices: Any, weights: Any, inside: Any = ()) -> None:
-        target, positions = self.tensor, torch.from_numpy(indices).long()
-        kept = torch.from_numpy(weights).to(target.device)
-        target.index_copy_(0, positions.to(target.device), kept)
+        keep_weights(self, torch.from_numpy(indices), torch.from_numpy(weights))
 
     def copy(self) -> TensorReservoir:
         return TensorReservoir(self.tensor.clone(), self.kind)
@@ -125,7 +124,7 @@ def take_over(
 
 def check_convertible(reservoir: Reservoir, dtype: torch.dtype) -> None:
     """Raise :class:`topkast.MismatchError` if a layer's weights cannot have this dtype."""
-    if isinstance(reservoir, LayeredReservoir) and str(dtype) != f"torch.{reservoir.dtype.name}":
+    if isinstance(reservoir, LayeredReservoir) and numpy_name(dtype) != reservoir.dtype.name:
         raise MismatchError(
             f"the layer was built with reservoir={reservoir.kind!r} in {reservoir.dtype.name}, and "
             f"cannot be converted to {dtype}: build it with dtype={dtype}"

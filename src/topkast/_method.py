@@ -58,7 +58,8 @@ class Method(ABC):
         them: a refresh may then look at few candidates instead of all weights.
     forgets
         Whether weights that leave B are lost, and entries that enter start at zero: outside B,
-        nothing is kept then. False: an entry that enters continues with the weight it had.
+        nothing is kept then (PyTorch; the functional forms refuse such a method if it refreshes).
+        False: an entry that enters continues with the weight it had.
 
     Examples
     --------

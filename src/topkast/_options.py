@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from numbers import Integral, Real
@@ -14,13 +13,12 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from topkast._errors import OptionError
 from topkast._method import PROVIDED, Method
+from topkast._patterns import Dense, Patterns, check_patterns, matches
 from topkast.selection._units import BlockScore
 
 PenaltyKind: TypeAlias = Literal["l2", "l1"]
 Explore: TypeAlias = Literal["magnitude", "random"]
 Distribution: TypeAlias = Literal["uniform", "erk", "global"]
-Patterns: TypeAlias = str | Sequence[str] | None
-Dense: TypeAlias = bool | Callable[[str, Any], bool] | Patterns
 Overrides: TypeAlias = Mapping[str, Mapping[str, Any]] | None
 ReservoirKind: TypeAlias = Literal["device", "host", "disk", "seeded"]
 FolderPath: TypeAlias = str | PathLike[str] | None
@@ -79,6 +77,11 @@ class Options:
 
     def override(self, options: Mapping[str, Any]) -> Options:
         """Replace options by those in `options` that a parameter group may set."""
+        if "reservoir" in options or "reservoir_path" in options:
+            raise OptionError(
+                "a parameter group cannot set reservoir or reservoir_path: pass them to "
+                "wrap_optimizer, with overrides={name: {'reservoir': ...}} for single tensors"
+            )
         changes = {name: options[name] for name in (*GROUP_OPTIONS, "dense") if name in options}
         if isinstance(options.get("method"), Method):  # not the inner optimizer's own "method"
             changes["method"] = options["method"]
@@ -117,6 +120,14 @@ class Options:
                 f"reservoir={kinds[0]!r} is of PyTorch's optimizers: here the weights are the "
                 "`params` of the caller, wherever these are. Leave the option out"
             )
+        overrides = (self.overrides or {}).values()
+        for method in [self.method, *(values.get("method") for values in overrides)]:
+            if method is not None and method.forgets and method.refreshes:
+                raise OptionError(
+                    f"{type(method).__name__} forgets the weights that leave B, which are in the "
+                    "`params` of the caller here, and would come back: it is of PyTorch's "
+                    "optimizers"
+                )
 
     def without_functions(self) -> Options:
         """Drop a `dense` predicate that cannot be pickled, for a copy of the optimizer."""
@@ -226,69 +237,6 @@ def check_sparsities(fwd: float, bwd: float) -> tuple[float, float]:
             "forward pass uses (set A) gets a gradient (set B)"
         )
     return forward, backward
-
-
-def kept_dense(tensors: Mapping[str, Any], dense: Dense, stacked: Patterns = None) -> set[str]:
-    """Names in `tensors` (name -> array) that stay dense under the options `dense` and `stacked`.
-
-    Empty tensors, scalars and tensors with fewer than two dimensions above one stay dense; the
-    leading axis of stacked tensors does not count. ``dense=False`` sparsifies all tensors except
-    empty ones and scalars.
-    """
-    small = {
-        name
-        for name, tensor in tensors.items()
-        if 0 in tuple(tensor.shape)
-        or not tuple(tensor.shape)
-        or (dense is not False and _count_long_axes(tensor.shape, matches(name, stacked)) < 2)
-    }
-    if dense is None or isinstance(dense, bool):
-        return set(tensors) if dense else small
-    if callable(dense):
-        large = (name for name in tensors if name not in small)
-        return small | {name for name in large if dense(name, tensors[name])}
-    return small | {name for name in tensors if matches(name, dense)}
-
-
-def _count_long_axes(shape: Sequence[int], stacked: bool) -> int:
-    return sum(length > 1 for length in tuple(shape)[1 if stacked else 0 :])
-
-
-def matches(name: str, patterns: Patterns) -> bool:
-    """Whether `name` matches one of the names or globs."""
-    return any(fnmatchcase(name, pattern) for pattern in as_patterns(patterns))
-
-
-def as_patterns(patterns: Patterns) -> Sequence[str]:
-    """Return the names or globs as a sequence: one, several or none."""
-    if patterns is None:
-        return ()
-    return (patterns,) if isinstance(patterns, str) else patterns
-
-
-def check_patterns(names: Iterable[str], option: str, patterns: Patterns) -> None:
-    """Raise :class:`OptionError` for a pattern that matches no name.
-
-    A misspelt pattern would silently change which tensors are sparsified.
-    """
-    names = list(names)
-    for pattern in as_patterns(patterns):
-        if any(fnmatchcase(name, pattern) for name in names):
-            continue
-        if any(name.startswith(f"{pattern}.") for name in names):
-            hint = f"did you mean {pattern + '.*'!r}?"
-        elif close := get_close_matches(pattern, names, n=1):
-            hint = f"did you mean {close[0]!r}?"
-        elif all(name.replace(".", "").isdigit() for name in names):
-            hint = "build the PyTorch optimizer from model.named_parameters() to have names"
-        else:
-            hint = "use one of these names, or a glob"
-        raise OptionError(f"{option}={pattern!r} matches none of {_format_names(names)}: {hint}")
-
-
-def _format_names(names: Sequence[str], max: int = 6) -> str:  # noqa: A002 - the word for it
-    shown = ", ".join(map(repr, names[:max]))
-    return f"the {len(names)} tensors {shown}" + (", ..." if len(names) > max else "")
 
 
 def _real(value: Any) -> float | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 _LOGGER = logging.getLogger("topkast")
 
-_CHUNK = 1 << 21  # entries
+CHUNK = 1 << 21  # entries
 _SILENT = 2.0  # seconds of work before the first message
 _TERMINAL_PAUSE, _LOG_PAUSE = 0.2, 10.0  # seconds between two messages
 
@@ -20,7 +20,7 @@ def chunks(size: int, work: str) -> Iterator[tuple[int, int]]:
     due, was_shown = started + _SILENT, False
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     try:
-        for start in range(0, size, _CHUNK):
+        for start in range(0, size, CHUNK):
             now = time.monotonic()
             if now >= due:
                 was_shown = True
@@ -32,7 +32,7 @@ def chunks(size: int, work: str) -> Iterator[tuple[int, int]]:
                     sys.stderr.flush()
                 else:
                     _LOGGER.info(message)
-            yield start, min(start + _CHUNK, size)
+            yield start, min(start + CHUNK, size)
     finally:
         if was_shown and is_terminal:
             sys.stderr.write("\r\x1b[K")

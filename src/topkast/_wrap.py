@@ -10,16 +10,15 @@ from topkast._adapters import EXTRAS, find_entry, known_packages, load
 from topkast._errors import AdapterNotFoundError, OptionError, UnsupportedOptimizerError
 from topkast._method import Method
 from topkast._options import (
-    Dense,
     Distribution,
     Explore,
     FolderPath,
     Options,
     Overrides,
-    Patterns,
     PenaltyKind,
     ReservoirKind,
 )
+from topkast._patterns import Dense, Patterns
 from topkast.functional._rules import SGD, Adam
 from topkast.functional._transform import TopKASTTransform
 from topkast.selection._units import BlockScore

@@ -20,11 +20,9 @@ from topkast._options import (
     FIXED_OPTIONS,
     GROUP_OPTIONS,
     Options,
-    check_patterns,
     check_sparsities,
-    kept_dense,
-    matches,
 )
+from topkast._patterns import check_patterns, kept_dense, matches
 from topkast._primitives import Array, cond, is_traced, possibly_true
 from topkast._probe import (
     HostArray,

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from topkast._options import kept_dense
+from topkast._patterns import kept_dense
 from topkast_demo.trainer import Trainer
 
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 import topkast
-from topkast._options import kept_dense
+from topkast._patterns import kept_dense
 from topkast_demo.settings import Settings
 
 LABELS = {"dense": "dense", "static": "static random", "topkast": "Top-KAST"}

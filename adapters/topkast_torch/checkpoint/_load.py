@@ -87,7 +87,7 @@ class _Sets:
 
     def restore(self, execution: Execution, param_group: Mapping[str, Any]) -> None:
         execution.entered_active, execution.steps = self.entered_active, self.steps
-        execution.reservoir.discard()
+        execution.reservoir.discard(self.reservoir)
         execution.restore(self.support, self.values, self.reservoir)
         if execution.young is not None and self.ages is not None:
             execution.young.restore(self.ages, param_group)

@@ -269,6 +269,8 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         ------
         StateDictError
             If it is corrupt, or has other tensors or sparsities; nothing is changed then.
+        ReservoirError
+            If it needs a file of ``reservoir="disk"`` that is missing, damaged, or of another run.
         """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():

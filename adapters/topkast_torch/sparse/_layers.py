@@ -47,7 +47,8 @@ class SparseLinear(SparseLayer):
         :meth:`topkast.reservoirs.Init.of`. None: as ``torch.nn.Linear`` draws them, and
         ``"default"``, the same distribution, if they are seeded.
     seed
-        Seed of generated weights, an integer; None: drawn by PyTorch's default generator.
+        Seed of generated weights, an integer of at least 0; None: drawn by PyTorch's default
+        generator.
 
     Attributes
     ----------
@@ -59,7 +60,8 @@ class SparseLinear(SparseLayer):
     Raises
     ------
     OptionError
-        If the sparsities are out of range, or the reservoir or the rule is not known.
+        If the sparsities are out of range, the reservoir or the rule is not known, or the seed is
+        invalid or without effect.
     UnsupportedTensorError
         If the dtype is neither float32 nor float64.
 
@@ -74,7 +76,7 @@ class SparseLinear(SparseLayer):
     >>> layer(torch.ones(4, 20)).square().sum().backward()
     >>> opt.step()
 
-    Ten billion weights, of which 10,000 are ever stored:
+    Ten billion weights, of which B has 10,000:
 
     >>> large = topkast_torch.SparseLinear(
     ...     10**5, 10**5, fwd=0.999999, bwd=0.999999, reservoir="seeded", device="meta")
@@ -246,11 +248,14 @@ class _Recipe:
                 f"reservoir of a SparseLinear must be 'device' or 'seeded', got {self.reservoir!r}:"
                 " pass the others to topkast.wrap_optimizer"
             )
-        if self.init is not None and min(shape) > 0:
-            Init.of(self.init, shape)
-        seed: Any = self.seed
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-            raise OptionError(f"seed must be an integer of at least 0 or None, got {seed!r}")
+        if self.reservoir == "device" and self.init is None:
+            if self.seed is not None:
+                raise OptionError(
+                    f"seed={self.seed!r} is of generated weights: pass init too, or leave the seed "
+                    "out to draw the weights as torch.nn.Linear does"
+                )
+            return
+        Generated("weight", self.seed or 0, Init.of(self.init or "default", shape), 0)
 
     def draw(self, layer: SparseLinear) -> None:
         """Draw the weights, choose the sets, and store values and reservoir in the layer."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from topkast._errors import OptionError
-from topkast._options import Options, kept_dense
+from topkast._options import Options
+from topkast._patterns import kept_dense
 from topkast._probe import Traits
 from topkast._tensors import RankedTensors, rank_tensors
 from topkast.functional._wrapped_rule import WrappedRule

@@ -37,6 +37,15 @@ class FileBase:
         Name of the tensor.
     digest
         BLAKE2 digest of the weights, in hexadecimal digits.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> from topkast.reservoirs import FileBase
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     base = FileBase.create(folder, "layer.weight", np.asarray([0.5, 0.25], np.float32))
+    ...     base.path.name.startswith("layer.weight-"), base.read(0, 1), base.disk_bytes
+    (True, array([0.5], dtype=float32), 4104)
     """
 
     nbytes = 0
@@ -71,11 +80,11 @@ class FileBase:
                 file.write(json.dumps(header).encode().ljust(_HEADER, b" "))
                 file.flush()
                 os.fsync(file.fileno())
-            path = folder / f"{stem}-{header['digest'][:16]}{_SUFFIX}"
+            identity = hashlib.blake2b(f"{header['digest']} {name}".encode(), digest_size=8)
+            path = folder / f"{stem}-{identity.hexdigest()}{_SUFFIX}"
             is_new = not path.exists()
-            if is_new:
-                part.replace(path)
-                _sync_folder(folder)
+            part.replace(path)  # an existing file has the same content, unless it is damaged
+            _sync_folder(folder)
         except OSError as error:
             raise ReservoirError(
                 f"the weights of {name} ({weights.nbytes:,} bytes) cannot be written to {folder}: "
@@ -137,9 +146,10 @@ class FileBase:
         """Bytes of the file."""
         return _HEADER + self._weights.nbytes
 
-    def discard(self) -> None:
-        """Remove the file, if this object created it and no checkpoint needs it."""
-        if self._is_new:
+    def discard(self, kept: Iterable[Any] = ()) -> None:
+        """Remove the file if this object created it, and no checkpoint and no `kept` base needs it."""
+        needed = {base.path.resolve() for base in kept if isinstance(base, FileBase)}
+        if self._is_new and self.path.resolve() not in needed:
             self._is_new = False
             with suppress(OSError):
                 self.path.unlink()

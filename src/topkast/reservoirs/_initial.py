@@ -68,6 +68,11 @@ class Init:
         """
         if isinstance(init, Init):
             return init
+        if len(shape) < 2 or 0 in shape:
+            raise OptionError(
+                f"init={init!r} needs a weight with inputs and outputs, got shape {tuple(shape)}: "
+                "pass an Init with a scale of your own"
+            )
         window = math.prod(shape[2:])
         fan_in, fan_out = shape[1] * window, shape[0] * window
         scales = {
@@ -103,6 +108,11 @@ class Generated:
     dtype
         ``"float32"`` or ``"float64"``.
 
+    Raises
+    ------
+    OptionError
+        If the seed is not an integer of at least 0.
+
     Examples
     --------
     >>> import numpy as np
@@ -117,6 +127,11 @@ class Generated:
     init: Init
     size: int
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        seed: Any = self.seed
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise OptionError(f"seed must be an integer of at least 0, got {seed!r}")
 
     @property
     def nbytes(self) -> int:

@@ -64,8 +64,8 @@ class Reservoir(ABC):
         """Bytes on a disk."""
         return 0
 
-    def discard(self) -> None:  # noqa: B027
-        """Remove what this object created outside of memory."""
+    def discard(self, replacement: Reservoir | None = None) -> None:  # noqa: B027
+        """Remove what this object created outside of memory, unless its `replacement` uses it."""
 
 
 class ArrayReservoir(Reservoir):
@@ -104,7 +104,14 @@ class ArrayReservoir(Reservoir):
 
 
 class Zeros:
-    """The weights outside B of a method that forgets what leaves B."""
+    """The weights outside B of a method that forgets what leaves B.
+
+    Examples
+    --------
+    >>> from topkast.reservoirs import Zeros
+    >>> Zeros(10**12, "float32").read(5, 7)
+    array([0., 0.], dtype=float32)
+    """
 
     nbytes: ClassVar[int] = 0
 
@@ -257,10 +264,10 @@ class LayeredReservoir(Reservoir):
     def disk_bytes(self) -> int:
         return sum(getattr(base, "disk_bytes", 0) for base in self.bases)
 
-    def discard(self) -> None:
+    def discard(self, replacement: Reservoir | None = None) -> None:
         for base in self.bases:
-            if hasattr(base, "discard"):
-                base.discard()
+            if isinstance(base, FileBase):
+                base.discard(getattr(replacement, "bases", ()))
 
 
 def _drop(run: Run, inside: Sequence[Vector]) -> Run:

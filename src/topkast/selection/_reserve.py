@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from topkast._errors import NonFiniteError
-from topkast._progress import chunks
+from topkast._progress import CHUNK, chunks
 from topkast.backends import _candidates
 from topkast.backends._compiled import functions
 from topkast.reservoirs._reservoir import Reservoir
@@ -289,8 +289,7 @@ def fill_reserve(
     if not takes_all and not bound:
         return None
     dtype = support.indices.dtype
-    ranges = list(chunks(reservoir.size, ""))
-    starts = np.asarray([start for start, _ in ranges] + [reservoir.size], dtype=dtype)
+    starts = np.append(np.arange(0, reservoir.size, CHUNK), reservoir.size).astype(dtype)
     runs = support.active, support.exploring
     edges = [np.searchsorted(run, starts) for run in runs]
     parts = [(np.zeros(0, dtype), reservoir.read(0, 0))]
