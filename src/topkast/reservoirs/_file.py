@@ -147,7 +147,10 @@ class FileBase:
         return _HEADER + self._weights.nbytes
 
     def discard(self, kept: Iterable[Any] = ()) -> None:
-        """Remove the file if this object created it, and no checkpoint and no `kept` base needs it."""
+        """Remove a file that this object created, unless something needs it.
+
+        That is a checkpoint, or one of the bases that are `kept`.
+        """
         needed = {base.path.resolve() for base in kept if isinstance(base, FileBase)}
         if self._is_new and self.path.resolve() not in needed:
             self._is_new = False
