@@ -450,3 +450,15 @@ class TestRules:
             topkast.wrap_optimizer(optax.adamw, fwd=0.5, bwd=0.5)
         with pytest.raises(topkast.OptionError, match="dense was given a Linear"):
             topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.5, bwd=0.5, dense=nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("pattern", ["b", "a*", "[bc]"])
+def test_overrides_of_one_of_several_tensors_ranked_together_are_refused(pattern: str) -> None:
+    params = {name: np.ones((4, 5)) for name in ("a", "b", "c")}
+    options: Any = {"fwd": 0.9, "bwd": 0.8, "distribution": "global"}
+    tx = topkast.wrap_optimizer(topkast.SGD(0.1), overrides={pattern: {"penalty": 0.5}}, **options)
+    with pytest.raises(topkast.OptionError, match="ranks and trains all tensors as one"):
+        tx.init(params)
+    topkast.wrap_optimizer(topkast.SGD(0.1), overrides={"*": {"penalty": 0.5}}, **options).init(
+        params
+    )

@@ -279,6 +279,13 @@ def _rank_globally(
                 f"distribution='global' joins the names of tensors with {_JOIN!r}, which {name!r} "
                 "contains: rename the tensor"
             )
+    shared = options.overrides_of(_JOIN.join(shapes))
+    for name in shapes:
+        if options.overrides_of(name) != shared:
+            raise OptionError(
+                f"overrides give {name} options of its own, but distribution='global' ranks and "
+                "trains all tensors as one: choose one of the two, or name all of them by '*'"
+            )
     size = sum(map(math.prod, shapes.values()))
     fwd, bwd = (1 - exact_fraction(sparsity) for sparsity in (options.fwd, options.bwd))
     return RankedTensors(dict(shapes), kept_count(size, fwd), kept_count(size, bwd), float(fwd))
