@@ -76,6 +76,15 @@ def test_collect_keeps_what_reaches_the_bound(vector: Array, data: st.DataObject
     np.testing.assert_array_equal(indices, expected)
     assert indices.dtype == np.int32
     np.testing.assert_array_equal(values.view(np.uint8), vector[expected].view(np.uint8))
+    limit = float(np.abs(data.draw(st.sampled_from(vector[:50].tolist()))))
+    if limit >= bound:
+        found, expected_here = (
+            collect(vector, bound, limit),
+            _candidates.collect(vector, bound, limit),
+        )
+        for one, other in zip(found, expected_here, strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert np.all(np.abs(found[1]) <= vector.dtype.type(limit))
 
 
 @given(vector=vectors(), data=st.data())
@@ -107,26 +116,22 @@ def test_divide_agrees_with_numpy(vector: Array, data: st.DataObject) -> None:
         )
     )
     limits: Any = {"size": vector.size, "forward": forward, "backward": backward, "bound": bound}
+    indices = np.concatenate(lists[:2])
+    inside = indices, vector[indices]
     for tied in (None, ties):
-        expected = _candidates.divide(*parts, **limits, ties=tied)
+        expected = _candidates.divide(inside, parts[2], split=len(lists[0]), **limits, ties=tied)
         threads = data.draw(st.sampled_from(THREADS))
-        found = divide(*parts, **limits, ties=tied, threads=threads)
-        assert found.sizes == expected.sizes
-        ordered_count = found.sizes[2]  # what is below the bound is in no order
-        for one, other in zip(found.inside, expected.inside, strict=True):
-            np.testing.assert_array_equal(one, other)
-            assert one.dtype == other.dtype
-        for one, other in zip(found.outside, expected.outside, strict=True):
-            np.testing.assert_array_equal(one[:ordered_count], other[:ordered_count])
-            assert one.dtype == other.dtype
-        below, expected_below = (
-            {
-                tuple(entry)
-                for entry in zip(*(array[ordered_count:].tolist() for array in side), strict=True)
-            }
-            for side in (found.outside, expected.outside)
-        )
-        assert below == expected_below
+        found = divide(inside, parts[2], split=len(lists[0]), **limits, ties=tied, threads=threads)
+        check_equal(found, expected)
+
+
+def check_equal(found: Any, expected: Any) -> None:
+    """Check two divisions of the same candidates."""
+    assert found.sizes == expected.sizes
+    pairs = zip(found[:4], expected[:4], strict=True)
+    for one, other in pairs:
+        np.testing.assert_array_equal(one, other)
+        assert one.dtype == other.dtype
 
 
 @pytest.mark.parametrize("dtype", ["int16", "float16", "int32", "float32", "int64", "float64"])
@@ -168,11 +173,9 @@ def test_bad_input_is_refused() -> None:
         (indices, np.ones((2, 2))[:, 0]),
     ]
     for bad in wrong:
-        for place in range(3):
-            parts = [part, part, part]
-            parts[place] = bad
+        for pair in ((bad, part), (part, bad)):
             with pytest.raises((TypeError, ValueError), match="candidates"):
-                divide(*parts, size=9, forward=1.0, backward=1.0, bound=0.0)
+                divide(*pair, split=1, size=9, forward=1.0, backward=1.0, bound=0.0)
     with pytest.raises(TypeError, match="float32 or float64"):
         find_thresholds([values.astype(np.float16)], [1])
     with pytest.raises(ValueError, match="count"):

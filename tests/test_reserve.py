@@ -17,7 +17,13 @@ from topkast.adapter import IncrementalSelection, Migration
 from topkast.backends import _candidates, _compiled
 from topkast.reservoirs import ArrayReservoir
 from topkast.selection._random import Ranks, make_key
-from topkast.selection._reserve import Exchange, Reserve, exchange, fill_reserve
+from topkast.selection._reserve import (
+    Exchange,
+    Reserve,
+    _reserve_size,
+    exchange,
+    fill_reserve,
+)
 
 Array = Any
 
@@ -116,8 +122,13 @@ def assert_reserve(reserve: Reserve, support: topkast.Support, theta: Array) -> 
     outside = np.ones(theta.size, dtype=bool)
     outside[support.indices] = False
     expected = np.flatnonzero(outside & (np.abs(theta) >= theta.dtype.type(reserve.bound)))
-    np.testing.assert_array_equal(reserve.indices, expected)
-    np.testing.assert_array_equal(reserve.values, theta[expected])
+    present = (reserve.values != 0) | (reserve.bound == 0)
+    indices, values = reserve.indices[present], reserve.values[present]
+    assert reserve.size == len(indices) == len(expected)
+    assert len(reserve.indices) <= 4 * reserve.size
+    order = np.argsort(indices)
+    np.testing.assert_array_equal(indices[order], expected)
+    np.testing.assert_array_equal(values[order], theta[expected])
 
 
 def test_a_reserve_that_does_not_reach_far_enough_is_filled_again() -> None:
@@ -129,35 +140,51 @@ def test_a_reserve_that_does_not_reach_far_enough_is_filled_again() -> None:
     assert 1_024 <= len(reserve.indices) < 2_048
     arguments: Any = (reserve, theta.size, RANKS, counts)
     assert isinstance(exchange(support, values, *arguments), Exchange)
-    reach = exchange(support, values * 0.7, *arguments)
-    assert isinstance(reach, float)
-    assert reach < reserve.bound
-    # A reserve that reaches so far is large enough, whatever the number of entries asked for.
-    second = fill_reserve(ArrayReservoir(theta), support, 1_024, reach=reach)
+    missing = exchange(support, values * 0.7, *arguments)
+    assert isinstance(missing, int)
+    reaching = np.count_nonzero(np.abs(values * 0.7) >= reserve.bound) + len(reserve.indices)
+    assert missing == 4_000 - reaching > 0
+    # With so many more entries it is large enough.
+    count = len(reserve.indices) + missing
+    second = fill_reserve(ArrayReservoir(theta), support, count)
     assert second is not None
-    assert second.bound == reach
+    assert count <= len(second.indices) < 1.5 * count
     assert isinstance(exchange(support, values * 0.7, second, *arguments[1:]), Exchange)
-    # But no more than about four times as many entries are collected.
-    third = fill_reserve(ArrayReservoir(theta), support, 1_024, reach=0.0)
-    assert third is not None
-    assert 4 * 1_024 <= len(third.indices) < 4 * 2_048
     selection = IncrementalSelection(reserve)
     outcome = selection.choose(support, values / 2, ArrayReservoir(theta), RANKS)
     assert outcome is not None
     assert outcome[0].reserve.bound < reserve.bound
 
 
-def test_short_lived_reserves_grow() -> None:
-    theta = np.random.default_rng(0).standard_normal(60_000)
+def test_the_size_of_a_reserve_follows_what_it_loses() -> None:
+    size, backward = 400_000, 80_000
+    theta = np.random.default_rng(0).standard_normal(size)
     support, selection = select(theta, (0.9, 0.8)), IncrementalSelection()
-    shares = []
-    for _ in range(4):
-        theta[support.indices] *= 0.7
+    filled = []
+    for shrink in (1.0, 0.97, 0.98, 0.995, 0.999, 0.999, 0.999, 0.9, 0.8, 0.8):
+        theta[support.indices] *= shrink
+        age, reserve = selection.age, selection.reserve
         outcome = selection.choose(support, theta[support.indices], ArrayReservoir(theta), RANKS)
         assert outcome is not None
         support, selection = outcome[0].support, outcome[1]
-        shares.append(selection.share)
-    assert shares == [1 / 8, 1 / 4, 1 / 2, 1 / 2]
+        if selection.age == 0:
+            loss = selection.loss
+            wanted = backward / 8
+            if loss is not None:
+                wanted = min(2 * (size * loss) ** 0.5, backward / 2)
+            left = len(outcome[0].left[0])  # which the reserve may keep
+            assert wanted <= selection.filled <= wanted + left + 8_000  # a sample's deviation
+            assert selection.filled == outcome[0].reserve.size
+            filled.append(selection.filled)
+            if reserve is not None:
+                assert loss is not None
+                assert loss * (age + 1) > reserve.size
+    assert 2 <= len(filled) < 10
+    assert max(filled) > 2 * min(filled)
+    assert _reserve_size(10**6, 10**5, None) == 12_500
+    assert _reserve_size(10**6, 10**5, 100.0) == 20_000
+    assert _reserve_size(10**6, 10**5, 10_000.0) == 50_000
+    assert _reserve_size(10**6, 10, None) == 1_024
     reserve = selection.reserve
     assert reserve is not None
     assert selection.nbytes == reserve.indices.nbytes + reserve.values.nbytes > 0
@@ -182,7 +209,7 @@ def test_zeros_leave_it_to_a_full_selection() -> None:
 
 
 def test_a_selection_is_a_value() -> None:
-    selection = IncrementalSelection(Reserve(np.arange(3), np.ones(3), 0.5))
+    selection = IncrementalSelection(Reserve(np.arange(3), np.ones(3), 0.5, 3))
     loaded = pickle.loads(pickle.dumps(selection))
     assert dataclasses.astuple(loaded)[1:] == dataclasses.astuple(selection)[1:]
     np.testing.assert_array_equal(loaded.reserve.indices, np.arange(3))

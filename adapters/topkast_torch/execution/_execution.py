@@ -272,7 +272,7 @@ class Execution(ABC):
             self.selection = refresh.selection
         else:
             values, entered_active = self._exchange(new, migration), refresh.entered_active
-            self.selection = IncrementalSelection(share=self.selection.share)
+            self.selection = IncrementalSelection(loss=self.selection.loss)
         self.migrate_gradient(migration)
         self.values.detach().view(-1).copy_(values)
         self._switch_to(new)
@@ -300,7 +300,7 @@ class Execution(ABC):
         self.reservoir = reservoir
         self.values.detach().view(-1).copy_(values)
         self._switch_to(support)
-        self.selection = IncrementalSelection(share=self.selection.share)
+        self.selection = IncrementalSelection(loss=self.selection.loss)
 
     def _switch_to(self, support: Support) -> None:
         """Take a support whose values are set, and write them into the model."""

@@ -28,37 +28,25 @@ class Threshold(NamedTuple):
     surplus: int
 
 
-class Candidates(NamedTuple):
-    """Entries that may belong to B.
+class Division(NamedTuple):
+    r"""Candidates for B in their new order: A, B∖A, those outside B, those below the bound.
 
     Attributes
     ----------
     indices, values
-        Flat indices and weights.
+        Flat indices, which ascend within each part, and weights.
     source
-        Position that each had in the old B, -1 for those that were outside; int32.
+        Position that each had in the old B, 0 for those that were outside; int32.
+    survives
+        Whether each was in the old B.
+    sizes
+        Lengths of the four parts.
     """
 
     indices: Vector
     values: Vector
     source: Vector
-
-
-class Division(NamedTuple):
-    """Candidates in their new order, in four parts: A, B∖A, those outside B, those below the bound.
-
-    Attributes
-    ----------
-    inside
-        A and B∖A; indices ascend within each.
-    outside
-        The others; indices of those that reach the bound ascend.
-    sizes
-        Lengths of the four parts.
-    """
-
-    inside: Candidates
-    outside: Candidates
+    survives: Vector
     sizes: tuple[int, ...]
 
 
@@ -80,9 +68,13 @@ def find_thresholds(
     return thresholds, magnitudes.size - int(np.count_nonzero(np.isfinite(magnitudes)))
 
 
-def collect(flat: Vector, bound: float, /) -> tuple[Vector, Vector]:
+def collect(flat: Vector, bound: float, limit: float | None = None, /) -> tuple[Vector, Vector]:
     """Ascending indices of the entries of `flat` (n,) of magnitude `bound` or more, and these."""
-    indices = np.flatnonzero(np.abs(flat) >= flat.dtype.type(bound))
+    magnitudes = np.abs(flat)
+    inside = magnitudes >= flat.dtype.type(bound)
+    if limit is not None:
+        inside &= magnitudes <= flat.dtype.type(limit)
+    indices = np.flatnonzero(inside)
     return indices.astype(np.int32), flat.take(indices)
 
 
@@ -97,11 +89,11 @@ def migrate(entry: Vector, source: Vector, survives: Vector, fresh: Vector, out:
 
 
 def divide(
-    active: tuple[Vector, Vector],
-    exploring: tuple[Vector, Vector],
+    inside: tuple[Vector, Vector],
     reserve: tuple[Vector, Vector],
     /,
     *,
+    split: int,
     size: int,
     forward: float,
     backward: float,
@@ -109,13 +101,14 @@ def divide(
     ties: tuple[Vector, Vector] | None = None,
 ) -> Division:
     """Divide the candidates for B into the next A, B∖A and reserve."""
-    parts = active, exploring, reserve
-    indices, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    inside = active[0].size + exploring[0].size
-    source = np.arange(indices.size, dtype=np.int32)
-    source[inside:] = -1
+    lists = zip(inside, reserve, strict=True)
+    indices, values = (np.concatenate(arrays) for arrays in lists)
+    survives = np.arange(indices.size) < inside[0].size
+    source = np.where(survives, np.arange(indices.size, dtype=np.int32), np.int32(0))
     order = np.argsort(indices, kind="stable")  # which merges what ascends
-    indices, values, source = indices[order], values[order], source[order]
+    indices, values, source, survives = (
+        array[order] for array in (indices, values, source, survives)
+    )
     magnitudes = np.abs(values)
     limits = (magnitudes.dtype.type(limit) for limit in (forward, backward, bound))
     below = [magnitudes < limit for limit in limits]
@@ -123,7 +116,5 @@ def divide(
         flags[np.searchsorted(indices, tied)] = True
     number = np.sum(below, axis=0, dtype=np.int8)
     order = np.argsort(number, kind="stable")
-    sizes = np.bincount(number, minlength=4)
-    halves = np.split(order, [sizes[:2].sum()])
-    inside_b, outside_b = (Candidates(indices[half], values[half], source[half]) for half in halves)
-    return Division(inside_b, outside_b, tuple(sizes.tolist()))
+    sizes = tuple(np.bincount(number, minlength=4).tolist())
+    return Division(indices[order], values[order], source[order], survives[order], sizes)

@@ -26,12 +26,18 @@ except ModuleNotFoundError:
         "the kernels need numba: pip install 'topkast[cpu]'", name="numba"
     ) from None
 
-from topkast.backends._candidates import Candidates, Division, Threshold
+from topkast.backends._candidates import Division, Threshold
 from topkast.kernels._columns import find_columns, find_row_starts
 from topkast.kernels._convolution import ConvolutionProducts
 from topkast.kernels._gather import compress, gather, put
 from topkast.kernels._geometry import Bands, ConvGeometry, PlaneLayout
-from topkast.kernels._layout import Layout, RowLayout, make_layout, make_row_layout
+from topkast.kernels._layout import (
+    Layout,
+    RowLayout,
+    make_layout,
+    make_row_layout,
+    make_transposed_layout,
+)
 from topkast.kernels._linear import LinearProducts
 from topkast.kernels._packing import pack
 from topkast.kernels._plane_products import OffsetLayout, convolve, sampled_correlation, shift
@@ -46,7 +52,6 @@ from topkast.kernels.refresh._young import scale_displacement
 
 __all__ = [
     "Bands",
-    "Candidates",
     "ConvGeometry",
     "ConvolutionProducts",
     "Division",
@@ -69,6 +74,7 @@ __all__ = [
     "lanes_of",
     "make_layout",
     "make_row_layout",
+    "make_transposed_layout",
     "migrate",
     "multiply",
     "pack",

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from topkast.kernels.runtime._arguments import Vector
+from topkast.kernels.runtime._compile import compiled
 
 
 def find_columns(
@@ -83,8 +84,36 @@ def find_row_starts(
         0 <= flat[0] <= flat[-1] < height * width and np.all(flat[1:] > flat[:-1])
     ):
         raise ValueError(f"indices must ascend in [0, {height * width})")
-    edges = (np.arange(height, dtype=np.int64) * width).astype(indices.dtype)
-    return np.append(np.searchsorted(flat, edges) + start, stop)
+    return locate_rows(indices, entries, shape=(height, width))
+
+
+def locate_rows(indices: Vector, entries: slice, /, *, shape: tuple[int, int]) -> Vector:
+    """:func:`find_row_starts` of one group, unchecked."""
+    height, width = shape
+    start, stop, _ = entries.indices(len(indices))
+    starts: Vector = _locate_rows(indices[start:stop], height, width)
+    starts += start
+    return starts
+
+
+@compiled
+def _locate_rows(flat: Vector, height: int, width: int) -> Vector:
+    """Search the first entry of each row, from that of the row before on."""
+    starts, low = np.empty(height + 1, dtype=np.int64), 0
+    for row in range(height):
+        edge, step, high = row * width, 1, low
+        while high < len(flat) and flat[high] < edge:
+            low, high, step = high + 1, high + step, 2 * step
+        high = min(high, len(flat))
+        while low < high:
+            middle = (low + high) // 2
+            if flat[middle] < edge:
+                low = middle + 1
+            else:
+                high = middle
+        starts[row] = low
+    starts[height] = len(flat)
+    return starts
 
 
 def rows_and_columns(columns: Vector, pitch: int, row_starts: Vector) -> tuple[Vector, Vector]:

@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 
 from topkast.backends._threads import default_threads
-from topkast.kernels._layout_arrays import make_layout_arrays, make_row_layout_arrays
+from topkast.kernels._layout_arrays import (
+    make_layout_arrays,
+    make_row_layout_arrays,
+    make_transposed_arrays,
+)
 from topkast.kernels.runtime._arguments import define_record, fill_record
 from topkast.kernels.runtime._vector import PREFETCH_DISTANCE
 
@@ -322,20 +326,39 @@ def make_layout(
     arrays = make_layout_arrays(
         rows, columns, value_index, chunk_rows, panel_width, width, PREFETCH_DISTANCE
     )
-    chunk_entries, panel_segments, segment_rows, segment_lengths, index, panel_columns = arrays
-    return Layout(
-        chunk_rows,
-        chunk_entries,
-        panel_segments,
-        segment_rows,
-        segment_lengths,
-        panel_width,
-        height,
-        width,
-        index,
-        panel_columns,
-        int(value_index.max(initial=-1)) + 1,
+    required_length = int(value_index.max(initial=-1)) + 1
+    return Layout(chunk_rows, *arrays[:4], panel_width, height, width, *arrays[4:], required_length)
+
+
+def make_transposed_layout(
+    columns: Vector, row_starts: Vector, /, *, shape: tuple[int, int], pitch: int = 0
+) -> Layout:
+    """Make the layout of the transpose of the matrix of a :class:`RowLayout`.
+
+    Parameters
+    ----------
+    columns, row_starts, shape, pitch
+        As for :func:`make_row_layout`, which checks them.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from topkast.kernels import make_transposed_layout
+    >>> indices, row_starts = np.asarray([1, 3, 9], np.int32), np.asarray([0, 2, 2, 3])
+    >>> layout = make_transposed_layout(indices, row_starts, shape=(3, 4), pitch=4)
+    >>> layout.order, layout.columns
+    (array([0, 2, 1], dtype=int32), array([0, 2, 0], dtype=uint16))
+    """
+    height, width = shape
+    entries = int(row_starts[-1] - row_starts[0])
+    chunk_rows = _chunk_rows(width, None)
+    panel_width = _panel_width(entries, (width, height), _SEGMENT_ENTRIES)
+    starts = np.ascontiguousarray(row_starts, dtype=np.int64)
+    arrays = make_transposed_arrays(
+        columns, starts, pitch, width, chunk_rows, panel_width, PREFETCH_DISTANCE
     )
+    required_length = int(row_starts[-1]) if entries else 0
+    return Layout(chunk_rows, *arrays[:4], panel_width, width, height, *arrays[4:], required_length)
 
 
 def row_panel_width(entries: int, shape: tuple[int, int]) -> int:

@@ -1,18 +1,43 @@
-"""Compiled construction of the arrays of a layout, in time linear in the number of entries."""
+"""The arrays of layouts, in time linear in the number of entries, on all cores where it pays."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import carray, njit, types
 
-from topkast.kernels.runtime._compile import compiled
+from topkast.kernels.runtime._arguments import (
+    Vector,
+    array_at,
+    define_arguments,
+    fill_record,
+)
+from topkast.kernels.runtime._compile import compiled, kernel
+from topkast.kernels.runtime._pool import run
+from topkast.kernels.runtime._vector import as_pointer, fetch_add
 
-Vector = np.ndarray[Any, Any]
+_SEGMENTS = "first_segments", "panel_segments", "segment_rows", "segment_lengths", "segments"
+_OUTPUTS = "is_valid", *_SEGMENTS, "segment_starts", "ordered_index", "ordered_columns"
+_ARGUMENTS = define_arguments(
+    "columns",
+    "columns_size",
+    "row_starts",
+    "height",
+    "width",
+    "pitch",
+    "panel_width",
+    "panels",
+    "chunk_rows",
+    "chunks",
+    "chunk_entries",
+    "entries",
+    "counts",
+    "starts",
+    *_OUTPUTS,
+)
 
 
-@compiled
 def make_row_layout_arrays(
     columns: Vector,
     row_starts: Vector,
@@ -20,39 +45,268 @@ def make_row_layout_arrays(
     width: int,
     chunk_rows: Vector,
     panel_width: int,
-) -> Any:
+) -> tuple[Any, ...]:
     """Whether the columns of each row ascend in [0, width), and the arrays of a RowLayout."""
     height, panels = len(row_starts) - 1, -(-max(width, 1) // panel_width)
-    counts = np.zeros((panels, height), dtype=np.int32)
-    starts = np.empty((panels, height), dtype=np.int32)
-    is_valid, segments = True, 0
-    for row in range(height):
-        first, panel, panel_end, previous = row_starts[row], 0, panel_width, -1
-        for entry in range(row_starts[row], row_starts[row + 1]):
-            column = columns[entry] - row * pitch
-            is_valid = is_valid and previous < column < width
-            previous = column
-            if column >= panel_end and is_valid:
-                if entry > first:
-                    counts[panel, row], starts[panel, row] = entry - first, first
-                    segments += 1
-                first, panel = entry, column // panel_width
-                panel_end = (panel + 1) * panel_width
-        if row_starts[row + 1] > first:
-            counts[panel, row], starts[panel, row] = row_starts[row + 1] - first, first
-            segments += 1
-    panel_segments, segment_rows, segment_lengths = _sort_segments(counts, chunk_rows, segments)
-    chunk_entries = np.empty(len(chunk_rows), dtype=np.int32)
-    for chunk in range(len(chunk_rows)):
-        chunk_entries[chunk] = row_starts[chunk_rows[chunk]]
-    segment_starts = np.empty(segments, dtype=np.int32)
-    for chunk in range(len(chunk_rows) - 1):
-        for panel in range(panels):
-            chunk_panel = chunk * panels + panel
-            for segment in range(panel_segments[chunk_panel], panel_segments[chunk_panel + 1]):
-                row = chunk_rows[chunk] + segment_rows[segment]
-                segment_starts[segment] = starts[panel, row]
-    return is_valid, chunk_entries, panel_segments, segment_rows, segment_lengths, segment_starts
+    counts, starts = np.zeros((2, panels, height), dtype=np.int32)
+    is_valid = np.ones(len(chunk_rows) - 1, dtype=np.bool_)
+    inputs = _inputs(columns, row_starts, width, pitch, panel_width, chunk_rows, counts)
+    inputs["starts"] = starts
+    _run(_count_rows, **inputs, is_valid=is_valid)
+    segments = _empty_segments(counts, chunk_rows)
+    segment_starts = np.empty(segments["segments"], dtype=np.int32)
+    _run(_sort_rows, **inputs, **segments, segment_starts=segment_starts)
+    chunk_entries = row_starts[chunk_rows].astype(np.int32)
+    arrays = (segments[name] for name in _SEGMENTS[1:4])
+    return bool(is_valid.all()), chunk_entries, *arrays, segment_starts
+
+
+def make_transposed_arrays(
+    columns: Vector,
+    row_starts: Vector,
+    pitch: int,
+    width: int,
+    chunk_rows: Vector,
+    panel_width: int,
+    prefetch_distance: int,
+) -> tuple[Any, ...]:
+    """The arrays of the Layout of a transpose, from the columns of valid rows.
+
+    `chunk_rows` and `panel_width` divide the transpose, so that a panel is a range of rows here.
+    """
+    height, entries = len(row_starts) - 1, int(row_starts[-1] - row_starts[0])
+    panels = -(-max(height, 1) // panel_width)
+    counts = np.zeros((panels, width), dtype=np.int32)
+    inputs = _inputs(columns, row_starts, width, pitch, panel_width, chunk_rows, counts)
+    _run(_count_columns, **inputs)
+    segments = _empty_segments(counts, chunk_rows)
+    in_chunks = np.add.reduceat(counts.sum(axis=0), chunk_rows[:-1]) if width else counts[:0, 0]
+    chunk_entries = np.append(0, np.cumsum(in_chunks)).astype(np.int32)
+    inputs |= {"chunk_entries": chunk_entries, "entries": entries}
+    _run(_sort_columns, **inputs, **segments)
+    ordered_index = np.empty(entries + prefetch_distance, dtype=np.int32)
+    ordered_index[entries:] = 0
+    ordered_columns = np.empty(entries, dtype=np.uint16)
+    _run(_place_entries, **inputs, ordered_index=ordered_index, ordered_columns=ordered_columns)
+    arrays = (segments[name] for name in _SEGMENTS[1:4])
+    return chunk_entries, *arrays, ordered_index, ordered_columns
+
+
+def _inputs(
+    columns: Vector,
+    row_starts: Vector,
+    width: int,
+    pitch: int,
+    panel_width: int,
+    chunk_rows: Vector,
+    counts: Vector,
+) -> dict[str, Any]:
+    return {
+        "columns": columns,
+        "columns_size": len(columns),
+        "row_starts": row_starts,
+        "height": len(row_starts) - 1,
+        "width": width,
+        "pitch": pitch,
+        "panel_width": panel_width,
+        "panels": len(counts),
+        "chunk_rows": chunk_rows,
+        "chunks": len(chunk_rows) - 1,
+        "counts": counts,
+    }
+
+
+def _run(kernel: Any, **values: Any) -> None:
+    unused = dict.fromkeys(_ARGUMENTS.names or (), 0)
+    run(kernel, fill_record(_ARGUMENTS, **unused | values))
+
+
+def _empty_segments(counts: Vector, chunk_rows: Vector) -> dict[str, Any]:
+    """Arrays for the segments of each chunk, given the entries of each panel and row."""
+    by_row = np.count_nonzero(counts, axis=0)
+    in_chunks = np.add.reduceat(by_row, chunk_rows[:-1]) if len(by_row) else by_row
+    first_segments = np.append(0, np.cumsum(in_chunks)).astype(np.int32)
+    segments = int(first_segments[-1])
+    chunk_panels = (len(chunk_rows) - 1) * len(counts)
+    panel_segments = np.full(chunk_panels + 1, segments, dtype=np.int32)
+    rows, lengths = np.empty(segments, dtype=np.uint16), np.empty(segments, dtype=np.uint16)
+    values = first_segments, panel_segments, rows, lengths, segments
+    return dict(zip(_SEGMENTS, values, strict=True))
+
+
+@njit  # type: ignore[untyped-decorator]
+def _read(arguments: Any, rows: Any) -> Any:
+    """The columns, row starts, chunks, and counts of the `rows` of a layout in each panel."""
+    columns = array_at(arguments.columns, arguments.columns_size, np.int32)
+    row_starts = array_at(arguments.row_starts, arguments.height + 1, np.int64)
+    chunk_rows = array_at(arguments.chunk_rows, arguments.chunks + 1, np.int32)
+    counts = carray(as_pointer(arguments.counts), (arguments.panels, rows), np.int32)
+    return columns, row_starts, chunk_rows, counts
+
+
+@njit  # type: ignore[untyped-decorator]
+def _segments_of(arguments: Any) -> Any:
+    """First segment of each chunk; first of each panel of it, rows and lengths of all segments."""
+    first_segments = array_at(arguments.first_segments, arguments.chunks + 1, np.int32)
+    return first_segments, (
+        array_at(arguments.panel_segments, arguments.chunks * arguments.panels + 1, np.int32),
+        array_at(arguments.segment_rows, arguments.segments, np.uint16),
+        array_at(arguments.segment_lengths, arguments.segments, np.uint16),
+    )
+
+
+@njit  # type: ignore[untyped-decorator]
+def _count_row(columns: Any, first: Any, stop: Any, offset: Any, sizes: Any, panels: Any) -> Any:
+    """Count the entries of one row by panel, and find the first of each; whether they ascend.
+
+    The columns are those of the entries from `first` to `stop`, less `offset`.
+    """
+    width, panel_width = sizes
+    counts, starts = panels
+    panel, panel_end, previous = 0, panel_width, -1
+    for entry in range(first, stop):
+        column = columns[entry] - offset
+        if not previous < column < width:
+            return False
+        previous = column
+        if column >= panel_end:
+            if entry > first:
+                counts[panel], starts[panel] = entry - first, first
+            first, panel = entry, column // panel_width
+            panel_end = (panel + 1) * panel_width
+    if stop > first:
+        counts[panel], starts[panel] = stop - first, first
+    return True
+
+
+@njit  # type: ignore[untyped-decorator]
+def _sort_chunk(counts: Any, chunk: Any, chunk_rows: Any, first: Any, segments: Any) -> None:
+    """Sort the segments of each panel of a chunk by length, from the position `first` on."""
+    panels, start, stop = counts.shape[0], chunk_rows[chunk], chunk_rows[chunk + 1]
+    panel_segments, segment_rows, segment_lengths = segments
+    max_length = 1
+    for panel in range(panels):
+        for row in range(start, stop):
+            max_length = max(max_length, counts[panel, row])
+    next_segment = np.empty(max_length + 2, dtype=np.int32)  # next position, by length
+    for panel in range(panels):
+        panel_segments[chunk * panels + panel] = first
+        next_segment[:] = 0
+        for row in range(start, stop):
+            next_segment[counts[panel, row] + 1] += 1
+        next_segment[1] = first
+        for length in range(2, max_length + 2):
+            next_segment[length] += next_segment[length - 1]
+        for row in range(start, stop):
+            length = counts[panel, row]
+            if length:
+                position = next_segment[length]
+                segment_rows[position], segment_lengths[position] = row - start, length
+                next_segment[length] = position + 1
+        first = next_segment[max_length]
+
+
+_KERNEL = types.void(types.intp)
+
+
+@kernel(_KERNEL)
+def _count_rows(address: Any) -> None:
+    arguments = carray(as_pointer(address), 1, _ARGUMENTS)[0]
+    columns, row_starts, chunk_rows, counts = _read(arguments, arguments.height)
+    starts = carray(as_pointer(arguments.starts), counts.shape, np.int32)
+    is_valid = array_at(arguments.is_valid, arguments.chunks, np.uint8)
+    sizes = arguments.width, arguments.panel_width
+    while True:
+        chunk = fetch_add(address)
+        if chunk >= arguments.chunks:
+            break
+        for row in range(chunk_rows[chunk], chunk_rows[chunk + 1]):
+            panels, offset = (counts[:, row], starts[:, row]), row * arguments.pitch
+            first, stop = row_starts[row], row_starts[row + 1]
+            if not _count_row(columns, first, stop, offset, sizes, panels):
+                is_valid[chunk] = 0
+                break
+
+
+@kernel(_KERNEL)
+def _sort_rows(address: Any) -> None:
+    arguments = carray(as_pointer(address), 1, _ARGUMENTS)[0]
+    _, _, chunk_rows, counts = _read(arguments, arguments.height)
+    starts = carray(as_pointer(arguments.starts), counts.shape, np.int32)
+    segment_starts = array_at(arguments.segment_starts, arguments.segments, np.int32)
+    first_segments, segments = _segments_of(arguments)
+    panel_segments, segment_rows, _ = segments
+    while True:
+        chunk = fetch_add(address)
+        if chunk >= arguments.chunks:
+            break
+        _sort_chunk(counts, chunk, chunk_rows, first_segments[chunk], segments)
+        for panel in range(arguments.panels):
+            number = chunk * arguments.panels + panel
+            stop = first_segments[chunk + 1]  # another thread sorts the next chunk
+            if panel + 1 < arguments.panels:
+                stop = panel_segments[number + 1]
+            for segment in range(panel_segments[number], stop):
+                segment_starts[segment] = starts[panel, chunk_rows[chunk] + segment_rows[segment]]
+
+
+@kernel(_KERNEL)
+def _count_columns(address: Any) -> None:
+    arguments = carray(as_pointer(address), 1, _ARGUMENTS)[0]
+    columns, row_starts, _, counts = _read(arguments, arguments.width)
+    while True:
+        panel = fetch_add(address)
+        if panel >= arguments.panels:
+            break
+        first_row = panel * arguments.panel_width
+        for row in range(first_row, min(first_row + arguments.panel_width, arguments.height)):
+            offset = row * arguments.pitch
+            for entry in range(row_starts[row], row_starts[row + 1]):
+                counts[panel, np.uint64(columns[entry] - offset)] += 1
+
+
+@kernel(_KERNEL)
+def _sort_columns(address: Any) -> None:
+    """Sort the segments of a transpose; the counts become the first position of each segment."""
+    arguments = carray(as_pointer(address), 1, _ARGUMENTS)[0]
+    _, _, chunk_columns, counts = _read(arguments, arguments.width)
+    chunk_entries = array_at(arguments.chunk_entries, arguments.chunks + 1, np.int32)
+    first_segments, segments = _segments_of(arguments)
+    panel_segments, segment_columns, segment_lengths = segments
+    while True:
+        chunk = fetch_add(address)
+        if chunk >= arguments.chunks:
+            break
+        _sort_chunk(counts, chunk, chunk_columns, first_segments[chunk], segments)
+        entry = chunk_entries[chunk]
+        for panel in range(arguments.panels):
+            number = chunk * arguments.panels + panel
+            stop = first_segments[chunk + 1]  # another thread sorts the next chunk
+            if panel + 1 < arguments.panels:
+                stop = panel_segments[number + 1]
+            for segment in range(panel_segments[number], stop):
+                counts[panel, chunk_columns[chunk] + segment_columns[segment]] = entry
+                entry += segment_lengths[segment]
+
+
+@kernel(_KERNEL)
+def _place_entries(address: Any) -> None:
+    arguments = carray(as_pointer(address), 1, _ARGUMENTS)[0]
+    columns, row_starts, _, positions = _read(arguments, arguments.width)
+    ordered_index = array_at(arguments.ordered_index, arguments.entries, np.int32)
+    ordered_columns = array_at(arguments.ordered_columns, arguments.entries, np.uint16)
+    while True:
+        panel = fetch_add(address)
+        if panel >= arguments.panels:
+            break
+        first_row = panel * arguments.panel_width
+        for row in range(first_row, min(first_row + arguments.panel_width, arguments.height)):
+            offset = row * arguments.pitch
+            for entry in range(row_starts[row], row_starts[row + 1]):
+                column = np.uint64(columns[entry] - offset)
+                target = np.uint64(positions[panel, column])
+                positions[panel, column] = target + np.uint64(1)
+                ordered_index[target], ordered_columns[target] = entry, row - first_row
 
 
 @compiled
@@ -77,19 +331,28 @@ def make_layout_arrays(
     for entry in range(entries):
         first_cell = first_cells[np.uint32(columns[entry])]
         counts[np.uint32(first_cell + np.uint32(rows[entry]))] += 1
-    segments = np.count_nonzero(counts)
-    by_panel = counts.reshape(panels, height)
-    panel_segments, segment_rows, segment_lengths = _sort_segments(by_panel, chunk_rows, segments)
+    by_panel, chunks = counts.reshape(panels, height), len(chunk_rows) - 1
+    segments = (
+        np.empty(chunks * panels + 1, dtype=np.int32),
+        np.empty(np.count_nonzero(counts), dtype=np.uint16),
+        np.empty(np.count_nonzero(counts), dtype=np.uint16),
+    )
+    panel_segments, segment_rows, segment_lengths = segments
     chunk_entries = np.zeros(len(chunk_rows), dtype=np.int32)
-    next_entry, first = by_panel, 0  # reuses `counts`: position of the next entry of each segment
-    for chunk in range(len(chunk_rows) - 1):
-        chunk_entries[chunk] = first
+    next_entry, entry = by_panel, 0  # reuses `counts`: position of the next entry of each segment
+    panel_segments[0] = 0
+    for chunk in range(chunks):
+        first_segment = panel_segments[chunk * panels]
+        in_chunk = np.count_nonzero(by_panel[:, chunk_rows[chunk] : chunk_rows[chunk + 1]])
+        _sort_chunk(by_panel, chunk, chunk_rows, first_segment, segments)
+        panel_segments[(chunk + 1) * panels] = first_segment + in_chunk
+        chunk_entries[chunk] = entry
         for panel in range(panels):
-            chunk_panel = chunk * panels + panel
-            for segment in range(panel_segments[chunk_panel], panel_segments[chunk_panel + 1]):
-                next_entry[panel, chunk_rows[chunk] + segment_rows[segment]] = first
-                first += segment_lengths[segment]
-    chunk_entries[-1] = first
+            number = chunk * panels + panel
+            for segment in range(panel_segments[number], panel_segments[number + 1]):
+                next_entry[panel, chunk_rows[chunk] + segment_rows[segment]] = entry
+                entry += segment_lengths[segment]
+    chunk_entries[-1] = entry
     ordered_index = np.empty(entries + prefetch_distance, dtype=np.int32)
     ordered_index[entries:] = 0
     ordered_columns = np.empty(entries, dtype=np.uint16)
@@ -108,36 +371,3 @@ def make_layout_arrays(
         ordered_index,
         ordered_columns,
     )
-
-
-@njit  # type: ignore[untyped-decorator]
-def _sort_segments(counts: Vector, chunk_rows: Vector, segments: int) -> Any:
-    """Sort the segments of each panel of each chunk by length: panel starts, rows and lengths."""
-    panels, chunks = counts.shape[0], len(chunk_rows) - 1
-    panel_segments = np.empty(chunks * panels + 1, dtype=np.int32)
-    segment_rows = np.empty(segments, dtype=np.uint16)
-    segment_lengths = np.empty(segments, dtype=np.uint16)
-    max_length = 0
-    for count in counts.flat:
-        max_length = max(max_length, count)
-    next_segment = np.empty(max_length + 2, dtype=np.int32)  # next position, by length
-    first = 0
-    for chunk in range(chunks):
-        start, stop = chunk_rows[chunk], chunk_rows[chunk + 1]
-        for panel in range(panels):
-            panel_segments[chunk * panels + panel] = first
-            next_segment[:] = 0
-            for row in range(start, stop):
-                next_segment[counts[panel, row] + 1] += 1
-            next_segment[1] = first
-            for length in range(2, max_length + 2):
-                next_segment[length] += next_segment[length - 1]
-            for row in range(start, stop):
-                length = counts[panel, row]
-                if length:
-                    segment_rows[next_segment[length]] = row - start
-                    segment_lengths[next_segment[length]] = length
-                    next_segment[length] += 1
-            first = next_segment[max_length]
-    panel_segments[chunks * panels] = first
-    return panel_segments, segment_rows, segment_lengths

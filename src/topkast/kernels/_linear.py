@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from topkast.kernels._columns import find_columns, find_row_starts, rows_and_columns
-from topkast.kernels._layout import make_layout, make_row_layout, row_panel_width
+from topkast.kernels._columns import find_columns, find_row_starts, locate_rows
+from topkast.kernels._layout import (
+    make_row_layout,
+    make_transposed_layout,
+    row_panel_width,
+)
 from topkast.kernels._packing import pack
 from topkast.kernels._products import multiply, sampled_product, tile_width
 from topkast.kernels.runtime._arguments import Vector
@@ -56,16 +58,18 @@ class LinearProducts:
     def __init__(self, indices: Vector, forward: int, /, *, shape: tuple[int, int]) -> None:
         columns, pitch = find_columns(indices, shape=shape)
         self._columns_nbytes = columns.nbytes if columns is not indices else 0
+        # With flat indices, the layouts find what does not ascend; columns tell nothing of rows.
+        find = locate_rows if pitch else find_row_starts
         slices = slice(forward), slice(forward, len(indices))
-        active, exploring = (find_row_starts(indices, entries, shape=shape) for entries in slices)
+        active, exploring = (find(indices, entries, shape=shape) for entries in slices)
+        if active[0] != 0 or exploring[0] != forward:
+            raise ValueError(f"indices must ascend in [0, {shape[0] * shape[1]})")
         panel_width = row_panel_width(forward, shape)
         self._active, self._exploring = (
             make_row_layout(columns, starts, shape=shape, pitch=pitch, panel_width=panel_width)
             for starts in (active, exploring)
         )
-        rows, columns = rows_and_columns(columns, pitch, active)
-        value_index = np.arange(forward, dtype=np.int32)
-        self._transposed = make_layout(columns, rows, value_index, shape=shape[::-1])
+        self._transposed = make_transposed_layout(columns, active, shape=shape, pitch=pitch)
 
     @staticmethod
     def packed_shape(shape: tuple[int, int], dtype: Any) -> tuple[int, int, int]:

@@ -29,7 +29,7 @@ _SAMPLE = 1 << 15  # entries
 _SPREAD = 4.0  # standard deviations of a sampled quantile, by which the bound is lowered
 _MIN_RESERVE = 1 << 10  # entries
 _FIRST_SHARE, _MAX_SHARE = 1 / 8, 1 / 2  # of |B|
-_LIFETIME = 8  # refreshes that a reserve should last
+_MAX_SLOTS = 4  # times the entries of a reserve: then those that left are removed
 _BRACKET = 1.0  # times the last change of a threshold, by which the next one may differ from it
 _MIN_BRACKET = 1 / 4096  # of the threshold
 _WIDE = 1 << 31  # number of weights from which indices have 64 bits
@@ -38,19 +38,36 @@ _WIDE = 1 << 31  # number of weights from which indices have 64 bits
 class Reserve(NamedTuple):
     """The largest entries outside B.
 
+    Nothing is moved when entries join or leave: the first are appended, the others become zero.
+
     Attributes
     ----------
     indices
-        Ascending flat indices (r,).
+        Flat indices (r,), in no order.
     values
-        Their weights (r,).
+        Their weights (r,); 0 for entries that left, unless the bound is 0: then none are kept.
     bound
         Every other entry outside B has a smaller magnitude; 0 if there are no others.
+    size
+        Number of entries without those that left.
     """
 
     indices: Vector
     values: Vector
     bound: float
+    size: int
+
+    def exchange(self, left: Vector, joined: tuple[Vector, Vector]) -> Reserve:
+        """Remove the entries at the positions `left`, and add others: indices and values."""
+        indices = np.concatenate([self.indices, joined[0]])
+        values = np.concatenate([self.values, joined[1]])
+        size = self.size - left.size + joined[0].size
+        if self.bound and indices.size <= _MAX_SLOTS * size:
+            values[left] = 0
+            return Reserve(indices, values, self.bound, size)
+        stays = values != 0 if self.bound else np.ones(indices.size, dtype=np.bool_)
+        stays[left] = False
+        return Reserve(indices[stays], values[stays], self.bound, size)
 
     @property
     def nbytes(self) -> int:
@@ -87,24 +104,29 @@ class Exchange(NamedTuple):
 class IncrementalSelection:
     r"""The choice of the largest magnitudes of one tensor, refresh after refresh.
 
-    A full reserve holds an eighth of \|B\| entries, or at least 1,024. Whenever one lasts for fewer
-    than eight refreshes, the next one is twice as large, up to half of \|B\|.
+    Each refresh reads the reserve, and each filling of the reserve reads all n weights. If the
+    reserve loses d entries at a refresh, and reading a weight takes twice as long as a refresh
+    spends on an entry of the reserve, then 2 · √(n · d) entries cost least altogether. So that many
+    are collected, from 1,024 up to half of \|B\|; at first, an eighth of \|B\|.
 
     Attributes
     ----------
     reserve
         The reserve of the present sets; None before the first refresh.
-    share
-        Size of a full reserve, as a share of \|B\|.
+    filled
+        Number of its entries after the refresh at which it was filled.
     age
-        Refreshes since the reserve was filled.
+        Refreshes since then.
+    loss
+        Entries that the reserves lost at each refresh; None before the first one ran short.
     smallest
         The smallest magnitudes in A and B, at the last refresh and at the one before.
     """
 
     reserve: Reserve | None = None
-    share: float = _FIRST_SHARE
+    filled: int = 0
     age: int = 0
+    loss: float | None = None
     smallest: tuple[tuple[float, float], ...] = ()
 
     @property
@@ -167,32 +189,33 @@ class IncrementalSelection:
         (array([1, 2, 3], dtype=int32), (array([5], dtype=int32), array([0.2])))
         """
         counts = (support.forward, support.backward) if counts is None else counts
-        reach = math.inf
+        loss, known = self.loss, 0  # entries outside B above the present bound
+        missing = counts[1] - support.backward
         if self.reserve is not None:
             brackets = self._expect_smallest()
             outcome = exchange(
                 support, values, self.reserve, reservoir.size, ranks, counts, brackets
             )
-            if not isinstance(outcome, Exchange):
-                reach = outcome
-            else:
+            if isinstance(outcome, Exchange):
                 smallest = *self.smallest[-1:], outcome.smallest
                 following = replace(
                     self, reserve=outcome.reserve, age=self.age + 1, smallest=smallest
                 )
                 return outcome, following
-        grows = self.reserve is not None and self.age < _LIFETIME
-        share = min(2 * self.share, _MAX_SHARE) if grows else self.share
-        count = max(_MIN_RESERVE, int(share * counts[1])) + counts[1] - support.backward
+            missing, known = outcome, self.reserve.size
+            loss = (self.filled + missing) / (self.age + 1)
+        count = known + missing + _reserve_size(reservoir.size, counts[1], loss)
         while True:
-            reserve = fill_reserve(reservoir, support, count, reach=reach, name=name)
+            reserve = fill_reserve(reservoir, support, count, name=name)
             if reserve is None:
                 return None
             outcome = exchange(support, values, reserve, reservoir.size, ranks, counts)
             if isinstance(outcome, Exchange):
                 smallest = *self.smallest[-1:], outcome.smallest
-                return outcome, IncrementalSelection(outcome.reserve, share, smallest=smallest)
-            count, reach = 2 * count, outcome
+                return outcome, IncrementalSelection(
+                    outcome.reserve, outcome.reserve.size, loss=loss, smallest=smallest
+                )
+            count += 2 * outcome
 
     def _expect_smallest(self) -> list[tuple[float, float]] | None:
         """Bounds of the next smallest magnitudes, if they move about as they did before."""
@@ -204,6 +227,12 @@ class IncrementalSelection:
             center = 2 * now - before
             brackets.append((max(center - width, 0.0), max(center + width, 0.0)))
         return brackets
+
+
+def _reserve_size(size: int, backward: int, loss: float | None) -> int:
+    r"""Entries of a reserve for a tensor of `size` weights and \|B\| entries, after a refresh."""
+    wanted = _FIRST_SHARE * backward if loss is None else 2 * math.sqrt(size * loss)
+    return max(_MIN_RESERVE, int(min(wanted, _MAX_SHARE * backward)))
 
 
 def choose_first(
@@ -229,16 +258,16 @@ def exchange(
     ranks: Ranks,
     counts: tuple[int, int],
     brackets: Sequence[tuple[float, float]] | None = None,
-) -> Exchange | float:
+) -> Exchange | int:
     """Choose the next sets among the entries of B and the reserve.
 
-    If an entry outside both could belong to the next B, returns the magnitude that a reserve has to
-    reach instead: the smallest one in the next B is at least as large. Parameters and errors are
-    those of :meth:`IncrementalSelection.choose`; `size` is the number of entries of the tensor, and
-    `brackets` are bounds of the smallest magnitudes in A and B, within which they are expected.
+    If an entry outside both could belong to the next B, returns how many entries are missing
+    instead: so many of the next B may be smaller than the reserve's bound. Parameters and errors
+    are those of :meth:`IncrementalSelection.choose`; `size` is the number of entries of the tensor,
+    and `brackets` are bounds of the smallest magnitudes in A and B, within which they are expected.
     """
-    if counts[1] > support.backward + len(reserve.indices):
-        return 0.0
+    if counts[1] > support.backward + reserve.size:
+        return counts[1] - _count_reaching(values, reserve.bound) - reserve.size
     use = functions(values.size + reserve.values.size)
     split = support.forward
     lists = [
@@ -251,41 +280,50 @@ def exchange(
     if not_finite:
         raise NonFiniteError(f"{not_finite} of {size} entries are NaN or infinite")
     if backward.magnitude < reserve.bound:
-        reach: float = backward.magnitude
-        return reach
+        return counts[1] - _count_reaching(values, reserve.bound) - reserve.size
     ties = None
     if forward.surplus or backward.surplus:
-        ties = _find_ties(lists, forward, ranks), _find_ties(lists, backward, ranks)
+        ties = _find_ties(lists, forward, ranks, use), _find_ties(lists, backward, ranks, use)
+    # Of the reserve, only what reaches the next B has to be put in order.
+    positions, entering = use.collect(reserve.values, backward.magnitude)
+    indices = reserve.indices.take(positions)
+    order = np.argsort(indices)
     division = use.divide(
-        *lists,
+        (support.indices, values),
+        (indices[order], entering[order]),
+        split=split,
         size=size,
         forward=forward.magnitude,
         backward=backward.magnitude,
         bound=reserve.bound,
         ties=ties,
     )
-    inside, outside, reserved = division.inside, division.outside, division.sizes[2]
-    survives, left = inside.source >= 0, outside.source >= 0
+    inside = slice(counts[1])
+    outside = slice(counts[1], counts[1] + division.sizes[2])
+    left = counts[1] + np.flatnonzero(division.survives[counts[1] :])
     return Exchange(
-        Support(inside.indices, counts[0]),
-        Migration(np.maximum(inside.source, 0, out=inside.source), survives),
-        inside.values,
-        Reserve(outside.indices[:reserved], outside.values[:reserved], reserve.bound),
-        (outside.indices[left], outside.values[left]),
+        Support(division.indices[inside], counts[0]),
+        Migration(division.source[inside], division.survives[inside]),
+        division.values[inside],
+        reserve.exchange(positions, (division.indices[outside], division.values[outside])),
+        (division.indices.take(left), division.values.take(left)),
         (forward.magnitude, backward.magnitude),
     )
 
 
-def fill_reserve(
-    reservoir: Reservoir, support: Support, count: int, *, reach: float = math.inf, name: str = ""
-) -> Reserve | None:
-    """Collect about the `count` largest entries outside B, and all that are as large.
+def _count_reaching(values: Vector, bound: float) -> int:
+    return int(np.count_nonzero(np.abs(values) >= values.dtype.type(bound)))
 
-    They are up to four times as many if that is needed to `reach` a smaller magnitude. Returns None
-    if entries of magnitude zero would be among them, unless all entries outside B are.
+
+def fill_reserve(
+    reservoir: Reservoir, support: Support, count: int, *, name: str = ""
+) -> Reserve | None:
+    """Collect a few more than the `count` largest entries outside B, and all that are as large.
+
+    Returns None if entries of magnitude zero would be among them, unless all entries outside B are.
     """
     takes_all = count >= reservoir.size - support.backward
-    bound = 0.0 if takes_all else _estimate_bound(reservoir, support, count, reach)
+    bound = 0.0 if takes_all else _estimate_bound(reservoir, support, count)
     if not takes_all and not bound:
         return None
     dtype = support.indices.dtype
@@ -312,14 +350,11 @@ def fill_reserve(
             found, kept = use.collect(weights, bound)
         parts.append((found.astype(dtype, copy=False) + dtype.type(start), kept))
     indices, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return Reserve(indices, values, bound)
+    return Reserve(indices, values, bound, indices.size)
 
 
-def _estimate_bound(reservoir: Reservoir, support: Support, count: int, reach: float) -> float:
-    """A magnitude that most likely more than `count` entries outside B reach, from a sample.
-
-    It is as small as `reach`, if about four times as many entries are that large, or fewer.
-    """
+def _estimate_bound(reservoir: Reservoir, support: Support, count: int) -> float:
+    """A magnitude that most likely more than `count` entries outside B reach, from a sample."""
     dtype = support.indices.dtype
     indices = np.arange(0, reservoir.size, max(1, reservoir.size // _SAMPLE), dtype=dtype)
     sample = np.abs(reservoir.take(indices))
@@ -330,23 +365,20 @@ def _estimate_bound(reservoir: Reservoir, support: Support, count: int, reach: f
     share = count / reservoir.size
     margin = _SPREAD * math.sqrt(sample.size * share * (1 - share)) + 1
     rank = min(sample.size - 1, int(sample.size * share + margin))
-    places = [sample.size - 1 - rank, max(sample.size - 1 - 4 * (rank + 1), 0)]
-    sample.partition(places)
-    bound, smaller = map(float, sample[places])
-    return min(bound, max(smaller, reach))
+    place = sample.size - 1 - rank
+    sample.partition(place)
+    return float(sample[place])
 
 
 def _find_ties(
-    lists: list[tuple[Vector, Vector]], threshold: _candidates.Threshold, ranks: Ranks
+    lists: list[tuple[Vector, Vector]], threshold: _candidates.Threshold, ranks: Ranks, use: Any
 ) -> Vector:
     """Ascending indices of the entries at a threshold that rank too low to be chosen; int64."""
     if not threshold.surplus:
         return np.zeros(0, dtype=np.int64)
+    at_threshold = threshold.magnitude, threshold.magnitude
     equal = np.concatenate(
-        [
-            indices[np.abs(values) == values.dtype.type(threshold.magnitude)]
-            for indices, values in lists
-        ]
+        [indices.take(use.collect(values, *at_threshold)[0]) for indices, values in lists]
     )
     lowest = np.argpartition(ranks(equal), threshold.surplus - 1)[: threshold.surplus]
     return np.sort(equal[lowest]).astype(np.int64)

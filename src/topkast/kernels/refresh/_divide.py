@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
-from topkast.backends._candidates import Candidates, Division
+from topkast.backends._candidates import Division
 from topkast.backends._threads import default_threads
 from topkast.kernels.refresh._magnitudes import key_of_magnitude
-from topkast.kernels.refresh._parts import count_parts, entries_of, write_parts
+from topkast.kernels.refresh._parts import count_parts, write_parts
 from topkast.kernels.runtime._arguments import Vector, array_at, define_arguments, run_kernel
 from topkast.kernels.runtime._compile import kernel
 from topkast.kernels.runtime._vector import as_pointer, fetch_add
@@ -19,28 +19,14 @@ _DTYPES = {np.dtype(np.float32), np.dtype(np.float64)}
 _INDEX_DTYPES = {np.dtype(np.int32), np.dtype(np.int64)}
 _RANGES = 8  # ranges of the tensor for each thread: some have more candidates than others
 
-_LIST = ("indices", "values", "size")
-_LISTS = ("active", "exploring", "reserve")
-_OUTPUTS = (
+_OUTPUTS = "indices", "values", "source", "survives"
+_DIVIDE = define_arguments(
     "inside_indices",
     "inside_values",
-    "inside_source",
     "inside_size",
-    "outside_indices",
-    "outside_values",
-    "outside_source",
-    "outside_size",
-    "moved_indices",
-    "moved_values",
-    "moved_source",
-    "gone",
-    "moved_size",
-    "starts",
-    "moved_starts",
-    "gone_starts",
-)
-_DIVIDE = define_arguments(
-    *(f"{of}_{what}" for of in _LISTS for what in _LIST),
+    "reserve_indices",
+    "reserve_values",
+    "reserve_size",
     "edges",
     "counts",
     "ranges",
@@ -52,16 +38,17 @@ _DIVIDE = define_arguments(
     "forward_ties_size",
     "backward_ties",
     "backward_ties_size",
+    "starts",
     *_OUTPUTS,
 )
 
 
 def divide(
-    active: tuple[Vector, Vector],
-    exploring: tuple[Vector, Vector],
+    inside: tuple[Vector, Vector],
     reserve: tuple[Vector, Vector],
     /,
     *,
+    split: int,
     size: int,
     forward: float,
     backward: float,
@@ -73,9 +60,13 @@ def divide(
 
     Parameters
     ----------
-    active, exploring, reserve
-        Ascending indices and values of the entries of the old A, of the old B∖A, and of others. No
-        index is in two of them. Indices are int32 or int64.
+    inside
+        Indices and values of the entries of the old B: those of A in ascending order, then those of
+        B∖A in ascending order. Indices are int32 or int64.
+    reserve
+        Ascending indices and values of other entries.
+    split
+        Number of entries of the old A.
     size
         Number of entries of the tensor; below 2³¹ if indices are int32.
     forward, backward
@@ -97,24 +88,31 @@ def divide(
     --------
     >>> import numpy as np
     >>> from topkast.kernels import divide
-    >>> indices, values = np.asarray([1, 4, 0, 3], np.int32), np.asarray([2.0, 1.0, 3.0, 0.5])
-    >>> active, exploring, reserve = ((indices[one], values[one]) for one in np.s_[:1, 1:2, 2:])
-    >>> division = divide(active, exploring, reserve, size=6, forward=3, backward=2, bound=0.5)
-    >>> division.inside.indices, division.outside.indices, division.sizes
-    (array([0, 1], dtype=int32), array([3, 4], dtype=int32), (1, 1, 2, 0))
+    >>> inside = np.asarray([1, 4], np.int32), np.asarray([2.0, 1.0])
+    >>> reserve = np.asarray([0, 3], np.int32), np.asarray([3.0, 0.5])
+    >>> division = divide(inside, reserve, split=1, size=6, forward=3, backward=2, bound=0.5)
+    >>> division.indices, division.sizes
+    (array([0, 1, 3, 4], dtype=int32), (1, 1, 2, 0))
     """
-    lists = dict(zip(_LISTS, (active, exploring, reserve), strict=True))
-    _check(lists)
-    index_dtype, dtype = active[0].dtype, active[1].dtype
+    _check(inside, reserve)
+    index_dtype, dtype = inside[0].dtype, inside[1].dtype
     kernels = _KERNELS if index_dtype == np.int32 else _WIDE_KERNELS
     ranges = _RANGES * (threads or default_threads())
     cuts = np.linspace(0, size, ranges + 1).astype(index_dtype)
-    edges = [np.searchsorted(indices, cuts) for indices, _ in lists.values()]
+    lists = inside[0][:split], inside[0][split:], reserve[0]
+    edges = np.asarray([np.searchsorted(indices, cuts) for indices in lists], dtype=np.int64)
+    edges[1] += split
     none = np.zeros(0, dtype=np.int64)
     forward_ties, backward_ties = ties or (none, none)
     counts = np.zeros((ranges, 3, 4), dtype=np.int64)  # entries, by range, list and next part
     arguments: dict[str, Any] = {
-        "edges": np.asarray(edges, dtype=np.int64),
+        "inside_indices": inside[0],
+        "inside_values": inside[1],
+        "inside_size": len(inside[0]),
+        "reserve_indices": reserve[0],
+        "reserve_values": reserve[1],
+        "reserve_size": len(reserve[0]),
+        "edges": edges,
         "counts": counts,
         "ranges": ranges,
         "forward_key": key_of_magnitude(forward, dtype),
@@ -125,41 +123,20 @@ def divide(
         "backward_ties": backward_ties,
         "backward_ties_size": len(backward_ties),
     }
-    for name, (indices, values) in lists.items():
-        arguments[f"{name}_indices"], arguments[f"{name}_values"] = indices, values
-        arguments[f"{name}_size"] = len(indices)
-    unused = dict.fromkeys(_OUTPUTS, 0)
+    unused = dict.fromkeys((*_OUTPUTS, "starts"), 0)
     run_kernel(kernels, dtype, threads, _DIVIDE, writes=0, **arguments, **unused)
     in_parts = counts.sum(axis=1)
-    sizes = in_parts.sum(axis=0)
-    inside_size, outside_size = int(sizes[:2].sum()), int(sizes[2:].sum())
-    starts = _find_starts(in_parts)
-    starts[:, 2:] -= inside_size
-    moved = counts * (1 - np.eye(3, 4, dtype=np.int64))
-    gone = moved.sum(axis=2)
-    dtypes = index_dtype, dtype, np.dtype(np.int32)
-    arrays = {"gone": np.empty(gone.sum(), dtype=np.int32)}
-    for name, length in (
-        ("inside", inside_size),
-        ("outside", outside_size),
-        ("moved", int(moved.sum())),
-    ):
-        arguments[f"{name}_size"] = length
-        for what, one in zip(("indices", "values", "source"), dtypes, strict=True):
-            arrays[f"{name}_{what}"] = np.empty(length, one)
-    arguments |= {"starts": starts, "moved_starts": _find_starts(moved)}
-    arguments |= {"gone_starts": _find_starts(gone)}
-    run_kernel(kernels, dtype, threads, _DIVIDE, writes=1, **arguments, **arrays)
-    inside, outside = (
-        Candidates(*(arrays[f"{name}_{what}"] for what in ("indices", "values", "source")))
-        for name in ("inside", "outside")
-    )
-    return Division(inside, outside, tuple(sizes.tolist()))
+    total = len(inside[0]) + len(reserve[0])
+    dtypes = index_dtype, dtype, np.int32, np.bool_
+    outputs = {name: np.empty(total, one) for name, one in zip(_OUTPUTS, dtypes, strict=True)}
+    arguments |= outputs | {"starts": _find_starts(in_parts)}
+    run_kernel(kernels, dtype, threads, _DIVIDE, writes=1, **arguments)
+    return Division(sizes=tuple(in_parts.sum(axis=0).tolist()), **outputs)
 
 
-def _check(lists: dict[str, tuple[Vector, Vector]]) -> None:
-    dtypes = {values.dtype for _, values in lists.values()}
-    index_dtypes = {indices.dtype for indices, _ in lists.values()}
+def _check(inside: tuple[Vector, Vector], reserve: tuple[Vector, Vector]) -> None:
+    dtypes = {values.dtype for _, values in (inside, reserve)}
+    index_dtypes = {indices.dtype for indices, _ in (inside, reserve)}
     if (len(dtypes), len(index_dtypes)) != (1, 1) or not (
         dtypes <= _DTYPES and index_dtypes <= _INDEX_DTYPES
     ):
@@ -168,7 +145,7 @@ def _check(lists: dict[str, tuple[Vector, Vector]]) -> None:
             f"float32 or float64, got {sorted(map(str, index_dtypes))} and "
             f"{sorted(map(str, dtypes))}"
         )
-    for name, (indices, values) in lists.items():
+    for name, (indices, values) in {"inside": inside, "reserve": reserve}.items():
         contiguous = indices.flags.c_contiguous and values.flags.c_contiguous
         if indices.ndim != 1 or indices.shape != values.shape or not contiguous:
             raise ValueError(
@@ -178,11 +155,10 @@ def _check(lists: dict[str, tuple[Vector, Vector]]) -> None:
 
 
 def _find_starts(counts: Vector) -> Vector:
-    """First position of each group of entries (ranges, …), in order of group, then of range."""
-    by_group = np.moveaxis(counts, 0, -1)
-    flat = by_group.reshape(-1)
-    starts = (np.cumsum(flat) - flat).reshape(by_group.shape)
-    return np.ascontiguousarray(np.moveaxis(starts, -1, 0))
+    """First place of each range's entries of each part (ranges, parts), ordered by part first."""
+    by_part = counts.T.ravel()
+    starts = (np.cumsum(by_part) - by_part).reshape(counts.T.shape)
+    return np.ascontiguousarray(starts.T)
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -198,67 +174,40 @@ def _divide(address: Any, unsigned: Any, integer: Any) -> None:
         array_at(arguments.forward_ties, arguments.forward_ties_size, np.int64),
         array_at(arguments.backward_ties, arguments.backward_ties_size, np.int64),
     )
-    lists = (
-        (
-            array_at(arguments.active_indices, arguments.active_size, integer),
-            array_at(arguments.active_values, arguments.active_size, unsigned),
-        ),
-        (
-            array_at(arguments.exploring_indices, arguments.exploring_size, integer),
-            array_at(arguments.exploring_values, arguments.exploring_size, unsigned),
-        ),
-        (
-            array_at(arguments.reserve_indices, arguments.reserve_size, integer),
-            array_at(arguments.reserve_values, arguments.reserve_size, unsigned),
-        ),
-    )
     inside = (
         array_at(arguments.inside_indices, arguments.inside_size, integer),
         array_at(arguments.inside_values, arguments.inside_size, unsigned),
-        array_at(arguments.inside_source, arguments.inside_size, np.int32),
     )
-    outside = (
-        array_at(arguments.outside_indices, arguments.outside_size, integer),
-        array_at(arguments.outside_values, arguments.outside_size, unsigned),
-        array_at(arguments.outside_source, arguments.outside_size, np.int32),
+    reserve = (
+        array_at(arguments.reserve_indices, arguments.reserve_size, integer),
+        array_at(arguments.reserve_values, arguments.reserve_size, unsigned),
     )
-    moved = (
-        array_at(arguments.moved_indices, arguments.moved_size, integer),
-        array_at(arguments.moved_values, arguments.moved_size, unsigned),
-        array_at(arguments.moved_source, arguments.moved_size, np.int32),
+    size = arguments.inside_size + arguments.reserve_size
+    outputs = (
+        array_at(arguments.indices, size, integer),
+        array_at(arguments.values, size, unsigned),
+        array_at(arguments.source, size, np.int32),
+        array_at(arguments.survives, size, np.uint8),
     )
-    gone = array_at(arguments.gone, arguments.moved_size, np.int32)
     ranges = arguments.ranges
     edges = carray(as_pointer(arguments.edges), (3, ranges + 1), np.int64)
     counts = carray(as_pointer(arguments.counts), (ranges, 3, 4), np.int64)
     starts = carray(as_pointer(arguments.starts), (ranges, 4), np.int64)
-    moved_starts = carray(as_pointer(arguments.moved_starts), (ranges, 3, 4), np.int64)
-    gone_starts = carray(as_pointer(arguments.gone_starts), (ranges, 3), np.int64)
     while True:
         number = fetch_add(address)
         if number >= ranges:
             break
+        ends = edges[:, number : number + 2]
         if arguments.writes:
-            write_parts(
-                lists,
-                edges,
-                number,
-                counts[number],
-                starts[number],
-                moved_starts[number],
-                gone_starts[number],
-                keys,
-                ties,
-                moved,
-                gone,
-                inside,
-                outside,
-                unsigned,
-            )
+            places = starts[number].copy()  # of this thread alone
+            write_parts(inside, reserve, ends, places, keys, ties, outputs, unsigned)
             continue
         for part in range(3):
-            indices, values, _, _ = entries_of(lists, edges, part, number)
-            count_parts(indices, values, keys, ties, counts[number, part], unsigned)
+            indices, values = reserve if part == 2 else inside
+            entries = slice(ends[part, 0], ends[part, 1])
+            count_parts(
+                indices[entries], values[entries], keys, ties, counts[number, part], unsigned
+            )
 
 
 _KERNEL = types.void(types.intp)

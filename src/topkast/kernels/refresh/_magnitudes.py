@@ -22,13 +22,18 @@ from topkast.kernels.runtime._vector import as_pointer, fetch_add
 
 _CHUNK = 1 << 15  # entries that a thread takes at a time
 _BLOCK = 1 << 6  # entries of a chunk that are skipped together if none is kept
-_COLLECT = define_arguments("flat", "size", "bound", "starts", "writes", "indices", "values")
+_COLLECT = define_arguments(
+    "flat", "size", "bound", "span", "starts", "writes", "indices", "values"
+)
 
 
-def collect(flat: Vector, bound: float, /, *, threads: int | None = None) -> tuple[Vector, Vector]:
+def collect(
+    flat: Vector, bound: float, limit: float | None = None, /, *, threads: int | None = None
+) -> tuple[Vector, Vector]:
     """Ascending indices of the entries of `flat` (n,) of magnitude `bound` or more, and these.
 
-    The indices are int32: n must be below 2³¹.
+    If `limit` is given, those of a larger magnitude are left out. The indices are int32: n must be
+    below 2³¹.
 
     Raises
     ------
@@ -47,6 +52,10 @@ def collect(flat: Vector, bound: float, /, *, threads: int | None = None) -> tup
         raise ValueError(f"the vector must have fewer than 2**31 entries, got {len(flat)}")
     starts = np.zeros(-(-len(flat) // _CHUNK) + 1, dtype=np.int64)
     indices, values = np.empty(0, np.int32), np.empty(0, flat.dtype)
+    first = key_of_magnitude(bound, flat.dtype)
+    last = np.iinfo(unsigned_of(flat.dtype)).max >> 1
+    if limit is not None:
+        last = key_of_magnitude(limit, flat.dtype)
     for writes in (0, 1):
         run_kernel(
             (_collect_single, _collect_double),
@@ -55,7 +64,8 @@ def collect(flat: Vector, bound: float, /, *, threads: int | None = None) -> tup
             _COLLECT,
             flat=flat,
             size=len(flat),
-            bound=key_of_magnitude(bound, flat.dtype),
+            bound=first,
+            span=last - first,
             starts=starts,
             writes=writes,
             indices=indices,
@@ -100,7 +110,7 @@ def _collect(address: Any, unsigned: Any) -> None:
     flat = array_at(arguments.flat, arguments.size, unsigned)
     chunks = (arguments.size + _CHUNK - 1) // _CHUNK
     starts = array_at(arguments.starts, chunks + 1, np.int64)
-    bound = unsigned(arguments.bound)
+    bound, span = unsigned(arguments.bound), unsigned(arguments.span)
     while True:
         chunk = fetch_add(address)
         if chunk >= chunks:
@@ -108,38 +118,38 @@ def _collect(address: Any, unsigned: Any) -> None:
         first = chunk * _CHUNK
         part = flat[first : min(first + _CHUNK, len(flat))]
         if arguments.writes == 0:
-            starts[chunk + 1] = _count_large(part, bound, unsigned)
+            starts[chunk + 1] = _count_inside(part, bound, span, unsigned)
             continue
         size = starts[chunk + 1] - starts[chunk]
         indices = array_at(arguments.indices + 4 * starts[chunk], size, np.int32)
         values = array_at(arguments.values + part.itemsize * starts[chunk], size, unsigned)
-        _write_large(part, first, bound, indices, values, unsigned)
+        _write_inside(part, first, bound, span, indices, values, unsigned)
 
 
 @njit  # type: ignore[untyped-decorator]
-def _count_large(entries: Any, bound: Any, unsigned: Any) -> Any:
+def _count_inside(entries: Any, bound: Any, span: Any, unsigned: Any) -> Any:
     count = 0
     for position in range(len(entries)):  # an iterator over the array would not be vectorised
-        count += key_of(entries[position], unsigned) >= bound
+        count += unsigned(key_of(entries[position], unsigned) - bound) <= span
     return count
 
 
 @njit  # type: ignore[untyped-decorator]
-def _write_large(
-    entries: Any, first: Any, bound: Any, indices: Any, values: Any, unsigned: Any
+def _write_inside(
+    entries: Any, first: Any, bound: Any, span: Any, indices: Any, values: Any, unsigned: Any
 ) -> None:
-    """Write the entries of a key of `bound` or more, and their indices, which begin at `first`."""
+    """Write the entries with a key in [bound, bound + span], and their indices from `first` on."""
     kept: Any = 0
     start: Any = 0
     while kept < len(indices):
         block = entries[start : start + _BLOCK]
-        stop = kept + _count_large(block, bound, unsigned)
+        stop = kept + _count_inside(block, bound, span, unsigned)
         # Every entry is written, and the next one over it unless it is kept: there is no branch.
         position = 0
         while kept < stop:
             bits = block[position]
             indices[kept], values[kept] = first + start + position, bits
-            kept += np.int64(key_of(bits, unsigned) >= bound)
+            kept += np.int64(unsigned(key_of(bits, unsigned) - bound) <= span)
             position += 1
         start += _BLOCK
 

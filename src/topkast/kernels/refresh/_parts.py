@@ -3,6 +3,9 @@
 The parts are A, B∖A, the reserve, and the entries below its bound. `keys` are the smallest keys of
 the first three; `ties` are the ascending indices of the entries with the first two keys that do not
 belong to A and to B.
+
+Many entries change their part, and which ones no processor can predict. So there are no branches
+on values or indices: a block of candidates is merged, divided, and written.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from numba import njit
 
 from topkast.kernels.refresh._magnitudes import key_of
 
-_BLOCK = 1 << 5  # entries of a list that are skipped together if all of them stay
+_BLOCK = 1 << 9  # candidates merged together: what is known of them stays in the L1 cache
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -56,177 +59,128 @@ def count_parts(
 
 
 @njit  # type: ignore[untyped-decorator]
-def _inner_keys_of(part: Any, keys: Any, unsigned: Any) -> Any:
-    """First key and number of keys whose entries belong to a part whatever their index is."""
-    forward, backward, bound = keys
-    if part == 0:
-        lower, upper = forward, unsigned(~unsigned(0))
-    elif part == 1:
-        lower, upper = backward, forward
-    else:
-        lower, upper = bound, backward
-    return unsigned(lower + 1), unsigned(max(upper, unsigned(lower + 1)) - lower - 1)
+def _merge(
+    active: Any, exploring: Any, reserve: Any, positions: Any, order: Any, indices: Any
+) -> None:
+    """Merge ``len(order)`` entries of three lists of ascending indices; no list ends on the way.
+
+    `order` receives the position of each entry: in the vector that holds the first two lists, or
+    the complement of its position in the third. `positions` (3,) are the next ones.
+    """
+    first, second, third = positions[0], positions[1], positions[2]
+    for k in range(len(order)):
+        one, two = active[np.uint64(first)], exploring[np.uint64(second)]
+        three = reserve[np.uint64(third)]
+        one_first, two_first = np.int64(one < two), np.int64(two < three)
+        from_one = one_first & np.int64(one < three)
+        from_two = two_first & (one_first ^ 1)
+        from_three = 1 - from_one - from_two
+        indices[k] = min(one, two, three)
+        order[k] = first & -from_one | second & -from_two | ~third & -from_three
+        first, second, third = first + from_one, second + from_two, third + from_three
+    positions[0], positions[1], positions[2] = first, second, third
 
 
 @njit  # type: ignore[untyped-decorator]
-def _count_outside(values: Any, lower: Any, span: Any, unsigned: Any) -> Any:
-    """Number of entries whose keys do not alone decide that they stay in their part."""
+def _gather(order: Any, inside: Any, reserve: Any, out: Any) -> None:
+    """Read the value at each position of `order`, in the vector that the position counts in."""
+    for k in range(len(order)):
+        position = order[k]
+        from_inside = position >= 0
+        one = inside[np.uint64(position if from_inside else 0)]
+        other = reserve[np.uint64(0 if from_inside else ~position)]
+        out[k] = one if from_inside else other
+
+
+@njit  # type: ignore[untyped-decorator]
+def _count_equal(values: Any, keys: Any, unsigned: Any) -> Any:
+    """Number of entries whose key is the smallest one of A or of B."""
+    forward, backward, _ = keys
     count = 0
-    for entry in range(len(values)):  # an iterator over the array would not be vectorised
-        count += unsigned(key_of(values[entry], unsigned) - lower) >= span
+    for k in range(len(values)):
+        key = key_of(values[k], unsigned)
+        count += (key == forward) | (key == backward)
     return count
 
 
 @njit  # type: ignore[untyped-decorator]
-def _copy_moved(
-    entries: Any, part: Any, keys: Any, ties: Any, moved: Any, starts: Any, gone: Any, unsigned: Any
-) -> None:
-    """Copy the entries of a list that leave its part, and write their positions to `gone`.
-
-    `starts` (4,), the first place for those that go to each part, become their ends.
-    """
-    indices, values, first_source, step = entries
-    moved_indices, moved_values, moved_source = moved
-    lower, span = _inner_keys_of(part, keys, unsigned)
-    count, block = 0, 0
-    while count < len(gone) and block < len(indices):
-        stop = min(block + _BLOCK, len(indices))
-        if _count_outside(values[block:stop], lower, span, unsigned):
-            for entry in range(block, stop):
-                bits = values[entry]
-                key = key_of(bits, unsigned)
-                if unsigned(key - lower) < span:
-                    continue
-                target = _find_part(key, indices[entry], keys, ties)
-                if target != part:
-                    place = starts[target]
-                    starts[target] = place + 1
-                    moved_indices[place], moved_values[place] = indices[entry], bits
-                    moved_source[place] = first_source + step * entry
-                    gone[count] = entry
-                    count += 1
-        block = stop
+def _find_parts(indices: Any, values: Any, keys: Any, ties: Any, parts: Any, unsigned: Any) -> None:
+    forward, backward, bound = keys
+    if (len(ties[0]) or len(ties[1])) and _count_equal(values, keys, unsigned):
+        for k in range(len(values)):
+            parts[k] = _find_part(key_of(values[k], unsigned), indices[k], keys, ties)
+        return
+    for k in range(len(values)):
+        key = key_of(values[k], unsigned)
+        parts[k] = np.uint8(key < forward) + np.uint8(key < backward) + np.uint8(key < bound)
 
 
 @njit  # type: ignore[untyped-decorator]
-def _find_place(indices: Any, index: Any, start: Any) -> Any:
-    """Position of the first of the ascending indices that is larger, at `start` or behind it."""
-    step, low, high = 8, start, start
-    while high < len(indices) and indices[high] < index:
-        low, high, step = high + 1, high + step, 2 * step
-    high = min(high, len(indices))
-    while low < high:
-        middle = (low + high) >> 1
-        if indices[middle] < index:
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
-@njit  # type: ignore[untyped-decorator]
-def _copy(entries: Any, out: Any) -> None:
-    for k in range(len(out)):
-        out[k] = entries[k]
-
-
-@njit  # type: ignore[untyped-decorator]
-def _copy_kept(
-    entries: Any, entry: Any, stop: Any, gone: Any, leaving: Any, outputs: Any, start: Any
-) -> Any:
-    """Copy the entries of a list from one position to another, without those that leave.
-
-    Returns the next place in the outputs, and the number of entries that have left.
-    """
-    indices, values, first_source, step = entries
-    out_indices, out_values, out_source = outputs
-    while entry < stop:
-        leaves = leaving < len(gone) and gone[leaving] < stop
-        length = (gone[leaving] if leaves else stop) - entry
-        stop_out, stop_in = start + length, entry + length
-        _copy(indices[entry:stop_in], out_indices[start:stop_out])
-        _copy(values[entry:stop_in], out_values[start:stop_out])
-        numbers, first = out_source[start:stop_out], first_source + step * entry
-        for k in range(length):
-            numbers[k] = first + step * k
-        start, entry = start + length, entry + length
-        if leaves:
-            entry, leaving = entry + 1, leaving + 1
-    return start, leaving
-
-
-@njit  # type: ignore[untyped-decorator]
-def _merge(entries: Any, gone: Any, moved: Any, ranges: Any, outputs: Any, start: Any) -> None:
-    """Write one part in one range of the tensor: what stays, and the two moved `ranges`."""
-    out_indices, out_values, out_source = outputs
-    moved_indices, moved_values, moved_source = moved
-    first, first_stop, second, second_stop = ranges
-    indices, entry, leaving = entries[0], 0, 0
-    while first < first_stop or second < second_stop:
-        if second == second_stop or (
-            first < first_stop and moved_indices[first] < moved_indices[second]
-        ):
-            place, first = first, first + 1
-        else:
-            place, second = second, second + 1
-        stop = _find_place(indices, moved_indices[place], entry)
-        start, leaving = _copy_kept(entries, entry, stop, gone, leaving, outputs, start)
-        entry = stop
-        out_indices[start], out_values[start] = moved_indices[place], moved_values[place]
-        out_source[start] = moved_source[place]
-        start += 1
-    _copy_kept(entries, entry, len(indices), gone, leaving, outputs, start)
-
-
-@njit  # type: ignore[untyped-decorator]
-def entries_of(lists: Any, edges: Any, part: Any, number: Any) -> Any:
-    """Indices and values of a list in one range, its first position in B, and the step there."""
-    first, stop = edges[part, number], edges[part, number + 1]
-    indices, values = lists[part]
-    source, step = (-1, 0) if part == 2 else (first + (len(lists[0][0]) if part == 1 else 0), 1)
-    return indices[first:stop], values[first:stop], source, step
+def _write(order: Any, indices: Any, values: Any, parts: Any, places: Any, outputs: Any) -> None:
+    """Write each entry at the next place of its part."""
+    out_indices, out_values, out_source, out_survives = outputs
+    for k in range(len(order)):
+        part = np.uint64(parts[k])
+        place = np.uint64(places[part])
+        places[part] = place + np.uint64(1)
+        out_indices[place], out_values[place] = indices[k], values[k]
+        # A maximum, since a conditional expression would become a branch.
+        out_source[place], out_survives[place] = max(order[k], 0), order[k] >= 0
 
 
 @njit  # type: ignore[untyped-decorator]
 def write_parts(
-    lists: Any,
+    inside: Any,
+    reserve: Any,
     edges: Any,
-    number: Any,
-    counts: Any,
-    starts: Any,
-    moved_starts: Any,
-    gone_starts: Any,
+    places: Any,
     keys: Any,
     ties: Any,
-    moved: Any,
-    gone: Any,
-    inside: Any,
-    outside: Any,
+    outputs: Any,
     unsigned: Any,
 ) -> None:
-    """Write all parts in one range of the tensor: A and B∖A to `inside`, the others to `outside`.
+    """Write the candidates of one range of the tensor, part by part.
 
-    Few entries change their part. These are copied first, list by list. Then each part is what
-    stays of its own list, run by run, merged with what moved there from the two others.
+    Parameters
+    ----------
+    inside, reserve
+        Indices and values of A and of B∖A behind each other, and of the reserve.
+    edges
+        First positions in A, B∖A and the reserve, and those behind the last ones; (3, 2).
+    places
+        First place in the outputs for each part (4,); overwritten.
+    outputs
+        Indices, values, positions in B, and whether the entry was in B.
     """
-    for part in range(3):
-        entries = entries_of(lists, edges, part, number)
-        left = gone[gone_starts[part] : gone_starts[part] + len(entries[0]) - counts[part, part]]
-        _copy_moved(entries, part, keys, ties, moved, moved_starts[part], left, unsigned)
-    for part in range(3):
-        one, two = (1 if part == 0 else 0), (1 if part == 2 else 2)  # the other lists
-        one_stop, two_stop = moved_starts[one, part], moved_starts[two, part]
-        ranges = one_stop - counts[one, part], one_stop, two_stop - counts[two, part], two_stop
-        entries = entries_of(lists, edges, part, number)
-        left = gone[gone_starts[part] : gone_starts[part] + len(entries[0]) - counts[part, part]]
-        if part < 2:
-            _merge(entries, left, moved, ranges, inside, starts[part])
+    integer = inside[0].dtype.type
+    active, exploring, others = inside[0], inside[0], reserve[0]
+    inside_values, reserve_values = inside[1], reserve[1]
+    if not len(inside_values):  # then nothing of it is used, but it is read
+        inside_values = reserve_values
+    if not len(reserve_values):
+        reserve_values = inside_values
+    behind_all = np.full(1, np.iinfo(integer).max, dtype=integer)
+    positions, remaining = edges[:, 0].copy(), edges[:, 1] - edges[:, 0]
+    order, indices = np.empty(_BLOCK, dtype=np.int32), np.empty(_BLOCK, dtype=integer)
+    values, parts = np.empty(_BLOCK, dtype=unsigned), np.empty(_BLOCK, dtype=np.uint8)
+    while remaining[0] + remaining[1] + remaining[2] > 0:
+        count = np.int64(_BLOCK)
+        # A list that has ended is replaced by an index that is larger than all others.
+        if remaining[0]:
+            count = min(count, remaining[0])
         else:
-            _merge(entries, left, moved, ranges, outside, starts[part])
-    start = starts[3]
-    for part in range(3):
-        stop = moved_starts[part, 3]
-        for position in range(stop - counts[part, 3], stop):
-            outside[0][start], outside[1][start] = moved[0][position], moved[1][position]
-            outside[2][start] = moved[2][position]
-            start += 1
+            active, positions[0] = behind_all, 0
+        if remaining[1]:
+            count = min(count, remaining[1])
+        else:
+            exploring, positions[1] = behind_all, 0
+        if remaining[2]:
+            count = min(count, remaining[2])
+        else:
+            others, positions[2] = behind_all, 0
+        remaining += positions
+        _merge(active, exploring, others, positions, order[:count], indices)
+        remaining -= positions
+        _gather(order[:count], inside_values, reserve_values, values)
+        _find_parts(indices, values[:count], keys, ties, parts, unsigned)
+        _write(order[:count], indices, values, parts, places, outputs)
