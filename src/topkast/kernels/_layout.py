@@ -10,6 +10,7 @@ import numpy as np
 
 from topkast.backends._threads import default_threads
 from topkast.kernels._layout_arrays import (
+    LAYOUT_ARRAYS,
     make_layout_arrays,
     make_row_layout_arrays,
     make_transposed_arrays,
@@ -326,8 +327,14 @@ def make_layout(
     arrays = make_layout_arrays(
         rows, columns, value_index, chunk_rows, panel_width, width, PREFETCH_DISTANCE
     )
-    required_length = int(value_index.max(initial=-1)) + 1
-    return Layout(chunk_rows, *arrays[:4], panel_width, height, width, *arrays[4:], required_length)
+    return Layout(
+        chunk_rows=chunk_rows,
+        panel_width=panel_width,
+        rows=height,
+        width=width,
+        required_length=int(value_index.max(initial=-1)) + 1,
+        **dict(zip(LAYOUT_ARRAYS, arrays, strict=True)),
+    )
 
 
 def make_transposed_layout(
@@ -357,8 +364,14 @@ def make_transposed_layout(
     arrays = make_transposed_arrays(
         columns, starts, pitch, width, chunk_rows, panel_width, PREFETCH_DISTANCE
     )
-    required_length = int(row_starts[-1]) if entries else 0
-    return Layout(chunk_rows, *arrays[:4], panel_width, width, height, *arrays[4:], required_length)
+    return Layout(
+        chunk_rows=chunk_rows,
+        panel_width=panel_width,
+        rows=width,
+        width=height,
+        required_length=int(row_starts[-1]) if entries else 0,
+        **dict(zip(LAYOUT_ARRAYS, arrays, strict=True)),
+    )
 
 
 def row_panel_width(entries: int, shape: tuple[int, int]) -> int:

@@ -17,6 +17,15 @@ from topkast.kernels.runtime._compile import compiled, kernel
 from topkast.kernels.runtime._pool import run
 from topkast.kernels.runtime._vector import as_pointer, fetch_add
 
+# What the functions for a Layout return.
+LAYOUT_ARRAYS = (
+    "chunk_entries",
+    "panel_segments",
+    "segment_rows",
+    "segment_lengths",
+    "value_index",
+    "columns",
+)
 _SEGMENTS = "first_segments", "panel_segments", "segment_rows", "segment_lengths", "segments"
 _OUTPUTS = "is_valid", *_SEGMENTS, "segment_starts", "ordered_index", "ordered_columns"
 _ARGUMENTS = define_arguments(
