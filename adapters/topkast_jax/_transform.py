@@ -13,6 +13,7 @@ import optax
 
 from topkast import (
     MismatchError,
+    OptionError,
     TopKASTState,
     UnsupportedOptimizerError,
     UnsupportedTensorError,
@@ -136,6 +137,13 @@ def wrap(tx: Any, options: Options) -> TopKASTGradientTransformation:
             f"expected an optax.GradientTransformation, got {type(tx).__name__}"
         )
     options.check_functional()
+    for method in options.methods:
+        if method.schedules:
+            raise OptionError(
+                f"{type(method).__name__} changes the number of weights in A, but the shapes of "
+                "JAX's arrays are fixed: train with it in PyTorch, or by the rules of topkast on "
+                "NumPy arrays"
+            )
     transform = _Transform(tx, options)
     return TopKASTGradientTransformation(transform.init, transform.update)
 

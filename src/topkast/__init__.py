@@ -18,9 +18,10 @@ from topkast._execution import densify, sparsify, unwrap
 from topkast._exploration import exploration_gradient, exploration_penalty
 from topkast._inspect import Masks, Summary, TensorSummary, dense_params, masks, summary
 from topkast._wrap import wrap_optimizer
+from topkast.functional._arrays import apply_updates
 from topkast.functional._rules import SGD, Adam, AdamW
 from topkast.functional._state import TopKASTState, forward_params
-from topkast.functional._transform import TopKASTTransform, apply_updates
+from topkast.functional._transform import TopKASTTransform
 from topkast.selection._compact import forward_view, gather, scatter
 from topkast.selection._distribution import densities
 from topkast.selection._select import select

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from topkast._primitives import Array
 from topkast.selection._support import Support
 
 # The inputs that the library can give to a method.
-PROVIDED = frozenset({"weights", "random"})
+PROVIDED = frozenset({"weights", "random", "sets", "gradient"})
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,15 @@ class View:
         ``jax.jit`` it is traced.
     first
         Number of the view's first unit in the tensor; 0 except for layers of stacked tensors.
+    support
+        The present sets; None when the first sets are chosen. For methods that need ``"sets"``.
+    values
+        The weights on the present B (\|B\|,), in the order of `support`. For the same methods,
+        which should read these: in sparse layers, `weights` of theirs has a shape but no memory.
+    gradient
+        The gradient of the loss (n,) before the last step, outside B too; None when the first sets
+        are chosen. For methods that need ``"gradient"``. Sparse layers never form it: there, it is
+        an object whose ``blocks()`` yields pieces of it with their first indices.
     """
 
     weights: Array
@@ -42,6 +51,9 @@ class View:
     name: str = ""
     draw: Array | int = 0
     first: Array | int = 0
+    support: Support | None = None
+    values: Array = None
+    gradient: Array = None
 
 
 class Method(ABC):
@@ -50,16 +62,26 @@ class Method(ABC):
     Attributes
     ----------
     needs
-        The inputs that :meth:`choose` uses: ``"weights"``, ``"random"``.
+        The inputs that :meth:`choose` uses: ``"weights"``, ``"random"``, the present ``"sets"``
+        and the values on them, the ``"gradient"`` of the loss outside B.
     refreshes
         Whether the sets are chosen again at each refresh.
     takes_largest
         Whether A and B are the largest magnitudes, as :class:`topkast.methods.TopKAST` chooses
         them: a refresh may then look at few candidates instead of all weights.
     forgets
-        Whether weights that leave B are lost, and entries that enter start at zero: outside B,
-        nothing is kept then (PyTorch; the functional forms refuse such a method if it refreshes).
-        False: an entry that enters continues with the weight it had.
+        Whether a refresh sets all weights outside A to zero: outside B, nothing is kept then in
+        PyTorch. False: an entry that enters B continues with the weight it had.
+    explores
+        Whether the weights in B∖A are updated.
+    schedules
+        Whether the number of units in A changes in training: JAX, whose shapes are fixed, refuses
+        such methods.
+    backward
+        The backward sparsity that the method takes: ``"any"``; ``"equal"`` to the forward
+        sparsity, so that B is A; or ``"none"``, 0, so that B holds all weights.
+    default_penalty, default_refresh_every
+        The options `penalty` and `refresh_every` if they are not given.
 
     Examples
     --------
@@ -76,6 +98,11 @@ class Method(ABC):
     refreshes: ClassVar[bool] = True
     takes_largest: ClassVar[bool] = False
     forgets: ClassVar[bool] = False
+    explores: ClassVar[bool] = True
+    schedules: ClassVar[bool] = False
+    backward: ClassVar[Literal["any", "equal", "none"]] = "any"
+    default_penalty: ClassVar[float] = 1e-4
+    default_refresh_every: ClassVar[int] = 1
 
     def __init_subclass__(cls) -> None:
         if "choose" in cls.__dict__ and "takes_largest" not in cls.__dict__:

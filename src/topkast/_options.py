@@ -71,6 +71,7 @@ class Options:
         _check_dense(self.dense)
         _check_names("stacked", self.stacked)
         _check_method(self.method, self.explore)
+        self._check_fit()
         _check_choice("reservoir", self.reservoir, get_args(ReservoirKind))
         self._check_overrides()
         self._check_path()
@@ -120,14 +121,38 @@ class Options:
                 f"reservoir={kinds[0]!r} is of PyTorch's optimizers: here the weights are the "
                 "`params` of the caller, wherever these are. Leave the option out"
             )
+
+    @property
+    def methods(self) -> list[Method]:
+        """The methods that are given for all tensors or for some."""
         overrides = (self.overrides or {}).values()
-        for method in [self.method, *(values.get("method") for values in overrides)]:
-            if method is not None and method.forgets and method.refreshes:
-                raise OptionError(
-                    f"{type(method).__name__} forgets the weights that leave B, which are in the "
-                    "`params` of the caller here, and would come back: it is of PyTorch's "
-                    "optimizers"
-                )
+        given = [self.method, *(values.get("method") for values in overrides)]
+        return [method for method in given if method is not None]
+
+    def _check_fit(self) -> None:
+        """Refuse sparsities, units and rankings that the method does not take."""
+        method = self.method
+        if method is None:
+            return
+        name = type(method).__name__
+        if method.backward == "equal" and self.bwd != self.fwd:
+            raise OptionError(
+                f"{name} has one set, which is both A and B: pass bwd={self.fwd}, as fwd, got "
+                f"bwd={self.bwd}"
+            )
+        if method.backward == "none" and self.bwd != 0:
+            raise OptionError(
+                f"{name} keeps all weights and their gradients: pass bwd=0, got bwd={self.bwd}"
+            )
+        if not method.needs & {"sets", "gradient"} and not method.schedules:
+            return
+        if self.block not in (None, (1, 1)):
+            raise OptionError(f"{name} chooses single weights: pass block=None, got {self.block}")
+        if self.stacked is not None:
+            raise OptionError(
+                f"{name} cannot rank the layers of a stacked tensor separately: leave out stacked, "
+                "or keep these tensors dense"
+            )
 
     def without_functions(self) -> Options:
         """Drop a `dense` predicate that cannot be pickled, for a copy of the optimizer."""

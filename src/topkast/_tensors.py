@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from array_api_compat import array_namespace
 from topkast._errors import NonFiniteError, OptionError
 from topkast._method import View
 from topkast._options import Options
-from topkast._primitives import Array, device
+from topkast._primitives import Array, device, take
 from topkast.backends import backend_of
 from topkast.methods._chosen import check_chosen, method_of
 from topkast.reservoirs._reservoir import Reservoir
@@ -96,13 +96,31 @@ class RankedTensors:
             for name, (start, stop) in self.bounds.items()
         }
 
-    def select(self, flat: Array, options: Options, draw: Array | int = 0) -> Support:
-        """Choose A and B from the weights (size,); `draw` numbers the random draws."""
+    def select(
+        self,
+        flat: Array,
+        options: Options,
+        draw: Array | int = 0,
+        old: Support | None = None,
+        values: Array | None = None,
+        gradient: Array | None = None,
+    ) -> Support:
+        """Choose A and B from the weights (size,); `draw` numbers the random draws.
+
+        `old` are the present sets, `values` the weights on them, read from `flat` if not given, and
+        `gradient` is the loss's (size,), for methods that need them: see
+        :class:`topkast.methods.View`.
+        """
         method = method_of(options)
         forward, backward = self.forward // self.layers, self.backward // self.layers
 
         def choose(layer: Array, first: Array | int) -> Support:
             view = View(layer, forward, backward, options.seed, self.key, draw, first)
+            if old is not None and "sets" in method.needs:
+                own = take(layer, old.entries) if values is None else values
+                view = replace(view, support=old, values=own)
+            if gradient is not None:
+                view = replace(view, gradient=gradient)
             return check_chosen(method.choose(view), view, method)
 
         with _naming(self.key), ranked_units(flat, self.blocks, options.block_score) as units:
@@ -119,9 +137,17 @@ class RankedTensors:
             with _naming(name):
                 check_finite(tensors[name])
 
-    def refresh(self, flat: Array, old: Support, options: Options, draw: Array | int) -> Refresh:
-        """Choose new sets from the current weights (size,)."""
-        new = self.select(flat, options, draw)
+    def refresh(
+        self,
+        flat: Array,
+        old: Support,
+        options: Options,
+        draw: Array | int,
+        values: Array | None = None,
+        gradient: Array | None = None,
+    ) -> Refresh:
+        """Choose new sets from the current weights (size,); see :meth:`select`."""
+        new = self.select(flat, options, draw, old, values, gradient)
         migration = Migration.between(old, new, self.size)
         entered = migration.entered_forward(old, new)
         return Refresh(new, migration, self._count_members(new.active_entries, entered))

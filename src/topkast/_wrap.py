@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 class _OptionalArguments(TypedDict, total=False):
-    refresh_every: int
-    penalty: float
+    refresh_every: int | None
+    penalty: float | None
     penalty_kind: PenaltyKind
     explore: Explore
     explore_until: int | None
@@ -90,8 +90,8 @@ def wrap_optimizer(
     *,
     fwd: float,
     bwd: float,
-    refresh_every: int = 1,
-    penalty: float = 1e-4,
+    refresh_every: int | None = None,
+    penalty: float | None = None,
     penalty_kind: PenaltyKind = "l2",
     explore: Explore = "magnitude",
     explore_until: int | None = None,
@@ -124,10 +124,11 @@ def wrap_optimizer(
     bwd
         Backward sparsity: share of weights without a gradient, ``0 <= bwd <= fwd``.
     refresh_every
-        Number of updates between two selections of A and B. 1 is the paper's main setting; 100,
-        from its appendix C, takes less time and suits long runs.
+        Number of updates between two selections of A and B. None: what `method` wants; 1 for
+        Top-KAST, the paper's main setting. 100, from its appendix C, takes less time and suits long
+        runs.
     penalty
-        Coefficient λ of the exploration penalty.
+        Coefficient λ of the exploration penalty. None: 1e-4, or 0 if `method` has no such penalty.
     penalty_kind
         ``"l2"`` or ``"l1"``; see :func:`topkast.exploration_penalty`.
     explore
@@ -224,8 +225,10 @@ def wrap_optimizer(
     options = Options(
         fwd=fwd,
         bwd=bwd,
-        refresh_every=refresh_every,
-        penalty=penalty,
+        refresh_every=(
+            getattr(method, "default_refresh_every", 1) if refresh_every is None else refresh_every
+        ),
+        penalty=getattr(method, "default_penalty", 1e-4) if penalty is None else penalty,
         penalty_kind=penalty_kind,
         explore=explore,
         explore_until=explore_until,

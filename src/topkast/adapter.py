@@ -38,10 +38,11 @@ from topkast._table import format_table
 from topkast._tensors import IncrementalRefresh, RankedTensors, Refresh, members, rank_tensors
 from topkast.backends import Backend, Ranks
 from topkast.backends._compiled import has_numba
+from topkast.functional._arrays import apply_updates
 from topkast.functional._plan import Plan, TensorInfo, check_any
 from topkast.functional._rules import bias_correction, learning_rate
 from topkast.functional._state import Arrays, TopKASTState, count_bytes, forward_views, inspection
-from topkast.functional._transform import TopKASTTransform, apply_updates
+from topkast.functional._transform import TopKASTTransform
 from topkast.functional._wrapped_rule import WrappedRule
 from topkast.methods._chosen import method_of
 from topkast.selection._distribution import Shape, exact_fraction, kept_count

@@ -15,6 +15,7 @@ from topkast import Support
 from topkast.adapter import (
     IncrementalRefresh,
     IncrementalSelection,
+    Method,
     Migration,
     Options,
     RankedTensors,
@@ -58,7 +59,7 @@ class Execution(ABC):
     reservoir: Reservoir  # θ outside B
     profile: InnerProfile
     overrides: dict[str, Any]  # options set for these tensors only
-    refreshes: bool  # whether the method ever chooses new sets
+    method: Method
     # Changed by a refresh
     support: Support
     entered_active: Tensor  # number of entries new to A, by member
@@ -66,13 +67,14 @@ class Execution(ABC):
     selection: IncrementalSelection
     # Changed by a step
     step: Step  # the next step
+    awaited: int | None  # its number, if the refresh after it needs the gradient outside B
     steps: int  # taken by the inner optimizer on these weights
 
     def set_up(self, profile: InnerProfile, options: Options, updates: int, steps: int) -> None:
         """Initialise the fields that all executions share; weights and sets must be set."""
         self.profile, self.steps = profile, steps
         self.overrides = {"method": options.method} | options.overrides_of(self.ranked.key)
-        self.refreshes = method_of(options.for_tensor(self.ranked.key)).refreshes
+        self.method = method_of(options.for_tensor(self.ranked.key))
         self.entered_active = self.ranked.no_change(self.support.indices)
         self.young, self.selection = None, IncrementalSelection()
         if profile.needs_ages:
@@ -80,6 +82,11 @@ class Execution(ABC):
                 settled_ages(self.support.backward_size, self.support.indices), profile
             )
         self.decide(options.for_group(), updates)
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether the method ever chooses new sets."""
+        return self.method.refreshes
 
     def option(self, group: Mapping[str, Any], name: str) -> Any:
         """The value of an option for these tensors: the override, else the group's."""
@@ -108,6 +115,13 @@ class Execution(ABC):
     @abstractmethod
     def gather_gradient(self) -> Tensor | None:
         """The gradient of the loss on B (|B|,); None if the Parameters have none."""
+
+    @abstractmethod
+    def whole_gradient(self) -> Any:
+        """The gradient of the loss on all weights (n,), or an object that yields it in blocks.
+
+        It is kept for the steps that are `awaited`.
+        """
 
     @abstractmethod
     def gradient_buffer(self) -> Tensor:
@@ -148,10 +162,12 @@ class Execution(ABC):
             penalty_kind=self.option(group, "penalty_kind"),
             density=self.ranked.density,
             ascends=bool(ascends),
-            explore_until=self.option(group, "explore_until"),
+            explore_until=self.option(group, "explore_until") if self.method.explores else 0,
             updates=updates,
             betas=None if self.young is None else self.young.betas(group),
         )
+        needs_gradient = "gradient" in self.method.needs and self.is_due(group, updates + 1)
+        self.awaited = updates + 1 if needs_gradient else None
 
     def is_due(self, group: Mapping[str, Any], updates: int) -> bool:
         """Whether a refresh is due after `updates` updates."""
@@ -234,7 +250,12 @@ class Execution(ABC):
         refresh = self._choose_incrementally(options)
         if refresh is not None:
             return refresh
-        return self.ranked.refresh(self.theta(), self.support, options, updates)
+        values = self.values.detach().view(-1)
+        # Other methods read nothing but the shape, device and dtype of the weights.
+        reads_all = "weights" in self.method.needs
+        weights = self.theta() if reads_all else values.new_zeros(1).expand(self.ranked.size)
+        gradient = self.whole_gradient() if "gradient" in self.method.needs else None
+        return self.ranked.refresh(weights, self.support, options, updates, values, gradient)
 
     def _choose_incrementally(self, options: Options) -> IncrementalRefresh | None:
         """Choose the next sets from few candidates; None if all weights have to be read."""
@@ -275,6 +296,8 @@ class Execution(ABC):
             self.selection = IncrementalSelection(loss=self.selection.loss)
         self.migrate_gradient(migration)
         self.values.detach().view(-1).copy_(values)
+        if self.method.forgets:
+            self.values.detach().view(-1)[new.forward_size :].zero_()
         self._switch_to(new)
         self.entered_active = entered_active
         entries = entries_of(inner, self.values, self.profile.layout.stores)

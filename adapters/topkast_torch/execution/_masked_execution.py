@@ -166,6 +166,7 @@ class MaskedExecution(Execution):
         if (
             grad is None
             or grad.layout != torch.strided
+            or self.awaited is not None
             or _make_stamp(grad) == member.restricted_stamp
         ):
             return
@@ -173,6 +174,16 @@ class MaskedExecution(Execution):
         if sum(map(len, kept)) < grad.numel():
             compress(grad, kept, [self.gradient[section] for section in member.slices[: len(kept)]])
         member.restricted_stamp = _make_stamp(grad)
+
+    def whole_gradient(self) -> Tensor:
+        grads = {name: member.param.grad for name, member in self.members.items()}
+        gradient: Tensor = self.ranked.flatten(
+            {
+                name: torch.zeros_like(self._params[name]) if grad is None else grad
+                for name, grad in grads.items()
+            }
+        )
+        return gradient
 
     def gradient_buffer(self) -> Tensor:
         return self.gradient

@@ -16,9 +16,10 @@ from topkast.adapter import Migration, Options, RankedTensors
 from topkast_torch._reservoirs import take_over
 from topkast_torch.execution._execution import Execution, InnerProfile
 from topkast_torch.execution._masked_execution import MaskedExecution
+from topkast_torch.execution._recorded import RecordedGradient
 from topkast_torch.optimizer._ownership import claim, release
 from topkast_torch.sparse._conversion import make_dense
-from topkast_torch.sparse._sparse_layer import SparseLayer
+from topkast_torch.sparse._sparse_layer import Passes, SparseLayer
 
 
 class SparseExecution(Execution):
@@ -28,6 +29,9 @@ class SparseExecution(Execution):
     _dtype: torch.dtype  # of the values, when the optimizer was built
     # During a step
     _gradient: Tensor | None  # of the loss alone, while values.grad includes the penalty's
+    # For methods that need the gradient outside B
+    _recording: int | None  # the update for which the layer records its passes
+    _passes: Passes  # that it recorded for the update before
 
     @classmethod
     def of_layer(
@@ -64,8 +68,7 @@ class SparseExecution(Execution):
         )
         execution.values, execution.layer = layer.values, layer
         execution.support = layer.support
-        execution._gradient, execution._replaced = None, False
-        execution._dtype = layer.values.dtype
+        execution._begin()
         execution.set_up(profile, options, updates, steps)
         if layer.selection is not None and execution.reservoir is layer.reservoir:
             execution.selection = layer.selection
@@ -78,10 +81,14 @@ class SparseExecution(Execution):
         for name in Execution.__annotations__:
             setattr(execution, name, getattr(masked, name))
         execution.values, execution.layer = layer.values, layer
-        execution._gradient, execution._replaced = None, False
-        execution._dtype = layer.values.dtype
+        execution._begin()
+        execution._record_if_awaited()
         execution._connect()
         return execution
+
+    def _begin(self) -> None:
+        self._gradient, self._replaced, self._dtype = None, False, self.values.dtype
+        self._recording, self._passes = None, []
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_hook": None}
@@ -143,6 +150,23 @@ class SparseExecution(Execution):
         self._gradient = self.values.grad
         return None if self._gradient is None else self._gradient.view(-1)
 
+    def decide(self, group: Mapping[str, Any], updates: int) -> None:
+        super().decide(group, updates)
+        self._record_if_awaited()
+
+    def _record_if_awaited(self) -> None:
+        """Let the layer record its passes from now on, and take what it has recorded so far."""
+        layer: Any = self.layer
+        if self.awaited != self._recording and isinstance(layer, SparseLayer):
+            self._passes = layer.switch_recording(self.awaited is not None)
+            self._recording = self.awaited
+
+    def whole_gradient(self) -> RecordedGradient:
+        layer = self.layer
+        return RecordedGradient(
+            self._passes, layer.weight_shape, layer._window, int(getattr(layer, "groups", 1))
+        )
+
     def gradient_buffer(self) -> Tensor:
         assert self._gradient is not None
         return torch.empty_like(self._gradient).view(-1)
@@ -163,6 +187,7 @@ class SparseExecution(Execution):
         layer: Any = self.layer
         if isinstance(layer, SparseLayer):  # densify may have made it dense
             layer.set_support(self.support, is_valid=True)
+            self._passes = []
             self._sets_version = layer.sets_version
 
     def restrict_state(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -184,5 +209,7 @@ class _RestrictGradient:
 
     def __call__(self, param: Tensor) -> None:
         owner = self.owner()
+        if owner is not None and owner.awaited is not None:
+            owner.layer.note_accumulation()
         if owner is not None and not owner.step.exploring and param.grad is not None:
             param.grad.view(-1)[owner.support.forward :].zero_()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,22 +18,29 @@ from topkast import MismatchError
 from topkast_torch.sparse._convolutions import Convolution
 from topkast_torch.sparse._products import Products
 
+Record: TypeAlias = Callable[[Tensor, Tensor], None]
+
 
 def multiply(
-    x: Tensor, values: Tensor, bias: Tensor | None, products: Callable[[], Products]
+    x: Tensor, values: Tensor, bias: Tensor | None, products: Callable[[], Products], record: Record
 ) -> Tensor:
     """The product x · Wᵀ + bias with W on A, for x of shape (batch, features); gradients on B.
 
-    `products` is called outside of function transforms and compilation.
+    `products` is called outside of function transforms and compilation. `record` gets x and the
+    gradient of the output in each backward pass, outside of function transforms.
     """
-    return _apply(_Product, x, values, bias, _LinearOperator(products))
+    return _apply(_Product, x, values, bias, _LinearOperator(products, record))
 
 
 def convolve(
-    images: Tensor, values: Tensor, bias: Tensor | None, convolution: Callable[[], Convolution]
+    images: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    convolution: Callable[[], Convolution],
+    record: Record,
 ) -> Tensor:
     """The convolution of images (images, channels, height, width) with W on A; gradients on B."""
-    return _apply(_Product, images, values, bias, _ConvolutionOperator(convolution))
+    return _apply(_Product, images, values, bias, _ConvolutionOperator(convolution, record))
 
 
 def _apply(function: Any, x: Tensor, *arguments: Any) -> Tensor:
@@ -68,6 +75,7 @@ class Operator(Protocol):
     """
 
     axes: tuple[int, ...]  # summed over in the gradient of the bias
+    record: Record
 
     def pack(self, x: Tensor) -> Tensor:
         """Convert `x` to the form that the products read."""
@@ -95,8 +103,8 @@ class Operator(Protocol):
 class _LinearOperator:
     axes: tuple[int, ...] = (0,)
 
-    def __init__(self, products: Callable[[], Products]) -> None:
-        self._find_products = products
+    def __init__(self, products: Callable[[], Products], record: Record) -> None:
+        self._find_products, self.record = products, record
 
     @cached_property
     def _products(self) -> Products:
@@ -122,14 +130,14 @@ class _LinearOperator:
         self._products.weight_gradient(packed_gradient, packed, out)
 
     def on_backward_set(self) -> Operator:
-        return _LinearOperator(self._products.on_backward_set)
+        return _LinearOperator(self._products.on_backward_set, self.record)
 
 
 class _ConvolutionOperator:
     axes: tuple[int, ...] = (0, 2, 3)
 
-    def __init__(self, convolution: Callable[[], Convolution]) -> None:
-        self._find_convolution = convolution
+    def __init__(self, convolution: Callable[[], Convolution], record: Record) -> None:
+        self._find_convolution, self.record = convolution, record
 
     @cached_property
     def _convolution(self) -> Convolution:
@@ -155,7 +163,7 @@ class _ConvolutionOperator:
         self._convolution.weight_gradient(packed_gradient, packed, out, shape)
 
     def on_backward_set(self) -> Operator:
-        return _ConvolutionOperator(self._convolution.on_backward_set)
+        return _ConvolutionOperator(self._convolution.on_backward_set, self.record)
 
 
 class _Product(torch.autograd.Function):
@@ -188,8 +196,11 @@ class _Product(torch.autograd.Function):
         grad_bias = grad_output.sum(operator.axes) if needs_grad[2] else None
         if not (needs_grad[0] or needs_grad[1]):
             return None, None, grad_bias, None
+        in_transform = torch._C._are_functorch_transforms_active()
+        if needs_grad[1] and not in_transform:
+            operator.record(x, grad_output)
         arguments = grad_output, x, packed, values, _Call(operator, context.shape, needs_grad[:2])
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if torch.is_grad_enabled() or in_transform:
             grads = _ProductGradient.apply(*arguments)  # type: ignore[no-untyped-call]
         else:
             grads = _gradients(*arguments)

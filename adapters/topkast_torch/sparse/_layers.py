@@ -147,7 +147,7 @@ class SparseLinear(SparseLayer):
                 f"{tuple(inputs.shape)}"
             )
         rows = inputs.reshape(math.prod(leading), features)
-        output: Tensor = multiply(rows, self.values, self.bias, lambda: self.products)
+        output: Tensor = multiply(rows, self.values, self.bias, lambda: self.products, self.record)
         return output.view(*leading, self.out_features)
 
     def extra_repr(self) -> str:
@@ -207,7 +207,9 @@ class SparseConv2d(SparseLayer):
                 f"a kernel of size {self.kernel_size} does not fit an input of shape "
                 f"{tuple(inputs.shape)}"
             )
-        output: Tensor = convolve(images, self.values, self.bias, lambda: self.products)
+        output: Tensor = convolve(
+            images, self.values, self.bias, lambda: self.products, self.record
+        )
         return output if inputs.dim() == 4 else output[0]
 
     def extra_repr(self) -> str:

@@ -7,7 +7,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from topkast_torch.sparse._products import Entries
 from topkast_torch.sparse._read_only import read_only
 
 STRUCTURE = ("indices", "active_count", "shape")  # entries of a state dict besides the values
+
+# Inputs of a layer and gradients of its outputs, by backward pass.
+Passes: TypeAlias = list[tuple[Tensor, Tensor]]
 
 # The layer by its Parameter of values, since an optimizer knows only the Parameter.
 _LAYERS: Any = WeakTensorKeyDictionary()
@@ -79,6 +82,8 @@ class SparseLayer(nn.Module):
     _products: tuple[Any, tuple[Any, ...]] | None  # with the key that they were made for
     _assignment_count: int = 0  # how often `indices` or `active_count` were assigned
     _is_drawn: bool = True  # whether the weights have values: not on the meta device
+    _recorded: Passes | None = None  # since the last step, if the next one needs them
+    _has_accumulated: bool = False  # whether `values.grad` contains what was recorded
 
     def set_sparse(self, values: Parameter, support: Support, shape: tuple[int, ...]) -> None:
         """Set the values, the support and the weight's shape."""
@@ -139,6 +144,26 @@ class SparseLayer(nn.Module):
         """The window of a convolution, from its current attributes; None for other layers."""
         return None
 
+    def record(self, x: Tensor, grad_output: Tensor) -> None:
+        """Record a backward pass, if an optimizer has asked for it."""
+        if self._recorded is None:
+            return
+        grad = self.values.grad
+        if self._has_accumulated and (grad is None or not bool(grad.any())):
+            self._recorded.clear()  # the gradient was zeroed without a step
+            self._has_accumulated = False
+        self._recorded.append((x.detach(), grad_output.detach()))
+
+    def note_accumulation(self) -> None:
+        """Note that a backward pass has written its gradient."""
+        self._has_accumulated = True
+
+    def switch_recording(self, is_on: bool) -> Passes:
+        """Return the passes recorded so far; record others from now on, or none."""
+        passes, self._recorded = self._recorded or [], [] if is_on else None
+        self._has_accumulated = False
+        return passes
+
     def _make_products(self) -> Any:
         raise NotImplementedError
 
@@ -179,7 +204,7 @@ class SparseLayer(nn.Module):
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_products": None}
+        return self.__dict__ | {"_products": None, "_recorded": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

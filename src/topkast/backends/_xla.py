@@ -25,8 +25,8 @@ _WORD = 32
 _FEW = 1024  # number of ties up to which only the ties are processed
 
 
-@functools.partial(jax.jit, static_argnums=(1, 3))
-def largest_flags(keys: Array, count: int, indices: Array, ties: Key) -> Array:
+@functools.partial(jax.jit, static_argnums=3)
+def largest_flags(keys: Array, count: int | Array, indices: Array, ties: Key) -> Array:
     """Flags (n,) of the `count` largest of integers (n,) of at least -1.
 
     Equal integers rank by the words of their `indices` (n,), which are distinct; the largest comes

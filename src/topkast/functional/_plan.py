@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from topkast._errors import OptionError
+from topkast._method import Method
 from topkast._options import Options
 from topkast._patterns import kept_dense
 from topkast._probe import Traits
 from topkast._tensors import RankedTensors, rank_tensors
 from topkast.functional._wrapped_rule import WrappedRule
+from topkast.methods._chosen import method_of
 from topkast.selection._distribution import Shape
 
 
@@ -41,6 +43,20 @@ class Plan:
     def inside(self) -> set[str]:
         """Names of all sparsified tensors."""
         return {name for ranked in self.tensors for name in ranked.shapes}
+
+    @property
+    def forgetting(self) -> list[RankedTensors]:
+        """The tensors whose weights outside A become zero at each refresh."""
+        methods = [(ranked, self.method(ranked)) for ranked in self.tensors]
+        return [ranked for ranked, method in methods if method.forgets and method.refreshes]
+
+    def method(self, ranked: RankedTensors) -> Method:
+        """The method that chooses the sets of these tensors."""
+        return method_of(self.options[ranked.key])
+
+    def explores(self, ranked: RankedTensors) -> bool:
+        """Whether B∖A is updated."""
+        return self.method(ranked).explores
 
     def keys(self, params: Mapping[str, Any]) -> set[str]:
         """Keys of the arrays that the inner rule gets."""

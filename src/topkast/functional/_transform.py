@@ -28,12 +28,18 @@ from topkast._primitives import (
 from topkast._step import Step, decide, is_due
 from topkast._tensors import RankedTensors
 from topkast.backends import backend_of
+from topkast.functional._arrays import (
+    apply_updates,
+    forget,
+    increment,
+    to_compact,
+    zero_count,
+)
 from topkast.functional._checks import check_compatible, check_gradients, check_plan
 from topkast.functional._plan import Plan, TensorInfo, make_plan
 from topkast.functional._state import Arrays, TopKASTState
 from topkast.functional._wrapped_rule import UpdateRule, WrappedRule
-from topkast.methods._chosen import method_of
-from topkast.selection._compact import gather, scatter
+from topkast.selection._compact import scatter
 from topkast.selection._support import Support
 
 _MAX_COUNT = (1 << 31) - 1  # updates: they are counted in int32
@@ -75,7 +81,7 @@ class TopKASTTransform:
             for ranked in plan.tensors
         }
         return TopKASTState(
-            _zero_count(params),
+            zero_count(params),
             supports,
             {ranked.key: ranked.no_change(supports[ranked.key].indices) for ranked in plan.tensors},
             {
@@ -83,7 +89,7 @@ class TopKASTTransform:
                 for ranked in plan.tensors
                 if plan.traits[ranked.key].betas is not None
             },
-            self.inner.init(_compact(plan, params, supports)),
+            self.inner.init(to_compact(plan, params, supports)),
         )
 
     def update(
@@ -121,9 +127,15 @@ class TopKASTTransform:
             flat = scatter(displacements[ranked.key], support, shape=(ranked.size,), fill=-0.0)
             updates |= ranked.unflatten(flat)
         updates = {name: updates[name] for name in params}
+        plan = advance.plan
         next_state = self._refresh_if_due(
-            advance.plan, advance.next_state, lambda: apply_updates(params, updates)
+            plan, advance.next_state, lambda: apply_updates(params, updates), grads
         )
+        for ranked in plan.forgetting:
+            own = ranked.flatten({name: updates[name] for name in ranked.shapes})
+            to_zero = ranked.flatten({name: -params[name] for name in ranked.shapes})
+            own = forget(plan, ranked, advance.next_state, next_state, own, to_zero)
+            updates |= ranked.unflatten(own)
         return updates, next_state
 
     def step(
@@ -154,8 +166,8 @@ class TopKASTTransform:
             plan = self.check(grads, params, state)
             steps = self._decide(plan, state)
             weights, inner, ages = backend.step(self.inner, plan, steps, grads, state, params)
-            next_state = state._replace(updates=_increment(state.updates), inner=inner, ages=ages)
-            return weights, self._refresh_if_due(plan, next_state, lambda: weights)
+            next_state = state._replace(updates=increment(state.updates), inner=inner, ages=ages)
+            return self._finish_step(plan, next_state, weights, grads)
         advance = self._advance(grads, state, params, extra)
         compact = apply_updates(advance.values, advance.displacements)
         weights = {name: compact[name] for name in params if name in compact}
@@ -166,7 +178,18 @@ class TopKASTTransform:
             flat = backend_of(flat).put(flat, entries, values)
             weights |= ranked.unflatten(flat)
         weights = {name: weights[name] for name in params}
-        next_state = self._refresh_if_due(advance.plan, advance.next_state, lambda: weights)
+        return self._finish_step(advance.plan, advance.next_state, weights, grads)
+
+    def _finish_step(
+        self, plan: Plan, state: TopKASTState, weights: Arrays, grads: Mapping[str, Array]
+    ) -> tuple[Arrays, TopKASTState]:
+        """Refresh if it is due, and set the weights to zero that methods forget."""
+        next_state = self._refresh_if_due(plan, state, lambda: weights, grads)
+        for ranked in plan.forgetting:
+            own = ranked.flatten({name: weights[name] for name in ranked.shapes})
+            zeros = array_namespace(own).zeros_like(own)
+            own = forget(plan, ranked, state, next_state, own, zeros)
+            weights = weights | ranked.unflatten(own)
         return weights, next_state
 
     def _advance(
@@ -178,14 +201,14 @@ class TopKASTTransform:
     ) -> _Advance:
         """Update the compact parameters and the state, without a refresh."""
         plan = self.check(grads, params, state)
-        values = _compact(plan, params, state.supports)
-        gradients = _compact(plan, grads, state.supports)
+        values = to_compact(plan, params, state.supports)
+        gradients = to_compact(plan, grads, state.supports)
         steps = self._decide(plan, state)
         for key, step in steps.items():
             gradients[key] = step.add_penalty(gradients[key], values[key], state.supports[key])
         displacements, inner = self.inner.update(gradients, state.inner, values, **extra)
         displacements = dict(displacements)
-        updates = _increment(state.updates)
+        updates = increment(state.updates)
         displacements, inner = self._scale_young(plan, steps, state, updates, displacements, inner)
         for key, step in steps.items():
             displacements[key] = step.restrict(displacements[key], state.supports[key])
@@ -201,7 +224,9 @@ class TopKASTTransform:
                 penalty_kind=plan.options[ranked.key].penalty_kind,
                 density=ranked.density,
                 ascends=plan.traits[ranked.key].ascends,
-                explore_until=plan.options[ranked.key].explore_until,
+                explore_until=(
+                    plan.options[ranked.key].explore_until if plan.explores(ranked) else 0
+                ),
                 updates=state.updates,
                 betas=plan.traits[ranked.key].betas,
             )
@@ -238,7 +263,7 @@ class TopKASTTransform:
 
     def compact(self, arrays: Mapping[str, Array], supports: Mapping[str, Support]) -> Arrays:
         """Convert arrays like the parameters to the inner rule's: values on B, and dense arrays."""
-        return _compact(self.plan(arrays), arrays, supports)
+        return to_compact(self.plan(arrays), arrays, supports)
 
     def check_finite(self, params: Mapping[str, Array]) -> None:
         """Raise :class:`topkast.NonFiniteError` for NaN or infinity in a sparsified tensor."""
@@ -276,12 +301,17 @@ class TopKASTTransform:
         return self._plans[signature]
 
     def _refresh_if_due(
-        self, plan: Plan, state: TopKASTState, get_weights: Callable[[], Arrays]
+        self,
+        plan: Plan,
+        state: TopKASTState,
+        get_weights: Callable[[], Arrays],
+        grads: Mapping[str, Array],
     ) -> TopKASTState:
-        """Choose new sets from the weights that `get_weights` returns, for tensors that are due."""
-        refreshing = [
-            ranked for ranked in plan.tensors if method_of(plan.options[ranked.key]).refreshes
-        ]
+        """Choose new sets from the weights that `get_weights` returns, for tensors that are due.
+
+        `grads` are read by methods that need the gradient outside B.
+        """
+        refreshing = [ranked for ranked in plan.tensors if plan.method(ranked).refreshes]
         intervals = {plan.options[ranked.key].refresh_every for ranked in refreshing}
         for interval in sorted(intervals):
             due = is_due(interval, state.updates)
@@ -293,15 +323,29 @@ class TopKASTTransform:
                 ]
 
                 def refresh(
-                    state: TopKASTState, params: Arrays, tensors: list[RankedTensors] = tensors
+                    state: TopKASTState,
+                    params: Arrays,
+                    gradients: Arrays,
+                    tensors: list[RankedTensors] = tensors,
                 ) -> TopKASTState:
-                    return self._refresh(plan, tensors, state, params)
+                    return self._refresh(plan, tensors, state, params, gradients)
 
-                state = cond(due, refresh, state, get_weights())
+                gradients = {
+                    name: grads[name]
+                    for ranked in tensors
+                    if "gradient" in plan.method(ranked).needs
+                    for name in ranked.shapes
+                }
+                state = cond(due, refresh, state, get_weights(), gradients)
         return state
 
     def _refresh(
-        self, plan: Plan, tensors: list[RankedTensors], state: TopKASTState, params: Arrays
+        self,
+        plan: Plan,
+        tensors: list[RankedTensors],
+        state: TopKASTState,
+        params: Arrays,
+        gradients: Arrays,
     ) -> TopKASTState:
         """Choose new sets for `tensors`, and migrate ages and the inner rule's state."""
         refreshes = {
@@ -310,12 +354,20 @@ class TopKASTTransform:
                 state.supports[ranked.key],
                 plan.options[ranked.key],
                 state.updates,
+                gradient=ranked.flatten(gradients) if {*ranked.shapes} <= {*gradients} else None,
             )
             for ranked in tensors
         }
         supports = state.supports | {key: refresh.support for key, refresh in refreshes.items()}
+        after = state._replace(supports=supports)
+        for ranked in tensors:
+            if plan.method(ranked).forgets:
+                own = ranked.flatten(params)
+                zeros = array_namespace(own).zeros_like(own)
+                own = forget(plan, ranked, state, after, own, zeros)
+                params = dict(params) | ranked.unflatten(own)
         # Entries that enter B start as the rule initialises them, which is not always zero.
-        fresh = self.inner.init(_compact(plan, params, supports))
+        fresh = self.inner.init(to_compact(plan, params, supports))
         shapes = {ranked.key: ranked.compact_shape for ranked in tensors}
 
         def migrate(key: str, entry: Array, initial: Array) -> Array:
@@ -345,48 +397,3 @@ class _Advance:
     values: Arrays
     displacements: Arrays
     next_state: TopKASTState
-
-
-def apply_updates(params: Mapping[str, Array], updates: Mapping[str, Array], /) -> Arrays:
-    """Add updates to parameters, in the dtype of the parameters.
-
-    Parameters
-    ----------
-    params, updates
-        Arrays by name, of equal shapes.
-
-    Returns
-    -------
-    dict of str to array
-
-    Examples
-    --------
-    >>> import numpy as np, topkast
-    >>> topkast.apply_updates({"w": np.asarray([1.0, 2.0])}, {"w": np.asarray([0.5, -0.0])})
-    {'w': array([1.5, 2. ])}
-    """
-    return {
-        name: array_namespace(param).astype(param + updates[name], param.dtype)
-        for name, param in params.items()
-    }
-
-
-def _compact(plan: Plan, arrays: Mapping[str, Array], supports: Mapping[str, Support]) -> Arrays:
-    """Convert arrays to those of the inner rule: dense tensors unchanged, the others on B."""
-    inside = plan.inside
-    compact = {name: array for name, array in arrays.items() if name not in inside}
-    for ranked in plan.tensors:
-        values = gather(ranked.flatten(arrays), supports[ranked.key])
-        compact[ranked.key] = array_namespace(values).reshape(values, ranked.compact_shape)
-    return compact
-
-
-def _zero_count(params: Mapping[str, Array]) -> Array:
-    first = next(iter(params.values()))
-    return backend_of(first).zero_count(first)
-
-
-def _increment(count: Array) -> Array:
-    """Increment a count, and saturate at the largest integer instead of turning negative."""
-    xp = array_namespace(count)
-    return xp.where(count < xp.iinfo(count.dtype).max, count + 1, count)

@@ -1,0 +1,1 @@
+"""Methods that keep all weights in training, and choose A among them."""

@@ -1,0 +1,81 @@
+"""GraNet: gradual pruning with regrowth by gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from topkast._method import View
+from topkast.methods._schedules import check_share, cubic_count, drop_count
+from topkast.methods.pruning._gradual import GradualPruning
+from topkast.selection._replace import (
+    choose_on_host,
+    grow_by_gradient,
+    keep_largest,
+    magnitudes,
+    split_all,
+    split_by_magnitude,
+)
+from topkast.selection._support import Support
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraNet(GradualPruning):
+    """Gradual pruning; each refresh also replaces a share of A, as :class:`RigL` does.
+
+    Weights outside A are zero and rest.
+
+    Parameters
+    ----------
+    start, end, initial
+        As for :class:`GradualPruning`; the first set is the largest magnitudes.
+    fraction
+        Share of A that a refresh replaces, rounded down; it falls to 0 at `until` along half a
+        cosine.
+    until
+        Update from which nothing is replaced; None: `fraction` is constant.
+
+    Raises :class:`topkast.OptionError` for values out of range.
+
+    Examples
+    --------
+    >>> import numpy as np, topkast
+    >>> from topkast.methods import GraNet, View
+    >>> weights, gradient = np.asarray([[0.9, 0.3, -0.1, 0.5], [0.0, 0.0, 2.0, 1.0]])
+    >>> support = topkast.Support(np.arange(4), 4)
+    >>> view = View(weights, 2, 4, draw=9, support=support, values=weights, gradient=gradient)
+    >>> GraNet(start=0, end=9, fraction=0.5).choose(view).active  # of 0 and 3, 3 is replaced
+    array([0, 2], dtype=int32)
+
+    References
+    ----------
+    Liu et al., "Sparse training via boosting pruning plasticity with neuroregeneration", 2021.
+    """
+
+    initial: float = 0.5
+    fraction: float = 0.5
+    until: int | None = None
+
+    needs: ClassVar[frozenset[str]] = frozenset({"weights", "sets", "gradient"})
+    forgets: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("fraction", self.fraction)
+
+    def choose(self, view: View, /) -> Support:
+        """Prune to the present count, then replace a share."""
+        count = cubic_count(view, self.start, self.end, self.initial)
+        if view.support is None or view.gradient is None:
+            return split_by_magnitude(view, count)
+        return choose_on_host(lambda view: self._replace(view, count), view)
+
+    def _replace(self, view: View, count: int) -> Support:
+        support = view.support
+        assert support is not None
+        count = min(count, support.forward)
+        dropped = int(drop_count(view, count, self.fraction, self.until))
+        scores = magnitudes(view.values[: support.forward])
+        kept = keep_largest(view, scores, count - dropped)
+        grown = grow_by_gradient(view, kept, regrow=True, count=count)
+        return split_all(view, grown.indices)

@@ -1,0 +1,1 @@
+"""Methods that drop units of A and grow as many others."""
