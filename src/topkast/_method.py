@@ -10,7 +10,7 @@ from topkast._primitives import Array
 from topkast.selection._support import Support
 
 # The inputs that the library can give to a method.
-PROVIDED = frozenset({"weights", "random", "sets", "gradient"})
+PROVIDED = frozenset({"weights", "random", "sets", "gradient", "momentum"})
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class View:
     gradient
         The gradient of the loss (n,) before the last step, outside B too; None when the first sets
         are chosen. For methods that need ``"gradient"``. Sparse layers never form it: there, it is
-        an object whose ``blocks()`` yields pieces of it with their first indices.
+        an object whose ``blocks()`` yields pieces of it with their first indices. For methods that
+        need ``"momentum"``, the running mean of the gradient instead.
     """
 
     weights: Array
@@ -63,7 +64,8 @@ class Method(ABC):
     ----------
     needs
         The inputs that :meth:`choose` uses: ``"weights"``, ``"random"``, the present ``"sets"``
-        and the values on them, the ``"gradient"`` of the loss outside B.
+        and the values on them, the ``"gradient"`` of the loss outside B, or its running mean, the
+        ``"momentum"``, for which the attribute `momentum` is the share that a step keeps.
     refreshes
         Whether the sets are chosen again at each refresh.
     takes_largest
@@ -101,6 +103,7 @@ class Method(ABC):
     explores: ClassVar[bool] = True
     schedules: ClassVar[bool] = False
     backward: ClassVar[Literal["any", "equal", "none"]] = "any"
+    momentum: float = 0.0
     default_penalty: ClassVar[float] = 1e-4
     default_refresh_every: ClassVar[int] = 1
 

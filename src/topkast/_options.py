@@ -144,7 +144,7 @@ class Options:
             raise OptionError(
                 f"{name} keeps all weights and their gradients: pass bwd=0, got bwd={self.bwd}"
             )
-        if not method.needs & {"sets", "gradient"} and not method.schedules:
+        if not method.needs & {"sets", "gradient", "momentum"} and not method.schedules:
             return
         if self.block not in (None, (1, 1)):
             raise OptionError(f"{name} chooses single weights: pass block=None, got {self.block}")

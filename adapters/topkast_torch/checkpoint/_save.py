@@ -146,6 +146,8 @@ def _save_execution(execution: Execution) -> dict[str, dict[str, Any]]:
     shared["steps"] = execution.steps
     if execution.young is not None:
         shared["ages"] = execution.young.current_ages().clone()
+    if execution.momentum is not None:
+        shared["momentum"] = execution.momentum.clone()
     if others:
         shared["members"] = list(ranked.shapes)
     return saved

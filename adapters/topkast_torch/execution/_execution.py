@@ -64,6 +64,7 @@ class Execution(ABC):
     support: Support
     entered_active: Tensor  # number of entries new to A, by member
     young: YoungEntries | None
+    momentum: Tensor | None  # the running mean of the gradient on all weights (n,), if needed
     selection: IncrementalSelection
     # Changed by a step
     step: Step  # the next step
@@ -76,7 +77,9 @@ class Execution(ABC):
         self.overrides = {"method": options.method} | options.overrides_of(self.ranked.key)
         self.method = method_of(options.for_tensor(self.ranked.key))
         self.entered_active = self.ranked.no_change(self.support.indices)
-        self.young, self.selection = None, IncrementalSelection()
+        self.young, self.momentum, self.selection = None, None, IncrementalSelection()
+        if "momentum" in self.method.needs:
+            self.momentum = self.values.new_zeros(self.ranked.size, requires_grad=False)
         if profile.needs_ages:
             self.young = YoungEntries(
                 settled_ages(self.support.backward_size, self.support.indices), profile
@@ -166,7 +169,9 @@ class Execution(ABC):
             updates=updates,
             betas=None if self.young is None else self.young.betas(group),
         )
-        needs_gradient = "gradient" in self.method.needs and self.is_due(group, updates + 1)
+        needs_gradient = self.momentum is not None or (
+            "gradient" in self.method.needs and self.is_due(group, updates + 1)
+        )
         self.awaited = updates + 1 if needs_gradient else None
 
     def is_due(self, group: Mapping[str, Any], updates: int) -> bool:
@@ -180,6 +185,9 @@ class Execution(ABC):
         if gradient is None:
             self.values.grad = None
             return
+        if self.momentum is not None:
+            whole = self.whole_gradient().detach()
+            self.momentum.lerp_(whole.to(self.momentum.dtype), 1 - self.method.momentum)
         if self.step.penalty or not self.step.exploring:
             buffer = self.gradient_buffer()
             self._add_penalty(gradient, buffer)
@@ -254,7 +262,7 @@ class Execution(ABC):
         # Other methods read nothing but the shape, device and dtype of the weights.
         reads_all = "weights" in self.method.needs
         weights = self.theta() if reads_all else values.new_zeros(1).expand(self.ranked.size)
-        gradient = self.whole_gradient() if "gradient" in self.method.needs else None
+        gradient = self.whole_gradient() if "gradient" in self.method.needs else self.momentum
         return self.ranked.refresh(weights, self.support, options, updates, values, gradient)
 
     def _choose_incrementally(self, options: Options) -> IncrementalRefresh | None:
@@ -340,6 +348,7 @@ class Execution(ABC):
             "indices": self.support.indices.nbytes,
             "layouts": self.layout_bytes(),
             "ages": 0 if self.young is None else self.young.nbytes,
+            "momentum": 0 if self.momentum is None else self.momentum.nbytes,
             "reserve": self.selection.nbytes,
             "reservoir": self.reservoir.nbytes,
         }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from topkast import MismatchError, OptionError
-from topkast.adapter import Migration, Options, RankedTensors
+from topkast.adapter import Migration, Options, RankedTensors, method_of
 from topkast_torch._reservoirs import take_over
 from topkast_torch.execution._execution import Execution, InnerProfile
 from topkast_torch.execution._masked_execution import MaskedExecution
@@ -56,6 +56,13 @@ class SparseExecution(Execution):
                 f"weights: block={block} has no sparse products yet. Make the model dense with "
                 f"topkast.densify before building its optimizer, or pass overrides={{{name!r}: "
                 '{"block": None}}'
+            )
+        method = method_of(options.for_tensor(name))
+        if "momentum" in method.needs:
+            raise OptionError(
+                f"{type(method).__name__} keeps a dense momentum, but {name} is the weight of a "
+                f"{type(layer).__name__}, which never has a dense gradient: choose a method that "
+                "needs the gradient at refreshes only, such as RigL"
             )
         execution = cls.__new__(cls)
         forward, size = layer.support.forward, math.prod(layer.weight_shape)

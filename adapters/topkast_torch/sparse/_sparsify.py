@@ -196,6 +196,8 @@ def _find_obstacle(modules: list[tuple[nn.Module, str]], execution: MaskedExecut
         return f"{name} of {type(module).__name__}, which has no sparse form"
     if "forward" in module.__dict__:
         return "its forward function was replaced"
+    if execution.momentum is not None:
+        return f"{type(execution.method).__name__} keeps a dense momentum"
     if execution.ranked.blocks is not None:
         blocks = execution.ranked.blocks
         return f"blocks of {blocks.rows} × {blocks.columns} have no sparse products yet"

@@ -29,8 +29,9 @@ from topkast._step import Step, decide, is_due
 from topkast._tensors import RankedTensors
 from topkast.backends import backend_of
 from topkast.functional._arrays import (
+    advance_momenta,
     apply_updates,
-    forget,
+    forget_all,
     increment,
     to_compact,
     zero_count,
@@ -90,6 +91,12 @@ class TopKASTTransform:
                 if plan.traits[ranked.key].betas is not None
             },
             self.inner.init(to_compact(plan, params, supports)),
+            {
+                ranked.key: array_namespace(flat).zeros_like(flat)
+                for ranked in plan.tensors
+                if "momentum" in plan.method(ranked).needs
+                for flat in [ranked.flatten(params)]
+            },
         )
 
     def update(
@@ -131,11 +138,7 @@ class TopKASTTransform:
         next_state = self._refresh_if_due(
             plan, advance.next_state, lambda: apply_updates(params, updates), grads
         )
-        for ranked in plan.forgetting:
-            own = ranked.flatten({name: updates[name] for name in ranked.shapes})
-            to_zero = ranked.flatten({name: -params[name] for name in ranked.shapes})
-            own = forget(plan, ranked, advance.next_state, next_state, own, to_zero)
-            updates |= ranked.unflatten(own)
+        updates = forget_all(plan, advance.next_state, next_state, updates, negated=params)
         return updates, next_state
 
     def step(
@@ -185,11 +188,7 @@ class TopKASTTransform:
     ) -> tuple[Arrays, TopKASTState]:
         """Refresh if it is due, and set the weights to zero that methods forget."""
         next_state = self._refresh_if_due(plan, state, lambda: weights, grads)
-        for ranked in plan.forgetting:
-            own = ranked.flatten({name: weights[name] for name in ranked.shapes})
-            zeros = array_namespace(own).zeros_like(own)
-            own = forget(plan, ranked, state, next_state, own, zeros)
-            weights = weights | ranked.unflatten(own)
+        weights = forget_all(plan, state, next_state, weights)
         return weights, next_state
 
     def _advance(
@@ -311,6 +310,8 @@ class TopKASTTransform:
 
         `grads` are read by methods that need the gradient outside B.
         """
+        if state.momenta:
+            state = state._replace(momenta=advance_momenta(plan, state.momenta, grads))
         refreshing = [ranked for ranked in plan.tensors if plan.method(ranked).refreshes]
         intervals = {plan.options[ranked.key].refresh_every for ranked in refreshing}
         for interval in sorted(intervals):
@@ -354,18 +355,16 @@ class TopKASTTransform:
                 state.supports[ranked.key],
                 plan.options[ranked.key],
                 state.updates,
-                gradient=ranked.flatten(gradients) if {*ranked.shapes} <= {*gradients} else None,
+                gradient=(
+                    ranked.flatten(gradients)
+                    if {*ranked.shapes} <= {*gradients}
+                    else state.momenta.get(ranked.key)
+                ),
             )
             for ranked in tensors
         }
         supports = state.supports | {key: refresh.support for key, refresh in refreshes.items()}
-        after = state._replace(supports=supports)
-        for ranked in tensors:
-            if plan.method(ranked).forgets:
-                own = ranked.flatten(params)
-                zeros = array_namespace(own).zeros_like(own)
-                own = forget(plan, ranked, state, after, own, zeros)
-                params = dict(params) | ranked.unflatten(own)
+        params = forget_all(plan, state, state._replace(supports=supports), params)
         # Entries that enter B start as the rule initialises them, which is not always zero.
         fresh = self.inner.init(to_compact(plan, params, supports))
         shapes = {ranked.key: ranked.compact_shape for ranked in tensors}

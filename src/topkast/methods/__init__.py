@@ -14,6 +14,7 @@ from topkast.methods.rewiring._gse import GSE
 from topkast.methods.rewiring._rigl import ITOP, RigL
 from topkast.methods.rewiring._set import SET
 from topkast.methods.rewiring._smet import SMET
+from topkast.methods.rewiring._snfs import SNFS
 
 __all__ = [
     "ACDC",
@@ -23,6 +24,7 @@ __all__ = [
     "ITOP",
     "SET",
     "SMET",
+    "SNFS",
     "SNIP",
     "GraNet",
     "GradualPruning",
