@@ -18,6 +18,7 @@ from topkast._execution import densify, sparsify, unwrap
 from topkast._exploration import exploration_gradient, exploration_penalty
 from topkast._inspect import Masks, Summary, TensorSummary, dense_params, masks, summary
 from topkast._wrap import wrap_optimizer
+from topkast.analysis import Cost, cost
 from topkast.functional._rules import SGD, Adam, AdamW
 from topkast.functional._state import TopKASTState, forward_params
 from topkast.functional._transform import TopKASTTransform, apply_updates
@@ -35,6 +36,7 @@ __all__ = [
     "AdamW",
     "AdapterNotFoundError",
     "Blocks",
+    "Cost",
     "DenseAverageWarning",
     "Masks",
     "MismatchError",
@@ -52,6 +54,7 @@ __all__ = [
     "UnsupportedTensorError",
     "WeightsMovedWarning",
     "apply_updates",
+    "cost",
     "dense_params",
     "densify",
     "densities",
