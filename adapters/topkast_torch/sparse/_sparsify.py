@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from topkast import AdapterNotFoundError, OptionError, SparseExportWarning
 from topkast.adapter import check_patterns, format_table, matches
+from topkast_torch._example import hooked, run_example
 from topkast_torch.execution._masked_execution import MaskedExecution
 from topkast_torch.execution._sparse_execution import SparseExecution
 from topkast_torch.optimizer._callers import is_called_by
@@ -239,23 +240,12 @@ def _record_inputs(model: nn.Module, example: Any) -> dict[nn.Module, Tensor]:
     def record(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         inputs.setdefault(module, arguments[0] if arguments else named["input"])
 
-    hooks = [
+    with hooked(
         module.register_forward_pre_hook(record, with_kwargs=True)
         for module in model.modules()
         if type(module) in SPARSE_FORMS
-    ]
-    training = {module: module.training for module in model.modules()}
-    try:
-        with torch.enable_grad():
-            model.eval()  # keeps running statistics unchanged
-            model(*example) if isinstance(example, (tuple, list)) else model(example)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise OptionError(f"the model cannot compute with the example: {error}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, flag in training.items():
-            module.training = flag
+    ):
+        run_example(model, example)
     return inputs
 
 

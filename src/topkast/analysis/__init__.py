@@ -1,4 +1,4 @@
-"""Analysis of masks: which weights a method of sparse training uses, in numbers and figures.
+"""Analysis of sparse training: which weights a method uses, and what it costs.
 
 The functions compare sets of weights from any source. Wherever they take sets, pass one of these:
 
@@ -23,12 +23,16 @@ from topkast.analysis._matching import UnitMatch, match_units
 from topkast.analysis._overlap import Overlap, overlap
 from topkast.analysis._sets import ByTensor
 from topkast.analysis._units import DeadUnits, UnitCounts, dead_units, unit_counts
+from topkast.analysis.costs import Cost, Layer, LayerCost, cost
 
 __all__ = [
     "ByTensor",
     "Change",
+    "Cost",
     "DeadUnits",
     "EverActive",
+    "Layer",
+    "LayerCost",
     "MaskHistory",
     "MaskRecord",
     "Overlap",
@@ -36,6 +40,7 @@ __all__ = [
     "UnitCounts",
     "UnitGroup",
     "UnitMatch",
+    "cost",
     "dead_units",
     "mask_change",
     "match_units",
