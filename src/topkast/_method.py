@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from topkast._primitives import Array
@@ -43,6 +44,8 @@ class View:
         are chosen. For methods that need ``"gradient"``. Sparse layers never form it: there, it is
         an object whose ``blocks()`` yields pieces of it with their first indices. For methods that
         need ``"momentum"``, the running mean of the gradient instead.
+    members
+        First index and end of each tensor, by name, if several are ranked as one.
     """
 
     weights: Array
@@ -55,6 +58,7 @@ class View:
     support: Support | None = None
     values: Array = None
     gradient: Array = None
+    members: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class Method(ABC):
@@ -77,8 +81,8 @@ class Method(ABC):
     explores
         Whether the weights in B∖A are updated.
     schedules
-        Whether the number of units in A changes in training: JAX, whose shapes are fixed, refuses
-        such methods.
+        Whether the number of units in A changes in training, in all or in single tensors: JAX,
+        whose shapes are fixed, refuses such methods.
     backward
         The backward sparsity that the method takes: ``"any"``; ``"equal"`` to the forward
         sparsity, so that B is A; or ``"none"``, 0, so that B holds all weights.

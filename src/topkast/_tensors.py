@@ -118,7 +118,7 @@ class RankedTensors:
             view = View(layer, forward, backward, options.seed, self.key, draw, first)
             if old is not None and "sets" in method.needs:
                 own = take(layer, old.entries) if values is None else values
-                view = replace(view, support=old, values=own)
+                view = replace(view, support=old, values=own, members=self.bounds)
             if gradient is not None:
                 view = replace(view, gradient=gradient)
             return check_chosen(method.choose(view), view, method)

@@ -23,12 +23,11 @@ from topkast.analysis._matching import UnitMatch, match_units
 from topkast.analysis._overlap import Overlap, overlap
 from topkast.analysis._sets import ByTensor
 from topkast.analysis._units import DeadUnits, UnitCounts, dead_units, unit_counts
-from topkast.analysis.costs import Cost, Layer, LayerCost, cost
+from topkast.analysis.costs import Layer, LayerCost
 
 __all__ = [
     "ByTensor",
     "Change",
-    "Cost",
     "DeadUnits",
     "EverActive",
     "Layer",
@@ -40,7 +39,6 @@ __all__ = [
     "UnitCounts",
     "UnitGroup",
     "UnitMatch",
-    "cost",
     "dead_units",
     "mask_change",
     "match_units",

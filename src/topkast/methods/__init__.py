@@ -10,6 +10,7 @@ from topkast.methods.pruning._dnw import DNW, IHT
 from topkast.methods.pruning._gradual import GradualPruning
 from topkast.methods.pruning._granet import GraNet
 from topkast.methods.pruning._snip import SNIP
+from topkast.methods.rewiring._dsr import DSR
 from topkast.methods.rewiring._gse import GSE
 from topkast.methods.rewiring._rigl import ITOP, RigL
 from topkast.methods.rewiring._set import SET
@@ -19,6 +20,7 @@ from topkast.methods.rewiring._snfs import SNFS
 __all__ = [
     "ACDC",
     "DNW",
+    "DSR",
     "GSE",
     "IHT",
     "ITOP",
