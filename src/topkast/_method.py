@@ -33,6 +33,9 @@ class View:
         ``jax.jit`` it is traced.
     first
         Number of the view's first unit in the tensor; 0 except for layers of stacked tensors.
+    group_size
+        Number of consecutive weights in a group, under the option `pattern`: each group must hold
+        equally many of A, and of B. None: no pattern.
     """
 
     weights: Array
@@ -42,6 +45,7 @@ class View:
     name: str = ""
     draw: Array | int = 0
     first: Array | int = 0
+    group_size: int | None = None
 
 
 class Method(ABC):
@@ -56,6 +60,9 @@ class Method(ABC):
     takes_largest
         Whether A and B are the largest magnitudes, as :class:`topkast.methods.TopKAST` chooses
         them: a refresh may then look at few candidates instead of all weights.
+    by_group
+        Whether :meth:`choose` respects the ``group_size`` of a view, so that the option `pattern`
+        can be used with the method.
     forgets
         Whether weights that leave B are lost, and entries that enter start at zero: outside B,
         nothing is kept then (PyTorch; the functional forms refuse such a method if it refreshes).
@@ -75,11 +82,13 @@ class Method(ABC):
     needs: ClassVar[frozenset[str]] = frozenset({"weights"})
     refreshes: ClassVar[bool] = True
     takes_largest: ClassVar[bool] = False
+    by_group: ClassVar[bool] = False
     forgets: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
-        if "choose" in cls.__dict__ and "takes_largest" not in cls.__dict__:
-            cls.takes_largest = False  # inherited, it would be a claim about another choice
+        if "choose" in cls.__dict__:
+            for claim in {"takes_largest", "by_group"} - cls.__dict__.keys():
+                setattr(cls, claim, False)  # inherited, it would be a claim about another choice
 
     @abstractmethod
     def choose(self, view: View, /) -> Support:

@@ -45,6 +45,7 @@ from topkast.functional._transform import TopKASTTransform, apply_updates
 from topkast.functional._wrapped_rule import WrappedRule
 from topkast.methods._chosen import method_of
 from topkast.selection._distribution import Shape, exact_fraction, kept_count
+from topkast.selection._groups import group_size_of, pattern_densities
 from topkast.selection._reserve import IncrementalSelection, choose_first
 from topkast.selection._support import Migration
 
@@ -91,6 +92,7 @@ __all__ = [
     "exact_fraction",
     "format_table",
     "forward_views",
+    "group_size_of",
     "grow",
     "has_numba",
     "inspection",
@@ -104,6 +106,7 @@ __all__ = [
     "members",
     "method_of",
     "observe",
+    "pattern_densities",
     "possibly_true",
     "rank_tensors",
     "settled_ages",
