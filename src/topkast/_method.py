@@ -46,6 +46,9 @@ class View:
         need ``"momentum"``, the running mean of the gradient instead.
     members
         First index and end of each tensor, by name, if several are ranked as one.
+    group_size
+        Number of consecutive weights in a group, under the option `pattern`: each group must hold
+        equally many of A, and of B. None: no pattern.
     """
 
     weights: Array
@@ -59,6 +62,7 @@ class View:
     values: Array = None
     gradient: Array = None
     members: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    group_size: int | None = None
 
 
 class Method(ABC):
@@ -75,6 +79,9 @@ class Method(ABC):
     takes_largest
         Whether A and B are the largest magnitudes, as :class:`topkast.methods.TopKAST` chooses
         them: a refresh may then look at few candidates instead of all weights.
+    by_group
+        Whether :meth:`choose` respects the ``group_size`` of a view, so that the option `pattern`
+        can be used with the method.
     forgets
         Whether a refresh sets all weights outside A to zero: outside B, nothing is kept then in
         PyTorch. False: an entry that enters B continues with the weight it had.
@@ -103,6 +110,7 @@ class Method(ABC):
     needs: ClassVar[frozenset[str]] = frozenset({"weights"})
     refreshes: ClassVar[bool] = True
     takes_largest: ClassVar[bool] = False
+    by_group: ClassVar[bool] = False
     forgets: ClassVar[bool] = False
     explores: ClassVar[bool] = True
     schedules: ClassVar[bool] = False
@@ -112,8 +120,9 @@ class Method(ABC):
     default_refresh_every: ClassVar[int] = 1
 
     def __init_subclass__(cls) -> None:
-        if "choose" in cls.__dict__ and "takes_largest" not in cls.__dict__:
-            cls.takes_largest = False  # inherited, it would be a claim about another choice
+        if "choose" in cls.__dict__:
+            for claim in {"takes_largest", "by_group"} - cls.__dict__.keys():
+                setattr(cls, claim, False)  # inherited, it would be a claim about another choice
 
     @abstractmethod
     def choose(self, view: View, /) -> Support:

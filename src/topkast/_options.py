@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from topkast._errors import OptionError
 from topkast._method import PROVIDED, Method
 from topkast._patterns import Dense, Patterns, check_patterns, matches
+from topkast.selection._groups import check_pattern, pattern_densities
 from topkast.selection._units import BlockScore
 
 PenaltyKind: TypeAlias = Literal["l2", "l1"]
@@ -38,6 +39,7 @@ class Options:
     distribution: Distribution = "uniform"
     block: tuple[int, int] | None = None
     block_score: BlockScore = "sum"
+    pattern: tuple[int, int] | None = None
     dense: Dense = None
     stacked: Patterns = None
     method: Method | None = None
@@ -59,6 +61,7 @@ class Options:
                 None if until is None else _check_integer("explore_until", until, min=0)
             ),
             "block": check_block(self.block),
+            "pattern": check_pattern(self.pattern),
             "seed": _check_integer("seed", self.seed, min=0),
         }
         for name, value in normalised.items():  # Python numbers replace NumPy's scalars
@@ -72,6 +75,7 @@ class Options:
         _check_names("stacked", self.stacked)
         _check_method(self.method, self.explore)
         self._check_fit()
+        self._check_pattern()
         _check_choice("reservoir", self.reservoir, get_args(ReservoirKind))
         self._check_overrides()
         self._check_path()
@@ -180,6 +184,24 @@ class Options:
         if path is not None and not isinstance(path, (str, PathLike)):
             raise OptionError(f"reservoir_path must be a path or None, got {path!r}")
 
+    def _check_pattern(self) -> None:
+        pattern, method = self.pattern, self.method
+        if pattern is None:
+            return
+        check_pattern_block(pattern, self.block)
+        if self.distribution != "uniform":
+            raise OptionError(
+                f"pattern={pattern} cannot be combined with distribution={self.distribution!r}: it "
+                "gives every tensor the same density. Choose distribution='uniform' or pattern=None"
+            )
+        pattern_densities(pattern, self.fwd, self.bwd)
+        if method is not None and not method.by_group:
+            raise OptionError(
+                f"{type(method).__name__} does not choose by groups, which pattern={pattern} "
+                "needs. Choose another method or pattern=None; if it respects the group_size of a "
+                "view, set by_group = True in its class"
+            )
+
     def _check_overrides(self) -> None:
         overrides: Any = {} if self.overrides is None else self.overrides
         if not isinstance(overrides, Mapping) or not all(
@@ -205,9 +227,14 @@ class Options:
             # for_tensor checks fwd >= bwd once all globs that match the tensor are applied.
             set_elsewhere = {name for other in overrides.values() for name in other}
             harmless = {"fwd": values.get("bwd", self.fwd), "bwd": 0.0}
-            others = {name: harmless[name] for name in harmless if name in set_elsewhere}
+            changes = {name: harmless[name] for name in harmless if name in set_elsewhere}
+            changes |= values
+            by_others = {name for glob, own in overrides.items() if glob != pattern for name in own}
             try:
-                replace(self, overrides=None, **others | dict(values))
+                if by_others & {"fwd", "bwd", "block", "pattern", "explore", "method"}:
+                    check_pattern(changes.get("pattern"))  # for_tensor checks whether it fits
+                    changes["pattern"] = None
+                replace(self, overrides=None, **changes)
             except OptionError as error:
                 raise OptionError(f"overrides[{pattern!r}]: {error}") from None
 
@@ -220,7 +247,7 @@ def _refuse(name: str, tensor: Any) -> bool:
 
 
 # Options that determine the sizes of compact vectors: they cannot change during training.
-FIXED_OPTIONS = ("fwd", "bwd", "distribution", "block")
+FIXED_OPTIONS = ("fwd", "bwd", "distribution", "block", "pattern")
 
 _NOT_OF_GROUPS = (
     "dense",
@@ -298,6 +325,15 @@ def check_block(block: object) -> tuple[int, int] | None:
         )
     rows, columns = map(int, sides)
     return rows, columns
+
+
+def check_pattern_block(pattern: tuple[int, int], block: tuple[int, int] | None) -> None:
+    """Raise :class:`OptionError` for a pattern of blocks."""
+    if block not in (None, (1, 1)):
+        raise OptionError(
+            f"pattern={pattern} ranks single weights, and block={block} whole blocks: choose one "
+            "of the two, and pass None for the other"
+        )
 
 
 def check_block_score(score: object) -> None:

@@ -49,6 +49,7 @@ from topkast.functional._transform import TopKASTTransform
 from topkast.functional._wrapped_rule import WrappedRule
 from topkast.methods._chosen import method_of
 from topkast.selection._distribution import Shape, exact_fraction, kept_count
+from topkast.selection._groups import group_size_of, pattern_densities
 from topkast.selection._reserve import IncrementalSelection, choose_first
 from topkast.selection._support import Migration
 
@@ -96,6 +97,7 @@ __all__ = [
     "exact_fraction",
     "format_table",
     "forward_views",
+    "group_size_of",
     "grow",
     "has_numba",
     "inspection",
@@ -109,6 +111,7 @@ __all__ = [
     "members",
     "method_of",
     "observe",
+    "pattern_densities",
     "possibly_true",
     "rank_tensors",
     "settled_ages",

@@ -237,6 +237,8 @@ def _check_sets(execution: Execution, extras: Mapping[str, Any], folder: Any) ->
     sides = (1, 1) if blocks is None else (blocks.rows, blocks.columns)
     saved_sides = shared.get("block_rows", 1), shared.get("block_columns", 1)
     expect(f"block of {key}", sides, saved_sides)
+    group_size = ranked.group_size
+    expect(f"size of the groups of {key}", group_size, shared.get("group_size"))
     indices, count = shared["indices"], ranked.backward
     expected = ((count,), execution.support.indices.dtype)
     expect(f"indices of B of {key}", expected, _shape_and_dtype(indices))
@@ -244,7 +246,7 @@ def _check_sets(execution: Execution, extras: Mapping[str, Any], folder: Any) ->
     if execution.method.schedules and shared["active_count"] in range(ranked.backward + 1):
         forward = shared["active_count"]
     expect(f"|A| of {key}", forward, shared["active_count"])
-    support = Support(indices.to(device, copy=True), forward, ranked.blocks)
+    support = Support(indices.to(device, copy=True), forward, ranked.blocks, group_size)
     try:
         support.check(ranked.size, f"{key}: the state dict")
     except MismatchError as error:

@@ -148,7 +148,12 @@ def forward_views(params: Mapping[str, Array], supports: Mapping[str, Support]) 
 def _ranked(shapes: Mapping[str, Shape], support: Support) -> RankedTensors:
     """Reconstruct the ranked tensors from shapes and a support; their density is not known."""
     return RankedTensors(
-        shapes, support.forward, support.backward, density=1.0, blocks=support.blocks
+        shapes,
+        support.forward,
+        support.backward,
+        density=1.0,
+        blocks=support.blocks,
+        group_size=support.group_size,
     )
 
 
