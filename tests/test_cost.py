@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import topkast
+from topkast import methods
 from topkast.analysis import Layer
 from topkast.analysis.costs._formulas import FORMULAS
 
@@ -373,3 +374,35 @@ def test_models_that_cannot_be() -> None:
             Layer((2, 2), positions=positions)  # type: ignore[arg-type]
     with pytest.raises(topkast.OptionError, match="itemsize must be a positive integer, got 0"):
         Layer((2, 2), itemsize=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "settings"),
+    [
+        (methods.TopKAST(), "topkast", {"bwd": 0.8}),
+        (methods.SET(), "set", {}),
+        (methods.RigL(), "rigl", {"refresh_every": 100}),
+        (methods.ITOP(), "rigl", {"refresh_every": 4000}),
+        (methods.GSE(samples=2), "gse", {"refresh_every": 100, "sample_ratio": 2}),
+        (methods.ACDC(warm_up=5, sparse=30, dense=10, end=90), "acdc", {"dense_share": 0.25}),
+        (
+            methods.GradualPruning(start=100, end=900, initial=0.5),
+            "gmp",
+            {"refresh_every": 100, "steps": 1_000, "window": (100, 900), "initial": 0.5},
+        ),
+        (methods.DNW(), "dnw", {}),
+    ],
+)
+def test_methods_stand_for_their_formulas(method: Any, name: str, settings: dict[str, Any]) -> None:
+    shapes = {"w": (30, 40)}
+    given = {key: settings[key] for key in ("bwd", "steps") if key in settings}
+    by_method = topkast.cost(shapes, method=method, fwd=0.9, **given)
+    assert by_method == topkast.cost(shapes, method=name, fwd=0.9, **settings)
+
+
+def test_a_method_without_a_formula_is_refused() -> None:
+    class Own(methods.TopKAST):
+        pass
+
+    with pytest.raises(topkast.OptionError, match="Own has no formula"):
+        topkast.cost({"w": (30, 40)}, method=Own(), fwd=0.9, bwd=0.8)

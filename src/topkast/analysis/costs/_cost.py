@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from topkast._adapters import find_entry, load
 from topkast._errors import AdapterNotFoundError, OptionError
+from topkast._method import Method
 from topkast._options import Distribution, Options, Overrides, ReservoirKind
 from topkast._patterns import Dense, Patterns
 from topkast.analysis.costs._arguments import (
@@ -20,6 +21,7 @@ from topkast.analysis.costs._arguments import (
 from topkast.analysis.costs._formulas import Formula, Products, Schedule
 from topkast.analysis.costs._layers import Layer, Sets, sets_of
 from topkast.analysis.costs._memory import OPTIMIZERS, Storage, dense_bytes, sparse_bytes
+from topkast.analysis.costs._methods import describe_method
 from topkast.analysis.costs._report import Cost, LayerCost
 
 
@@ -28,7 +30,7 @@ def cost(
     example: Any = None,
     /,
     *,
-    method: str = "topkast",
+    method: str | Method = "topkast",
     fwd: float | None = None,
     bwd: float | None = None,
     distribution: Distribution = "uniform",
@@ -40,8 +42,8 @@ def cost(
     steps: int | None = None,
     window: tuple[int, int] | None = None,
     initial: float | None = None,
-    dense_share: float = 0.5,
-    sample_ratio: float = 1.0,
+    dense_share: float | None = None,
+    sample_ratio: float | None = None,
     optimizer: str = "adam",
     execution: Literal["sparse", "masked"] = "sparse",
     reservoir: ReservoirKind = "device",
@@ -67,7 +69,8 @@ def cost(
         Name of the method: one of ``"dense"``, ``"topkast"``, ``"static"``, ``"set"``,
         ``"deepr"``, ``"dsr"``, ``"snip"``, ``"mest"``, ``"smet"``, ``"rigl"``, ``"srigl"``,
         ``"granet"``, ``"gse"``, ``"snfs"``, ``"dnw"``, ``"iht"``, ``"acdc"``, ``"gmp"``,
-        ``"gmp_dense_gradient"``.
+        ``"gmp_dense_gradient"``. Or one of :mod:`topkast.methods`, which sets `refresh_every`,
+        `window`, `initial`, `dense_share` and `sample_ratio` unless they are given.
     fwd
         Forward sparsity, in [0, 1): the final one, if it changes. Needed except for ``"dense"``.
     bwd
@@ -87,9 +90,9 @@ def cost(
     initial
         Sparsity at the start of that schedule. None: 0 for GMP, 0.5 for GraNet.
     dense_share
-        Share of AC/DC's steps in dense phases.
+        Share of AC/DC's steps in dense phases. None: half.
     sample_ratio
-        Positions at which GSE computes the gradient at a refresh, for each weight of A: γ.
+        Positions at which GSE computes the gradient at a refresh, for each weight of A: γ. None: 1.
     optimizer
         The inner optimizer: ``"sgd"``, ``"momentum"``, ``"adam"`` or ``"adamw"``.
     execution
@@ -134,14 +137,23 @@ def cost(
     >>> conv = {"conv": topkast.analysis.Layer((64, 64, 3, 3), positions=32 * 32)}
     >>> round(topkast.cost(conv, method="rigl", fwd=0.9, refresh_every=100).fraction, 4)
     0.103
+    >>> round(topkast.cost(conv, method=topkast.methods.RigL(), fwd=0.9).fraction, 4)
+    0.103
 
     References
     ----------
     Evci et al., "Rigging the Lottery", 2020; Jayakumar et al., "Top-KAST", 2020.
     """
-    formula = find_formula(method)
+    method_name, settings = describe_method(method)
+    formula = find_formula(method_name)
+    if refresh_every is None:
+        refresh_every = settings.get("refresh_every")
+    window = settings.get("window") if window is None else window
+    initial = settings.get("initial") if initial is None else initial
+    sample_ratio = settings.get("sample_ratio", 1.0) if sample_ratio is None else sample_ratio
+    dense_share = settings.get("dense_share", 0.5) if dense_share is None else dense_share
     options = make_options(
-        method,
+        method_name,
         formula,
         fwd=fwd,
         bwd=bwd,
@@ -164,9 +176,11 @@ def cost(
         OPTIMIZERS[optimizer],
         is_masked=execution == "masked",
         keeps_resting=formula.keeps_resting,
-        has_reserve=method == "topkast",
+        has_reserve=method_name == "topkast",
     )
-    pruning = find_pruning(method, formula, options, steps=steps, window=window, initial=initial)
+    pruning = find_pruning(
+        method_name, formula, options, steps=steps, window=window, initial=initial
+    )
     layers = _layers_of(model, example)
     sizes = _sizes_of(layers, options, formula, pruning)
     rows = []
@@ -192,7 +206,7 @@ def cost(
             dense_bytes=sum(dense_parts.values()),
         )
         rows.append(row)
-    return Cost(method, formula.text, optimizer, tuple(rows))
+    return Cost(method_name, formula.text, optimizer, tuple(rows))
 
 
 class _Sizes(NamedTuple):
