@@ -30,7 +30,10 @@ class DSR(Method):
     fraction
         Share of A that a refresh replaces, rounded down. In each tensor at least one weight stays.
 
-    Raises :class:`topkast.OptionError` for a share outside [0, 1].
+    Raises
+    ------
+    OptionError
+        For a share outside [0, 1].
 
     Examples
     --------

@@ -23,7 +23,10 @@ class SNFS(RigL):
     momentum
         Share of the running mean that a step keeps.
 
-    Raises :class:`topkast.OptionError` for values out of range.
+    Raises
+    ------
+    OptionError
+        For values out of range.
 
     Examples
     --------
