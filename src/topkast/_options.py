@@ -13,7 +13,14 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from topkast._errors import OptionError
 from topkast._method import PROVIDED, Method
-from topkast._patterns import Dense, Patterns, check_patterns, matches
+from topkast._patterns import (
+    Dense,
+    Patterns,
+    check_dense,
+    check_names_of,
+    check_patterns,
+    matches,
+)
 from topkast.selection._groups import check_pattern, pattern_densities
 from topkast.selection._units import BlockScore
 
@@ -46,6 +53,7 @@ class Options:
     reservoir: ReservoirKind = "device"
     reservoir_path: FolderPath = None
     overrides: Overrides = None
+    power: float = 1.0
     seed: int = 0
     probe: bool = True
 
@@ -62,6 +70,7 @@ class Options:
             ),
             "block": check_block(self.block),
             "pattern": check_pattern(self.pattern),
+            "power": _check_power(self.power),
             "seed": _check_integer("seed", self.seed, min=0),
         }
         for name, value in normalised.items():  # Python numbers replace NumPy's scalars
@@ -71,8 +80,8 @@ class Options:
         _check_choice("distribution", self.distribution, get_args(Distribution))
         check_block_score(self.block_score)
         _check_block_distribution(self.block, self.distribution)
-        _check_dense(self.dense)
-        _check_names("stacked", self.stacked)
+        check_dense(self.dense)
+        check_names_of("stacked", self.stacked)
         _check_method(self.method, self.explore)
         self._check_fit()
         self._check_pattern()
@@ -139,6 +148,11 @@ class Options:
         if method is None:
             return
         name = type(method).__name__
+        if self.power != 1 and method.forgets and method.refreshes:
+            raise OptionError(
+                f"power={self.power} stops weights that start at zero, as {name} starts them, from "
+                "moving: pass power=1, or a method that keeps weights, such as TopKAST"
+            )
         if method.backward == "equal" and self.bwd != self.fwd:
             raise OptionError(
                 f"{name} has one set, which is both A and B: pass bwd={self.fwd}, as fwd, got "
@@ -256,6 +270,7 @@ _NOT_OF_GROUPS = (
     "reservoir",
     "reservoir_path",
     "overrides",
+    "power",
     "seed",
     "probe",
 )
@@ -303,6 +318,13 @@ def _check_penalty(value: object) -> float:
     if penalty is None or not 0 <= penalty < math.inf:
         raise OptionError(f"penalty must be a finite number of at least 0, got {value!r}")
     return penalty
+
+
+def _check_power(value: object) -> float:
+    power = _real(value)
+    if power is None or not 1 <= power < math.inf:
+        raise OptionError(f"power must be a finite number of at least 1, got {value!r}")
+    return power
 
 
 def _check_integer(name: str, value: object, *, min: int) -> int:  # noqa: A002 - the word for it
@@ -371,26 +393,4 @@ def _check_method(method: object, explore: str) -> None:
         raise OptionError(
             f"{type(method).__name__} needs {', '.join(unknown)}, but a method can need only "
             f"{', '.join(sorted(PROVIDED))}"
-        )
-
-
-def _check_dense(dense: object) -> None:
-    if isinstance(dense, bool):
-        return
-    if hasattr(dense, "parameters"):
-        raise OptionError(
-            f"dense was given a {type(dense).__name__}: pass the names of its tensors instead, as "
-            "dense='head.*'"
-        )
-    if not callable(dense):
-        _check_names("dense", dense, " a predicate (name, tensor) -> bool, or a bool,")
-
-
-def _check_names(option: str, names: object, alternatives: str = "") -> None:
-    if names is None or isinstance(names, str):
-        return
-    if not isinstance(names, Sequence) or not all(isinstance(item, str) for item in names):
-        raise OptionError(
-            f"{option} must be a name or glob, a sequence of them,{alternatives} or None, "
-            f"got {names!r}"
         )

@@ -44,6 +44,7 @@ class _OptionalArguments(TypedDict, total=False):
     reservoir: ReservoirKind
     reservoir_path: FolderPath
     overrides: Overrides
+    power: float
     seed: int
     probe: bool
 
@@ -106,6 +107,7 @@ def wrap_optimizer(
     reservoir: ReservoirKind = "device",
     reservoir_path: FolderPath = None,
     overrides: Overrides = None,
+    power: float = 1.0,
     seed: int = 0,
     probe: bool = True,
 ) -> Any:
@@ -172,6 +174,10 @@ def wrap_optimizer(
         several globs match, the last one wins. Can set ``fwd``, ``bwd``, ``refresh_every``,
         ``penalty``, ``penalty_kind``, ``explore``, ``explore_until``, ``block``, ``block_score``,
         ``pattern``, ``method`` and ``reservoir``.
+    power
+        Powerpropagation (Schwarz et al., 2021): the inner optimizer updates φ, and the weight is
+        ``φ * abs(φ) ** (power - 1)``. Above 1, large weights learn faster and small ones slower,
+        so that fewer matter. 2 is a good first try. Not for methods that grow weights from zero.
     seed
         Seed of the hash that ranks equal magnitudes, and of random choices.
     probe
@@ -257,6 +263,7 @@ def wrap_optimizer(
         reservoir=reservoir,
         reservoir_path=reservoir_path,
         overrides=overrides,
+        power=power,
         seed=seed,
         probe=probe,
     )

@@ -25,7 +25,7 @@ from topkast._primitives import (
     cond,
     possibly_true,
 )
-from topkast._step import Step, decide, is_due
+from topkast._step import Step, is_due
 from topkast._tensors import RankedTensors
 from topkast.backends import backend_of
 from topkast.functional._arrays import (
@@ -165,9 +165,9 @@ class TopKASTTransform:
         Raises as :meth:`update`.
         """
         backend = backend_of(next(iter(params.values()), None))
-        if backend.fuses(self.inner) and not extra:
+        if backend.fuses(self.inner) and not extra and self.options.power == 1:
             plan = self.check(grads, params, state)
-            steps = self._decide(plan, state)
+            steps = plan.decide(state.updates)
             weights, inner, ages = backend.step(self.inner, plan, steps, grads, state, params)
             next_state = state._replace(updates=increment(state.updates), inner=inner, ages=ages)
             return self._finish_step(plan, next_state, weights, grads)
@@ -202,35 +202,26 @@ class TopKASTTransform:
         plan = self.check(grads, params, state)
         values = to_compact(plan, params, state.supports)
         gradients = to_compact(plan, grads, state.supports)
-        steps = self._decide(plan, state)
+        steps = plan.decide(state.updates)
         for key, step in steps.items():
             gradients[key] = step.add_penalty(gradients[key], values[key], state.supports[key])
-        displacements, inner = self.inner.update(gradients, state.inner, values, **extra)
+        base = values
+        if self.options.power != 1:
+            base = values | {key: step.to_base(values[key]) for key, step in steps.items()}
+            gradients |= {key: step.chain(gradients[key], base[key]) for key, step in steps.items()}
+        displacements, inner = self.inner.update(gradients, state.inner, base, **extra)
         displacements = dict(displacements)
         updates = increment(state.updates)
         displacements, inner = self._scale_young(plan, steps, state, updates, displacements, inner)
+        if self.options.power != 1:
+            for key, step in steps.items():
+                new = step.to_weights(base[key] + displacements[key], base[key], values[key])
+                displacements[key] = new - values[key]
         for key, step in steps.items():
             displacements[key] = step.restrict(displacements[key], state.supports[key])
         ages = {key: grow(age) for key, age in state.ages.items()}
         next_state = state._replace(updates=updates, inner=inner, ages=ages)
         return _Advance(plan, values, displacements, next_state)
-
-    def _decide(self, plan: Plan, state: TopKASTState) -> dict[str, Step]:
-        """Decide the next update of each tensor, by key."""
-        return {
-            ranked.key: decide(
-                penalty=plan.options[ranked.key].penalty,
-                penalty_kind=plan.options[ranked.key].penalty_kind,
-                density=ranked.density,
-                ascends=plan.traits[ranked.key].ascends,
-                explore_until=(
-                    plan.options[ranked.key].explore_until if plan.explores(ranked) else 0
-                ),
-                updates=state.updates,
-                betas=plan.traits[ranked.key].betas,
-            )
-            for ranked in plan.tensors
-        }
 
     def _scale_young(
         self,
