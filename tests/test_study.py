@@ -83,7 +83,7 @@ def result(*curve: float, seconds: float = 1.0, flops: float = 1.0) -> Result:
         loss=1.0,
         tensors={},
         flops=flops,
-        mask_change=None,
+        mask_change=0.25,
         dynamics=None,
         seconds=seconds,
     )
@@ -362,9 +362,9 @@ def test_cells() -> None:
     task = task_of(TINY.images("dense"), None)
     results = [result(9.0, 1.0, seconds=1.0), result(5.0, 2.0, seconds=2.0, flops=2.0)]
     outcome = Outcome(Row(("x",), TINY.images("dense")), results)
-    cells = _cells(task, outcome, shows_time=False)
-    assert cells == ("x", "1.50 ± 0.71", "7.00", "2", "1.500", "–")
-    assert _cells(task, outcome, shows_time=True)[-2:] == ("1.50 s", "–")
+    usual = ("x", "1.50 ± 0.71", "7.00", "2", "1.500")
+    for name, more in (("mixed", ()), ("table1", ("1.50 s",)), ("penalty", ("25.00 %",))):
+        assert _cells(STUDIES[name], task, outcome) == usual + more
 
 
 def test_an_interrupt_says_how_to_go_on(

@@ -106,16 +106,16 @@ def _results(study: Study, task: Task, outcomes: list[Outcome]) -> str:
         "n",
         "operations",
         *(("time",) if study.shows_time else ()),
-        "mask change",
+        *(("mask change",) if study.shows_change else ()),
     )
-    rows = [_cells(task, outcome, shows_time=study.shows_time) for outcome in outcomes]
-    return markdown_table(head, rows)
+    return markdown_table(head, [_cells(study, task, outcome) for outcome in outcomes])
 
 
-def _cells(task: Task, outcome: Outcome, *, shows_time: bool) -> tuple[str, ...]:
+def _cells(study: Study, task: Task, outcome: Outcome) -> tuple[str, ...]:
     results = outcome.results
     best = [result.best(higher_is_better=task.higher_is_better) for result in results]
-    changes = [result.mask_change for result in results if result.mask_change is not None]
+    seconds = statistics.mean(result.seconds for result in results)
+    change = statistics.mean(result.mask_change for result in results)
     digits = 2 if task.higher_is_better else 3
     return (
         *outcome.row.labels,
@@ -123,8 +123,8 @@ def _cells(task: Task, outcome: Outcome, *, shows_time: bool) -> tuple[str, ...]
         f"{statistics.mean(best):.{digits}f}",
         str(len(results)),
         f"{statistics.mean(result.flops for result in results):.3f}",
-        *((f"{statistics.mean(result.seconds for result in results):.2f} s",) * shows_time),
-        f"{100 * statistics.mean(changes):.2f} %" if changes else "–",
+        *((f"{seconds:.2f} s",) if study.shows_time else ()),
+        *((f"{100 * change:.2f} %",) if study.shows_change else ()),
     )
 
 
@@ -138,16 +138,17 @@ def _details(study: Study, outcomes: list[Outcome]) -> list[str]:
 
 def _legend(study: Study, task: Task) -> str:
     time = (
-        "*time*: processor time of the training steps, mean over seeds; masked products take as "
+        " *time*: processor time of the training steps, mean over seeds; masked products take as "
         "long as dense ones, and layers this small spend most time elsewhere, so that it shows "
-        "what a method adds and not what sparsity saves. "
+        "what a method adds and not what sparsity saves."
     )
+    change = " *mask change*: share of A that enters at a refresh, mean over ten refreshes."
     return (
         f"The {task.metric} is that after the last step: mean ± standard deviation over n seeds. "
         "*best*: mean of the best of ten evaluations. *operations*: floating-point operations of "
         "training, as a multiple of those of dense training for the usual number of steps, counted "
-        f"from the sizes of the sets at each step. {time * study.shows_time}*mask change*: "
-        "share of A that entered at the last refresh."
+        f"from the sizes of the sets at each step.{time * study.shows_time}"
+        f"{change * study.shows_change}"
     )
 
 

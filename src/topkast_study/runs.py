@@ -60,7 +60,7 @@ class Result:
     loss: float  # training loss of the last step, in nats
     tensors: dict[str, list[int]]  # weights, |A| and |B| at the end of each sparse tensor
     flops: float  # of training, as a multiple of those of dense training for the usual steps
-    mask_change: float | None  # share of A that entered at the last refresh
+    mask_change: float  # share of A that enters at a refresh: mean over the evaluations
     dynamics: dict[str, Any] | None
     # Processor time of all training steps, estimated from those after the first tenth: other
     # programs hardly change it. The only field that differs between equal runs.

@@ -80,6 +80,8 @@ class Study:
         Names and values of more columns, for a second table.
     shows_time
         Whether the table has a column of measured times.
+    shows_change
+        Whether the table has a column of the change of A at refreshes.
     claims
         Those whose rows a scale leaves out are skipped.
     """
@@ -95,3 +97,4 @@ class Study:
     details: tuple[Sequence[str], Callable[[Outcome], Sequence[str]]] | None = None
     notes: str = ""
     shows_time: bool = False
+    shows_change: bool = False

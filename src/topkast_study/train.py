@@ -80,10 +80,10 @@ class StudyTrainer(TorchTrainer):
             if row.backward_sparsity or row.forward_sparsity
         }
 
-    def mask_change(self) -> float | None:
+    def mask_change(self) -> float:
         """The share of A, over all tensors, that entered at the last refresh."""
         if not self._is_wrapped:
-            return None
+            return 0.0
         rows = topkast.summary(self._optimizer).tensors
         sparse = [row for row in rows if row.backward_sparsity or row.forward_sparsity]
         active = sum(row.forward for row in sparse)
@@ -146,7 +146,10 @@ def _train(task: Task, run: Run, method: Method | None, trainer: StudyTrainer) -
     until = getattr(method, "until", None)
     every = max(1, run.steps // EVALUATIONS)
     skipped = run.steps // 10  # the first steps hold checks that are done once
-    seconds, loss, steps, values = 0.0, math.nan, [], []
+    seconds, loss = 0.0, math.nan
+    steps: list[int] = []
+    values: list[float] = []
+    changes: list[float] = []
     batches = task.batches(run.seed)
     for step in range(1, run.steps + 1):
         refreshes = step % run.refresh_every == 0
@@ -170,13 +173,14 @@ def _train(task: Task, run: Run, method: Method | None, trainer: StudyTrainer) -
         if step % every == 0 or step == run.steps:
             steps.append(step)
             values.append(task.evaluate(trainer))
+            changes.append(trainer.mask_change())
     return Result(
         curve_steps=steps,
         curve=values,
         loss=loss,
         tensors=trainer.counts(),
         flops=flops.per_step(run.steps // run.multiple),
-        mask_change=trainer.mask_change(),
+        mask_change=sum(changes) / len(changes),
         dynamics=None if dynamics is None else dynamics.to_dict(),
         seconds=seconds * run.steps / (run.steps - skipped),
     )
