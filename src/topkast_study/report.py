@@ -91,8 +91,8 @@ def _setup(task: Task, outcomes: list[Outcome], threads: int, versions: dict[str
     return (
         f"{task.description}. {run.steps // run.multiple:,} steps of {run.batch}, Adam with a peak "
         f"learning rate of {run.lr:g}, a warm-up over 5 % of the steps and a linear decay to zero: "
-        "the same for all methods, and nothing is tuned for any of them. Sparse layers have "
-        f"one density; dense are {', '.join(task.dense)}, and biases. {seeds} "
+        "the same for all methods, and nothing is tuned for any of them. All sparse layers have "
+        f"the same density; biases and {', '.join(task.dense)} are dense. {seeds} "
         f"seed{'s' * (seeds != 1)} of weights, batches and draws. PyTorch with masked dense "
         f"products on {threads} thread{'s' * (threads != 1)}; {packages}."
     )
@@ -114,7 +114,7 @@ def _results(study: Study, task: Task, outcomes: list[Outcome]) -> str:
 def _cells(study: Study, task: Task, outcome: Outcome) -> tuple[str, ...]:
     results = outcome.results
     best = [result.best(higher_is_better=task.higher_is_better) for result in results]
-    seconds = statistics.mean(result.seconds for result in results)
+    seconds = min(result.seconds for result in results)  # others were disturbed
     change = statistics.mean(result.mask_change for result in results)
     digits = 2 if task.higher_is_better else 3
     return (
@@ -138,14 +138,15 @@ def _details(study: Study, outcomes: list[Outcome]) -> list[str]:
 
 def _legend(study: Study, task: Task) -> str:
     time = (
-        " *time*: processor time of the training steps, mean over seeds; masked products take as "
-        "long as dense ones, and layers this small spend most time elsewhere, so that it shows "
-        "what a method adds and not what sparsity saves."
+        " *time*: processor time of the training steps, the least of the seeds; masked products "
+        "take as long as dense ones, and layers this small spend most time elsewhere, so that it "
+        "shows what a method adds and not what sparsity saves."
     )
     change = " *mask change*: share of A that enters at a refresh, mean over ten refreshes."
     return (
         f"The {task.metric} is that after the last step: mean ± standard deviation over n seeds. "
-        "*best*: mean of the best of ten evaluations. *operations*: floating-point operations of "
+        "*best*: mean of the best of ten evaluations; a method that begins denser may reach it "
+        "before it is sparse. *operations*: floating-point operations of "
         "training, as a multiple of those of dense training for the usual number of steps, counted "
         f"from the sizes of the sets at each step.{time * study.shows_time}"
         f"{change * study.shows_change}"

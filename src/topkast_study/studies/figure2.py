@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import NullFormatter
+
 from topkast_study.methods import METHODS, RIVALS
 from topkast_study.plots import make_figure, save, style_of
 from topkast_study.scales import Scale
 from topkast_study.study import Claim, Labels, Outcome, Published, Row, Study
+
+_TICKS = [digit * 10.0**power for power in range(-3, 4) for digit in (1, 2, 5)]
 
 
 def _labels(method: str, fwd: float, bwd: float, multiple: int) -> Labels:
@@ -38,7 +42,7 @@ def _flops(outcome: Outcome) -> float:
 
 
 def _seconds(outcome: Outcome) -> float:
-    return statistics.mean(result.seconds for result in outcome.results)
+    return min(result.seconds for result in outcome.results)
 
 
 def _plot_flops(path: Path, outcomes: Sequence[Outcome]) -> str:
@@ -86,6 +90,10 @@ def _plot(path: Path, outcomes: Sequence[Outcome], *, seconds: bool) -> None:
                 )
         axes.axhline(dense.mean, color="#595959", linestyle="--", linewidth=1)
         axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        axes.set_xticks([tick for tick in _TICKS if low <= tick <= high], minor=False)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(f"forward sparsity {fwd:g}", fontsize=11)
         axes.set_xlabel(
             "processor time of training (s)" if seconds else "operations ÷ dense training's"

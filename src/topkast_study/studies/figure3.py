@@ -63,7 +63,7 @@ def _plot(path: Path, outcomes: Sequence[Outcome]) -> str:
         axes.set_ylim(bottom=0)
     left.set_ylabel("units of a tensor that change\nwithin 5/32 of the run (%)")
     right.set_ylabel("units of the initial reservoir C\nthat were in A so far (%)")
-    right.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8)
     save(figure, path)
     return (
         "Left: share of units that differ between the sets A at two points of training, 5/32 of "
