@@ -156,9 +156,9 @@ def _legend(study: Study, task: Task) -> str:
 _VERDICTS = (
     "The orderings are the paper's, unless the notes say otherwise. Runs with the same seed share "
     "initial weights and batches, so differences are taken seed by seed: mean ± standard "
-    "deviation, positive if the ordering holds. *holds*: in all seeds. *reversed*: in none. "
-    "*open*: the seeds disagree. With three seeds, two equal settings agree in all of them one "
-    "time in four."
+    "deviation, positive if the ordering holds. *holds*: in all seeds. *reversed*: its opposite "
+    "holds in all seeds. *open*: neither. With three seeds, two equal settings agree in all of "
+    "them one time in four."
 )
 
 

@@ -51,6 +51,7 @@ def _plot(path: Path, outcomes: Sequence[Outcome]) -> str:
     left.set_ylabel("test accuracy (%)")
     left.set_ylim(bottom=max(0.0, usual[0].mean - 10))
     middle.set_yscale("symlog", linthresh=0.1)
+    middle.set_ylim(bottom=0)
     middle.set_ylabel("share of A that enters\nat a refresh (%)")
     ratios = [outcome for outcome in outcomes if outcome.row.run.ratio is not None]
     plot_series(right, range(len(ratios)), ratios, label="", color="#0072B2", marker="o")

@@ -45,13 +45,18 @@ STUDY = Study(
     question="Is it enough to choose A and B at every hundredth step?",
     columns=("fwd", "bwd", "refresh every"),
     rows=_rows,
-    claims=tuple(
+    claims=(
         Claim(
-            f"{fwd}/{bwd}: refreshes every 100 steps are no worse than at each step",
-            (fwd, bwd, "100"),
-            (fwd, bwd, "1"),
-        )
-        for fwd, bwd in (("0.8", "0.5"), ("0.9", "0.8"), ("0.95", "0.9"))
+            "0.8/0.5: every 100 steps is better than each step, by 0.1 points in the paper",
+            ("0.8", "0.5", "100"),
+            ("0.8", "0.5", "1"),
+        ),
+        Claim("0.9/0.8: the same, by 0.15 points", ("0.9", "0.8", "100"), ("0.9", "0.8", "1")),
+        Claim(
+            "0.95/0.9: each step is better than every 100 steps, by 0.04 points",
+            ("0.95", "0.9", "1"),
+            ("0.95", "0.9", "100"),
+        ),
     ),
     published=(
         Published(
