@@ -202,6 +202,7 @@ def test_claims_name_rows(study: Any) -> None:
     for scale in SCALES.values():
         labels = [row.labels for row in study.rows(scale)]
         assert len(set(labels)) == len(labels)
+        assert all(width % 16 == 0 for width in scale.hidden)  # sides of blocks divide them
     for claim in study.claims:
         assert {claim.better, claim.worse} <= set(labels), claim
 

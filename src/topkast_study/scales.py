@@ -24,7 +24,7 @@ class Scale:
 
     name: str
     about: str
-    hidden: tuple[int, ...]
+    hidden: tuple[int, ...]  # multiples of 16, which blocks divide
     batch: int
     steps: int
     text_width: int
@@ -108,7 +108,7 @@ SCALES = {
         Scale(
             name="full",
             about="images of an IDX file such as MNIST's, given with --data; an hour or more",
-            hidden=(300, 300),
+            hidden=(304, 304),
             batch=100,
             steps=2400,
             text_width=128,
