@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,15 +26,12 @@ class Experiment(ABC):
 
     Attributes
     ----------
-    metric
-        Name and unit of the metric.
     max_norm
         Norm to which the gradient is clipped; None: it is not.
     """
 
-    metric: ClassVar[str]
-    max_norm: ClassVar[float | None] = None
     model: nn.Module
+    max_norm: float | None = None
 
     @abstractmethod
     def steps(self, start: int) -> Iterator[Iterable[Any]]:

@@ -25,7 +25,7 @@ def is_sparse(name: str, param: Any, settings: Settings) -> bool:
     """Whether the run makes a Parameter sparse."""
     return (
         settings.method is not None
-        and param.ndim > 1
+        and sum(size > 1 for size in param.shape) > 1
         and not any(fnmatchcase(name, pattern) for pattern in settings.dense)
     )
 
