@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ from PIL import Image
 import topkast
 from topkast.methods import GradualPruning, Method, RigL, Static, TopKAST
 from topkast_paper import PaperError
-from topkast_paper.imagenet import ImageFolder, Stream, crop_at_random, crop_centre, find_images
+from topkast_paper.imagenet import (
+    ImageFolder,
+    Stream,
+    _import_pillow,
+    crop_at_random,
+    crop_centre,
+    find_images,
+)
 from topkast_paper.resnet50 import ResNet
 from topkast_paper.train_resnet50 import ImageNetSettings, train
 
@@ -206,6 +214,39 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         train(settings, images, tmp_path / "run", seed=0)
 
 
+def test_the_recipe_written_out(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images")
+    train(TINY, images, tmp_path / "run", seed=5)
+    torch.manual_seed(5)
+    model = TINY.build(4)
+    listing, _ = find_images(images)
+    dataset = ImageFolder(listing, size=32, seed=5)
+    order = [
+        key for part in Stream(24, batch=8, micro_batch=8, steps=(0, 6), seed=5) for key in part
+    ]
+    velocity = {name: torch.zeros_like(param) for name, param in model.named_parameters()}
+    for step in range(6):
+        samples = [dataset[key] for key in order[8 * step : 8 * step + 8]]
+        pixels = torch.stack([image for image, _ in samples]) / 255
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        scores = model((pixels - mean[:, None, None]) / std[:, None, None]).log_softmax(dim=1)
+        labels = torch.tensor([label for _, label in samples])
+        target = 0.9 * torch.nn.functional.one_hot(labels, 4) + 0.1 / 4
+        model.zero_grad()
+        (-(target * scores).sum() / 8).backward()
+        epoch = step / 3
+        lr = 0.1 * epoch if epoch < 1 else 0.1 if epoch < 2 else 0.01
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                assert param.grad is not None
+                grad = param.grad + (1e-4 * param if param.ndim > 1 else 0)
+                velocity[name] = 0.9 * velocity[name] + grad
+                param -= lr * (grad + 0.9 * velocity[name])
+    state = model.state_dict()
+    for name, value in saved(tmp_path / "run")["model"].items():
+        torch.testing.assert_close(value, state[name], rtol=1e-3, atol=1e-5)
+
+
 def test_accumulated_gradients_are_those_of_the_batch(tmp_path: Path) -> None:
     """Without batch norm, whose statistics are those of a micro-batch."""
     images = write_images(tmp_path / "images")
@@ -332,6 +373,26 @@ def test_an_unreadable_image_is_named(tmp_path: Path, workers: int) -> None:
         path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(PaperError, match=r"^the image .*n02.*\.(png|JPEG) cannot be read: .*$"):
         train(dataclasses.replace(TINY, workers=workers), images, tmp_path / "run", seed=0)
+
+
+def test_impossible_runs_are_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, output = write_images(tmp_path / "images"), tmp_path / "run"
+    late = GradualPruning(start=0, end=100)  # the run has six updates
+    for settings, message in (
+        (sparse(late, 0.9, 0.0), "within 6 steps"),
+        (sparse(RigL(), 0.9, 0.5), "bwd"),
+        (sparse(TopKAST(), 0.8, 0.9), "bwd"),
+    ):
+        with pytest.raises(topkast.OptionError, match=message):
+            train(settings, images, output, seed=0)
+    _import_pillow.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "PIL", None)
+        with pytest.raises(PaperError, match=r"needs Pillow, which is not installed: pip install"):
+            train(TINY, images, output, seed=0)
+    assert not output.exists()
 
 
 def test_wrong_settings_are_named() -> None:

@@ -70,7 +70,7 @@ def test_training_keeps_exact_counts_and_resumes(
     text = write(settings, tmp_path / "text")
     run = dataclasses.replace(settings, method=method, fwd=fwd, bwd=bwd, refresh_every=2)
     result = train(run, text, tmp_path / "whole", seed=0)
-    model = run.build(256 if settings.corpus == "enwik8" else 33)
+    model = run.build(_size(text))
     assert set(result["tensors"]) == {
         name for name, param in model.named_parameters() if param.ndim > 1 and "bands" not in name
     }
@@ -280,6 +280,41 @@ def test_the_memory_of_training_is_that_of_its_stream(tmp_path: Path) -> None:
     assert whole.shape == (2, 4, 15, 16)
 
 
+def test_the_memory_begins_anew_with_the_text(tmp_path: Path) -> None:
+    text = write_enwik8(tmp_path / "text")
+    run = dataclasses.replace(CHARACTERS, layers=1, steps=45, evaluations=1)
+    assert len(Segments(np.arange(1800), run.batch, run.window)) == 44
+    train(run, text, tmp_path / "run", seed=0)
+    assert saved(tmp_path / "run")["experiment"]["memories"][0].shape == (1, 2, 10, 16)
+
+
+def test_the_recipe_written_out(tmp_path: Path) -> None:
+    text = write_enwik8(tmp_path / "text")
+    run = dataclasses.replace(CHARACTERS, dropout=0.0, micro_batch=None, max_norm=0.01)
+    train(run, text, tmp_path / "run", seed=5)
+    torch.manual_seed(5)
+    model = run.build(256)
+    adam = torch.optim.Adam(model.parameters())
+    content = torch.tensor(list((text / "enwik8").read_bytes()[:1800])).reshape(4, 450)
+    memory = None
+    for step in range(6):
+        start = 10 * step
+        hidden, memory = model(content[:, start : start + 10], memory, keep=15)
+        losses = model.loss(hidden, content[:, start + 1 : start + 11])
+        adam.zero_grad()
+        losses.mean().backward()
+        grads = [param.grad for param in model.parameters() if param.grad is not None]
+        norm = torch.cat([grad.flatten() for grad in grads]).norm()
+        for grad in grads:
+            grad *= 0.01 / norm
+        linear = 1e-7 + (5e-3 - 1e-7) * step / 2
+        cosine = 5e-3 * (1 + math.cos(math.pi * (step - 2) / 4)) / 2
+        adam.param_groups[0]["lr"] = linear if step < 2 else cosine
+        adam.step()
+    for name, value in saved(tmp_path / "run")["model"].items():
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("settings", [CHARACTERS, WORDS], ids=["enwik8", "wikitext"])
 def test_flops_are_those_of_the_layers_as_they_run(
     tmp_path: Path, settings: LanguageSettings
@@ -318,6 +353,26 @@ class _WithMemory(torch.nn.Module):
         hidden, _ = self.model(tokens, memory, keep=self._keep)
         vectors: Tensor = hidden
         return vectors
+
+
+@pytest.mark.parametrize("settings", [CHARACTERS, WORDS], ids=["enwik8", "wikitext"])
+def test_bfloat16_and_clipping(tmp_path: Path, settings: LanguageSettings) -> None:
+    text = write(settings, tmp_path / "text")
+    run = dataclasses.replace(settings, multiplier=0.5, evaluations=1)
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        precise = dataclasses.replace(run, precision=precision)
+        result = train(precise, text, tmp_path / precision, seed=0)
+        losses[precision] = result["curve"][0]["loss"]
+    assert 0 < abs(losses["bfloat16"] - losses["float32"]) < 0.1
+    still = dataclasses.replace(run, max_norm=0.0)
+    train(still, text, tmp_path / "still", seed=0)
+    torch.manual_seed(0)
+    assert_equal(saved(tmp_path / "still")["model"], settings.build(_size(text)).state_dict())
+
+
+def _size(text: Path) -> int:
+    return 256 if (text / "enwik8").exists() else 33
 
 
 def test_segments_of_a_text_follow_each_other() -> None:

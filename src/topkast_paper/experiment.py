@@ -28,10 +28,13 @@ class Experiment(ABC):
     ----------
     max_norm
         Norm to which the gradient is clipped; None: it is not.
+    has_test
+        Whether the final metric is one of other data than the learning curve's.
     """
 
     model: nn.Module
     max_norm: float | None = None
+    has_test: bool = False
 
     @abstractmethod
     def steps(self, start: int) -> Iterator[Iterable[Any]]:
@@ -46,8 +49,8 @@ class Experiment(ABC):
         """The learning rate of the update after `step` updates."""
 
     @abstractmethod
-    def evaluate(self, *, final: bool) -> float:
-        """The metric: the one to report if `final`, otherwise one for the learning curve."""
+    def evaluate(self, *, test: bool) -> float:
+        """The metric, on the data for validation or, for the last time, for test."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides model and optimizer."""
@@ -71,9 +74,7 @@ def conduct(
     The random numbers of an update depend on the seed and the number of the update alone.
     """
     training = _Training(experiment, optimizer, settings)
-    saved = checkpoint.load(output, identity)
-    if saved is not None:
-        training.load(saved)
+    training.resume(output, identity)
     checkpoint.prepare(output)
     device = settings.torch_device
     with (
@@ -89,15 +90,16 @@ def conduct(
             if training.step % settings.checkpoint_every == 0 or is_last:
                 checkpoint.save(output, identity, training.content())
                 checkpoint.write_json(output / "curve.json", training.curve)
-        final = evaluate(experiment, settings, final=True)
-    return final, training.curve
+        if not experiment.has_test:
+            return training.curve[-1]["value"], training.curve
+        return evaluate(experiment, settings, test=True), training.curve
 
 
-def evaluate(experiment: Experiment, settings: Settings, *, final: bool) -> float:
+def evaluate(experiment: Experiment, settings: Settings, *, test: bool) -> float:
     """Evaluate the model, in evaluation mode."""
     experiment.model.eval()
     with torch.no_grad(), autocast(settings):
-        value = experiment.evaluate(final=final)
+        value = experiment.evaluate(test=test)
     experiment.model.train()
     return value
 
@@ -150,7 +152,7 @@ class _Training:
             raise self._diverged(str(error)) from None
         self._losses = self._losses[0] + self._last, self._losses[1] + 1
         if self.step in self._evaluate_at:
-            value = evaluate(experiment, self._settings, final=False)
+            value = evaluate(experiment, self._settings, test=False)
             loss_sum, count = self._losses
             self.curve.append({"step": self.step, "loss": loss_sum / count, "value": value})
             self._losses = 0.0, 0
@@ -169,7 +171,10 @@ class _Training:
             "experiment": self._experiment.state(),
         }
 
-    def load(self, content: dict[str, Any]) -> None:
+    def resume(self, output: Path, identity: dict[str, str]) -> None:
+        content = checkpoint.load(output, identity)
+        if content is None:
+            return
         self._experiment.model.load_state_dict(content["model"])
         self._optimizer.load_state_dict(content["optimizer"])
         self._experiment.load_state(content["experiment"])

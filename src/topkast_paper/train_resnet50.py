@@ -113,6 +113,8 @@ def train(settings: ImageNetSettings, folder: Path, output: Path, seed: int) -> 
     ------
     PaperError
         If images are missing or cannot be read, `output` holds another run, or training diverges.
+    topkast.OptionError
+        If the method does not accept the sparsities, or its FLOPs have no formula.
     """
     images = find_images(folder)
     classes = len(images[0].classes)
@@ -128,19 +130,20 @@ def train(settings: ImageNetSettings, folder: Path, output: Path, seed: int) -> 
         nesterov=True,
     )
     optimizer = wrap(sgd, settings, seed=seed)
-    final, curve = conduct(
-        experiment, optimizer, settings, output=output, identity=identity, seed=seed
-    )
     with torch.device("meta"):
         shape = settings.build(classes)
         example = torch.empty(1, 3, settings.size, settings.size)
+    flops = measure_flops(settings, partial(topkast.cost, shape, example, optimizer="momentum"))
+    final, curve = conduct(
+        experiment, optimizer, settings, output=output, identity=identity, seed=seed
+    )
     return {
         "metric": "top-1 accuracy (%)",
         "final": final,
         "curve": curve,
         "steps": settings.total_steps,
         **measure_sets(experiment.model, optimizer, settings),
-        **measure_flops(settings, partial(topkast.cost, shape, example, optimizer="momentum")),
+        **flops,
     }
 
 
@@ -183,7 +186,7 @@ class _ImageNet(Experiment):
     def lr(self, step: int) -> float:
         return self._settings.lr_after(step * self._settings.batch / len(self._images))
 
-    def evaluate(self, *, final: bool) -> float:
+    def evaluate(self, *, test: bool) -> float:
         count, size = len(self._val), self._settings.micro_batch_size
         keys = [
             [(0, number) for number in range(start, min(start + size, count))]

@@ -187,23 +187,26 @@ def train(settings: LanguageSettings, folder: Path, output: Path, seed: int) -> 
     ------
     PaperError
         If the text is missing or cannot be read, `output` holds another run, or training diverges.
+    topkast.OptionError
+        If the method does not accept the sparsities, or its FLOPs have no formula.
     """
     corpus = settings.load(folder)
     identity = settings.describe() | {"seed": repr(seed), "data": corpus.about}
     experiment = _Language(settings, corpus, seed)
     adam = torch.optim.Adam(experiment.model.named_parameters(), lr=settings.lr)
     optimizer = wrap(adam, settings, seed=seed)
+    layers = describe_layers(experiment.model, settings, corpus.train)
+    flops = measure_flops(settings, partial(topkast.cost, layers, optimizer="adam"))
     final, curve = conduct(
         experiment, optimizer, settings, output=output, identity=identity, seed=seed
     )
-    layers = describe_layers(experiment.model, settings, corpus.train)
     return {
         "metric": "bits per character" if settings.corpus == "enwik8" else "perplexity",
         "final": final,
         "curve": curve,
         "steps": settings.total_steps,
         **measure_sets(experiment.model, optimizer, settings),
-        **measure_flops(settings, partial(topkast.cost, layers, optimizer="adam")),
+        **flops,
     }
 
 
@@ -232,6 +235,8 @@ def describe_layers(
 
 
 class _Language(Experiment):
+    has_test = True
+
     def __init__(self, settings: LanguageSettings, corpus: Corpus, seed: int) -> None:
         self._settings = settings
         self._corpus = corpus
@@ -240,8 +245,8 @@ class _Language(Experiment):
         self._segments = Segments(corpus.train, settings.batch, settings.window)
         self._memories: list[Tensor | None] = []
         self._evaluated = {
-            final: Segments(part, 1, max(1, min(settings.window, len(part) - 1)))
-            for final, part in ((False, corpus.valid), (True, corpus.test))
+            test: Segments(part, 1, max(1, min(settings.window, len(part) - 1)))
+            for test, part in ((False, corpus.valid), (True, corpus.test))
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -269,10 +274,10 @@ class _Language(Experiment):
     def lr(self, step: int) -> float:
         return self._settings.lr_after(step)
 
-    def evaluate(self, *, final: bool) -> float:
+    def evaluate(self, *, test: bool) -> float:
         total, count = 0.0, 0
         memory: Tensor | None = None
-        for inputs, targets in self._evaluated[final].all():
+        for inputs, targets in self._evaluated[test].all():
             hidden, memory = self.model(
                 inputs.to(self._device), memory, keep=self._settings.eval_memory
             )

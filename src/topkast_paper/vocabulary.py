@@ -89,7 +89,7 @@ class Vocabulary(nn.Module):
             return cross_entropy(self._logits(hidden, 0), targets, reduction="none")
         first = self.head(hidden)
         logits = linear(first, self.tables[0], self.biases[0])
-        scores = log_softmax(torch.cat((logits, self.bands(first)), dim=1), dim=1)
+        scores = log_softmax(_widen(torch.cat((logits, self.bands(first)), dim=1)), dim=1)
         losses = scores.new_empty(len(targets))
         for band, (start, end) in enumerate(self._edges):
             inside = ((targets >= start) & (targets < end)).nonzero()[:, 0]
@@ -126,4 +126,9 @@ class Vocabulary(nn.Module):
         if self.projections:
             projection: Tensor = self.projections[band].get_parameter("weight")
             hidden = hidden @ projection
-        return linear(hidden, self.tables[band], self.biases[band])
+        return _widen(linear(hidden, self.tables[band], self.biases[band]))
+
+
+def _widen(logits: Tensor) -> Tensor:
+    """Logits in single precision, if they are in half precision."""
+    return logits.float() if logits.itemsize < 4 else logits
