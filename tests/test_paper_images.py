@@ -221,9 +221,8 @@ def test_the_recipe_written_out(tmp_path: Path) -> None:
     model = TINY.build(4)
     listing, _ = find_images(images)
     dataset = ImageFolder(listing, size=32, seed=5)
-    order = [
-        key for part in Stream(24, batch=8, micro_batch=8, steps=(0, 6), seed=5) for key in part
-    ]
+    stream = Stream(24, batch=8, micro_batch=8, steps=(0, 6), seed=5)
+    order = [key for part in stream for key in part]
     velocity = {name: torch.zeros_like(param) for name, param in model.named_parameters()}
     for step in range(6):
         samples = [dataset[key] for key in order[8 * step : 8 * step + 8]]
@@ -241,7 +240,7 @@ def test_the_recipe_written_out(tmp_path: Path) -> None:
                 assert param.grad is not None
                 grad = param.grad + (1e-4 * param if param.ndim > 1 else 0)
                 velocity[name] = 0.9 * velocity[name] + grad
-                param -= lr * (grad + 0.9 * velocity[name])
+                param.sub_(lr * (grad + 0.9 * velocity[name]))
     state = model.state_dict()
     for name, value in saved(tmp_path / "run")["model"].items():
         torch.testing.assert_close(value, state[name], rtol=1e-3, atol=1e-5)
@@ -393,6 +392,9 @@ def test_impossible_runs_are_refused_before_anything_is_written(
         with pytest.raises(PaperError, match=r"needs Pillow, which is not installed: pip install"):
             train(TINY, images, output, seed=0)
     assert not output.exists()
+    output.write_text("a file")
+    with pytest.raises(PaperError, match="run cannot be written to: File exists"):
+        train(TINY, images, output, seed=0)
 
 
 def test_wrong_settings_are_named() -> None:

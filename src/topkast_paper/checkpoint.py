@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ VERSION = "1"  # change it with the meaning of the settings or of the content
 
 
 def prepare(output: Path) -> None:
-    """Make the output folder; raises :class:`PaperError` if it cannot be made."""
+    """Make the output folder; raises :class:`PaperError` if nothing can be written to it."""
     try:
         output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
     except OSError as error:
-        raise PaperError(f"{output} cannot be made a folder: {error.strerror}") from None
+        raise PaperError(f"{output} cannot be written to: {error.strerror}") from None
 
 
 def save(output: Path, identity: dict[str, str], content: dict[str, Any]) -> None:
@@ -64,7 +67,10 @@ def load(output: Path, identity: dict[str, str]) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file, atomically."""
+    """Replace a JSON file, atomically; raises :class:`PaperError` if it cannot be written."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise PaperError(f"{path} cannot be written: {error.strerror}") from None
