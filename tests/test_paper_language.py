@@ -375,6 +375,24 @@ def _size(text: Path) -> int:
     return 256 if (text / "enwik8").exists() else 33
 
 
+def test_methods_see_the_accumulated_gradient(tmp_path: Path) -> None:
+    """RigL grows the same weights from whole batches and from their parts."""
+    text = write_enwik8(tmp_path / "text")
+    active = []
+    for size in (4, 1):
+        run = dataclasses.replace(CHARACTERS, micro_batch=size, dropout=0.0, steps=4)
+        run = dataclasses.replace(run, method=RigL(), fwd=0.9, bwd=0.9, refresh_every=2)
+        train(run, text, tmp_path / f"run{size}", seed=0)
+        indices = [
+            set(state["topkast"]["indices"].tolist())
+            for state in saved(tmp_path / f"run{size}")["optimizer"]["state"].values()
+            if "indices" in state.get("topkast", {})
+        ]
+        active.append(indices)
+    common = sum(len(one & other) for one, other in zip(*active, strict=True))
+    assert common / sum(map(len, active[0])) > 0.99  # sums are rounded otherwise
+
+
 def test_segments_of_a_text_follow_each_other() -> None:
     segments = Segments(np.arange(100), streams=3, window=4)
     assert segments.length == 33
