@@ -130,7 +130,7 @@ def test_the_core_imports_no_framework_and_no_adapter() -> None:
         "_figures.py": {"matplotlib"},
         "_mask_figure.py": {"matplotlib"},
     }
-    applications = {"topkast_demo", "topkast_study"}
+    applications = {"topkast_demo", "topkast_paper", "topkast_study"}
     our_packages = ("topkast_torch", "topkast_jax", "topkast_cupy", *applications)
     for path in ROOT.rglob("*.py"):
         roots = {module.partition(".")[0] for module in _imports(path)}

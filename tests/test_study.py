@@ -100,8 +100,11 @@ def test_unknown_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "'tabel1'" in message
     assert all(name in message for name in STUDIES)
     assert "name a study" in fail(capsys=capsys)
-    assert "quick, full, got 'fast'" in fail("table1", "--scale", "fast", capsys=capsys)
-    assert "not there yet" in fail("table1", "--scale", "paper", capsys=capsys)
+    assert "quick, full, paper, got 'fast'" in fail("table1", "--scale", "fast", capsys=capsys)
+    paper = "--scale", "paper"
+    assert "needs --data FOLDER" in fail("table1", *paper, capsys=capsys)
+    assert "is not a folder" in fail("table1", *paper, "--data", tmp_path / "no", capsys=capsys)
+    assert "age has no scale 'paper'" in fail("age", *paper, capsys=capsys)
     assert "needs --data" in fail("table1", "--scale", "full", capsys=capsys)
     assert "leave out --data" in fail("table1", "--data", tmp_path, capsys=capsys)
     assert "--seeds must be at least 1, got 0" in fail("age", "--seeds", "0", capsys=capsys)

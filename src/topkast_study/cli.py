@@ -46,11 +46,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         for option in ("seeds", "threads"):
             if getattr(arguments, option) < 1:
                 raise StudyError(f"--{option} must be at least 1, got {getattr(arguments, option)}")
+        output = arguments.output or Path(f"study-{arguments.name}")
+        if arguments.scale == "paper":
+            from topkast_study.paper_scale import conduct_at_paper_scale
+
+            report = conduct_at_paper_scale(
+                arguments.name, data=arguments.data, output=output, seeds=arguments.seeds
+            )
+            print(f"written to {report}")
+            return 0
         conduct(
             find_study(arguments.name),
             scale_name=arguments.scale,
             data=arguments.data,
-            output=arguments.output or Path(f"study-{arguments.name}"),
+            output=output,
             seeds=arguments.seeds,
             threads=arguments.threads,
         )
@@ -86,13 +95,15 @@ def _make_parser() -> _Parser:
         default="quick",
         metavar="SCALE",
         help="quick: scikit-learn's digits, some minutes a study on one core; full: the images of "
-        "--data and wider networks, hours (default: quick)",
+        "--data and wider networks, hours; paper: the models and data of table1, table2, table3 "
+        "and table5, days on a GPU (default: quick)",
     )
     add(
         "--data",
         type=Path,
         metavar="PATH",
-        help="for --scale full: a gzipped IDX file of images such as MNIST's, whose name contains "
+        help="for --scale paper: the folder of ImageNet, enwik8 or WikiText-103; for full: a "
+        "gzipped IDX file of images such as MNIST's, whose name contains "
         "'images-idx3'; the labels are read from the file with 'labels-idx1' in its place",
     )
     add("--threads", type=int, default=1, metavar="NUMBER", help="threads (default: 1)")

@@ -52,10 +52,7 @@ class Folder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole or not at all: beside it first, then renamed."""
-        target = self.path / name
-        beside = target.with_name(f"{target.name}.{os.getpid()}.part")
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, target)
+        write_whole(self.path / name, text)
 
     def write_json(self, name: str, content: Any) -> None:
         self._write(name, content)
@@ -85,6 +82,13 @@ class Folder:
                 f"{path} holds {_describe(found)}, not {_describe(identity)}: choose another "
                 "folder with --output"
             )
+
+
+def write_whole(target: Path, text: str) -> None:
+    """Write a file beside its place first, and then rename it."""
+    beside = target.with_name(f"{target.name}.{os.getpid()}.part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, target)
 
 
 def _describe(identity: Any) -> str:

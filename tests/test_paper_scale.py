@@ -1,0 +1,82 @@
+"""``python -m topkast study NAME --scale paper``, with the paper's tables made small."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paper_data import write_enwik8, write_images
+from test_paper_images import TINY
+from test_paper_language import CHARACTERS as TINY_TEXT
+
+from topkast_paper import train_resnet50
+from topkast_study import StudyError, paper_scale
+from topkast_study.paper_scale import TABLES, conduct_at_paper_scale
+
+SPARSE_FIELDS = ("method", "fwd", "bwd", "refresh_every", "penalty")
+
+
+def shrink_to(tiny: Any) -> Any:
+    """A function that gives the settings of a row the size of `tiny`."""
+
+    def shrink(settings: Any) -> Any:
+        kept = {name: getattr(settings, name) for name in SPARSE_FIELDS}
+        return dataclasses.replace(tiny, **kept | {"refresh_every": 1 if kept["method"] else None})
+
+    return shrink
+
+
+def test_table1_runs_end_to_end_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = TABLES["table1"].rows[:6]
+    calls: list[int] = []
+
+    def train(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return train_resnet50.train(*arguments)
+
+    table = dataclasses.replace(TABLES["table1"], rows=rows, train=train)
+    monkeypatch.setitem(paper_scale.TABLES, "table1", table)
+    images, output = write_images(tmp_path / "images"), tmp_path / "out"
+    options: Any = {"data": images, "output": output, "seeds": 1, "shrink": shrink_to(TINY)}
+    with pytest.raises(KeyboardInterrupt):
+        conduct_at_paper_scale("table1", **options)
+    report = conduct_at_paper_scale("table1", **options).read_text()
+    assert len(calls) == len(rows) + 1  # finished runs are not repeated
+    for row in rows:
+        assert f"| {row.label} |" in report
+    assert "| 75.03 |" in report
+    results = json.loads((output / "results.json").read_text())
+    assert set(results) == {row.label for row in rows}
+    tensors = results["Top-KAST 0.8/0.5"][0]["tensors"]
+    assert all(active <= backward <= size for size, active, backward in tensors.values())
+    with pytest.raises(StudyError, match="holds another study"):
+        conduct_at_paper_scale("table5", **options)
+
+
+def test_a_table_of_text_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = dataclasses.replace(TABLES["table5"], rows=TABLES["table5"].rows[:2])
+    monkeypatch.setitem(paper_scale.TABLES, "table5", table)
+    text = write_enwik8(tmp_path / "text")
+    report = conduct_at_paper_scale(
+        "table5", data=text, output=tmp_path / "out", seeds=2, shrink=shrink_to(TINY_TEXT)
+    )
+    assert "bits per character" in report.read_text()
+    assert " ± " in report.read_text()
+
+
+def test_missing_data_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="enwik8"):
+        conduct_at_paper_scale("table2", data=tmp_path, output=tmp_path / "out", seeds=1)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "file").write_text("mine")
+    with pytest.raises(StudyError, match="has files but no study"):
+        conduct_at_paper_scale("table2", data=tmp_path, output=other, seeds=1)
+    assert (other / "file").read_text() == "mine"
