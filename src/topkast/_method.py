@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from topkast._primitives import Array
@@ -41,7 +42,10 @@ class View:
     gradient
         The gradient of the loss (n,) before the last step, outside B too; None when the first sets
         are chosen. For methods that need ``"gradient"``. Sparse layers never form it: there, it is
-        an object whose ``blocks()`` yields pieces of it with their first indices.
+        an object whose ``blocks()`` yields pieces of it with their first indices. None too if
+        PyTorch computed none: the tensor was not used, or is frozen.
+    shapes
+        Shape of the tensor by its name; of several, in order, if they are ranked as one.
     """
 
     weights: Array
@@ -54,6 +58,7 @@ class View:
     support: Support | None = None
     values: Array = None
     gradient: Array = None
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class Method(ABC):
@@ -71,7 +76,8 @@ class Method(ABC):
         them: a refresh may then look at few candidates instead of all weights.
     forgets
         Whether a refresh sets all weights outside A to zero: outside B, nothing is kept then in
-        PyTorch. False: an entry that enters B continues with the weight it had.
+        PyTorch. False: an entry that enters B continues with the weight it had. If B∖A rests too,
+        what enters A starts at zero, with fresh state of the optimizer.
     explores
         Whether the weights in B∖A are updated.
     schedules
@@ -81,7 +87,9 @@ class Method(ABC):
         The backward sparsity that the method takes: ``"any"``; ``"equal"`` to the forward
         sparsity, so that B is A; or ``"none"``, 0, so that B holds all weights.
     default_penalty, default_refresh_every
-        The options `penalty` and `refresh_every` if they are not given.
+        The options `penalty` and `refresh_every` if :func:`topkast.wrap_optimizer` gets this
+        method and not these. A method of single tensors or of a parameter group has those of all
+        tensors, unless its override or group sets its own.
 
     Examples
     --------

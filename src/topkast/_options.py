@@ -202,12 +202,16 @@ class Options:
                     f"overrides[{pattern!r}] sets a sparsity, but distribution='global' ranks all "
                     "tensors as one, with one sparsity: choose one of the two"
                 )
-            # for_tensor checks fwd >= bwd once all globs that match the tensor are applied.
+            # for_tensor checks both sparsities once all globs that match the tensor are applied.
             set_elsewhere = {name for other in overrides.values() for name in other}
             harmless = {"fwd": values.get("bwd", self.fwd), "bwd": 0.0}
             others = {name: harmless[name] for name in harmless if name in set_elsewhere}
+            changes: dict[str, Any] = others | dict(values)
+            is_open = {"fwd", "bwd", "method"} & set_elsewhere - set(values)
+            if is_open and isinstance(changes.get("method", self.method), Method):
+                changes["method"] = None  # so is whether the method takes both
             try:
-                replace(self, overrides=None, **others | dict(values))
+                replace(self, overrides=None, **changes)
             except OptionError as error:
                 raise OptionError(f"overrides[{pattern!r}]: {error}") from None
 

@@ -116,6 +116,7 @@ class RankedTensors:
 
         def choose(layer: Array, first: Array | int) -> Support:
             view = View(layer, forward, backward, options.seed, self.key, draw, first)
+            view = replace(view, shapes=self.shapes)
             if old is not None and "sets" in method.needs:
                 own = take(layer, old.entries) if values is None else values
                 view = replace(view, support=old, values=own)
@@ -147,8 +148,11 @@ class RankedTensors:
         gradient: Array | None = None,
     ) -> Refresh:
         """Choose new sets from the current weights (size,); see :meth:`select`."""
+        method = method_of(options)
         new = self.select(flat, options, draw, old, values, gradient)
         migration = Migration.between(old, new, self.size)
+        if method.forgets and not method.explores:
+            migration = migration.renewing(old, new)
         entered = migration.entered_forward(old, new)
         return Refresh(new, migration, self._count_members(new.active_entries, entered))
 

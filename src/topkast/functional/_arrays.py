@@ -58,12 +58,17 @@ def forget(
     flat: Array,
     fill: Array,
 ) -> Array:
-    """Write `fill` (n,) to all of `flat` (n,) but what was in B and is in A, after a refresh."""
-    backend = backend_of(flat)
+    """Write `fill` (n,) to all of `flat` (n,) but what stays, after a refresh.
+
+    What stays is in A, and was in B, or in A if B∖A rests. `flat` keeps its dtype.
+    """
+    backend, explores = backend_of(flat), plan.explores(ranked)
+    fill = array_namespace(flat).astype(fill, flat.dtype)
 
     def forget(flat: Array, fill: Array, old: Support, new: Support) -> Array:
         active = new.entries[: new.forward_size]
-        kept = backend.put(fill, old.entries, take(flat, old.entries))
+        trained = old.entries if explores else old.active_entries
+        kept = backend.put(fill, trained, take(flat, trained))
         return backend.put(fill, active, take(kept, active))
 
     due = is_due(plan.options[ranked.key].refresh_every, after.updates)
