@@ -152,6 +152,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "random": {"explore": "random"},
     "global": {"distribution": "global", "dense": "bias"},
     "blocks": {"block": (2, 5)},
+    "pattern": {"pattern": (1, 10)},
+    "pattern, random": {"pattern": (1, 10), "explore": "random"},
     "block maxima": {"block": (10, 1), "block_score": "max", "explore": "random"},
 }
 

@@ -106,6 +106,14 @@ def test_sets_equal_numpys(to_device: Callable[[Array], Any], explore: Any) -> N
         assert_same_support(support, expected)
 
 
+@pytest.mark.parametrize("explore", ["magnitude", "random"])
+def test_sets_in_groups_equal_numpys(to_device: Callable[[Array], Any], explore: Any) -> None:
+    theta = np.round(np.random.default_rng(0).standard_normal((500, 400)), 2).astype(np.float32)
+    options: dict[str, Any] = {"fwd": 0.5, "bwd": 0.25, "pattern": (2, 4), "explore": explore}
+    support = topkast.select(to_device(theta), **options)
+    assert_same_support(support, topkast.select(theta, **options))
+
+
 OPTIONS: list[dict[str, Any]] = [{}, {"penalty_kind": "l1"}, {"explore_until": 12}]
 
 

@@ -9,10 +9,21 @@ import sys
 from pathlib import Path
 
 import topkast
+import topkast.analysis
 import topkast.reference
 import topkast.testing
 
-FRAMEWORKS = ["torch", "jax", "optax", "cupy", "sklearn", "matplotlib", "hypothesis", "tqdm"]
+FRAMEWORKS = [
+    "torch",
+    "jax",
+    "optax",
+    "cupy",
+    "sklearn",
+    "scipy",
+    "matplotlib",
+    "hypothesis",
+    "tqdm",
+]
 
 
 def modules_after(code: str) -> set[str]:
@@ -28,7 +39,7 @@ def modules_after(code: str) -> set[str]:
 
 
 def test_importing_the_package_imports_no_framework() -> None:
-    assert not modules_after("import topkast").intersection(FRAMEWORKS)
+    assert not modules_after("import topkast, topkast.analysis").intersection(FRAMEWORKS)
 
 
 def test_training_numpy_arrays_imports_no_framework() -> None:
@@ -66,7 +77,7 @@ def test_importing_costs_only_what_the_project_declares() -> None:
 
 def test_public_names_are_documented() -> None:
     page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
-    for module in (topkast, topkast.methods, topkast.testing):
+    for module in (topkast, topkast.analysis, topkast.methods, topkast.testing):
         is_automatic = f".. automodule:: {module.__name__}\n   :members:" in page
         names = set(re.findall(rf"{re.escape(module.__name__)}\.(\w+)", page))
         missing = [name for name in module.__all__ if name not in names and not is_automatic]
@@ -109,11 +120,22 @@ ADAPTERS = Path(__file__).parent.parent / "adapters"
 
 
 def test_the_core_imports_no_framework_and_no_adapter() -> None:
-    """Only the files of `backends` import a framework."""
+    """Only the files of `backends` import a framework.
+
+    The analysis assigns units by scipy and draws by matplotlib. Both are optional, and are imported
+    when these functions are called.
+    """
+    analysis = {
+        "_matching.py": {"scipy"},
+        "_figures.py": {"matplotlib"},
+        "_mask_figure.py": {"matplotlib"},
+    }
     our_packages = ("topkast_torch", "topkast_jax", "topkast_cupy", "topkast_demo")
     for path in ROOT.rglob("*.py"):
         roots = {module.partition(".")[0] for module in _imports(path)}
         allowed = {"jax", "torch"} if path.parent.name == "backends" else set()
+        if path.parent.name == "analysis":
+            allowed |= analysis.get(path.name, set())
         demo = {"topkast_demo"} if path.name == "__main__.py" else set()
         assert not roots & {*FRAMEWORKS, *our_packages} - allowed - demo - {"hypothesis"}, path
 

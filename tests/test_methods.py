@@ -365,7 +365,7 @@ class TestRefusals:
             ({"method": Static(), "explore": "random"}, "choose one of the two"),
             (
                 {"method": Curious()},
-                "Curious needs hessian, but a method can need only gradient, random, sets, weights",
+                "Curious needs hessian, but a method can need only gradient, momentum, random",
             ),
             ({"overrides": {"w": {"method": Curious()}}}, r"overrides\['w'\]: Curious needs"),
         ],

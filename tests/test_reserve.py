@@ -20,9 +20,9 @@ from topkast.selection._random import Ranks, make_key
 from topkast.selection._reserve import (
     Exchange,
     Reserve,
-    _reserve_size,
     exchange,
     fill_reserve,
+    reserve_size,
 )
 
 Array = Any
@@ -181,10 +181,10 @@ def test_the_size_of_a_reserve_follows_what_it_loses() -> None:
                 assert loss * (age + 1) > reserve.size
     assert 2 <= len(filled) < 10
     assert max(filled) > 2 * min(filled)
-    assert _reserve_size(10**6, 10**5, None) == 12_500
-    assert _reserve_size(10**6, 10**5, 100.0) == 20_000
-    assert _reserve_size(10**6, 10**5, 10_000.0) == 50_000
-    assert _reserve_size(10**6, 10, None) == 1_024
+    assert reserve_size(10**6, 10**5, None) == 12_500
+    assert reserve_size(10**6, 10**5, 100.0) == 20_000
+    assert reserve_size(10**6, 10**5, 10_000.0) == 50_000
+    assert reserve_size(10**6, 10, None) == 1_024
     reserve = selection.reserve
     assert reserve is not None
     assert selection.nbytes == reserve.indices.nbytes + reserve.values.nbytes > 0

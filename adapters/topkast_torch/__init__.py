@@ -2,6 +2,7 @@
 
 from topkast_torch._averages import WeightAverage
 from topkast_torch._generate_weights import generate_weights
+from topkast_torch._measure_layers import measure_layers
 from topkast_torch.optimizer._optimizer import TopKASTOptimizer, wrap
 from topkast_torch.sparse import _replicas as _replicas
 from topkast_torch.sparse._export import load_forward, save_forward
@@ -18,6 +19,7 @@ __all__ = [
     "densify",
     "generate_weights",
     "load_forward",
+    "measure_layers",
     "save_forward",
     "sparsify",
     "wrap",

@@ -18,6 +18,7 @@ from topkast._execution import densify, sparsify, unwrap
 from topkast._exploration import exploration_gradient, exploration_penalty
 from topkast._inspect import Masks, Summary, TensorSummary, dense_params, masks, summary
 from topkast._wrap import wrap_optimizer
+from topkast.analysis.costs import Cost, cost
 from topkast.functional._arrays import apply_updates
 from topkast.functional._rules import SGD, Adam, AdamW
 from topkast.functional._state import TopKASTState, forward_params
@@ -36,6 +37,7 @@ __all__ = [
     "AdamW",
     "AdapterNotFoundError",
     "Blocks",
+    "Cost",
     "DenseAverageWarning",
     "Masks",
     "MismatchError",
@@ -53,6 +55,7 @@ __all__ = [
     "UnsupportedTensorError",
     "WeightsMovedWarning",
     "apply_updates",
+    "cost",
     "dense_params",
     "densify",
     "densities",

@@ -11,7 +11,7 @@ from topkast._primitives import Array
 from topkast.selection._support import Support
 
 # The inputs that the library can give to a method.
-PROVIDED = frozenset({"weights", "random", "sets", "gradient"})
+PROVIDED = frozenset({"weights", "random", "sets", "gradient", "momentum"})
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,14 @@ class View:
     gradient
         The gradient of the loss (n,) before the last step, outside B too; None when the first sets
         are chosen. For methods that need ``"gradient"``. Sparse layers never form it: there, it is
-        an object whose ``blocks()`` yields pieces of it with their first indices. None too if
-        PyTorch computed none: the tensor was not used, or is frozen.
+        an object whose ``blocks()`` yields pieces of it with their first indices. For methods that
+        need ``"momentum"``, the running mean of the gradient instead. None too if PyTorch computed
+        no gradient: the tensor was not used, or is frozen.
+    members
+        First index and end of each tensor, by name, if several are ranked as one.
+    group_size
+        Number of consecutive weights in a group, under the option `pattern`: each group must hold
+        equally many of A, and of B. None: no pattern.
     shapes
         Shape of the tensor by its name; of several, in order, if they are ranked as one.
     """
@@ -58,6 +64,8 @@ class View:
     support: Support | None = None
     values: Array = None
     gradient: Array = None
+    members: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    group_size: int | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -68,12 +76,16 @@ class Method(ABC):
     ----------
     needs
         The inputs that :meth:`choose` uses: ``"weights"``, ``"random"``, the present ``"sets"``
-        and the values on them, the ``"gradient"`` of the loss outside B.
+        and the values on them, the ``"gradient"`` of the loss outside B, or its running mean, the
+        ``"momentum"``, for which the attribute `momentum` is the share that a step keeps.
     refreshes
         Whether the sets are chosen again at each refresh.
     takes_largest
         Whether A and B are the largest magnitudes, as :class:`topkast.methods.TopKAST` chooses
         them: a refresh may then look at few candidates instead of all weights.
+    by_group
+        Whether :meth:`choose` respects the ``group_size`` of a view, so that the option `pattern`
+        can be used with the method.
     forgets
         Whether a refresh sets all weights outside A to zero: outside B, nothing is kept then in
         PyTorch. False: an entry that enters B continues with the weight it had. If B∖A rests too,
@@ -81,8 +93,8 @@ class Method(ABC):
     explores
         Whether the weights in B∖A are updated.
     schedules
-        Whether the number of units in A changes in training: JAX, whose shapes are fixed, refuses
-        such methods.
+        Whether the number of units in A changes in training, in all or in single tensors: JAX,
+        whose shapes are fixed, refuses such methods.
     backward
         The backward sparsity that the method takes: ``"any"``; ``"equal"`` to the forward
         sparsity, so that B is A; or ``"none"``, 0, so that B holds all weights.
@@ -105,16 +117,19 @@ class Method(ABC):
     needs: ClassVar[frozenset[str]] = frozenset({"weights"})
     refreshes: ClassVar[bool] = True
     takes_largest: ClassVar[bool] = False
+    by_group: ClassVar[bool] = False
     forgets: ClassVar[bool] = False
     explores: ClassVar[bool] = True
     schedules: ClassVar[bool] = False
     backward: ClassVar[Literal["any", "equal", "none"]] = "any"
+    momentum: float = 0.0
     default_penalty: ClassVar[float] = 1e-4
     default_refresh_every: ClassVar[int] = 1
 
     def __init_subclass__(cls) -> None:
-        if "choose" in cls.__dict__ and "takes_largest" not in cls.__dict__:
-            cls.takes_largest = False  # inherited, it would be a claim about another choice
+        if "choose" in cls.__dict__:
+            for claim in {"takes_largest", "by_group"} - cls.__dict__.keys():
+                setattr(cls, claim, False)  # inherited, it would be a claim about another choice
 
     @abstractmethod
     def choose(self, view: View, /) -> Support:

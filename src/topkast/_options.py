@@ -13,7 +13,15 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from topkast._errors import OptionError
 from topkast._method import PROVIDED, Method
-from topkast._patterns import Dense, Patterns, check_patterns, matches
+from topkast._patterns import (
+    Dense,
+    Patterns,
+    check_dense,
+    check_names_of,
+    check_patterns,
+    matches,
+)
+from topkast.selection._groups import check_pattern, pattern_densities
 from topkast.selection._units import BlockScore
 
 PenaltyKind: TypeAlias = Literal["l2", "l1"]
@@ -38,12 +46,14 @@ class Options:
     distribution: Distribution = "uniform"
     block: tuple[int, int] | None = None
     block_score: BlockScore = "sum"
+    pattern: tuple[int, int] | None = None
     dense: Dense = None
     stacked: Patterns = None
     method: Method | None = None
     reservoir: ReservoirKind = "device"
     reservoir_path: FolderPath = None
     overrides: Overrides = None
+    power: float = 1.0
     seed: int = 0
     probe: bool = True
 
@@ -59,6 +69,8 @@ class Options:
                 None if until is None else _check_integer("explore_until", until, min=0)
             ),
             "block": check_block(self.block),
+            "pattern": check_pattern(self.pattern),
+            "power": _check_power(self.power),
             "seed": _check_integer("seed", self.seed, min=0),
         }
         for name, value in normalised.items():  # Python numbers replace NumPy's scalars
@@ -68,10 +80,11 @@ class Options:
         _check_choice("distribution", self.distribution, get_args(Distribution))
         check_block_score(self.block_score)
         _check_block_distribution(self.block, self.distribution)
-        _check_dense(self.dense)
-        _check_names("stacked", self.stacked)
+        check_dense(self.dense)
+        check_names_of("stacked", self.stacked)
         _check_method(self.method, self.explore)
         self._check_fit()
+        self._check_pattern()
         _check_choice("reservoir", self.reservoir, get_args(ReservoirKind))
         self._check_overrides()
         self._check_path()
@@ -135,6 +148,11 @@ class Options:
         if method is None:
             return
         name = type(method).__name__
+        if self.power != 1 and method.forgets and method.refreshes:
+            raise OptionError(
+                f"power={self.power} stops weights that start at zero, as {name} starts them, from "
+                "moving: pass power=1, or a method that keeps weights, such as TopKAST"
+            )
         if method.backward == "equal" and self.bwd != self.fwd:
             raise OptionError(
                 f"{name} has one set, which is both A and B: pass bwd={self.fwd}, as fwd, got "
@@ -144,7 +162,7 @@ class Options:
             raise OptionError(
                 f"{name} keeps all weights and their gradients: pass bwd=0, got bwd={self.bwd}"
             )
-        if not method.needs & {"sets", "gradient"} and not method.schedules:
+        if not method.needs & {"sets", "gradient", "momentum"} and not method.schedules:
             return
         if self.block not in (None, (1, 1)):
             raise OptionError(f"{name} chooses single weights: pass block=None, got {self.block}")
@@ -180,6 +198,24 @@ class Options:
         if path is not None and not isinstance(path, (str, PathLike)):
             raise OptionError(f"reservoir_path must be a path or None, got {path!r}")
 
+    def _check_pattern(self) -> None:
+        pattern, method = self.pattern, self.method
+        if pattern is None:
+            return
+        check_pattern_block(pattern, self.block)
+        if self.distribution != "uniform":
+            raise OptionError(
+                f"pattern={pattern} cannot be combined with distribution={self.distribution!r}: it "
+                "gives every tensor the same density. Choose distribution='uniform' or pattern=None"
+            )
+        pattern_densities(pattern, self.fwd, self.bwd)
+        if method is not None and not method.by_group:
+            raise OptionError(
+                f"{type(method).__name__} does not choose by groups, which pattern={pattern} "
+                "needs. Choose another method or pattern=None; if it respects the group_size of a "
+                "view, set by_group = True in its class"
+            )
+
     def _check_overrides(self) -> None:
         overrides: Any = {} if self.overrides is None else self.overrides
         if not isinstance(overrides, Mapping) or not all(
@@ -205,12 +241,16 @@ class Options:
             # for_tensor checks both sparsities once all globs that match the tensor are applied.
             set_elsewhere = {name for other in overrides.values() for name in other}
             harmless = {"fwd": values.get("bwd", self.fwd), "bwd": 0.0}
-            others = {name: harmless[name] for name in harmless if name in set_elsewhere}
-            changes: dict[str, Any] = others | dict(values)
-            is_open = {"fwd", "bwd", "method"} & set_elsewhere - set(values)
-            if is_open and isinstance(changes.get("method", self.method), Method):
-                changes["method"] = None  # so is whether the method takes both
+            changes = {name: harmless[name] for name in harmless if name in set_elsewhere}
+            changes |= values
+            by_others = {name for glob, own in overrides.items() if glob != pattern for name in own}
             try:
+                if by_others & {"fwd", "bwd", "block", "pattern", "explore", "method"}:
+                    check_pattern(changes.get("pattern"))  # for_tensor checks whether it fits
+                    changes["pattern"] = None
+                if {"fwd", "bwd", "method"} & by_others - {*values}:
+                    _check_method(changes.get("method"), "magnitude")  # and whether the method does
+                    changes["method"] = None
                 replace(self, overrides=None, **changes)
             except OptionError as error:
                 raise OptionError(f"overrides[{pattern!r}]: {error}") from None
@@ -224,7 +264,7 @@ def _refuse(name: str, tensor: Any) -> bool:
 
 
 # Options that determine the sizes of compact vectors: they cannot change during training.
-FIXED_OPTIONS = ("fwd", "bwd", "distribution", "block")
+FIXED_OPTIONS = ("fwd", "bwd", "distribution", "block", "pattern")
 
 _NOT_OF_GROUPS = (
     "dense",
@@ -233,6 +273,7 @@ _NOT_OF_GROUPS = (
     "reservoir",
     "reservoir_path",
     "overrides",
+    "power",
     "seed",
     "probe",
 )
@@ -282,6 +323,13 @@ def _check_penalty(value: object) -> float:
     return penalty
 
 
+def _check_power(value: object) -> float:
+    power = _real(value)
+    if power is None or not 1 <= power < math.inf:
+        raise OptionError(f"power must be a finite number of at least 1, got {value!r}")
+    return power
+
+
 def _check_integer(name: str, value: object, *, min: int) -> int:  # noqa: A002 - the word for it
     if isinstance(value, bool) or not (isinstance(value, Integral) and int(value) >= min):
         raise OptionError(f"{name} must be an integer of at least {min}, got {value!r}")
@@ -302,6 +350,15 @@ def check_block(block: object) -> tuple[int, int] | None:
         )
     rows, columns = map(int, sides)
     return rows, columns
+
+
+def check_pattern_block(pattern: tuple[int, int], block: tuple[int, int] | None) -> None:
+    """Raise :class:`OptionError` for a pattern of blocks."""
+    if block not in (None, (1, 1)):
+        raise OptionError(
+            f"pattern={pattern} ranks single weights, and block={block} whole blocks: choose one "
+            "of the two, and pass None for the other"
+        )
 
 
 def check_block_score(score: object) -> None:
@@ -339,26 +396,4 @@ def _check_method(method: object, explore: str) -> None:
         raise OptionError(
             f"{type(method).__name__} needs {', '.join(unknown)}, but a method can need only "
             f"{', '.join(sorted(PROVIDED))}"
-        )
-
-
-def _check_dense(dense: object) -> None:
-    if isinstance(dense, bool):
-        return
-    if hasattr(dense, "parameters"):
-        raise OptionError(
-            f"dense was given a {type(dense).__name__}: pass the names of its tensors instead, as "
-            "dense='head.*'"
-        )
-    if not callable(dense):
-        _check_names("dense", dense, " a predicate (name, tensor) -> bool, or a bool,")
-
-
-def _check_names(option: str, names: object, alternatives: str = "") -> None:
-    if names is None or isinstance(names, str):
-        return
-    if not isinstance(names, Sequence) or not all(isinstance(item, str) for item in names):
-        raise OptionError(
-            f"{option} must be a name or glob, a sequence of them,{alternatives} or None, "
-            f"got {names!r}"
         )

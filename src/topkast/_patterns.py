@@ -74,3 +74,27 @@ def check_patterns(names: Iterable[str], option: str, patterns: Patterns) -> Non
 def _format_names(names: Sequence[str], max: int = 6) -> str:  # noqa: A002 - the word for it
     shown = ", ".join(map(repr, names[:max]))
     return f"the {len(names)} tensors {shown}" + (", ..." if len(names) > max else "")
+
+
+def check_dense(dense: object) -> None:
+    """Raise :class:`OptionError` unless this is a value of the option `dense`."""
+    if isinstance(dense, bool):
+        return
+    if hasattr(dense, "parameters"):
+        raise OptionError(
+            f"dense was given a {type(dense).__name__}: pass the names of its tensors instead, as "
+            "dense='head.*'"
+        )
+    if not callable(dense):
+        check_names_of("dense", dense, " a predicate (name, tensor) -> bool, or a bool,")
+
+
+def check_names_of(option: str, names: object, alternatives: str = "") -> None:
+    """Raise :class:`OptionError` unless `names` are names or globs of tensors, or None."""
+    if names is None or isinstance(names, str):
+        return
+    if not isinstance(names, Sequence) or not all(isinstance(item, str) for item in names):
+        raise OptionError(
+            f"{option} must be a name or glob, a sequence of them,{alternatives} or None, "
+            f"got {names!r}"
+        )

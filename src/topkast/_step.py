@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from array_api_compat import array_namespace
+
 from topkast._age import Betas
 from topkast._exploration import exploration_gradient
 from topkast._options import PenaltyKind
@@ -36,6 +38,9 @@ class Step:
         Whether B∖A moves; a 0-d flag in a traced computation.
     betas
         The factors of a rule of the Adam family, which scale the displacement of young entries.
+    power
+        The exponent α of Powerpropagation: the inner rule updates φ, and the weight is
+        φ · |φ|^(α − 1).
     """
 
     penalty: float
@@ -43,6 +48,7 @@ class Step:
     density: float
     exploring: Any
     betas: Betas | None = None
+    power: float = 1.0
 
     @property
     def on_active(self) -> float:
@@ -66,6 +72,22 @@ class Step:
             )
         return restrict_to_active(gradient, support, self.exploring, 0.0)
 
+    def to_base(self, weights: Array) -> Array:
+        """φ of weights of any shape."""
+        xp = array_namespace(weights)
+        return xp.sign(weights) * xp.abs(weights) ** (1 / self.power)
+
+    def to_weights(self, base: Array, old_base: Array, old_weights: Array) -> Array:
+        """The weights of φ; where φ did not change, they keep their bits."""
+        xp = array_namespace(base)
+        weights = xp.sign(base) * xp.abs(base) ** self.power
+        return xp.where(base == old_base, old_weights, weights)
+
+    def chain(self, gradient: Array, base: Array) -> Array:
+        """The gradient of φ, from that of the weights."""
+        xp = array_namespace(base)
+        return gradient * (self.power * xp.abs(base) ** (self.power - 1))
+
     def restrict(self, displacement: Array, support: Support) -> Array:
         r"""Set a displacement (1, …, \|B\|) to -0.0, which changes no bit, on a resting B∖A."""
         return restrict_to_active(displacement, support, self.exploring, -0.0)
@@ -80,6 +102,7 @@ def decide(
     explore_until: int | None,
     updates: Any,
     betas: Betas | None = None,
+    power: float = 1.0,
 ) -> Step:
     """Decide the next update of a tensor from its options and the number of updates so far.
 
@@ -96,6 +119,8 @@ def decide(
         Number of updates so far: an int, or a 0-d integer array.
     betas
         The factors of a rule of the Adam family.
+    power
+        The option ``power``.
 
     Examples
     --------
@@ -110,7 +135,8 @@ def decide(
     Top-KAST, section 2.3 for the penalty, table 1 for exploration that stops.
     """
     signed_penalty = -penalty if ascends else penalty
-    return Step(signed_penalty, penalty_kind, density, is_exploring(explore_until, updates), betas)
+    exploring = is_exploring(explore_until, updates)
+    return Step(signed_penalty, penalty_kind, density, exploring, betas, power)
 
 
 def is_exploring(until: int | None, updates: Any) -> Any:

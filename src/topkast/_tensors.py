@@ -19,6 +19,7 @@ from topkast.backends import backend_of
 from topkast.methods._chosen import check_chosen, method_of
 from topkast.reservoirs._reservoir import Reservoir
 from topkast.selection._distribution import Shape, exact_densities, exact_fraction, kept_count
+from topkast.selection._groups import group_size_of, pattern_densities
 from topkast.selection._random import Ranks, make_key
 from topkast.selection._reserve import IncrementalSelection, Vector
 from topkast.selection._select import check_finite, ranked_units
@@ -44,6 +45,9 @@ class RankedTensors:
         Number of layers that are ranked separately: the first axis of a stacked tensor, else 1.
     blocks
         The division of the tensor into blocks; None if units are single weights.
+    group_size
+        Number of consecutive weights in a group, of which A and B hold equally many; None without
+        a pattern.
     """
 
     shapes: Mapping[str, Shape]
@@ -52,6 +56,7 @@ class RankedTensors:
     density: float
     layers: int = 1
     blocks: Blocks | None = None
+    group_size: int | None = None
 
     @property
     def key(self) -> str:
@@ -115,22 +120,32 @@ class RankedTensors:
         forward, backward = self.forward // self.layers, self.backward // self.layers
 
         def choose(layer: Array, first: Array | int) -> Support:
-            view = View(layer, forward, backward, options.seed, self.key, draw, first)
-            view = replace(view, shapes=self.shapes)
+            view = View(
+                layer,
+                forward,
+                backward,
+                options.seed,
+                self.key,
+                draw,
+                first,
+                group_size=self.group_size,
+                shapes=self.shapes,
+            )
             if old is not None and "sets" in method.needs:
                 own = take(layer, old.entries) if values is None else values
-                view = replace(view, support=old, values=own)
+                view = replace(view, support=old, values=own, members=self.bounds)
             if gradient is not None:
                 view = replace(view, gradient=gradient)
             return check_chosen(method.choose(view), view, method)
 
         with _naming(self.key), ranked_units(flat, self.blocks, options.block_score) as units:
             if self.layers == 1:
-                return choose(units, 0).in_blocks(self.blocks)
+                return choose(units, 0).in_blocks(self.blocks).in_groups(self.group_size)
             indices = backend_of(units).for_each_layer(
                 lambda layer, first: choose(layer, first).indices, units, self.layers
             )
-        return join_layers(indices, forward, units.shape[0]).in_blocks(self.blocks)
+        joined = join_layers(indices, forward, units.shape[0])
+        return joined.in_blocks(self.blocks).in_groups(self.group_size)
 
     def check_finite(self, tensors: Mapping[str, Array]) -> None:
         """Raise :class:`topkast.NonFiniteError` if a member contains NaN or infinity."""
@@ -169,7 +184,8 @@ class RankedTensors:
         Returns None where all weights have to be looked at: :meth:`refresh` does so. See
         :meth:`IncrementalSelection.choose` for the arguments.
         """
-        if self.blocks is not None or self.layers > 1 or not method_of(options).takes_largest:
+        is_plain = self.blocks is None and self.group_size is None and self.layers == 1
+        if not (is_plain and method_of(options).takes_largest):
             return None
         with _naming(self.key):
             ranks = Ranks(make_key(options.seed, self.key, "ties"))
@@ -268,7 +284,7 @@ def rank_tensors(shapes: Mapping[str, Shape], options: Options) -> list[RankedTe
             name,
             shape,
             (forward[name], backward[name]),
-            overridden.get(name, options).block,
+            overridden.get(name, options),
             stacked=name in stacked,
         )
         for name, shape in shapes.items()
@@ -279,15 +295,19 @@ def _rank_alone(
     name: str,
     shape: Shape,
     densities: tuple[Fraction, Fraction],
-    block: tuple[int, int] | None,
+    options: Options,
     *,
     stacked: bool,
 ) -> RankedTensors:
     layers = shape[0] if stacked else 1
-    blocks = blocks_of(name, shape, block, stacked=stacked)
+    blocks = blocks_of(name, shape, options.block, stacked=stacked)
+    group_size = group_size_of(name, shape, options.pattern, stacked=stacked)
+    if options.pattern is not None:
+        densities = pattern_densities(options.pattern, options.fwd, options.bwd)
     units = (math.prod(shape) if blocks is None else blocks.count) // layers
     forward, backward = (layers * kept_count(units, density) for density in densities)
-    return RankedTensors({name: shape}, forward, backward, float(densities[0]), layers, blocks)
+    density = float(densities[0])
+    return RankedTensors({name: shape}, forward, backward, density, layers, blocks, group_size)
 
 
 def members(key: str, names: Mapping[str, object]) -> list[str]:

@@ -37,12 +37,14 @@ class _OptionalArguments(TypedDict, total=False):
     distribution: Distribution
     block: tuple[int, int] | None
     block_score: BlockScore
+    pattern: tuple[int, int] | None
     dense: Dense
     stacked: Patterns
     method: Method | None
     reservoir: ReservoirKind
     reservoir_path: FolderPath
     overrides: Overrides
+    power: float
     seed: int
     probe: bool
 
@@ -98,12 +100,14 @@ def wrap_optimizer(
     distribution: Distribution = "uniform",
     block: tuple[int, int] | None = None,
     block_score: BlockScore = "sum",
+    pattern: tuple[int, int] | None = None,
     dense: Dense = None,
     stacked: Patterns = None,
     method: Method | None = None,
     reservoir: ReservoirKind = "device",
     reservoir_path: FolderPath = None,
     overrides: Overrides = None,
+    power: float = 1.0,
     seed: int = 0,
     probe: bool = True,
 ) -> Any:
@@ -145,6 +149,11 @@ def wrap_optimizer(
         holds ``max(1, n - floor(fwd * n))``; likewise B with `bwd`. None: single weights.
     block_score
         The score by which blocks are ranked: ``"sum"`` or ``"max"`` of their magnitudes.
+    pattern
+        N:M sparsity, ``(n, m)``, such as ``(2, 4)``: A is the n largest of each group of m
+        consecutive weights in a row of each tensor as a matrix, as for `block`. `fwd` must be
+        ``1 - n / m``, and B holds the ``(1 - bwd) * m`` largest of each group, a whole number.
+        None: all weights of a tensor are ranked together.
     dense
         The tensors to keep dense besides those with fewer than two dimensions above one: a name or
         glob (``"head.*"``), a sequence of them, or a predicate ``(name, tensor) -> bool``. True
@@ -164,7 +173,11 @@ def wrap_optimizer(
         Options of single tensors, by name or glob: ``{"head.*": {"fwd": 0.5, "bwd": 0.2}}``. If
         several globs match, the last one wins. Can set ``fwd``, ``bwd``, ``refresh_every``,
         ``penalty``, ``penalty_kind``, ``explore``, ``explore_until``, ``block``, ``block_score``,
-        ``method`` and ``reservoir``.
+        ``pattern``, ``method`` and ``reservoir``.
+    power
+        Powerpropagation (Schwarz et al., 2021): the inner optimizer updates φ, and the weight is
+        ``φ * abs(φ) ** (power - 1)``. Above 1, large weights learn faster and small ones slower,
+        so that fewer matter. 2 is a good first try. Not for methods that grow weights from zero.
     seed
         Seed of the hash that ranks equal magnitudes, and of random choices.
     probe
@@ -182,8 +195,8 @@ def wrap_optimizer(
     Raises
     ------
     OptionError
-        If an option has an invalid value, or `block` does not divide a tensor (functional forms: in
-        ``init``).
+        If an option has an invalid value, or `block` or `pattern` does not divide a tensor
+        (functional forms: in ``init``).
     AdapterNotFoundError
         If no installed adapter supports the optimizer's framework.
     UnsupportedOptimizerError
@@ -218,6 +231,14 @@ def wrap_optimizer(
     >>> int((blocks != 0).all(dim=(1, 3)).sum())  # out of 100 blocks
     10
 
+    The largest 2 of each 4 inputs of an output; gradients exist for 3 of them:
+
+    >>> model = torch.nn.Linear(100, 10)
+    >>> opt = topkast.wrap_optimizer(
+    ...     torch.optim.AdamW(model.named_parameters(), 1e-3), fwd=0.5, bwd=0.25, pattern=(2, 4))
+    >>> set((model.weight.reshape(-1, 4) != 0).sum(dim=1).tolist())
+    {2}
+
     References
     ----------
     Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", 2020.
@@ -235,12 +256,14 @@ def wrap_optimizer(
         distribution=distribution,
         block=block,
         block_score=block_score,
+        pattern=pattern,
         dense=dense,
         stacked=stacked,
         method=method,
         reservoir=reservoir,
         reservoir_path=reservoir_path,
         overrides=overrides,
+        power=power,
         seed=seed,
         probe=probe,
     )

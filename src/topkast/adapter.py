@@ -2,13 +2,15 @@
 
 An adapter connects one framework's optimizers to the algorithm. It is a module with a function
 ``wrap(optimizer, options)``, registered in the entry-point group ``topkast.adapters`` under the
-package of the optimizers. The functions ``sparsify(model, optimizer, ...)`` and ``densify(model)``
-are optional. The adapter holds the state and converts containers; this interface decides.
+package of the optimizers. The functions ``sparsify(model, optimizer, ...)``, ``densify(model)`` and
+``measure_layers(model, example)`` are optional. The adapter holds the state and converts
+containers; this interface decides.
 
 - :class:`Options` validates the options and applies the overrides of each tensor.
 - :class:`RankedTensors` selects and refreshes the sets of tensors that share one compact vector.
 - :class:`Step` describes one update of one tensor (:func:`decide`, :func:`is_due`).
 - :class:`Inspection` is the result of ``__topkast_inspect__``, which :func:`topkast.summary` reads.
+- :class:`Layer` describes a tensor of a model to :func:`topkast.cost`.
 - :class:`Backend` adds operations that the array-API standard lacks, for one array library.
 - :func:`check_permutation`, :func:`check_joint` and :func:`observe` probe the inner optimizer.
 """
@@ -36,6 +38,7 @@ from topkast._probe import (
 from topkast._step import Step, decide, is_due
 from topkast._table import format_table
 from topkast._tensors import IncrementalRefresh, RankedTensors, Refresh, members, rank_tensors
+from topkast.analysis import Layer
 from topkast.backends import Backend, Ranks
 from topkast.backends._compiled import has_numba
 from topkast.functional._arrays import apply_updates
@@ -46,6 +49,7 @@ from topkast.functional._transform import TopKASTTransform
 from topkast.functional._wrapped_rule import WrappedRule
 from topkast.methods._chosen import method_of
 from topkast.selection._distribution import Shape, exact_fraction, kept_count
+from topkast.selection._groups import group_size_of, pattern_densities
 from topkast.selection._reserve import IncrementalSelection, choose_first
 from topkast.selection._support import Migration
 
@@ -62,6 +66,7 @@ __all__ = [
     "IncrementalRefresh",
     "IncrementalSelection",
     "Inspection",
+    "Layer",
     "Method",
     "Migration",
     "Options",
@@ -92,6 +97,7 @@ __all__ = [
     "exact_fraction",
     "format_table",
     "forward_views",
+    "group_size_of",
     "grow",
     "has_numba",
     "inspection",
@@ -105,6 +111,7 @@ __all__ = [
     "members",
     "method_of",
     "observe",
+    "pattern_densities",
     "possibly_true",
     "rank_tensors",
     "settled_ages",

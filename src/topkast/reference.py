@@ -66,17 +66,24 @@ def top_k(
     *,
     block: tuple[int, int] | None = None,
     block_score: str = "sum",
+    pattern: tuple[int, int] | None = None,
     seed: int = 0,
     name: str = "",
 ) -> Vector:
-    """Mask of the units with the largest magnitudes; ties are broken by hash."""
+    """Mask of the units with the largest magnitudes; ties are broken by hash.
+
+    With a `pattern`, the units of each group of consecutive ones are ranked separately.
+    """
     scores = np.abs(theta) if block is None else unit_scores(theta, block, block_score)
     n = scores.size
-    k = max(1, n - math.floor(Decimal(str(sparsity)) * n)) if n else 0
+    if pattern is None:
+        size, k = max(1, n), max(1, n - math.floor(Decimal(str(sparsity)) * n)) if n else 0
+    else:
+        size, k = pattern[1], round((1 - sparsity) * pattern[1])
     words = tie_words(n, seed, name).astype(np.int64)
-    order = np.lexsort((-words, -scores.ravel()))
+    order = np.lexsort((-words, -scores.ravel(), np.arange(n) // size))
     mask = np.zeros(n, dtype=bool)
-    mask[order[:k]] = True
+    mask[order.reshape(-1, size)[:, :k]] = True
     if block is not None:  # repeat the flag of each unit for its weights
         mask = np.kron(mask.reshape(scores.shape), np.ones(block, dtype=bool))
     return mask.reshape(theta.shape)
@@ -111,6 +118,7 @@ class TopKAST:
         penalty_kind: str = "l2",
         block: tuple[int, int] | None = None,
         block_score: str = "sum",
+        pattern: tuple[int, int] | None = None,
         seed: int = 0,
         name: str = "",
     ) -> None:
@@ -120,7 +128,8 @@ class TopKAST:
         self.penalty, self.penalty_kind = penalty, penalty_kind
         self.rule.moments = {name: np.zeros_like(theta) for name in rule.moments}
         # fwd_params = TopK(dense_params, X%); bwd_params = TopK(dense_params, Y%)
-        self.seed, self.name, self.block, self.block_score = seed, name, block, block_score
+        self.seed, self.name, self.pattern = seed, name, pattern
+        self.block, self.block_score = block, block_score
         self.forward, self.backward = self.select()
 
     def select(self) -> tuple[Vector, Vector]:
@@ -131,6 +140,7 @@ class TopKAST:
                 sparsity,
                 block=self.block,
                 block_score=self.block_score,
+                pattern=self.pattern,
                 seed=self.seed,
                 name=self.name,
             )

@@ -26,6 +26,7 @@ from array_api_compat import is_cupy_array
 from topkast._inspect import Masks
 from topkast._primitives import Array
 from topkast.selection._distribution import exact_fraction, kept_count
+from topkast.selection._groups import group_size_of, pattern_densities
 from topkast.selection._random import make_key, ranks
 from topkast.selection._support import Support
 from topkast.selection._units import BlockScore, blocks_of, unit_scores
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 HostArray = np.ndarray[Any, Any]
 Block: TypeAlias = tuple[int, int] | None
+Pattern: TypeAlias = tuple[int, int] | None
 
 __all__ = [
     "assert_counts",
@@ -108,6 +110,7 @@ def assert_masks(
     bwd: float,
     block: Block = None,
     block_score: BlockScore = "sum",
+    pattern: Pattern = None,
     seed: int = 0,
     name: str = "",
 ) -> None:
@@ -121,7 +124,7 @@ def assert_masks(
         Boolean arrays of the shape of `theta`.
     fwd, bwd
         Forward and backward sparsity.
-    block, block_score, seed, name
+    block, block_score, pattern, seed, name
         As for :func:`assert_tie_order`.
 
     Raises
@@ -140,23 +143,38 @@ def assert_masks(
     >>> masks = topkast.masks(tx.init({"w": theta}), {"w": theta})["w"]
     >>> assert_masks(theta, masks, fwd=0.75, bwd=0.5, block=(2, 1), name="w")
     """
-    assert_counts(masks, fwd=fwd, bwd=bwd, block=block)
+    units: dict[str, Any] = {"block": block, "block_score": block_score, "pattern": pattern}
+    assert_counts(masks, fwd=fwd, bwd=bwd, block=block, pattern=pattern)
     assert_nested(masks)
     for mask in masks:
-        assert_magnitude_order(theta, mask, block=block, block_score=block_score)
-        assert_tie_order(theta, mask, block=block, block_score=block_score, seed=seed, name=name)
+        assert_magnitude_order(theta, mask, **units)
+        assert_tie_order(theta, mask, **units, seed=seed, name=name)
 
 
-def assert_counts(masks: Masks, *, fwd: float, bwd: float, block: Block = None) -> None:
+def assert_counts(
+    masks: Masks, *, fwd: float, bwd: float, block: Block = None, pattern: Pattern = None
+) -> None:
     """Assert that ``|A| = max(1, n - floor(fwd * n))``, and likewise ``|B|``, exactly.
 
     With `block`, n is the number of blocks of the tensor as a matrix (first axis × all others), and
-    A and B must consist of whole blocks.
+    A and B must consist of whole blocks. With `pattern`, ``(n, m)``, each group of m consecutive
+    weights in a row must hold n of A and ``(1 - bwd) * m`` of B.
     """
-    for name, mask, sparsity in zip("AB", masks, (fwd, bwd), strict=True):
+    densities = 1 - exact_fraction(fwd), 1 - exact_fraction(bwd)
+    if pattern is not None:
+        densities = pattern_densities(pattern, fwd, bwd)
+    for name, mask, sparsity, density in zip("AB", masks, (fwd, bwd), densities, strict=True):
         flags = _unit_flags(mask, block, name)
+        group_size = group_size_of(name, to_numpy(mask).shape, pattern)
+        if group_size is not None:
+            counts, each = flags.reshape(-1, group_size).sum(axis=1), int(density * group_size)
+            wrong = np.flatnonzero(counts != each)
+            assert not len(wrong), (
+                f"group {wrong[0]} has {counts[wrong[0]]} weights of {name}, expected {each} of "
+                f"{group_size}; {len(wrong)} groups differ"
+            )
         count, size = int(flags.sum()), flags.size
-        expected = kept_count(size, 1 - exact_fraction(sparsity))
+        expected = kept_count(size, density)
         units = "entries" if block is None else "blocks"
         assert count == expected, (
             f"|{name}| is {count}, expected {expected} of {size} {units} at sparsity {sparsity}"
@@ -170,15 +188,25 @@ def assert_nested(masks: Masks) -> None:
 
 
 def assert_magnitude_order(
-    theta: Array, mask: Array, *, block: Block = None, block_score: BlockScore = "sum"
+    theta: Array,
+    mask: Array,
+    *,
+    block: Block = None,
+    block_score: BlockScore = "sum",
+    pattern: Pattern = None,
 ) -> None:
-    """Assert that no dropped magnitude, or score of a block, exceeds a kept one."""
-    scores, kept = _unit_scores(theta, block, block_score), _unit_flags(mask, block)
-    if kept.any() and not kept.all():
-        smallest_kept, largest_dropped = scores[kept].min(), scores[~kept].max()
-        assert smallest_kept >= largest_dropped, (
-            f"kept a magnitude of {smallest_kept} and dropped one of {largest_dropped}"
-        )
+    """Assert that no dropped magnitude, or score of a block, exceeds a kept one.
+
+    With `pattern`, only weights of one group are compared.
+    """
+    all_scores, flags = _unit_scores(theta, block, block_score), _unit_flags(mask, block)
+    for group in _groups(flags, mask, pattern):
+        scores, kept = all_scores[group], flags[group]
+        if kept.any() and not kept.all():
+            smallest_kept, largest_dropped = scores[kept].min(), scores[~kept].max()
+            assert smallest_kept >= largest_dropped, (
+                f"kept a magnitude of {smallest_kept} and dropped one of {largest_dropped}"
+            )
 
 
 def assert_tie_order(
@@ -187,18 +215,22 @@ def assert_tie_order(
     *,
     block: Block = None,
     block_score: BlockScore = "sum",
+    pattern: Pattern = None,
     seed: int = 0,
     name: str = "",
 ) -> None:
     """Assert that ties are broken by the hash of (seed, name, flat index), the largest kept first.
 
-    `block`, `block_score` and `seed` are the options of :func:`topkast.wrap_optimizer`, and `name`
-    is the tensor's; or all are the arguments of :func:`topkast.select`. With `block`, scores and
-    block numbers replace magnitudes and indices.
+    `block`, `block_score`, `pattern` and `seed` are the options of :func:`topkast.wrap_optimizer`,
+    and `name` is the tensor's; or all are the arguments of :func:`topkast.select`. With `block`,
+    scores and block numbers replace magnitudes and indices. With `pattern`, ties are those within a
+    group.
     """
     scores, kept = _unit_scores(theta, block, block_score), _unit_flags(mask, block)
-    if kept.any():
-        ties = np.flatnonzero(scores == scores[kept].min())
+    for group in _groups(kept, mask, pattern):
+        if not kept[group].any():
+            continue
+        ties = group[scores[group] == scores[group][kept[group]].min()]
         by_rank = kept[ties[np.argsort(-ranks(ties, make_key(seed, name, "ties")))]]
         assert not np.any(by_rank[1:] & ~by_rank[:-1]), (
             "kept a tie and dropped one with a larger hash: pass the `seed` and `name` with which "
@@ -245,6 +277,8 @@ def assert_survivors_unchanged(
 def assert_same_support(first: Support, second: Support) -> None:
     """Assert equal sets A and B in the same units; the libraries may differ."""
     assert first.blocks == second.blocks, f"the units are {first.blocks} and {second.blocks}"
+    sizes = first.group_size, second.group_size
+    assert sizes[0] == sizes[1], f"the sizes of groups are {sizes[0]} and {sizes[1]}"
     pairs = {"A": (first.active, second.active), "B∖A": (first.exploring, second.exploring)}
     for name, (left, right) in pairs.items():
         assert np.array_equal(to_numpy(left), to_numpy(right)), f"{name} differs"
@@ -269,6 +303,13 @@ def _unit_flags(mask: Array, block: Block, name: str = "the mask") -> HostArray:
     partial = int((kept.any(axis=1) & ~kept.all(axis=1)).sum())
     assert not partial, f"{name} has parts of {partial} blocks of {blocks.rows} × {blocks.columns}"
     return np.asarray(kept.all(axis=1))
+
+
+def _groups(flags: HostArray, mask: Array, pattern: Pattern) -> list[HostArray]:
+    """Numbers of the units (n,) that are ranked together: those of each group, or all."""
+    group_size = group_size_of("the mask", to_numpy(mask).shape, pattern)
+    numbers = np.arange(flags.size)
+    return [numbers] if group_size is None else list(numbers.reshape(-1, group_size))
 
 
 def to_numpy(array: Array) -> HostArray:

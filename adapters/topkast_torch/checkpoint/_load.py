@@ -84,6 +84,7 @@ class _Sets:
     reservoir: Reservoir
     steps: int
     ages: Tensor | None
+    momentum: Tensor | None
 
     def restore(self, execution: Execution, param_group: Mapping[str, Any]) -> None:
         execution.entered_active, execution.steps = self.entered_active, self.steps
@@ -91,6 +92,8 @@ class _Sets:
         execution.restore(self.support, self.values, self.reservoir)
         if execution.young is not None and self.ages is not None:
             execution.young.restore(self.ages, param_group)
+        if self.momentum is not None:
+            execution.momentum = self.momentum
 
 
 @dataclass
@@ -235,6 +238,8 @@ def _check_sets(execution: Execution, extras: Mapping[str, Any], folder: Any) ->
     sides = (1, 1) if blocks is None else (blocks.rows, blocks.columns)
     saved_sides = shared.get("block_rows", 1), shared.get("block_columns", 1)
     expect(f"block of {key}", sides, saved_sides)
+    group_size = ranked.group_size
+    expect(f"size of the groups of {key}", group_size, shared.get("group_size"))
     indices, count = shared["indices"], ranked.backward
     expected = ((count,), execution.support.indices.dtype)
     expect(f"indices of B of {key}", expected, _shape_and_dtype(indices))
@@ -242,7 +247,7 @@ def _check_sets(execution: Execution, extras: Mapping[str, Any], folder: Any) ->
     if execution.method.schedules and shared["active_count"] in range(ranked.backward + 1):
         forward = shared["active_count"]
     expect(f"|A| of {key}", forward, shared["active_count"])
-    support = Support(indices.to(device, copy=True), forward, ranked.blocks)
+    support = Support(indices.to(device, copy=True), forward, ranked.blocks, group_size)
     try:
         support.check(ranked.size, f"{key}: the state dict")
     except MismatchError as error:
@@ -253,6 +258,11 @@ def _check_sets(execution: Execution, extras: Mapping[str, Any], folder: Any) ->
         expected = ((ranked.backward_size,), torch.int16)
         expect(f"ages of {key}", expected, _shape_and_dtype(shared["ages"]))
         ages = shared["ages"].to(device, copy=True)
+    momentum = None
+    if execution.momentum is not None:
+        expected = ((ranked.size,), execution.momentum.dtype)
+        expect(f"momentum of {key}", expected, _shape_and_dtype(shared.get("momentum")))
+        momentum = shared["momentum"].to(device, copy=True)
     entered, steps = [extra["entered_active"] for extra in extras.values()], shared["steps"]
     if not all(isinstance(number, int) and number >= 0 for number in (*entered, steps)):
         raise StateDictError(f"{key}: entered_active and steps must be integers >= 0")
@@ -263,6 +273,7 @@ def _check_sets(execution: Execution, extras: Mapping[str, Any], folder: Any) ->
         reservoir,
         steps,
         ages,
+        momentum,
     )
 
 

@@ -143,9 +143,13 @@ def _save_execution(execution: Execution) -> dict[str, dict[str, Any]]:
     shared["active_count"] = execution.support.forward
     if ranked.blocks is not None:
         shared["block_rows"], shared["block_columns"] = ranked.blocks.rows, ranked.blocks.columns
+    if ranked.group_size is not None:
+        shared["group_size"] = ranked.group_size
     shared["steps"] = execution.steps
     if execution.young is not None:
         shared["ages"] = execution.young.current_ages().clone()
+    if execution.momentum is not None:
+        shared["momentum"] = execution.momentum.clone()
     if others:
         shared["members"] = list(ranked.shapes)
     return saved

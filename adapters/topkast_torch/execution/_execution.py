@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from topkast import Support
+from topkast import OptionError, Support
 from topkast.adapter import (
     IncrementalRefresh,
     IncrementalSelection,
@@ -30,7 +30,13 @@ from topkast.adapter import (
 from topkast.reservoirs import Reservoir
 from topkast_torch._reservoirs import STREAMED, all_weights, keep_weights, take_weights
 from topkast_torch.inner._fresh import class_name
-from topkast_torch.inner._inner_state import Layout, check_migratable, entries_of, migrate_entries
+from topkast_torch.inner._inner_state import (
+    Layout,
+    Start,
+    check_migratable,
+    entries_of,
+    migrate_entries,
+)
 from topkast_torch.inner._young import YoungEntries
 
 
@@ -59,25 +65,38 @@ class Execution(ABC):
     reservoir: Reservoir  # θ outside B
     profile: InnerProfile
     overrides: dict[str, Any]  # options set for these tensors only
+    power: float
     method: Method
     # Changed by a refresh
     support: Support
     entered_active: Tensor  # number of entries new to A, by member
     young: YoungEntries | None
+    momentum: Tensor | None  # the running mean of the gradient on all weights (n,), if needed
     selection: IncrementalSelection
     # Changed by a step
     step: Step  # the next step
     awaits_gradient: bool  # whether the refresh after it needs the gradient outside B
     _frozen: Tensor | None = None  # values on B∖A, which rest in the step
+    _base: tuple[Tensor, Tensor] | None  # during a step under `power`: φ and the weights
     steps: int  # taken by the inner optimizer on these weights
 
     def set_up(self, profile: InnerProfile, options: Options, updates: int, steps: int) -> None:
         """Initialise the fields that all executions share; weights and sets must be set."""
         self.profile, self.steps = profile, steps
         self.overrides = {"method": options.method} | options.overrides_of(self.ranked.key)
-        self.method = method_of(options.for_tensor(self.ranked.key))
+        self.method, self.power = method_of(options.for_tensor(self.ranked.key)), options.power
+        if self.power != 1 and any(
+            isinstance(start, Start) for start in profile.layout.starts.values()
+        ):
+            raise OptionError(
+                f"power={self.power} cannot be combined with an optimizer whose state holds copies "
+                "of the weights: pass power=1, or choose one without averages, such as AdamW"
+            )
+        self._base = None
         self.entered_active = self.ranked.no_change(self.support.indices)
-        self.young, self.selection = None, IncrementalSelection()
+        self.young, self.momentum, self.selection = None, None, IncrementalSelection()
+        if "momentum" in self.method.needs:
+            self.momentum = self.values.new_zeros(self.ranked.size, requires_grad=False)
         if profile.needs_ages:
             self.young = YoungEntries(
                 settled_ages(self.support.backward_size, self.support.indices), profile
@@ -169,9 +188,11 @@ class Execution(ABC):
             explore_until=self.option(group, "explore_until") if self.method.explores else 0,
             updates=updates,
             betas=None if self.young is None else self.young.betas(group),
+            power=self.power,
         )
         refreshes = self.is_due(group, updates + 1) or (overdue and self.refreshes)
-        self.awaits_gradient = "gradient" in self.method.needs and refreshes
+        needs_gradient = "gradient" in self.method.needs and refreshes
+        self.awaits_gradient = self.momentum is not None or needs_gradient
 
     def is_due(self, group: Mapping[str, Any], updates: int) -> bool:
         """Whether a refresh is due after `updates` updates."""
@@ -184,15 +205,35 @@ class Execution(ABC):
         if gradient is None:
             self.values.grad = None
             return
-        if self.step.penalty or not self.step.exploring:
+        if self.momentum is not None:
+            whole: Any = self.whole_gradient()
+            self.momentum.lerp_(whole.detach().to(self.momentum.dtype), 1 - self.method.momentum)
+        if self.step.penalty or not self.step.exploring or self.power != 1:
             buffer = self.gradient_buffer()
             self._add_penalty(gradient, buffer)
             gradient = buffer
         self.values.grad = gradient.view(self.ranked.compact_shape)
         if not self.step.exploring:
             self._frozen = self._exploring_values().clone()
+        if self.power != 1:
+            self._enter_base(gradient)
         if self.young is not None:
             self.young.before_step(inner, group, self.values, self.step.betas)
+
+    def _enter_base(self, gradient: Tensor) -> None:
+        """Replace weights and gradient (|B|,) by φ and its gradient, for the inner optimizer."""
+        values = self.values.detach().view(-1)
+        base = self.step.to_base(values)
+        self._base = base, values.clone()
+        values.copy_(base)
+        gradient.copy_(self.step.chain(gradient, base))
+
+    def _leave_base(self) -> None:
+        """Replace φ by the weights."""
+        if self._base is not None:
+            values = self.values.detach().view(-1)
+            values.copy_(self.step.to_weights(values, *self._base))
+            self._base = None
 
     def _add_penalty(self, gradient: Tensor, out: Tensor) -> None:
         """Write the gradient (|B|,) plus the penalty's to `out`, zero on B∖A if that rests."""
@@ -219,6 +260,7 @@ class Execution(ABC):
         if self.values.grad is not None:
             if self.young is not None and stepped:
                 self.young.after_step(inner, self.values, self.steps, self.step.betas)
+            self._leave_base()
             if self._frozen is not None:
                 self._exploring_values().copy_(self._frozen)
             self.write_forward_view()
@@ -259,7 +301,7 @@ class Execution(ABC):
         # Other methods read nothing but the shape, device and dtype of the weights.
         reads_all = "weights" in self.method.needs
         weights = self.theta() if reads_all else values.new_zeros(1).expand(self.ranked.size)
-        gradient = self.whole_gradient() if "gradient" in self.method.needs else None
+        gradient = self.whole_gradient() if "gradient" in self.method.needs else self.momentum
         return self.ranked.refresh(weights, self.support, options, updates, values, gradient)
 
     def _choose_incrementally(self, options: Options) -> IncrementalRefresh | None:
@@ -345,6 +387,7 @@ class Execution(ABC):
             "indices": self.support.indices.nbytes,
             "layouts": self.layout_bytes(),
             "ages": 0 if self.young is None else self.young.nbytes,
+            "momentum": 0 if self.momentum is None else self.momentum.nbytes,
             "reserve": self.selection.nbytes,
             "reservoir": self.reservoir.nbytes,
         }

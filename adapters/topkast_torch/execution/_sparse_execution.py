@@ -13,7 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from topkast import MismatchError, OptionError
-from topkast.adapter import Method, Migration, Options, RankedTensors, method_of
+from topkast.adapter import (
+    Method,
+    Migration,
+    Options,
+    RankedTensors,
+    group_size_of,
+    method_of,
+    pattern_densities,
+)
 from topkast_torch._reservoirs import take_over
 from topkast_torch.execution._execution import Execution, InnerProfile
 from topkast_torch.execution._masked_execution import MaskedExecution
@@ -47,7 +55,8 @@ class SparseExecution(Execution):
                 f"{name} is the weight of a {type(layer).__name__}, whose sets have fixed sizes: "
                 "distribution='global' would move weights between tensors"
             )
-        block = options.for_tensor(name).block
+        own_options = options.for_tensor(name)
+        block = own_options.block
         if block not in (None, (1, 1)):
             raise OptionError(
                 f"{name} is the weight of a {type(layer).__name__}, whose products work on single "
@@ -56,6 +65,12 @@ class SparseExecution(Execution):
                 '{"block": None}}'
             )
         method = method_of(options.for_tensor(name))
+        if "momentum" in method.needs:
+            raise OptionError(
+                f"{type(method).__name__} keeps a dense momentum, but {name} is the weight of a "
+                f"{type(layer).__name__}, which never has a dense gradient: choose a method that "
+                "needs the gradient at refreshes only, such as RigL"
+            )
         check_processes(name, method)
         forward, size = layer.support.forward, math.prod(layer.weight_shape)
         backward = {"equal": forward, "none": size}.get(method.backward, layer.values.numel())
@@ -68,13 +83,17 @@ class SparseExecution(Execution):
         execution = cls.__new__(cls)
         density = getattr(layer, "density", forward / size)
         execution.ranked = RankedTensors(
-            {name: layer.weight_shape}, forward, layer.values.numel(), density
+            {name: layer.weight_shape},
+            forward,
+            layer.values.numel(),
+            density,
+            group_size=_group_size(name, layer, own_options),
         )
         execution.reservoir = take_over(
-            layer.reservoir, layer.values, execution.ranked, options.for_tensor(name)
+            layer.reservoir, layer.values, execution.ranked, own_options
         )
         execution.values, execution.layer = layer.values, layer
-        execution.support = layer.support
+        execution.support = layer.support.in_groups(execution.ranked.group_size)
         execution._begin()
         execution.set_up(profile, options, updates, steps)
         if layer.selection is not None and execution.reservoir is layer.reservoir:
@@ -237,6 +256,27 @@ def check_processes(name: str, method: Method) -> None:
             "not send it: keep this layer masked (sparsify(..., only=...)), whose gradient "
             "DistributedDataParallel averages, or choose a method without gradients, as SET"
         )
+
+
+def _group_size(name: str, layer: SparseLayer, options: Options) -> int | None:
+    """The size of groups; raises :class:`topkast.OptionError` unless the layer's sets fit them."""
+    group_size = group_size_of(name, layer.weight_shape, options.pattern)
+    if options.pattern is None or group_size is None:
+        return None
+    size, support = math.prod(layer.weight_shape), layer.support.in_groups(group_size)
+    forward, backward = pattern_densities(options.pattern, options.fwd, options.bwd)
+    fits = (support.forward, support.backward) == (int(forward * size), int(backward * size))
+    try:
+        support.check(size, "it")
+    except MismatchError:
+        fits = False
+    if not fits:
+        raise OptionError(
+            f"{name} is the weight of a {type(layer).__name__}, whose sets were chosen without "
+            f"pattern={options.pattern}. Make the model dense with topkast.densify before building "
+            f'its optimizer, or pass overrides={{{name!r}: {{"pattern": None}}}}'
+        )
+    return group_size
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ class TopKASTOptimizer(torch.optim.Optimizer):
 
     ``param_groups`` are those of the wrapped optimizer with the options ``fwd``, ``bwd``,
     ``refresh_every``, ``penalty``, ``penalty_kind``, ``explore``, ``explore_until``,
-    ``distribution``, ``block`` and ``block_score`` added; all but the sparsities, the distribution
-    and the block may change during training.
+    ``distribution``, ``block``, ``block_score`` and ``pattern`` added; all but the sparsities, the
+    distribution, the block and the pattern may change during training.
     ``state[p]`` is the inner optimizer's state, with entries of shape (1, …, \|B\|). Other methods
     and attributes of the wrapped optimizer, such as ``train`` and ``eval`` of schedule-free ones,
     are available too: they act on the values on B, and the new values on A reach the model.
@@ -156,8 +156,8 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         Raises
         ------
         OptionError
-            If an option of a group has an invalid value, or ``fwd``, ``bwd``, ``distribution`` or
-            ``block`` was changed.
+            If an option of a group has an invalid value, or ``fwd``, ``bwd``, ``distribution``,
+            ``block`` or ``pattern`` was changed.
         MismatchError
             If other code has written weights outside A, or replaced Parameters.
         NonFiniteError

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from topkast import AdapterNotFoundError, OptionError, SparseExportWarning
 from topkast.adapter import check_patterns, format_table, matches
+from topkast_torch._example import hooked, run_example
 from topkast_torch.execution._masked_execution import MaskedExecution
 from topkast_torch.execution._sparse_execution import SparseExecution, check_processes
 from topkast_torch.optimizer._callers import is_called_by
@@ -197,6 +198,8 @@ def _find_obstacle(modules: list[tuple[nn.Module, str]], execution: MaskedExecut
         return f"{name} of {type(module).__name__}, which has no sparse form"
     if "forward" in module.__dict__:
         return "its forward function was replaced"
+    if execution.momentum is not None:
+        return f"{type(execution.method).__name__} keeps a dense momentum"
     if execution.ranked.blocks is not None:
         blocks = execution.ranked.blocks
         return f"blocks of {blocks.rows} × {blocks.columns} have no sparse products yet"
@@ -238,23 +241,12 @@ def _record_inputs(model: nn.Module, example: Any) -> dict[nn.Module, Tensor]:
     def record(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         inputs.setdefault(module, arguments[0] if arguments else named["input"])
 
-    hooks = [
+    with hooked(
         module.register_forward_pre_hook(record, with_kwargs=True)
         for module in model.modules()
         if type(module) in SPARSE_FORMS
-    ]
-    training = {module: module.training for module in model.modules()}
-    try:
-        with torch.enable_grad():
-            model.eval()  # keeps running statistics unchanged
-            model(*example) if isinstance(example, (tuple, list)) else model(example)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise OptionError(f"the model cannot compute with the example: {error}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, flag in training.items():
-            module.training = flag
+    ):
+        run_example(model, example)
     return inputs
 
 

@@ -102,7 +102,9 @@ class JAXBackend(Backend):
         return jax.vmap(choose)(by_layer, jnp.arange(layers) * by_layer.shape[1])
 
 
-# The indices of a support are data; |A| and the blocks belong to the tree structure.
-register_dataclass(Support, data_fields=["indices"], meta_fields=["forward", "blocks"])
+# The indices of a support are data; |A|, blocks and groups belong to the tree structure.
+register_dataclass(
+    Support, data_fields=["indices"], meta_fields=["forward", "blocks", "group_size"]
+)
 
 BACKEND = JAXBackend()

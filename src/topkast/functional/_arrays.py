@@ -8,7 +8,6 @@ from array_api_compat import array_namespace
 
 from topkast._primitives import Array, cond, take
 from topkast._step import is_due
-from topkast._tensors import RankedTensors
 from topkast.backends import backend_of
 from topkast.functional._plan import Plan
 from topkast.functional._state import Arrays, TopKASTState
@@ -50,30 +49,58 @@ def to_compact(plan: Plan, arrays: Mapping[str, Array], supports: Mapping[str, S
     return compact
 
 
-def forget(
+def forget_all(
     plan: Plan,
-    ranked: RankedTensors,
     before: TopKASTState,
     after: TopKASTState,
-    flat: Array,
-    fill: Array,
-) -> Array:
-    """Write `fill` (n,) to all of `flat` (n,) but what stays, after a refresh.
+    arrays: Mapping[str, Array],
+    *,
+    negated: Mapping[str, Array] | None = None,
+) -> Arrays:
+    """Set weights to zero that methods forget: after a refresh, all but what stays.
 
-    What stays is in A, and was in B, or in A if B∖A rests. `flat` keeps its dtype.
+    What stays is in A, and was in B, or in A if B∖A rests. `arrays` are the weights, or updates of
+    weights, which become `negated` weights.
     """
-    backend, explores = backend_of(flat), plan.explores(ranked)
-    fill = array_namespace(flat).astype(fill, flat.dtype)
+    remembered = dict(arrays)
+    for ranked in plan.forgetting:
+        flat = ranked.flatten({name: arrays[name] for name in ranked.shapes})
+        fill = array_namespace(flat).zeros_like(flat)
+        if negated is not None:
+            fill = -ranked.flatten({name: negated[name] for name in ranked.shapes})
+            fill = array_namespace(fill).astype(fill, flat.dtype)
+        due = is_due(plan.options[ranked.key].refresh_every, after.updates)
+        sets = before.supports[ranked.key], after.supports[ranked.key]
+        change = _forget if plan.explores(ranked) else _forget_exploring
+        remembered |= ranked.unflatten(cond(due, change, flat, fill, *sets))
+    return remembered
 
-    def forget(flat: Array, fill: Array, old: Support, new: Support) -> Array:
-        active = new.entries[: new.forward_size]
-        trained = old.entries if explores else old.active_entries
-        kept = backend.put(fill, trained, take(flat, trained))
-        return backend.put(fill, active, take(kept, active))
 
-    due = is_due(plan.options[ranked.key].refresh_every, after.updates)
-    sets = before.supports[ranked.key], after.supports[ranked.key]
-    return cond(due, forget, flat, fill, *sets)
+def _forget(flat: Array, fill: Array, old: Support, new: Support) -> Array:
+    """`fill` (n,) with the entries of `flat` (n,) that were in B and are in A."""
+    return _keep(flat, fill, old.entries, new)
+
+
+def _forget_exploring(flat: Array, fill: Array, old: Support, new: Support) -> Array:
+    """`fill` (n,) with the entries of `flat` (n,) that were and are in A."""
+    return _keep(flat, fill, old.active_entries, new)
+
+
+def _keep(flat: Array, fill: Array, trained: Array, new: Support) -> Array:
+    backend, active = backend_of(flat), new.active_entries
+    kept = backend.put(fill, trained, take(flat, trained))
+    return backend.put(fill, active, take(kept, active))
+
+
+def advance_momenta(plan: Plan, momenta: Arrays, grads: Mapping[str, Array]) -> Arrays:
+    """Running means of the gradients (n,) after a step, by key."""
+    advanced = {}
+    for ranked in plan.tensors:
+        if ranked.key in momenta:
+            kept, mean = plan.method(ranked).momentum, momenta[ranked.key]
+            gradient = array_namespace(mean).astype(ranked.flatten(grads), mean.dtype)
+            advanced[ranked.key] = kept * mean + (1 - kept) * gradient
+    return advanced
 
 
 def zero_count(params: Mapping[str, Array]) -> Array:

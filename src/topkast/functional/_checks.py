@@ -74,3 +74,14 @@ def check_plan(plan: Plan, state: TopKASTState) -> None:
                 f"options, but {blocks or 'single weights'} in the state: wrap with the `block` of "
                 "the state, or call init again"
             )
+        group_size = state.supports[ranked.key].group_size
+        if group_size != ranked.group_size:
+            raise MismatchError(
+                f"{ranked.key} is ranked in {_format_groups(ranked.group_size)} under the current "
+                f"options, but in {_format_groups(group_size)} in the state: wrap with the "
+                "`pattern` of the state, or call init again"
+            )
+
+
+def _format_groups(group_size: int | None) -> str:
+    return "one group" if group_size is None else f"groups of {group_size} weights"

@@ -11,6 +11,7 @@ from topkast._method import Method
 from topkast._options import Options
 from topkast._patterns import kept_dense
 from topkast._probe import Traits
+from topkast._step import Step, decide
 from topkast._tensors import RankedTensors, rank_tensors
 from topkast.functional._wrapped_rule import WrappedRule
 from topkast.methods._chosen import method_of
@@ -58,6 +59,23 @@ class Plan:
         """Whether B∖A is updated."""
         return self.method(ranked).explores
 
+    def decide(self, updates: Any) -> dict[str, Step]:
+        """The next update of each tensor, by key, after `updates` updates."""
+        steps = {}
+        for ranked in self.tensors:
+            options, traits = self.options[ranked.key], self.traits[ranked.key]
+            steps[ranked.key] = decide(
+                penalty=options.penalty,
+                penalty_kind=options.penalty_kind,
+                density=ranked.density,
+                ascends=traits.ascends,
+                explore_until=options.explore_until if self.explores(ranked) else 0,
+                updates=updates,
+                betas=traits.betas,
+                power=options.power,
+            )
+        return steps
+
     def keys(self, params: Mapping[str, Any]) -> set[str]:
         """Keys of the arrays that the inner rule gets."""
         inside = self.inside
@@ -80,6 +98,11 @@ def make_plan(tensors: Mapping[str, TensorInfo], options: Options, rule: Wrapped
             if len(ranked.shapes) > 1:
                 rule.probe_joint(list(ranked.shapes), ranked.key)
     traits, copies = rule.observe(dimensions)
+    if options.power != 1 and copies:
+        raise OptionError(
+            f"power={options.power} cannot be combined with a rule whose state holds copies of the "
+            "weights: pass power=1, or choose a rule without averages, such as Adam"
+        )
     return Plan(
         groups,
         {ranked.key: options.for_tensor(ranked.key) for ranked in groups},

@@ -36,6 +36,9 @@ class TopKASTState(NamedTuple):
         of the Adam family, whose entrants would move too fast.
     inner
         State of the inner rule, whose arrays cover B alone.
+    momenta
+        Running means of the gradient on all weights (n,), by name of the tensor. Only for methods
+        that need them.
     """
 
     updates: Array
@@ -43,6 +46,7 @@ class TopKASTState(NamedTuple):
     entered_active: Arrays
     ages: Arrays
     inner: Any
+    momenta: Arrays = {}  # noqa: RUF012 - never written to
 
     def __topkast_inspect__(self, params: Arrays | None) -> Inspection:
         if params is None:
@@ -75,6 +79,8 @@ def inspection(state: Any, params: Arrays, nbytes: Mapping[str, int]) -> Inspect
             held[key]["indices"] += count_bytes(support.entries)
         if key in state.ages:
             held[key]["ages"] = count_bytes(state.ages[key])
+        if key in state.momenta:
+            held[key]["momentum"] = count_bytes(state.momenta[key])
     # Parameters, their gradients, and the forward views of sparsified tensors.
     sparsified = {name for tensors in ranked.values() for name in tensors.shapes}
     model = sum(
@@ -142,7 +148,12 @@ def forward_views(params: Mapping[str, Array], supports: Mapping[str, Support]) 
 def _ranked(shapes: Mapping[str, Shape], support: Support) -> RankedTensors:
     """Reconstruct the ranked tensors from shapes and a support; their density is not known."""
     return RankedTensors(
-        shapes, support.forward, support.backward, density=1.0, blocks=support.blocks
+        shapes,
+        support.forward,
+        support.backward,
+        density=1.0,
+        blocks=support.blocks,
+        group_size=support.group_size,
     )
 
 

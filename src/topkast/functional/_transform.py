@@ -25,12 +25,13 @@ from topkast._primitives import (
     cond,
     possibly_true,
 )
-from topkast._step import Step, decide, is_due
+from topkast._step import Step, is_due
 from topkast._tensors import RankedTensors
 from topkast.backends import backend_of
 from topkast.functional._arrays import (
+    advance_momenta,
     apply_updates,
-    forget,
+    forget_all,
     increment,
     to_compact,
     zero_count,
@@ -90,6 +91,12 @@ class TopKASTTransform:
                 if plan.traits[ranked.key].betas is not None
             },
             self.inner.init(to_compact(plan, params, supports)),
+            {
+                ranked.key: array_namespace(flat).zeros_like(flat)
+                for ranked in plan.tensors
+                if "momentum" in plan.method(ranked).needs
+                for flat in [ranked.flatten(params)]
+            },
         )
 
     def update(
@@ -131,11 +138,7 @@ class TopKASTTransform:
         next_state = self._refresh_if_due(
             plan, advance.next_state, lambda: apply_updates(params, updates), grads
         )
-        for ranked in plan.forgetting:
-            own = ranked.flatten({name: updates[name] for name in ranked.shapes})
-            to_zero = ranked.flatten({name: -params[name] for name in ranked.shapes})
-            own = forget(plan, ranked, advance.next_state, next_state, own, to_zero)
-            updates |= ranked.unflatten(own)
+        updates = forget_all(plan, advance.next_state, next_state, updates, negated=params)
         return updates, next_state
 
     def step(
@@ -162,9 +165,9 @@ class TopKASTTransform:
         Raises as :meth:`update`.
         """
         backend = backend_of(next(iter(params.values()), None))
-        if backend.fuses(self.inner) and not extra:
+        if backend.fuses(self.inner) and not extra and self.options.power == 1:
             plan = self.check(grads, params, state)
-            steps = self._decide(plan, state)
+            steps = plan.decide(state.updates)
             weights, inner, ages = backend.step(self.inner, plan, steps, grads, state, params)
             next_state = state._replace(updates=increment(state.updates), inner=inner, ages=ages)
             return self._finish_step(plan, next_state, weights, grads)
@@ -185,11 +188,7 @@ class TopKASTTransform:
     ) -> tuple[Arrays, TopKASTState]:
         """Refresh if it is due, and set the weights to zero that methods forget."""
         next_state = self._refresh_if_due(plan, state, lambda: weights, grads)
-        for ranked in plan.forgetting:
-            own = ranked.flatten({name: weights[name] for name in ranked.shapes})
-            zeros = array_namespace(own).zeros_like(own)
-            own = forget(plan, ranked, state, next_state, own, zeros)
-            weights = weights | ranked.unflatten(own)
+        weights = forget_all(plan, state, next_state, weights)
         return weights, next_state
 
     def _advance(
@@ -203,35 +202,26 @@ class TopKASTTransform:
         plan = self.check(grads, params, state)
         values = to_compact(plan, params, state.supports)
         gradients = to_compact(plan, grads, state.supports)
-        steps = self._decide(plan, state)
+        steps = plan.decide(state.updates)
         for key, step in steps.items():
             gradients[key] = step.add_penalty(gradients[key], values[key], state.supports[key])
-        displacements, inner = self.inner.update(gradients, state.inner, values, **extra)
+        base = values
+        if self.options.power != 1:
+            base = values | {key: step.to_base(values[key]) for key, step in steps.items()}
+            gradients |= {key: step.chain(gradients[key], base[key]) for key, step in steps.items()}
+        displacements, inner = self.inner.update(gradients, state.inner, base, **extra)
         displacements = dict(displacements)
         updates = increment(state.updates)
         displacements, inner = self._scale_young(plan, steps, state, updates, displacements, inner)
+        if self.options.power != 1:
+            for key, step in steps.items():
+                new = step.to_weights(base[key] + displacements[key], base[key], values[key])
+                displacements[key] = new - values[key]
         for key, step in steps.items():
             displacements[key] = step.restrict(displacements[key], state.supports[key])
         ages = {key: grow(age) for key, age in state.ages.items()}
         next_state = state._replace(updates=updates, inner=inner, ages=ages)
         return _Advance(plan, values, displacements, next_state)
-
-    def _decide(self, plan: Plan, state: TopKASTState) -> dict[str, Step]:
-        """Decide the next update of each tensor, by key."""
-        return {
-            ranked.key: decide(
-                penalty=plan.options[ranked.key].penalty,
-                penalty_kind=plan.options[ranked.key].penalty_kind,
-                density=ranked.density,
-                ascends=plan.traits[ranked.key].ascends,
-                explore_until=(
-                    plan.options[ranked.key].explore_until if plan.explores(ranked) else 0
-                ),
-                updates=state.updates,
-                betas=plan.traits[ranked.key].betas,
-            )
-            for ranked in plan.tensors
-        }
 
     def _scale_young(
         self,
@@ -311,6 +301,8 @@ class TopKASTTransform:
 
         `grads` are read by methods that need the gradient outside B.
         """
+        if state.momenta:
+            state = state._replace(momenta=advance_momenta(plan, state.momenta, grads))
         refreshing = [ranked for ranked in plan.tensors if plan.method(ranked).refreshes]
         intervals = {plan.options[ranked.key].refresh_every for ranked in refreshing}
         for interval in sorted(intervals):
@@ -354,18 +346,16 @@ class TopKASTTransform:
                 state.supports[ranked.key],
                 plan.options[ranked.key],
                 state.updates,
-                gradient=ranked.flatten(gradients) if {*ranked.shapes} <= {*gradients} else None,
+                gradient=(
+                    ranked.flatten(gradients)
+                    if {*ranked.shapes} <= {*gradients}
+                    else state.momenta.get(ranked.key)
+                ),
             )
             for ranked in tensors
         }
         supports = state.supports | {key: refresh.support for key, refresh in refreshes.items()}
-        after = state._replace(supports=supports)
-        for ranked in tensors:
-            if plan.method(ranked).forgets:
-                own = ranked.flatten(params)
-                zeros = array_namespace(own).zeros_like(own)
-                own = forget(plan, ranked, state, after, own, zeros)
-                params = dict(params) | ranked.unflatten(own)
+        params = forget_all(plan, state, state._replace(supports=supports), params)
         # Entries that enter B start as the rule initialises them, which is not always zero.
         fresh = self.inner.init(to_compact(plan, params, supports))
         shapes = {ranked.key: ranked.compact_shape for ranked in tensors}

@@ -10,19 +10,23 @@ from topkast.methods.pruning._dnw import DNW, IHT
 from topkast.methods.pruning._gradual import GradualPruning
 from topkast.methods.pruning._granet import GraNet
 from topkast.methods.pruning._snip import SNIP
+from topkast.methods.rewiring._dsr import DSR
 from topkast.methods.rewiring._gse import GSE
 from topkast.methods.rewiring._rigl import ITOP, RigL
 from topkast.methods.rewiring._set import SET
 from topkast.methods.rewiring._smet import SMET
+from topkast.methods.rewiring._snfs import SNFS
 
 __all__ = [
     "ACDC",
     "DNW",
+    "DSR",
     "GSE",
     "IHT",
     "ITOP",
     "SET",
     "SMET",
+    "SNFS",
     "SNIP",
     "GraNet",
     "GradualPruning",

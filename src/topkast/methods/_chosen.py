@@ -41,6 +41,7 @@ def check_chosen(support: Support, view: View, method: Method) -> Support:
             f"weights, {type(view.weights).__module__}"
         ) from None
     size = view.weights.shape[0]
+    support = support.in_groups(view.group_size)
     support.check(size, f"the support that {name} chose for {view.name}")
     counts, expected = (support.forward, support.backward), (view.forward, view.backward)
     if method.schedules:  # |A| may differ, up to |B|

@@ -36,6 +36,7 @@ class Mixed(Method):
     by_magnitude: float = 0.5
 
     needs: ClassVar[frozenset[str]] = frozenset({"weights", "random"})
+    by_group: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         share: Any = self.by_magnitude  # callers may pass any type

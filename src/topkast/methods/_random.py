@@ -28,6 +28,7 @@ class Random(Method):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"weights", "random"})
+    by_group: ClassVar[bool] = True
 
     def choose(self, view: View, /) -> Support:
         """Choose A by magnitude and draw B∖A."""

@@ -29,6 +29,7 @@ class Static(Method):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"random"})
+    by_group: ClassVar[bool] = True
     refreshes: ClassVar[bool] = False
     forgets: ClassVar[bool] = True
 

@@ -28,6 +28,7 @@ class TopKAST(Method):
     """
 
     takes_largest: ClassVar[bool] = True
+    by_group: ClassVar[bool] = True
 
     def choose(self, view: View, /) -> Support:
         """Choose the largest magnitudes; ties are broken by hash."""

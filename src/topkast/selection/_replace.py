@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -63,13 +63,41 @@ def keep_largest(view: View, scores: Array, count: Array | int) -> Array:
     return backend_of(scores).largest_flags(scores, count, ties.at(view.support.active))
 
 
-def grow_at_random(view: View, kept: Array, *, regrow: bool = False) -> Support:
+def grow_at_random(
+    view: View,
+    kept: Array,
+    *,
+    regrow: bool = False,
+    counts: Mapping[tuple[int, int], int] | None = None,
+) -> Support:
     """Replace the units of A that are not `kept` (k,) by units drawn uniformly from the others.
 
-    `regrow` tells whether units that are dropped now may be drawn too.
+    `regrow` tells whether units that are dropped now may be drawn too. `counts` are the numbers of
+    units to draw from ranges of indices; None: from all.
     """
     words = _draw_words(view.weights, view) + 1  # 0 is below all words
-    return _take_largest(view, _mark(view, words, kept, (1 << BITS) + 1, regrow))
+    mark = (1 << BITS) + 1
+    marked = _mark(view, words, kept, mark, regrow)
+    if counts is not None:
+        marked = _draw_counts(view, marked, mark, counts)
+    return _take_largest(view, marked)
+
+
+def _draw_counts(
+    view: View, words: Array, mark: int, counts: Mapping[tuple[int, int], int]
+) -> Array:
+    """Give `mark` to the units with the largest words in each range, and 0 to the others."""
+    xp, backend = array_namespace(words), backend_of(words)
+    chosen = []
+    for (start, stop), count in counts.items():
+        own = words[start:stop]
+        total = int(xp.count_nonzero(own == mark)) + count
+        ties = Ranks(make_key(view.seed, view.name, "ties"), start)
+        flags = xp.zeros_like(own, dtype=xp.bool)
+        if total:
+            flags = backend.largest_flags(own, total, ties)
+        chosen.append(where(flags, xp.full_like(own, mark), 0))
+    return xp.concat(chosen)
 
 
 def grow_by_gradient(

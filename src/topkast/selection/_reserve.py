@@ -204,7 +204,7 @@ class IncrementalSelection:
                 return outcome, following
             missing, known = outcome, self.reserve.size
             loss = (self.filled + missing) / (self.age + 1)
-        count = known + missing + _reserve_size(reservoir.size, counts[1], loss)
+        count = known + missing + reserve_size(reservoir.size, counts[1], loss)
         while True:
             reserve = fill_reserve(reservoir, support, count, name=name)
             if reserve is None:
@@ -229,7 +229,7 @@ class IncrementalSelection:
         return brackets
 
 
-def _reserve_size(size: int, backward: int, loss: float | None) -> int:
+def reserve_size(size: int, backward: int, loss: float | None) -> int:
     r"""Entries of a reserve for a tensor of `size` weights and \|B\| entries, after a refresh."""
     wanted = _FIRST_SHARE * backward if loss is None else 2 * math.sqrt(size * loss)
     return max(_MIN_RESERVE, int(min(wanted, _MAX_SHARE * backward)))

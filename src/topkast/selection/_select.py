@@ -10,10 +10,22 @@ from array_api_compat import array_namespace
 
 from topkast._errors import NonFiniteError, UnsupportedTensorError
 from topkast._method import View
-from topkast._options import Explore, check_block, check_block_score, check_sparsities
+from topkast._options import (
+    Explore,
+    check_block,
+    check_block_score,
+    check_pattern_block,
+    check_sparsities,
+)
 from topkast._primitives import Array, asarray_like, device, is_traced, take
 from topkast.backends import backend_of
 from topkast.selection._distribution import exact_fraction, kept_count
+from topkast.selection._groups import (
+    check_pattern,
+    group_size_of,
+    pattern_densities,
+    places_in_groups,
+)
 from topkast.selection._random import BITS, Ranks, make_key, random_draws
 from topkast.selection._support import Support, index_dtype_for
 from topkast.selection._units import Blocks, BlockScore, blocks_of, modulus, unit_scores
@@ -28,6 +40,7 @@ def select(
     explore: Explore = "magnitude",
     block: tuple[int, int] | None = None,
     block_score: BlockScore = "sum",
+    pattern: tuple[int, int] | None = None,
     seed: int = 0,
     name: str = "",
 ) -> Support:
@@ -54,6 +67,10 @@ def select(
         (first axis × all others), and n is the number of blocks. None: single weights.
     block_score
         The score by which blocks are ranked: the ``"sum"`` or ``"max"`` of their magnitudes.
+    pattern
+        ``(n, m)``: A is the n largest of each group of m consecutive weights in a row of the
+        tensor as a matrix (first axis × all others); ``fwd`` must be ``1 - n / m``. B holds the
+        ``(1 - bwd) * m`` largest of each group, a whole number. None: no pattern.
     seed
         Seed of the hash and of the random draw.
     name
@@ -68,7 +85,8 @@ def select(
     ------
     OptionError
         If a sparsity is out of range, if `block` is not two positive integers or does not divide
-        the matrix, or if `block_score` is unknown.
+        the matrix, if `block_score` is unknown, or if `pattern` does not fit the sparsities or the
+        rows, or is combined with `block`.
     NonFiniteError
         If an entry is NaN or infinite. Inside ``jax.jit``, where values cannot be inspected, NaN
         ranks last instead, and the counts stay exact.
@@ -89,6 +107,12 @@ def select(
     >>> support.entries
     array([2, 6, 1, 5], dtype=int32)
 
+    One of each two neighbours in a row:
+
+    >>> support = topkast.select(theta, fwd=0.5, bwd=0.5, pattern=(1, 2))
+    >>> support.active
+    array([1, 2, 4, 6], dtype=int32)
+
     References
     ----------
     Top-KAST, sections 2.1 and 2.2; table 1 for the random choice.
@@ -96,14 +120,19 @@ def select(
     check_sparsities(fwd, bwd)
     check_block_score(block_score)
     flat = array_namespace(params).reshape(params, (-1,))
-    blocks = blocks_of(name or "params", tuple(params.shape), check_block(block))
+    shape, block, pattern = tuple(params.shape), check_block(block), check_pattern(pattern)
+    blocks = blocks_of(name or "params", shape, block)
+    group_size = group_size_of(name or "params", shape, pattern)
+    if pattern is None:
+        densities = 1 - exact_fraction(fwd), 1 - exact_fraction(bwd)
+    else:
+        check_pattern_block(pattern, block)
+        densities = pattern_densities(pattern, fwd, bwd)
     with ranked_units(flat, blocks, block_score) as scores:
-        forward, backward = (
-            kept_count(scores.shape[0], 1 - exact_fraction(sparsity)) for sparsity in (fwd, bwd)
-        )
-        view = View(scores, forward, backward, seed, name)
+        forward, backward = (kept_count(scores.shape[0], density) for density in densities)
+        view = View(scores, forward, backward, seed, name, group_size=group_size)
         support = choose_by_magnitude(view, backward if explore == "magnitude" else forward)
-    return support.in_blocks(blocks)
+    return support.in_blocks(blocks).in_groups(group_size)
 
 
 @contextmanager
@@ -124,7 +153,10 @@ def ranked_units(flat: Array, blocks: Blocks | None, score: BlockScore) -> Itera
 
 
 def choose_by_magnitude(view: View, count: int) -> Support:
-    """Choose the `count` largest units, which include A, and draw the rest of B at random."""
+    """Choose the `count` largest units, which include A, and draw the rest of B at random.
+
+    In groups, it chooses equally many of each: `count` is rounded down to a multiple of the groups.
+    """
     flat = view.weights
     if array_namespace(flat).isdtype(flat.dtype, "complex floating"):
         flat = modulus(flat)
@@ -163,34 +195,44 @@ def check_size(flat: Array) -> None:
         )
 
 
-def _take_largest(flat: Array, view: View) -> Support:
-    """Take the largest magnitudes."""
-    ranks = Ranks(make_key(view.seed, view.name, "ties"), view.first)
-    backend = backend_of(flat)
-    return Support(backend.largest_first(flat, view.forward, view.backward, ranks), view.forward)
+def _take_largest(values: Array, view: View) -> Support:
+    """Take the largest magnitudes of floats, or the largest of integers."""
+    ties = Ranks(make_key(view.seed, view.name, "ties"), view.first)
+    backend, forward, backward = backend_of(values), view.forward, view.backward
+    if view.group_size is None:
+        return Support(backend.largest_first(values, forward, backward, ties), forward)
+    places = places_in_groups(values, view.group_size, ties)
+    groups = values.shape[0] // view.group_size
+    indices = backend.true_indices(places < backward // groups, backward)
+    return Support.split(indices, take(places, indices) < forward // groups, forward)
+
+
+def _largest_flags(values: Array, view: View, count: int) -> Array:
+    """Flags (n,) of the `count` largest magnitudes of floats, or of integers."""
+    ties = Ranks(make_key(view.seed, view.name, "ties"), view.first)
+    if view.group_size is None:
+        return backend_of(values).largest_flags(values, count, ties)
+    places = places_in_groups(values, view.group_size, ties)
+    return places < count // (values.shape[0] // view.group_size)
 
 
 def _draw_exploring(flat: Array, view: View, count: int) -> Support:
     """Take the `count` largest magnitudes, and draw the rest of B by the largest random words."""
     xp, backend = array_namespace(flat), backend_of(flat)
-    ties = Ranks(make_key(view.seed, view.name, "ties"), view.first)
-    in_forward = kept = backend.largest_flags(flat, view.forward, ties)
+    in_forward = kept = _largest_flags(flat, view, view.forward)
     if count > view.forward:
-        kept = backend.largest_flags(flat, count, ties)
+        kept = _largest_flags(flat, view, count)
     words = _draw_words(flat, view)
     above_draws = xp.asarray(1 << BITS, dtype=words.dtype, device=device(words))
     words = xp.where(kept, above_draws, words)
-    flags = backend.largest_flags(words, view.backward, ties)
+    flags = _largest_flags(words, view, view.backward)
     indices = backend.true_indices(flags, view.backward)
     return Support.split(indices, take(in_forward, indices), view.forward)
 
 
 def _draw_both(flat: Array, view: View) -> Support:
     """Draw B by the largest random words, and A by the largest among them."""
-    backend = backend_of(flat)
-    ties = Ranks(make_key(view.seed, view.name, "ties"), view.first)
-    words = _draw_words(flat, view)
-    return Support(backend.largest_first(words, view.forward, view.backward, ties), view.forward)
+    return _take_largest(_draw_words(flat, view), view)
 
 
 def _draw_words(flat: Array, view: View) -> Array:

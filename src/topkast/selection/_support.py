@@ -31,6 +31,9 @@ class Support:
         \|A\|, in units.
     blocks
         The division of the tensor into blocks; None if units are single weights.
+    group_size
+        Number of consecutive weights in a group, under the option `pattern`: each group holds
+        equally many of A, and of B. None: no pattern.
 
     Examples
     --------
@@ -52,6 +55,7 @@ class Support:
     indices: Array
     forward: int
     blocks: Blocks | None = None
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         if sys.modules.get("jax") is not None:
@@ -134,6 +138,10 @@ class Support:
         """Reinterpret the units as blocks of a tensor, or as single weights."""
         return self if blocks is self.blocks else replace(self, blocks=blocks)
 
+    def in_groups(self, group_size: int | None) -> Support:
+        """Reinterpret the units as those of groups of consecutive weights, or of no pattern."""
+        return self if group_size == self.group_size else replace(self, group_size=group_size)
+
     def check(self, size: int, what: str) -> None:
         """Raise :class:`topkast.MismatchError` unless these are valid sets of a tensor.
 
@@ -181,6 +189,23 @@ class Support:
             )
             if bool(xp.any(in_both)):
                 raise MismatchError(f"{what} has an index twice, in A and in B∖A")
+        if self.group_size is not None:
+            self._check_groups(size, what)
+
+    def _check_groups(self, size: int, what: str) -> None:
+        """Raise :class:`topkast.MismatchError` unless all groups hold equally many units."""
+        assert self.group_size is not None
+        xp, groups = array_namespace(self.indices), size // self.group_size
+        for name, units in (("A", self.active), ("B∖A", self.exploring)):
+            expected, remainder = divmod(units.shape[0], max(groups, 1))
+            by_group = xp.reshape(units[: groups * expected], (groups, expected))
+            numbers = xp.arange(groups, dtype=units.dtype, device=device(units))[:, None]
+            # Units ascend: if each group holds `expected` of them, row i is of group i.
+            if remainder or bool(xp.any(by_group // self.group_size != numbers)):
+                raise MismatchError(
+                    f"{what} does not hold equally many units of {name} in each group of "
+                    f"{self.group_size} consecutive ones, as the option `pattern` requires"
+                )
 
     def _count_blocks(self, size: int, what: str) -> int:
         blocks = self.blocks

@@ -15,7 +15,8 @@ from topkast.selection._support import Support
 class ACDC(Method):
     """Phases with all weights and phases with the largest ones alternate; a sparse one is last.
 
-    At the start of a sparse phase, all other weights become zero.
+    At the start of a sparse phase, all other weights become zero. Phases begin at refreshes:
+    `refresh_every` should divide the numbers below.
 
     Parameters
     ----------
@@ -26,8 +27,10 @@ class ACDC(Method):
     end
         Update at which the last sparse phase begins.
 
-    Phases begin at refreshes: `refresh_every` should divide all of these numbers. Raises
-    :class:`topkast.OptionError` for values out of range.
+    Raises
+    ------
+    OptionError
+        For values out of range.
 
     Examples
     --------

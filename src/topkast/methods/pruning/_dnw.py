@@ -52,7 +52,10 @@ class IHT(DNW):
     initial
         Sparsity at the start.
 
-    Raises :class:`topkast.OptionError` for values out of range.
+    Raises
+    ------
+    OptionError
+        For values out of range.
 
     Examples
     --------

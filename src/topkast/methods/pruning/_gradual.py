@@ -28,7 +28,10 @@ class GradualPruning(Method):
     initial
         Sparsity up to `start`.
 
-    Raises :class:`topkast.OptionError` for values out of range.
+    Raises
+    ------
+    OptionError
+        For values out of range.
 
     Examples
     --------

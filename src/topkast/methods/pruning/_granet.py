@@ -41,7 +41,10 @@ class GraNet(GradualPruning):
     until
         Update from which nothing is replaced; None: `fraction` is constant.
 
-    Raises :class:`topkast.OptionError` for values out of range.
+    Raises
+    ------
+    OptionError
+        For values out of range.
 
     Examples
     --------

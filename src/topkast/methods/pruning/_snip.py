@@ -18,7 +18,7 @@ from topkast.selection._support import Support
 
 @dataclass(frozen=True, eq=False)
 class SNIP(Method):
-    """A is the largest sensitivities |gradient · weight| at the start, and never changes.
+    r"""A is the largest sensitivities \|gradient · weight\| at the start, and never changes.
 
     Parameters
     ----------
@@ -30,7 +30,10 @@ class SNIP(Method):
         Draw the sets of each tensor uniformly, with the counts that the sensitivities give: the
         control of Frankle et al., which does as well if only these counts matter.
 
-    Raises :class:`topkast.OptionError` if a tensor has no sensitivities, or others in shape.
+    Raises
+    ------
+    OptionError
+        If a tensor has no sensitivities, or others in shape.
 
     Examples
     --------

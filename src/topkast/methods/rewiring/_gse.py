@@ -26,7 +26,10 @@ class GSE(RigL):
     samples
         Size of the sample, as a multiple of \|A\|.
 
-    Raises :class:`topkast.OptionError` for values out of range.
+    Raises
+    ------
+    OptionError
+        For values out of range.
 
     Examples
     --------

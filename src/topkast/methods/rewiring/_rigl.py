@@ -27,7 +27,10 @@ class RigL(Method):
         Whether weights that are dropped may be grown at once, as in the paper; they keep their
         values then.
 
-    Raises :class:`topkast.OptionError` for values out of range.
+    Raises
+    ------
+    OptionError
+        For values out of range.
 
     Examples
     --------

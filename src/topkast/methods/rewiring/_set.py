@@ -40,7 +40,10 @@ class SET(Method):
     until
         Update at which `fraction`, falling along half a cosine, reaches 0; None: it is constant.
 
-    Raises :class:`topkast.OptionError` for values out of range.
+    Raises
+    ------
+    OptionError
+        For values out of range.
 
     Examples
     --------

@@ -1,0 +1,88 @@
+"""Bytes that training holds for one tensor, by what they hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from topkast._options import ReservoirKind
+from topkast.analysis.costs._layers import Layer, Sets
+from topkast.selection._reserve import reserve_size
+
+
+class Moments(NamedTuple):
+    """The state of an inner optimizer: entries per weight, and whether entries have ages."""
+
+    entries: int
+    has_ages: bool
+
+
+OPTIMIZERS = {
+    "sgd": Moments(0, False),
+    "momentum": Moments(1, False),
+    "adam": Moments(2, True),
+    "adamw": Moments(2, True),
+}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a training run stores its weights.
+
+    Attributes
+    ----------
+    optimizer
+        The inner optimizer's state.
+    is_masked
+        Whether tensors stay dense in the model, by masked execution.
+    keeps_resting
+        Whether weights outside B keep their values.
+    has_reserve
+        Whether a refresh chooses among candidates.
+    """
+
+    optimizer: Moments
+    is_masked: bool
+    keeps_resting: bool
+    has_reserve: bool
+
+
+def dense_bytes(layer: Layer, optimizer: Moments) -> dict[str, int]:
+    """Bytes of a tensor that is dense."""
+    each = layer.itemsize * layer.size
+    return {"values": each, "gradient": each, "state": optimizer.entries * each}
+
+
+def sparse_bytes(
+    layer: Layer, sets: Sets, storage: Storage, reservoir: ReservoirKind
+) -> dict[str, int]:
+    """Bytes of a sparsified tensor, of the kinds that :func:`topkast.summary` reports."""
+    dense, each = layer.itemsize * layer.size, layer.itemsize * sets.backward
+    index = 4 if layer.size < 1 << 31 else 8
+    reserved = 0
+    if storage.has_reserve and sets.by_entries and layer.itemsize in (4, 8):
+        wanted = reserve_size(layer.size, sets.backward, None)
+        reserved = min(wanted, layer.size - sets.backward)
+    return {
+        "values": each,
+        "gradient": each,
+        "state": storage.optimizer.entries * each,
+        "indices": index * sets.units,
+        "layouts": 0 if storage.is_masked else _layout_bytes(layer, sets),
+        "ages": 2 * sets.backward if storage.optimizer.has_ages else 0,
+        "reserve": (index + layer.itemsize) * reserved,
+        "reservoir": dense if storage.keeps_resting and reservoir in ("device", "host") else 0,
+        "model": 2 * dense if storage.is_masked else 0,  # α, and the gradient of all weights
+    }
+
+
+def _layout_bytes(layer: Layer, sets: Sets) -> int:
+    """Bytes of the kernels' layouts, to about a tenth: numbers of segments depend on the shape.
+
+    The transpose of A has 6 bytes for each entry, and 4 for each of its segments, of about 12
+    entries. Each of the other layouts has 8 for each segment, of about 20 entries of A. A
+    convolution has one layout more, and for one size of images an offset of 4 bytes for each entry
+    of B, and of A's transpose.
+    """
+    linear = 7 * sets.forward
+    return linear if layer.ndim <= 2 else linear + 9 * sets.forward // 2 + 4 * sets.backward

@@ -1,0 +1,59 @@
+"""The cubic sparsity schedule of gradual pruning, as stretches of constant sparsity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
+
+from topkast._errors import OptionError
+from topkast._options import Options
+from topkast.selection._distribution import exact_fraction
+
+
+def stretches(steps: int, window: tuple[int, int], interval: int) -> Iterator[tuple[int, Fraction]]:
+    """Split a run into stretches: number of steps, and share of the pruning that remains.
+
+    The sparsity is ``final + (initial - final) * remaining``. It changes at every `interval`-th
+    step from the start of the `window` on (Zhu and Gupta, 2017, equation 1), and is final after the
+    last change.
+
+    Raises :class:`topkast.OptionError` for a window that is not inside the run, or shorter than the
+    interval.
+
+    >>> [(count, str(remaining)) for count, remaining in stretches(100, (20, 60), 20)]
+    [(40, '1'), (20, '1/8'), (40, '0')]
+    """
+    start, stop = window
+    if not 0 <= start < stop <= steps:
+        raise OptionError(
+            f"window must be the first and the last step of the pruning, within {steps} steps, got "
+            f"{window}"
+        )
+    changes = (stop - start) // interval
+    if not changes:
+        raise OptionError(
+            f"refresh_every={interval} is longer than the {stop - start} steps of the pruning "
+            f"from {start} to {stop}: choose a smaller refresh_every, or a longer window"
+        )
+    yield start + interval, Fraction(1)
+    for change in range(1, changes):
+        yield interval, (1 - Fraction(change, changes)) ** 3
+    yield steps - start - changes * interval, Fraction(0)
+
+
+def while_pruning(options: Options, initial: float, remaining: Fraction) -> Options:
+    """The options of a stretch: all sparsities between `initial` and their final values."""
+
+    def sparsity(final: float) -> float:
+        end = exact_fraction(final)
+        return float(end + (min(exact_fraction(initial), end) - end) * remaining)
+
+    overrides = {
+        pattern: dict(values)
+        | {name: sparsity(values[name]) for name in ("fwd", "bwd") if name in values}
+        for pattern, values in (options.overrides or {}).items()
+    }
+    return replace(
+        options, fwd=sparsity(options.fwd), bwd=sparsity(options.bwd), overrides=overrides or None
+    )

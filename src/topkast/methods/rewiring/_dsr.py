@@ -1,0 +1,131 @@
+"""Dynamic sparse reparameterization."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from topkast._method import Method, View
+from topkast._primitives import Array, asarray_like
+from topkast.methods._schedules import check_share
+from topkast.selection._distribution import exact_fraction
+from topkast.selection._replace import choose_on_host, grow_at_random, keep_largest, magnitudes
+from topkast.selection._select import choose_at_random
+from topkast.selection._support import Support
+
+
+@dataclass(frozen=True)
+class DSR(Method):
+    """The smallest weights of all tensors are dropped, and tensors that keep many grow many.
+
+    With ``distribution="global"`` the number of weights is constant in all, and each tensor's share
+    of those that are grown is its share of those that stay. B is A.
+
+    Parameters
+    ----------
+    fraction
+        Share of A that a refresh replaces, rounded down. In each tensor at least one weight stays.
+
+    Raises
+    ------
+    OptionError
+        For a share outside [0, 1].
+
+    Examples
+    --------
+    >>> import numpy as np, topkast
+    >>> from topkast.methods import DSR
+    >>> tx = topkast.wrap_optimizer(
+    ...     topkast.SGD(0.0), fwd=0.5, bwd=0.5, method=DSR(0.5), refresh_every=1,
+    ...     distribution="global")
+    >>> params = {"a": np.full((4, 5), 1e-3), "b": np.ones((4, 5))}
+    >>> params, state = tx.step(params, tx.init(params), params)
+    >>> forward = topkast.masks(state, params)
+    >>> before = topkast.masks(tx.init(params), params)
+    >>> int(forward["a"].forward.sum()) < int(before["a"].forward.sum())  # few of a are left
+    True
+    >>> int(forward["a"].forward.sum()) + int(forward["b"].forward.sum())
+    20
+
+    References
+    ----------
+    Mostafa and Wang, "Parameter efficient training of deep convolutional neural networks by dynamic
+    sparse reparameterization", 2019. There, a threshold that adapts drops about as many weights as
+    wanted; here, it is exactly as many.
+    """
+
+    fraction: float = 0.1
+
+    needs: ClassVar[frozenset[str]] = frozenset({"sets", "random"})
+    forgets: ClassVar[bool] = True
+    schedules: ClassVar[bool] = True  # of each tensor, in sum constant
+    backward: ClassVar[Literal["any", "equal", "none"]] = "equal"
+    default_penalty: ClassVar[float] = 0.0
+    default_refresh_every: ClassVar[int] = 100
+
+    def __post_init__(self) -> None:
+        check_share("fraction", self.fraction)
+
+    def choose(self, view: View, /) -> Support:
+        """Draw the first set; then replace a share of it."""
+        if view.support is None:
+            return choose_at_random(view)
+        return choose_on_host(self._replace, view)
+
+    def _replace(self, view: View) -> Support:
+        assert view.support is not None
+        active, scores = view.support.active, magnitudes(view.values)
+        bounds = view.members or {view.name: (0, view.weights.shape[0])}
+        dropped = math.floor(exact_fraction(self.fraction) * view.forward)
+        kept = keep_largest(view, scores, view.forward - dropped)
+        inside = [(active >= start) & (active < stop) for start, stop in bounds.values()]
+        kept = _keep_one_of_each(scores, kept, inside)
+        xp = array_namespace(active)
+        present, stay = (
+            [int(xp.count_nonzero(flags & chosen)) for flags in inside]
+            for chosen in (xp.ones_like(kept), kept)
+        )
+        sizes = [stop - start for start, stop in bounds.values()]
+        free = [size - count for size, count in zip(sizes, present, strict=True)]
+        counts = share_out(view.forward - sum(stay), stay, free)
+        return grow_at_random(view, kept, counts=dict(zip(bounds.values(), counts, strict=True)))
+
+
+def share_out(total: int, weights: list[int], limits: list[int]) -> list[int]:
+    """Shares of `total` in proportion to `weights`, whole numbers up to `limits`.
+
+    The largest remainders are rounded up, of equal ones the first. What exceeds a limit is shared
+    out among the others; what exceeds all limits is left out.
+
+    >>> share_out(7, [3, 3, 1], [9, 1, 9])
+    [5, 1, 1]
+    """
+    shares = [0] * len(weights)
+    while True:
+        rest = min(total - sum(shares), sum(limits) - sum(shares))
+        open_ = [index for index, limit in enumerate(limits) if shares[index] < limit]
+        if not rest or not open_:
+            return shares
+        sum_of_weights = sum(weights[index] for index in open_) or len(open_)
+        own = {index: rest * (weights[index] or 1) for index in open_}
+        for index in open_:
+            shares[index] += min(own[index] // sum_of_weights, limits[index] - shares[index])
+        rest = min(total - sum(shares), sum(limits) - sum(shares))
+        by_remainder = sorted(open_, key=lambda index: (-(own[index] % sum_of_weights), index))
+        for index in by_remainder[:rest]:
+            shares[index] += int(shares[index] < limits[index])
+
+
+def _keep_one_of_each(scores: Array, kept: Array, inside: list[Array]) -> Array:
+    """Also keep the largest unit of each tensor that would lose all."""
+    xp = array_namespace(scores)
+    for flags in inside:
+        if bool(xp.any(flags)) and not bool(xp.any(kept & flags)):
+            own = xp.where(flags, scores, xp.full_like(scores, -1))
+            positions: Any = np.arange(scores.shape[0])
+            kept = kept | (asarray_like(positions, scores) == xp.argmax(own))
+    return kept
