@@ -196,7 +196,9 @@ class TestGolden:
         shapes = {"a": (4, 4), "b": (8,)}
         first, second = np.arange(16.0), np.zeros(8)
         second[3] = 12.5
-        methods = [SNIP({"a": first.reshape(4, 4), "b": second}, shuffled=flag) for flag in (0, 1)]
+        methods = [
+            SNIP({"a": first.reshape(4, 4), "b": second}, shuffled=flag) for flag in (False, True)
+        ]
         seen = View(np.zeros(24), 6, 6, seed=3, name="a + b", shapes=shapes)
         assert chosen(methods[0], seen) == {11, 12, 13, 14, 15, 19}
         shuffled = chosen(methods[1], seen)
@@ -543,7 +545,8 @@ def shapes_of(library: Library, arrays: dict[str, Vector], *, forward: int, back
             )
             return method.choose(seen).indices
 
-        return library.compile(run)
+        compiled: Callable[[dict[str, Any], Any], Any] = library.compile(run)
+        return compiled
 
     return choose
 
@@ -625,8 +628,11 @@ class TestLibraries:
             seen = View(weights, 8, 8, seed=3, name="w", draw=draw, support=Support(indices, 8))
             return method.choose(replace(seen, values=values, gradient=gradient)).indices
 
-        arguments = [jnp.asarray(a) for a in (weights, weights[ACTIVE], gradient, ACTIVE)]
-        for function in (run, jax.jit(run)):
+        arguments: list[Any] = [
+            jnp.asarray(a) for a in (weights, weights[ACTIVE], gradient, ACTIVE)
+        ]
+        functions: list[Any] = [run, jax.jit(run)]
+        for function in functions:
             indices = function(*arguments, jnp.asarray(1))
             np.testing.assert_array_equal(indices, expected.indices)
 
@@ -739,10 +745,15 @@ class TestRefusals:
             ({"w": good, "v": torch.ones(4, 5)}, r"v are a torch\.Tensor, expected .* numpy"),
         ]
         for sensitivities, message in cases:
-            for options in ({}, {"distribution": "global"}):
+            for distribution in ("uniform", "global"):
+                tx = wrap(SNIP(sensitivities), distribution=distribution)
                 with pytest.raises(OptionError, match=message):
-                    wrap(SNIP(sensitivities), **options).init(params)
-        for shape, options in [((4, 5), {"block": (2, 5)}), ((2, 4, 5), {"stacked": "w"})]:
+                    tx.init(params)
+        units: list[tuple[tuple[int, ...], Any]] = [
+            ((4, 5), {"block": (2, 5)}),
+            ((2, 4, 5), {"stacked": "w"}),
+        ]
+        for shape, options in units:
             method = SNIP({"w": np.ones(shape)})
             with pytest.raises(OptionError, match="SNIP ranks the single weights"):
                 wrap(method, **options).init({"w": np.ones(shape)})

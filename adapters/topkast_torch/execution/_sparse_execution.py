@@ -147,6 +147,7 @@ class SparseExecution(Execution):
 
     def disconnect(self) -> None:
         self._hook.remove()
+        self.layer.recording = None
         release(self.values)
 
     def note_replacement(self, param: Tensor) -> None:

@@ -15,15 +15,15 @@ Pairs: TypeAlias = list[tuple[Execution, dict[str, Any]]]
 
 def step(state: WrapperState, pairs: Pairs) -> None:
     """Update all tensors with the inner optimizer, and refresh the sets that are due."""
-    for execution, _ in pairs:
+    for execution, param_group in pairs:
         execution.accept_external_writes()
+        execution.decide(param_group, state.updates, overdue=state.overdue)
     has_gradient = any(param.grad is not None for group in state.groups for param in group.params)
     loaded: list[tuple[Execution, dict[str, Any]]] = []
     stepped = False
     try:
         for execution, param_group in pairs:
             loaded.append((execution, param_group))
-            execution.decide(param_group, state.updates, overdue=state.overdue)
             execution.load_gradient(state.inner, param_group)
         state.handle.step()
         stepped = True
