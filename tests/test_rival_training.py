@@ -737,22 +737,24 @@ class TestGradients:
                 assert bool(outside.any()) == (update % 3 == 2)
             opt.step()
 
-    def test_recorded_passes_are_dropped(self) -> None:
-        model, opt = two_layers(RigL(), sparse=True, refresh_every=3)
+    @pytest.mark.parametrize("every", [1, 3])
+    def test_recorded_passes_are_dropped(self, every: int) -> None:
+        """At the end of the step, before gradients are zeroed."""
+        model, opt = two_layers(RigL(), sparse=True, refresh_every=every)
         layers: Any = model
         references: list[weakref.ref[Tensor]] = []
         for update in range(7):
             opt.zero_grad()
             loss_of(model, update).backward()
             for layer in (layers[0], layers[3]):
-                assert (layer.recording is None) == (update % 3 != 2)
+                assert (layer.recording is None) == (update % every != every - 1)
                 if layer.recording is not None:
                     ((x, grad_output),) = layer.recording.passes_in(layer.values.grad)
                     references += [weakref.ref(x), weakref.ref(grad_output)]
                     del x, grad_output
             opt.step()
             assert all(reference() is None for reference in references)
-        assert len(references) == 8
+        assert len(references) == 4 * (7 // every)
 
     def test_blocks_of_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Blocks that end inside groups of a convolution lead to the same sets."""
