@@ -37,6 +37,13 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def study(session: nox.Session) -> None:
+    """One of the paper's studies: `-- --list`, `-- table1`, ..."""
+    install(session, ".[cpu,demo]")
+    session.run("python", "-m", "topkast", "study", *session.posargs)
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """All tests, with few examples for each property."""
     install(session, "-e", ".[cpu,demo,jax,safetensors,testing]", *TEST)

@@ -130,14 +130,15 @@ def test_the_core_imports_no_framework_and_no_adapter() -> None:
         "_figures.py": {"matplotlib"},
         "_mask_figure.py": {"matplotlib"},
     }
-    our_packages = ("topkast_torch", "topkast_jax", "topkast_cupy", "topkast_demo")
+    applications = {"topkast_demo", "topkast_study"}
+    our_packages = ("topkast_torch", "topkast_jax", "topkast_cupy", *applications)
     for path in ROOT.rglob("*.py"):
         roots = {module.partition(".")[0] for module in _imports(path)}
         allowed = {"jax", "torch"} if path.parent.name == "backends" else set()
         if path.parent.name == "analysis":
             allowed |= analysis.get(path.name, set())
-        demo = {"topkast_demo"} if path.name == "__main__.py" else set()
-        assert not roots & {*FRAMEWORKS, *our_packages} - allowed - demo - {"hypothesis"}, path
+        allowed |= applications if path.name == "__main__.py" else set()
+        assert not roots & {*FRAMEWORKS, *our_packages} - allowed - {"hypothesis"}, path
 
 
 def test_adapters_import_public_modules_only() -> None:

@@ -1,8 +1,20 @@
-"""Entry point of ``python -m topkast``."""
+"""Entry point of ``python -m topkast`` and of the command ``topkast``."""
 
 import sys
+from collections.abc import Sequence
 
-from topkast_demo.cli import main
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the studies or the demo; returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ["study"]:
+        from topkast_study.cli import main as study
+
+        return study(arguments[1:])
+    from topkast_demo.cli import main as demo
+
+    return demo(arguments)
+
 
 if __name__ == "__main__":
     sys.exit(main())

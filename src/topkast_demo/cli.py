@@ -32,7 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     SystemExit
         With status 2 and one line on stderr, if an argument is wrong.
     """
-    parser = _Parser(prog="topkast", description="Top-KAST: always sparse training.")
+    parser = _Parser(
+        prog="topkast",
+        description="Top-KAST: always sparse training.",
+        epilog="Another command, topkast study, repeats the paper's studies on small data.",
+    )
     parser.add_argument("--version", action="version", version=f"topkast {topkast.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     demo = commands.add_parser(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from topkast._errors import NonFiniteError, UnsupportedTensorError
@@ -29,6 +30,8 @@ from topkast.selection._groups import (
 from topkast.selection._random import BITS, Ranks, make_key, random_draws
 from topkast.selection._support import Support, index_dtype_for
 from topkast.selection._units import Blocks, BlockScore, blocks_of, modulus, unit_scores
+
+_CHUNK = 1 << 16  # words that are drawn at a time
 
 
 def select(
@@ -236,11 +239,17 @@ def _draw_both(flat: Array, view: View) -> Support:
 
 
 def _draw_words(flat: Array, view: View) -> Array:
-    """Draw a random word of 30 bits for each entry (n,)."""
+    """Draw a random word of 30 bits for each entry (n,); int32."""
+    key = make_key(view.seed, view.name, "draws")
+    if isinstance(flat, np.ndarray):  # in chunks that stay in a cache
+        words = np.empty(flat.shape[0], dtype=np.int32)
+        for start in range(0, words.size, _CHUNK):
+            positions = np.arange(start, min(start + _CHUNK, words.size)) + view.first
+            words[start : start + _CHUNK] = random_draws(positions, key, view.draw)
+        return words
     xp = array_namespace(flat)
     dtype = backend_of(flat).index_dtype(flat)
     positions = xp.arange(flat.shape[0], dtype=dtype, device=device(flat))
-    key = make_key(view.seed, view.name, "draws")
     return random_draws(positions + view.first, key, view.draw)
 
 

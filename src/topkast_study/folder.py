@@ -1,0 +1,96 @@
+"""The folder of a study: finished runs, so that a study that was killed can go on."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from topkast_study import StudyError
+from topkast_study.runs import Result, Run
+from topkast_study.scales import Scale
+
+VERSION = 1  # of the files; change it with the meaning of a run's settings
+
+
+class Folder:
+    """The output folder of one study at one scale.
+
+    Raises :class:`StudyError` if it holds another study, or other files.
+    """
+
+    def __init__(self, path: Path, study: str, scale: Scale) -> None:
+        self.path = path
+        identity = {"study": study, "scale": scale.name, "data": scale.data, "version": VERSION}
+        try:
+            self._check(identity)
+            path.mkdir(parents=True, exist_ok=True)
+            self._write("study.json", identity)
+            (path / "runs").mkdir(exist_ok=True)
+        except OSError as error:
+            raise StudyError(f"{path} cannot be written to: {error.strerror}") from None
+
+    def load(self, run: Run) -> Result | None:
+        """The result of a finished run, or None."""
+        path = self.path / "runs" / f"{run.id}.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["run"] != run.to_dict():
+                raise KeyError("run")
+            return Result.from_dict(content["result"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise StudyError(
+                f"{path} is not the result of its run ({type(error).__name__}): delete it, and it "
+                "is trained again"
+            ) from None
+
+    def save(self, run: Run, result: Result) -> None:
+        self._write(f"runs/{run.id}.json", {"run": run.to_dict(), "result": result.to_dict()})
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file whole or not at all: beside it first, then renamed."""
+        target = self.path / name
+        beside = target.with_name(f"{target.name}.{os.getpid()}.part")
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, target)
+
+    def write_json(self, name: str, content: Any) -> None:
+        self._write(name, content)
+
+    def _write(self, name: str, content: Any) -> None:
+        self.write_text(name, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    def _check(self, identity: dict[str, Any]) -> None:
+        """Refuse a folder with other contents."""
+        path = self.path
+        if path.exists() and not path.is_dir():
+            raise StudyError(f"{path} is a file: choose another folder with --output")
+        try:
+            found = json.loads((path / "study.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            # A study that was killed as it began may have left a part of study.json.
+            if path.exists() and any(file.suffix != ".part" for file in path.iterdir()):
+                raise StudyError(
+                    f"{path} has files but no study.json: choose an empty or new folder with "
+                    "--output"
+                ) from None
+            return
+        except ValueError:
+            found = None
+        if found != identity:
+            raise StudyError(
+                f"{path} holds {_describe(found)}, not {_describe(identity)}: choose another "
+                "folder with --output"
+            )
+
+
+def _describe(identity: Any) -> str:
+    if not isinstance(identity, dict):
+        return "a damaged study.json"
+    return (
+        f"the study {identity.get('study')} at scale {identity.get('scale')} on "
+        f"{identity.get('data')} (version {identity.get('version')})"
+    )
