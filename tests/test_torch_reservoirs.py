@@ -336,9 +336,6 @@ def test_refusals_name_the_remedy(tmp_path: Path) -> None:
     for rule in functional:
         with pytest.raises(OptionError, match=r"of PyTorch's optimizers"):
             topkast.wrap_optimizer(rule, fwd=0.9, bwd=0.8, reservoir="host")
-    for rule in functional:
-        with pytest.raises(OptionError, match="Forgetful forgets the weights that leave B"):
-            topkast.wrap_optimizer(rule, fwd=0.9, bwd=0.8, method=Forgetful())
     group: Any = {"params": [nn.Linear(20, 30).weight], "reservoir": "host"}
     with pytest.raises(OptionError, match="a parameter group cannot set reservoir"):
         topkast.wrap_optimizer(torch.optim.SGD([group], 0.1), fwd=0.9, bwd=0.8)

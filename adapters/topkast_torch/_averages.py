@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import topkast
-from topkast import MismatchError, OptionError
+from topkast import MismatchError, OptionError, methods
 from topkast.adapter import RankedTensors
 from topkast_torch.optimizer._optimizer import TopKASTOptimizer
 
@@ -93,8 +94,11 @@ class WeightAverage:
         average = self.dense_params()
         state = self._optimizer._wrapper_state
         for execution, param_group in self._optimizer._executions_with_options():
-            ranked: RankedTensors = execution.ranked
+            count, method = execution.support.forward, execution.method
+            ranked: RankedTensors = replace(execution.ranked, forward=count)
             options = state.options.override(param_group | execution.overrides)
+            if method.schedules or method.needs & {"sets", "gradient"}:  # no choice by weights
+                options = replace(options, method=methods.TopKAST())
             flat = ranked.flatten(average)
             support = ranked.select(flat, options)
             view = topkast.forward_view(topkast.gather(flat, support), support, shape=(len(flat),))

@@ -43,12 +43,15 @@ class View:
         The gradient of the loss (n,) before the last step, outside B too; None when the first sets
         are chosen. For methods that need ``"gradient"``. Sparse layers never form it: there, it is
         an object whose ``blocks()`` yields pieces of it with their first indices. For methods that
-        need ``"momentum"``, the running mean of the gradient instead.
+        need ``"momentum"``, the running mean of the gradient instead. None too if PyTorch computed
+        no gradient: the tensor was not used, or is frozen.
     members
         First index and end of each tensor, by name, if several are ranked as one.
     group_size
         Number of consecutive weights in a group, under the option `pattern`: each group must hold
         equally many of A, and of B. None: no pattern.
+    shapes
+        Shape of the tensor by its name; of several, in order, if they are ranked as one.
     """
 
     weights: Array
@@ -63,6 +66,7 @@ class View:
     gradient: Array = None
     members: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     group_size: int | None = None
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class Method(ABC):
@@ -84,7 +88,8 @@ class Method(ABC):
         can be used with the method.
     forgets
         Whether a refresh sets all weights outside A to zero: outside B, nothing is kept then in
-        PyTorch. False: an entry that enters B continues with the weight it had.
+        PyTorch. False: an entry that enters B continues with the weight it had. If B∖A rests too,
+        what enters A starts at zero, with fresh state of the optimizer.
     explores
         Whether the weights in B∖A are updated.
     schedules
@@ -94,7 +99,9 @@ class Method(ABC):
         The backward sparsity that the method takes: ``"any"``; ``"equal"`` to the forward
         sparsity, so that B is A; or ``"none"``, 0, so that B holds all weights.
     default_penalty, default_refresh_every
-        The options `penalty` and `refresh_every` if they are not given.
+        The options `penalty` and `refresh_every` if :func:`topkast.wrap_optimizer` gets this
+        method and not these. A method of single tensors or of a parameter group has those of all
+        tensors, unless its override or group sets its own.
 
     Examples
     --------

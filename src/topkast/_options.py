@@ -238,7 +238,7 @@ class Options:
                     f"overrides[{pattern!r}] sets a sparsity, but distribution='global' ranks all "
                     "tensors as one, with one sparsity: choose one of the two"
                 )
-            # for_tensor checks fwd >= bwd once all globs that match the tensor are applied.
+            # for_tensor checks both sparsities once all globs that match the tensor are applied.
             set_elsewhere = {name for other in overrides.values() for name in other}
             harmless = {"fwd": values.get("bwd", self.fwd), "bwd": 0.0}
             changes = {name: harmless[name] for name in harmless if name in set_elsewhere}
@@ -248,6 +248,9 @@ class Options:
                 if by_others & {"fwd", "bwd", "block", "pattern", "explore", "method"}:
                     check_pattern(changes.get("pattern"))  # for_tensor checks whether it fits
                     changes["pattern"] = None
+                if {"fwd", "bwd", "method"} & by_others - {*values}:
+                    _check_method(changes.get("method"), "magnitude")  # and whether the method does
+                    changes["method"] = None
                 replace(self, overrides=None, **changes)
             except OptionError as error:
                 raise OptionError(f"overrides[{pattern!r}]: {error}") from None

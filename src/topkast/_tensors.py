@@ -129,6 +129,7 @@ class RankedTensors:
                 draw,
                 first,
                 group_size=self.group_size,
+                shapes=self.shapes,
             )
             if old is not None and "sets" in method.needs:
                 own = take(layer, old.entries) if values is None else values
@@ -162,8 +163,11 @@ class RankedTensors:
         gradient: Array | None = None,
     ) -> Refresh:
         """Choose new sets from the current weights (size,); see :meth:`select`."""
+        method = method_of(options)
         new = self.select(flat, options, draw, old, values, gradient)
         migration = Migration.between(old, new, self.size)
+        if method.forgets and not method.explores:
+            migration = migration.renewing(old, new)
         entered = migration.entered_forward(old, new)
         return Refresh(new, migration, self._count_members(new.active_entries, entered))
 

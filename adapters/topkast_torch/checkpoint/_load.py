@@ -60,7 +60,7 @@ def load(state: WrapperState, state_dict: Mapping[str, Any]) -> None:
         group.checked = ()
         for execution in group.executions:
             loaded.sets[id(execution)].restore(execution, param_group)
-            execution.decide(param_group, state.updates)
+            execution.decide(param_group, state.updates, overdue=state.overdue)
 
 
 def _load_options(
@@ -138,7 +138,8 @@ def _check(state: WrapperState, state_dict: Mapping[str, Any]) -> _Loaded:
         saved = {name: saved[name] for name in saved if f"{number}:{name}" not in uncounted}
         expect("parameters in a group", len(group.params), len(saved["params"]))
         try:
-            state.options.override({name: saved[name] for name in GROUP_OPTIONS})
+            saved_options = {name: saved[name] for name in GROUP_OPTIONS}
+            state.options.override(saved_options | {"method": group.method})
         except OptionError as error:
             raise StateDictError(
                 f"a parameter group of the state dict has an invalid option: {error}"

@@ -75,8 +75,9 @@ class Execution(ABC):
     selection: IncrementalSelection
     # Changed by a step
     step: Step  # the next step
+    awaits_gradient: bool  # whether the refresh after it needs the gradient outside B
+    _frozen: Tensor | None = None  # values on B∖A, which rest in the step
     _base: tuple[Tensor, Tensor] | None  # during a step under `power`: φ and the weights
-    awaited: int | None  # its number, if the refresh after it needs the gradient outside B
     steps: int  # taken by the inner optimizer on these weights
 
     def set_up(self, profile: InnerProfile, options: Options, updates: int, steps: int) -> None:
@@ -139,7 +140,7 @@ class Execution(ABC):
     def whole_gradient(self) -> Any:
         """The gradient of the loss on all weights (n,), or an object that yields it in blocks.
 
-        It is kept for the steps that are `awaited`.
+        None if the Parameters have none. It is kept before refreshes that need it.
         """
 
     @abstractmethod
@@ -173,8 +174,11 @@ class Execution(ABC):
     def layout_bytes(self) -> int:
         """Bytes of everything derived from the support."""
 
-    def decide(self, group: Mapping[str, Any], updates: int) -> None:
-        """Decide the next step of these tensors, after `updates` updates."""
+    def decide(self, group: Mapping[str, Any], updates: int, *, overdue: bool = False) -> None:
+        """Decide the next step of these tensors, after `updates` updates.
+
+        `overdue` tells whether the last refresh has failed, so that one follows in any case.
+        """
         ascends = group.get("maximize", self.profile.traits.ascends)
         self.step = decide(
             penalty=self.option(group, "penalty"),
@@ -186,10 +190,9 @@ class Execution(ABC):
             betas=None if self.young is None else self.young.betas(group),
             power=self.power,
         )
-        needs_gradient = self.momentum is not None or (
-            "gradient" in self.method.needs and self.is_due(group, updates + 1)
-        )
-        self.awaited = updates + 1 if needs_gradient else None
+        refreshes = self.is_due(group, updates + 1) or (overdue and self.refreshes)
+        needs_gradient = "gradient" in self.method.needs and refreshes
+        self.awaits_gradient = self.momentum is not None or needs_gradient
 
     def is_due(self, group: Mapping[str, Any], updates: int) -> bool:
         """Whether a refresh is due after `updates` updates."""
@@ -203,8 +206,8 @@ class Execution(ABC):
             self.values.grad = None
             return
         if self.momentum is not None:
-            whole = self.whole_gradient().detach()
-            self.momentum.lerp_(whole.to(self.momentum.dtype), 1 - self.method.momentum)
+            whole: Any = self.whole_gradient()
+            self.momentum.lerp_(whole.detach().to(self.momentum.dtype), 1 - self.method.momentum)
         if self.step.penalty or not self.step.exploring or self.power != 1:
             buffer = self.gradient_buffer()
             self._add_penalty(gradient, buffer)
@@ -258,9 +261,10 @@ class Execution(ABC):
             if self.young is not None and stepped:
                 self.young.after_step(inner, self.values, self.steps, self.step.betas)
             self._leave_base()
-            if not self.step.exploring:
+            if self._frozen is not None:
                 self._exploring_values().copy_(self._frozen)
             self.write_forward_view()
+        self._frozen = None
         self.restore_gradient()
 
     def count_step(self) -> None:

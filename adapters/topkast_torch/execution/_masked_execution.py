@@ -32,7 +32,8 @@ class Member:
     slices: tuple[slice, slice]  # of the compact vector
     entries: tuple[FlatEntries, FlatEntries]  # in the tensor
     written_stamp: Stamp = NEVER  # of the Parameter after our last write
-    restricted_stamp: Stamp = NEVER  # of its gradient after we zeroed it outside B
+    restricted_stamp: Stamp = NEVER  # of its gradient, which is zero outside B
+    dropped_stamp: Stamp = NEVER  # of its gradient after we zeroed it outside B
 
 
 class MaskedExecution(Execution):
@@ -78,7 +79,7 @@ class MaskedExecution(Execution):
         self.__dict__.update(state)
         self._connect()
         for member in self.members.values():
-            member.written_stamp = _make_stamp(member.param)
+            member.written_stamp = make_stamp(member.param)
 
     def install(self) -> None:
         self.write_forward_view(everywhere=True)
@@ -118,7 +119,7 @@ class MaskedExecution(Execution):
             )
         values = self.values.detach().view(-1)
         for name, member in self.members.items():
-            if _make_stamp(member.param) != member.written_stamp:
+            if make_stamp(member.param) != member.written_stamp:
                 self._check_write(name, member)
             # Always gather: writes through `param.data` or NumPy leave the stamp unchanged.
             member.entries[0].gather(member.param.detach(), out=values[member.slices[0]])
@@ -137,7 +138,7 @@ class MaskedExecution(Execution):
                 "model.load_state_dict with dense weights. Load them before wrapping the "
                 "optimizer, or load the optimizer's state dict too, which holds all weights"
             )
-        member.written_stamp = _make_stamp(member.param)
+        member.written_stamp = make_stamp(member.param)
 
     def gather_gradient(self) -> Tensor | None:
         if all(member.param.grad is None for member in self.members.values()):
@@ -153,6 +154,12 @@ class MaskedExecution(Execution):
                     f"{name} has a gradient of layout {grad.layout}: Top-KAST needs a strided "
                     "gradient (for nn.Embedding, sparse=False)"
                 )
+            if self.awaits_gradient and make_stamp(grad) == member.dropped_stamp:
+                raise MismatchError(
+                    f"the gradient of {name} outside B, which {type(self.method).__name__} needs "
+                    "after this step, was dropped by the backward pass: run a new one. Set "
+                    "refresh_every before the backward pass"
+                )
             self.restrict_gradient(member)
             # Gather again: a gradient scaler, or a write through `grad.data`, may have changed the
             # gradient since backward and leaves the stamp unchanged.
@@ -166,17 +173,20 @@ class MaskedExecution(Execution):
         if (
             grad is None
             or grad.layout != torch.strided
-            or self.awaited is not None
-            or _make_stamp(grad) == member.restricted_stamp
+            or self.awaits_gradient
+            or make_stamp(grad) == member.restricted_stamp
         ):
             return
         kept = member.entries if self.step.exploring else member.entries[:1]
         if sum(map(len, kept)) < grad.numel():
             compress(grad, kept, [self.gradient[section] for section in member.slices[: len(kept)]])
-        member.restricted_stamp = _make_stamp(grad)
+            member.dropped_stamp = make_stamp(grad)
+        member.restricted_stamp = make_stamp(grad)
 
-    def whole_gradient(self) -> Tensor:
+    def whole_gradient(self) -> Tensor | None:
         grads = {name: member.param.grad for name, member in self.members.items()}
+        if all(grad is None for grad in grads.values()):
+            return None
         gradient: Tensor = self.ranked.flatten(
             {
                 name: torch.zeros_like(self._params[name]) if grad is None else grad
@@ -198,7 +208,7 @@ class MaskedExecution(Execution):
             if everywhere:
                 param.zero_()
             member.entries[0].put(param, values[member.slices[0]])
-            member.written_stamp = _make_stamp(member.param)
+            member.written_stamp = make_stamp(member.param)
 
     def restrict_state(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         if not states:
@@ -266,6 +276,6 @@ class _RestrictGradient:
             owner.restrict_gradient(owner.members[self.name])
 
 
-def _make_stamp(tensor: Tensor) -> Stamp:
+def make_stamp(tensor: Tensor) -> Stamp:
     """A stamp that changes if a tensor is written to or gets other memory (``param.data = …``)."""
     return id(tensor), tensor._version, tensor.data_ptr()

@@ -15,11 +15,48 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.grad import conv2d_weight
 
-from topkast import MismatchError
+from topkast_torch.execution._masked_execution import NEVER, make_stamp
 from topkast_torch.sparse._convolutions import Window
 from topkast_torch.sparse._sparse_layer import Passes
 
 _BLOCK = 1 << 22  # entries of a block
+
+
+class Recording:
+    """The products of a layer in backward passes, as far as the gradient of its values has them.
+
+    A backward pass that accumulates no gradient (``torch.autograd.grad``) leaves nothing, and one
+    whose gradient was zeroed without a step is dropped.
+    """
+
+    def __init__(self) -> None:
+        self._passes: Passes = []
+        self._running: list[tuple[int, tuple[Tensor, Tensor]]] = []  # with the number of the pass
+        self._stamp = NEVER  # of the gradient that has the passes
+
+    def add(self, grad: Tensor | None, x: Tensor, grad_output: Tensor) -> None:
+        """Record a product of the running backward pass; `grad` is the gradient before it."""
+        self._drop_zeroed(grad)
+        number = torch._C._current_graph_task_id()
+        self._running.append((number, (x.detach(), grad_output.detach())))
+
+    def accept(self, grad: Tensor) -> None:
+        """Keep the products of the running backward pass, which was accumulated into `grad`."""
+        number = torch._C._current_graph_task_id()
+        self._passes += [entry for task, entry in self._running if task == number]
+        self._running = [(task, entry) for task, entry in self._running if task != number]
+        self._stamp = make_stamp(grad)
+
+    def passes_in(self, grad: Tensor) -> Passes:
+        """The passes whose gradient is in `grad`."""
+        self._drop_zeroed(grad)
+        return self._passes
+
+    def _drop_zeroed(self, grad: Tensor | None) -> None:
+        if not self._passes or (grad is not None and make_stamp(grad) == self._stamp):
+            return
+        if grad is None or not bool(grad.any()):
+            self._passes = []
 
 
 class RecordedGradient:
@@ -28,10 +65,12 @@ class RecordedGradient:
     Parameters
     ----------
     pairs
-        For each backward pass since gradients were zeroed, the input and the gradient of the
-        output: rows of features, or images.
+        For each product in a backward pass since gradients were zeroed, the input and the gradient
+        of the output: rows of features, or images.
     shape
         Shape of the weight.
+    like
+        A tensor of the weight's dtype and device.
     window, groups
         Of a convolution.
     """
@@ -40,21 +79,17 @@ class RecordedGradient:
         self,
         pairs: Passes,
         shape: tuple[int, ...],
+        like: Tensor,
         window: Window | None = None,
         groups: int = 1,
     ) -> None:
-        if not pairs:
-            raise MismatchError(
-                "a sparse layer recorded no input for the choice of its next sets: its gradient "
-                "was computed by function transforms, or written by hand"
-            )
-        self._pairs, self._shape, self._window, self._groups = pairs, shape, window, groups
+        self._pairs, self._shape, self._like = pairs, shape, like
+        self._window, self._groups = window, groups
 
     def block(self, start: int, stop: int) -> Tensor:
         """The gradient of some rows of the weight as a matrix, (stop - start, width)."""
-        first, *others = self._pairs
-        total = self._block_of(*first, start, stop)
-        for pair in others:
+        total = self._like.new_zeros(stop - start, math.prod(self._shape[1:]))
+        for pair in self._pairs:
             total += self._block_of(*pair, start, stop)
         return total
 

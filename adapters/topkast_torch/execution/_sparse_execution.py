@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from topkast import MismatchError, OptionError
 from topkast.adapter import (
+    Method,
     Migration,
     Options,
     RankedTensors,
@@ -23,10 +25,10 @@ from topkast.adapter import (
 from topkast_torch._reservoirs import take_over
 from topkast_torch.execution._execution import Execution, InnerProfile
 from topkast_torch.execution._masked_execution import MaskedExecution
-from topkast_torch.execution._recorded import RecordedGradient
+from topkast_torch.execution._recorded import RecordedGradient, Recording
 from topkast_torch.optimizer._ownership import claim, release
 from topkast_torch.sparse._conversion import make_dense
-from topkast_torch.sparse._sparse_layer import Passes, SparseLayer
+from topkast_torch.sparse._sparse_layer import SparseLayer
 
 
 class SparseExecution(Execution):
@@ -36,9 +38,6 @@ class SparseExecution(Execution):
     _dtype: torch.dtype  # of the values, when the optimizer was built
     # During a step
     _gradient: Tensor | None  # of the loss alone, while values.grad includes the penalty's
-    # For methods that need the gradient outside B
-    _recording: int | None  # the update for which the layer records its passes
-    _passes: Passes  # that it recorded for the update before
 
     @classmethod
     def of_layer(
@@ -72,8 +71,16 @@ class SparseExecution(Execution):
                 f"{type(layer).__name__}, which never has a dense gradient: choose a method that "
                 "needs the gradient at refreshes only, such as RigL"
             )
-        execution = cls.__new__(cls)
+        check_processes(name, method)
         forward, size = layer.support.forward, math.prod(layer.weight_shape)
+        backward = {"equal": forward, "none": size}.get(method.backward, layer.values.numel())
+        if layer.values.numel() != backward:
+            raise OptionError(
+                f"{name} is the weight of a {type(layer).__name__} with |A|, |B| = {forward}, "
+                f"{layer.values.numel()}, but {type(method).__name__} needs |B| = {backward}: "
+                "build the layer with this backward sparsity, or override its method"
+            )
+        execution = cls.__new__(cls)
         density = getattr(layer, "density", forward / size)
         execution.ranked = RankedTensors(
             {name: layer.weight_shape},
@@ -101,13 +108,12 @@ class SparseExecution(Execution):
             setattr(execution, name, getattr(masked, name))
         execution.values, execution.layer = layer.values, layer
         execution._begin()
-        execution._record_if_awaited()
         execution._connect()
+        execution._record_if_awaited()
         return execution
 
     def _begin(self) -> None:
         self._gradient, self._replaced, self._dtype = None, False, self.values.dtype
-        self._recording, self._passes = None, []
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_hook": None}
@@ -115,6 +121,7 @@ class SparseExecution(Execution):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._connect()
+        self._record_if_awaited()
 
     def install(self) -> None:
         self.layer.reservoir = self.layer.selection = None  # this execution holds them now
@@ -140,6 +147,7 @@ class SparseExecution(Execution):
 
     def disconnect(self) -> None:
         self._hook.remove()
+        self.layer.recording = None
         release(self.values)
 
     def note_replacement(self, param: Tensor) -> None:
@@ -167,23 +175,41 @@ class SparseExecution(Execution):
 
     def gather_gradient(self) -> Tensor | None:
         self._gradient = self.values.grad
+        if self.awaits_gradient and self._gradient is not None:
+            passes = self.layer.recording.passes_in(self._gradient)
+            if not passes and self._gradient.any():
+                raise MismatchError(
+                    f"the layer of {self.ranked.key} recorded no backward pass, but "
+                    f"{type(self.method).__name__} needs the gradient outside B after this step: "
+                    "it was computed by function transforms, written by hand, or belongs to a pass "
+                    "before topkast.sparsify or before refresh_every was set. Run a new one"
+                )
         return None if self._gradient is None else self._gradient.view(-1)
 
-    def decide(self, group: Mapping[str, Any], updates: int) -> None:
-        super().decide(group, updates)
+    def decide(self, group: Mapping[str, Any], updates: int, *, overdue: bool = False) -> None:
+        super().decide(group, updates, overdue=overdue)
         self._record_if_awaited()
 
     def _record_if_awaited(self) -> None:
-        """Let the layer record its passes from now on, and take what it has recorded so far."""
+        """Let the layer record its passes before a refresh that needs them, and only then."""
         layer: Any = self.layer
-        if self.awaited != self._recording and isinstance(layer, SparseLayer):
-            self._passes = layer.switch_recording(self.awaited is not None)
-            self._recording = self.awaited
+        if not isinstance(layer, SparseLayer):
+            return  # densify has made it dense
+        if not self.awaits_gradient:
+            layer.recording = None
+        elif layer.recording is None:
+            layer.recording = Recording()
 
-    def whole_gradient(self) -> RecordedGradient:
-        layer = self.layer
+    def whole_gradient(self) -> RecordedGradient | None:
+        layer, grad = self.layer, self.values.grad
+        if grad is None:
+            return None
         return RecordedGradient(
-            self._passes, layer.weight_shape, layer._window, int(getattr(layer, "groups", 1))
+            layer.recording.passes_in(grad),
+            layer.weight_shape,
+            layer.values.detach(),
+            layer._window,
+            int(getattr(layer, "groups", 1)),
         )
 
     def gradient_buffer(self) -> Tensor:
@@ -206,7 +232,7 @@ class SparseExecution(Execution):
         layer: Any = self.layer
         if isinstance(layer, SparseLayer):  # densify may have made it dense
             layer.set_support(self.support, is_valid=True)
-            self._passes = []
+            layer.recording = None
             self._sets_version = layer.sets_version
 
     def restrict_state(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -218,6 +244,19 @@ class SparseExecution(Execution):
     def layout_bytes(self) -> int:
         layer: Any = self.layer
         return layer.products.nbytes if isinstance(layer, SparseLayer) else 0
+
+
+def check_processes(name: str, method: Method) -> None:
+    """Raise :class:`OptionError` for a sparse layer whose sets would differ between processes."""
+    if "gradient" not in method.needs or not (dist.is_available() and dist.is_initialized()):
+        return
+    if dist.get_world_size() > 1:
+        raise OptionError(
+            f"{type(method).__name__} needs the gradient of {name} outside B, but "
+            f"{dist.get_world_size()} processes would each have their own, since sparse layers do "
+            "not send it: keep this layer masked (sparsify(..., only=...)), whose gradient "
+            "DistributedDataParallel averages, or choose a method without gradients, as SET"
+        )
 
 
 def _group_size(name: str, layer: SparseLayer, options: Options) -> int | None:
@@ -243,13 +282,16 @@ def _group_size(name: str, layer: SparseLayer, options: Options) -> int | None:
 
 @dataclass(frozen=True)
 class _RestrictGradient:
-    """Hook that zeroes the gradient on B∖A once exploration has stopped."""
+    """Hook that zeroes the gradient on a resting B∖A, and keeps what the layer has recorded."""
 
     owner: weakref.ref[SparseExecution]
 
     def __call__(self, param: Tensor) -> None:
         owner = self.owner()
-        if owner is not None and owner.awaited is not None:
-            owner.layer.note_accumulation()
-        if owner is not None and not owner.step.exploring and param.grad is not None:
+        if owner is None or param.grad is None:
+            return
+        if not owner.step.exploring:
             param.grad.view(-1)[owner.support.forward :].zero_()
+        recording = getattr(owner.layer, "recording", None)  # densify may have made it dense
+        if recording is not None:
+            recording.accept(param.grad)

@@ -17,6 +17,7 @@ from topkast import MismatchError, OptionError, UnsupportedTensorError
 from topkast.adapter import (
     FIXED_OPTIONS,
     GROUP_OPTIONS,
+    Method,
     Options,
     TensorInfo,
     check_patterns,
@@ -45,6 +46,7 @@ class Group:
     execution_by_name: dict[str, Execution]  # of each sparse Parameter
     profiles: dict[int, InnerProfile]  # of the inner optimizer, by number of dimensions
     fixed: dict[str, Any]  # options that must not change
+    method: Method | None
     checked: tuple[Any, ...] = ()  # values of the options at the last check
 
     def check(self, param_group: dict[str, Any], options: Options) -> None:
@@ -60,7 +62,8 @@ class Group:
                     )
             for execution in self.executions:
                 options.override(param_group | execution.overrides)
-            param_group.update(options.override(param_group).for_group())
+            current_options = options.override(param_group | {"method": self.method})
+            param_group.update(current_options.for_group())
             self.checked = tuple(param_group[name] for name in GROUP_OPTIONS)
         params = param_group["params"]
         if len(params) != len(self.params) or any(
@@ -197,7 +200,7 @@ def prepare_group(state: WrapperState, param_group: Mapping[str, Any], options: 
                 )
     by_name = {name: execution for execution in executions for name in execution.ranked.shapes}
     fixed = {name: getattr(options, name) for name in FIXED_OPTIONS}
-    return Group(names, params, executions, by_name, profiles, fixed)
+    return Group(names, params, executions, by_name, profiles, fixed, options.method)
 
 
 @contextmanager

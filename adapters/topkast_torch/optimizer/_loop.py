@@ -15,15 +15,15 @@ Pairs: TypeAlias = list[tuple[Execution, dict[str, Any]]]
 
 def step(state: WrapperState, pairs: Pairs) -> None:
     """Update all tensors with the inner optimizer, and refresh the sets that are due."""
-    for execution, _ in pairs:
+    for execution, param_group in pairs:
         execution.accept_external_writes()
+        execution.decide(param_group, state.updates, overdue=state.overdue)
     has_gradient = any(param.grad is not None for group in state.groups for param in group.params)
     loaded: list[tuple[Execution, dict[str, Any]]] = []
     stepped = False
     try:
         for execution, param_group in pairs:
             loaded.append((execution, param_group))
-            execution.decide(param_group, state.updates)
             execution.load_gradient(state.inner, param_group)
         state.handle.step()
         stepped = True
@@ -32,14 +32,17 @@ def step(state: WrapperState, pairs: Pairs) -> None:
             execution.finish_step(state.inner, param_group, stepped=stepped)
     if has_gradient:
         state.updates += 1
-        refresh_if_due(state, pairs)
+        try:
+            refresh_if_due(state, pairs)
+        finally:  # a refresh that failed is due after the next step
+            for execution, param_group in pairs:
+                execution.decide(param_group, state.updates, overdue=state.overdue)
 
 
 def refresh_if_due(state: WrapperState, pairs: Pairs) -> None:
     """Refresh all sets that are due after an update, or none of them."""
-    for execution, param_group in pairs:
+    for execution, _ in pairs:
         execution.count_step()
-        execution.decide(param_group, state.updates)
     due = [
         (execution, param_group)
         for execution, param_group in pairs
@@ -58,7 +61,7 @@ def refresh_if_due(state: WrapperState, pairs: Pairs) -> None:
     except NonFiniteError as error:
         raise NonFiniteError(
             f"{error}. The weights have moved, but A and B are as before this update: repair the "
-            "weights and call step again"
+            "weights or the gradient and call step again"
         ) from None
     for (execution, param_group), refresh in zip(due, refreshes, strict=True):
         execution.apply_refresh(refresh, state.inner, param_group)

@@ -30,6 +30,7 @@ _OF_SPARSE_LAYERS = (
     "_valid_version",
     "_is_drawn",
     "_recipe",
+    "recording",
 )
 
 

@@ -247,6 +247,8 @@ class _ProductGradient(torch.autograd.Function):
         gradient = operator.pack_gradient(grad_output, shape)
         if grad_grad_x is not None:
             packed = operator.pack(grad_grad_x)
+            if context.needs_input_grad[3] and not torch._C._are_functorch_transforms_active():
+                operator.record(grad_grad_x, grad_output)
             grad_grad_output += operator.forward(flat, packed, None, shape)
             operator.weight_gradient(gradient, packed, grad_values.view(-1), shape)
         if grad_grad_values is not None and x is not None and grad_x is not None:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from topkast import MismatchError
 from topkast.reservoirs import LayeredReservoir, Reservoir
 from topkast_torch._reservoirs import TensorReservoir
+from topkast_torch.execution._sparse_execution import check_processes
 from topkast_torch.optimizer._ownership import owner_of
 from topkast_torch.sparse._sparse_layer import SparseLayer
 
@@ -28,6 +29,8 @@ def _check_replicas(parent: nn.Module, name: str, model: Any) -> None:
     checksum = 0
     for layer in layers:
         execution = owner_of(layer.values)
+        if execution is not None:
+            check_processes(execution.ranked.key, execution.method)
         reservoir = layer.reservoir if execution is None else execution.reservoir
         checksum = crc32(str(layer.active_count).encode(), checksum)
         for tensor in (layer.indices, *_tensors_of(reservoir)):

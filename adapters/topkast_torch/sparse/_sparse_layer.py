@@ -18,6 +18,7 @@ from topkast import MismatchError, SparseExportWarning, Support
 from topkast.adapter import IncrementalSelection
 from topkast.reservoirs import Reservoir
 from topkast_torch._reservoirs import check_convertible, convert, forget_changes
+from topkast_torch.optimizer._ownership import owner_of
 from topkast_torch.sparse._products import Entries
 from topkast_torch.sparse._read_only import read_only
 
@@ -82,8 +83,7 @@ class SparseLayer(nn.Module):
     _products: tuple[Any, tuple[Any, ...]] | None  # with the key that they were made for
     _assignment_count: int = 0  # how often `indices` or `active_count` were assigned
     _is_drawn: bool = True  # whether the weights have values: not on the meta device
-    _recorded: Passes | None = None  # since the last step, if the next one needs them
-    _has_accumulated: bool = False  # whether `values.grad` contains what was recorded
+    recording: Any = None  # of backward passes, while an optimizer needs it
 
     def set_sparse(self, values: Parameter, support: Support, shape: tuple[int, ...]) -> None:
         """Set the values, the support and the weight's shape."""
@@ -145,24 +145,9 @@ class SparseLayer(nn.Module):
         return None
 
     def record(self, x: Tensor, grad_output: Tensor) -> None:
-        """Record a backward pass, if an optimizer has asked for it."""
-        if self._recorded is None:
-            return
-        grad = self.values.grad
-        if self._has_accumulated and (grad is None or not bool(grad.any())):
-            self._recorded.clear()  # the gradient was zeroed without a step
-            self._has_accumulated = False
-        self._recorded.append((x.detach(), grad_output.detach()))
-
-    def note_accumulation(self) -> None:
-        """Note that a backward pass has written its gradient."""
-        self._has_accumulated = True
-
-    def switch_recording(self, is_on: bool) -> Passes:
-        """Return the passes recorded so far; record others from now on, or none."""
-        passes, self._recorded = self._recorded or [], [] if is_on else None
-        self._has_accumulated = False
-        return passes
+        """Record a product of a backward pass, if an optimizer has asked for it."""
+        if self.recording is not None:
+            self.recording.add(self.values.grad, x, grad_output)
 
     def _make_products(self) -> Any:
         raise NotImplementedError
@@ -204,7 +189,7 @@ class SparseLayer(nn.Module):
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_products": None, "_recorded": None}
+        return self.__dict__ | {"_products": None, "recording": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -256,7 +241,7 @@ class SparseLayer(nn.Module):
         if prefix + "values" in state_dict or any(entry is not None for entry in structure):
             support = self._check_structure(prefix, state_dict)
             indices = support.indices.to(self.indices)
-            if not torch.equal(indices, self.indices):
+            if not torch.equal(indices, self.indices) or support.forward != self.active_count:
                 # Clone: an optimizer that shares the old tensor must detect the change.
                 self.set_support(Support(indices.clone(), support.forward))
         elif dense is not None:
@@ -292,12 +277,17 @@ class SparseLayer(nn.Module):
                 f"{tuple(self.values.shape)}"
             )
         check_sets(f"{layer}: the state dict", support, shape, values.numel())
-        if support.forward != self.active_count:
+        if support.forward != self.active_count and not self._is_scheduled():
             raise MismatchError(
                 f"{layer}: the state dict has |A| = {support.forward}, the layer "
                 f"{self.active_count}"
             )
         return support
+
+    def _is_scheduled(self) -> bool:
+        """Whether an optimizer changes the size of A in training."""
+        execution = owner_of(self.values)
+        return execution is not None and execution.method.schedules
 
     def _gather_values(self, name: str, dense: Tensor) -> Tensor:
         """The values on B of a dense weight that is zero outside A."""

@@ -18,7 +18,7 @@ from topkast import AdapterNotFoundError, OptionError, SparseExportWarning
 from topkast.adapter import check_patterns, format_table, matches
 from topkast_torch._example import hooked, run_example
 from topkast_torch.execution._masked_execution import MaskedExecution
-from topkast_torch.execution._sparse_execution import SparseExecution
+from topkast_torch.execution._sparse_execution import SparseExecution, check_processes
 from topkast_torch.optimizer._callers import is_called_by
 from topkast_torch.optimizer._optimizer import TopKASTOptimizer
 from topkast_torch.sparse._conversion import SPARSE_FORMS, make_dense, make_sparse
@@ -122,6 +122,7 @@ def sparsify(
         if reason is not None:
             report.append(LayerExecution(name, "masked", reason))
             continue
+        check_processes(name, execution.method)
         execution.accept_external_writes()
         module = modules[0][0]
         layer = LayerExecution(name, "sparse", "not timed")

@@ -57,9 +57,10 @@ def forget_all(
     *,
     negated: Mapping[str, Array] | None = None,
 ) -> Arrays:
-    """Set weights to zero that methods forget: after a refresh, what was not in B or is not in A.
+    """Set weights to zero that methods forget: after a refresh, all but what stays.
 
-    `arrays` are the weights, or updates of weights, which become `negated` weights.
+    What stays is in A, and was in B, or in A if B∖A rests. `arrays` are the weights, or updates of
+    weights, which become `negated` weights.
     """
     remembered = dict(arrays)
     for ranked in plan.forgetting:
@@ -67,16 +68,27 @@ def forget_all(
         fill = array_namespace(flat).zeros_like(flat)
         if negated is not None:
             fill = -ranked.flatten({name: negated[name] for name in ranked.shapes})
+            fill = array_namespace(fill).astype(fill, flat.dtype)
         due = is_due(plan.options[ranked.key].refresh_every, after.updates)
         sets = before.supports[ranked.key], after.supports[ranked.key]
-        remembered |= ranked.unflatten(cond(due, _forget, flat, fill, *sets))
+        change = _forget if plan.explores(ranked) else _forget_exploring
+        remembered |= ranked.unflatten(cond(due, change, flat, fill, *sets))
     return remembered
 
 
 def _forget(flat: Array, fill: Array, old: Support, new: Support) -> Array:
     """`fill` (n,) with the entries of `flat` (n,) that were in B and are in A."""
-    backend, active = backend_of(flat), new.entries[: new.forward_size]
-    kept = backend.put(fill, old.entries, take(flat, old.entries))
+    return _keep(flat, fill, old.entries, new)
+
+
+def _forget_exploring(flat: Array, fill: Array, old: Support, new: Support) -> Array:
+    """`fill` (n,) with the entries of `flat` (n,) that were and are in A."""
+    return _keep(flat, fill, old.active_entries, new)
+
+
+def _keep(flat: Array, fill: Array, trained: Array, new: Support) -> Array:
+    backend, active = backend_of(flat), new.active_entries
+    kept = backend.put(fill, trained, take(flat, trained))
     return backend.put(fill, active, take(kept, active))
 
 

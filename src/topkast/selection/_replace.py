@@ -19,9 +19,13 @@ from topkast.selection._units import modulus
 
 
 def magnitudes(vector: Array) -> Array:
-    """Magnitudes of real or complex numbers."""
+    """Magnitudes of real or complex numbers, of float16 as float32."""
     xp = array_namespace(vector)
-    return modulus(vector) if xp.isdtype(vector.dtype, "complex floating") else xp.abs(vector)
+    if xp.isdtype(vector.dtype, "complex floating"):
+        return modulus(vector)
+    # float16 has too few magnitudes between zero and the smallest normal one.
+    is_narrow = float(xp.finfo(vector.dtype).smallest_normal) > 1e-30
+    return xp.abs(xp.astype(vector, xp.float32) if is_narrow else vector)
 
 
 def choose_on_host(choose: Callable[[View], Support], view: View) -> Support:
@@ -114,10 +118,11 @@ def grow_by_gradient(
         size = view.forward if count is None else count
         return _grow_from_blocks(view, kept, gradient.blocks(), size, regrow=regrow, among=among)
     check_finite(gradient)
-    xp = array_namespace(gradient)
-    info = xp.finfo(gradient.dtype)
+    scores = magnitudes(gradient)
+    xp = array_namespace(scores)
+    info = xp.finfo(scores.dtype)
     # Below those of kept units, and above those of units that may not be grown.
-    scores = xp.clip(magnitudes(gradient), info.smallest_normal, info.max / 2)
+    scores = xp.clip(scores, info.smallest_normal, info.max / 2)
     if among is not None:
         scores = where(among, scores, 0.0)
     return _take_largest(view, _mark(view, scores, kept, info.max, regrow), count)

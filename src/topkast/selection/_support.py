@@ -329,6 +329,13 @@ class Migration(NamedTuple):
         source, survives = self.source[:split], self.survives[:split]
         return ~survives | (source >= old.forward_size)
 
+    def renewing(self, old: Support, new: Support) -> Migration:
+        """The same, but entries that enter A start anew, also those that were in the old B."""
+        split = new.forward_size
+        stays = ~self.entered_forward(old, new)
+        xp = array_namespace(stays)
+        return Migration(self.source, xp.concat([stays, self.survives[split:]]))
+
 
 def migrate(entry: Array, old: Support, new: Support, /, *, fresh: Array | float = 0.0) -> Array:
     """Carry a vector over B from one support to the next.

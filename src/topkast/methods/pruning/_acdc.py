@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from topkast._method import Method, View
-from topkast.methods._schedules import check_updates
+from topkast.methods._schedules import check_updates, updates_of
 from topkast.selection._replace import split_by_magnitude
 from topkast.selection._support import Support
 
@@ -69,7 +69,7 @@ class ACDC(Method):
 
     def choose(self, view: View, /) -> Support:
         """Choose all weights, the largest, or those of the present sparse phase."""
-        if not self._is_sparse(int(view.draw)):
+        if not self._is_sparse(updates_of(view, self)):
             return split_by_magnitude(view, view.backward)
         if view.support is not None and view.support.forward == view.forward < view.backward:
             return view.support

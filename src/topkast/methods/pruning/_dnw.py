@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from topkast._method import View
-from topkast.methods._schedules import check_share, check_updates, linear_count
+from topkast.methods._schedules import (
+    check_share,
+    check_updates,
+    linear_count,
+    updates_of,
+)
 from topkast.methods._topkast import TopKAST
 from topkast.selection._replace import split_by_magnitude
 from topkast.selection._support import Support
@@ -79,4 +84,5 @@ class IHT(DNW):
 
     def choose(self, view: View, /) -> Support:
         """Choose the largest magnitudes, as many as it is time for."""
-        return split_by_magnitude(view, linear_count(view, self.end, self.initial))
+        count = linear_count(view, updates_of(view, self), self.end, self.initial)
+        return split_by_magnitude(view, count)

@@ -7,7 +7,12 @@ from typing import ClassVar, Literal
 
 from topkast._errors import OptionError
 from topkast._method import Method, View
-from topkast.methods._schedules import check_share, check_updates, cubic_count
+from topkast.methods._schedules import (
+    check_share,
+    check_updates,
+    cubic_count,
+    updates_of,
+)
 from topkast.selection._replace import split_by_magnitude
 from topkast.selection._support import Support
 
@@ -65,7 +70,8 @@ class GradualPruning(Method):
 
     def choose(self, view: View, /) -> Support:
         """Choose the largest magnitudes, as many as it is time for; keep the last sets."""
-        old = view.support
-        if old is not None and old.forward == view.forward and int(view.draw) > self.end:
+        old, update = view.support, updates_of(view, self)
+        if old is not None and old.forward == view.forward and update > self.end:
             return old
-        return split_by_magnitude(view, cubic_count(view, self.start, self.end, self.initial))
+        count = cubic_count(view, update, self.start, self.end, self.initial)
+        return split_by_magnitude(view, count)

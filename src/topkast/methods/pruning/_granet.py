@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from topkast._method import View
-from topkast.methods._schedules import check_share, cubic_count, drop_count
+from topkast.methods._schedules import (
+    check_share,
+    check_updates,
+    cubic_count,
+    drop_count,
+    updates_of,
+)
 from topkast.methods.pruning._gradual import GradualPruning
 from topkast.selection._replace import (
     choose_on_host,
@@ -65,11 +71,13 @@ class GraNet(GradualPruning):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share("fraction", self.fraction)
+        check_updates("until", self.until, optional=True)
 
     def choose(self, view: View, /) -> Support:
         """Prune to the present count, then replace a share."""
-        count = cubic_count(view, self.start, self.end, self.initial)
-        if view.support is None or view.gradient is None:
+        update = updates_of(view, self)
+        count = cubic_count(view, update, self.start, self.end, self.initial)
+        if view.support is None:
             return split_by_magnitude(view, count)
         return choose_on_host(lambda view: self._replace(view, count), view)
 
@@ -77,8 +85,10 @@ class GraNet(GradualPruning):
         support = view.support
         assert support is not None
         count = min(count, support.forward)
-        dropped = int(drop_count(view, count, self.fraction, self.until))
         scores = magnitudes(view.values[: support.forward])
+        if view.gradient is None:
+            return split_all(view, support.active[keep_largest(view, scores, count)])
+        dropped = int(drop_count(view, count, self.fraction, self.until))
         kept = keep_largest(view, scores, count - dropped)
         grown = grow_by_gradient(view, kept, regrow=True, count=count)
         return split_all(view, grown.indices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -10,10 +11,9 @@ from array_api_compat import array_namespace
 
 from topkast._errors import OptionError
 from topkast._method import Method, View
+from topkast._primitives import Array
 from topkast.selection._select import choose_at_random, choose_by_magnitude
 from topkast.selection._support import Support
-
-_JOIN = " + "
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,25 +62,41 @@ class SNIP(Method):
 
     def choose(self, view: View, /) -> Support:
         """Choose the largest sensitivities."""
-        xp, names = array_namespace(view.weights), view.name.split(_JOIN)
-        missing = [name for name in names if name not in self.sensitivities]
-        if missing:
+        shapes = view.shapes or {view.name: tuple(view.weights.shape)}
+        if sum(map(math.prod, shapes.values())) != view.weights.shape[0]:
             raise OptionError(
-                f"SNIP got no sensitivities of {', '.join(missing)}, but of "
-                f"{', '.join(self.sensitivities) or 'nothing'}: pass those of all tensors that are "
-                "sparsified, by name"
+                f"SNIP ranks the single weights of {view.name}: leave out block and stacked"
             )
-        members = [xp.reshape(self.sensitivities[name], (-1,)) for name in names]
-        scores = xp.concat(members)
-        if scores.shape != view.weights.shape:
-            raise OptionError(
-                f"the sensitivities of {view.name} have {scores.shape[0]} entries, but the weights "
-                f"{view.weights.shape[0]}"
-            )
+        members = {name: self._of(name, shape, view) for name, shape in shapes.items()}
+        scores = array_namespace(view.weights).concat(list(members.values()))
         chosen = choose_by_magnitude(replace(view, weights=scores), view.backward)
         if not self.shuffled:
             return chosen
-        return self._shuffle(view, chosen, dict(zip(names, members, strict=True)))
+        return self._shuffle(view, chosen, members)
+
+    def _of(self, name: str, shape: tuple[int, ...], view: View) -> Array:
+        """The sensitivities of one tensor, as a vector."""
+        if name not in self.sensitivities:
+            raise OptionError(
+                f"SNIP got no sensitivities of {name}, but of "
+                f"{', '.join(self.sensitivities) or 'nothing'}: pass those of all tensors that are "
+                "sparsified, by name"
+            )
+        own = self.sensitivities[name]
+        try:
+            xp = array_namespace(view.weights, own)
+        except TypeError:
+            raise OptionError(
+                f"the sensitivities of {name} are a {type(own).__module__}."
+                f"{type(own).__qualname__}, expected the library of its weights, "
+                f"{type(view.weights).__module__}"
+            ) from None
+        if tuple(own.shape) != tuple(shape) and view.shapes:
+            raise OptionError(
+                f"the sensitivities of {name} have shape {tuple(own.shape)}, but its weights "
+                f"{tuple(shape)}"
+            )
+        return xp.reshape(own, (-1,))
 
     @staticmethod
     def _shuffle(view: View, chosen: Support, members: Mapping[str, Any]) -> Support:

@@ -60,6 +60,11 @@ class GSE(RigL):
             or not 0 < float(samples) < math.inf
         ):
             raise OptionError(f"samples is a multiple of |A| and must be positive, got {samples!r}")
+        if samples < self.fraction:
+            raise OptionError(
+                f"weights are grown out of the sample: samples must be at least fraction="
+                f"{self.fraction}, got {samples!r}"
+            )
 
     def _grow(self, view: View, kept: object) -> Support:
         count = math.ceil(exact_fraction(self.samples) * view.forward)

@@ -71,8 +71,10 @@ class RigL(Method):
         return choose_on_host(self._replace, view)
 
     def _replace(self, view: View) -> Support:
-        count = view.forward - drop_count(view, view.forward, self.fraction, self.until)
-        kept = keep_largest(view, magnitudes(view.values), count)
+        dropped = drop_count(view, view.forward, self.fraction, self.until)
+        if view.support is not None and isinstance(dropped, int) and not dropped:
+            return view.support
+        kept = keep_largest(view, magnitudes(view.values), view.forward - dropped)
         return self._grow(view, kept)
 
     def _grow(self, view: View, kept: object) -> Support:

@@ -89,7 +89,11 @@ class SET(Method):
         return choose_on_host(self._replace, view)
 
     def _replace(self, view: View) -> Support:
-        scores = magnitudes(view.values)
+        scores, xp = magnitudes(view.values), array_namespace(view.values)
+        if self.signed and xp.isdtype(view.values.dtype, "complex floating"):
+            raise OptionError(
+                f"{view.name} has complex weights, which have no sign: pass signed=False"
+            )
         if not self.signed:
             count = view.forward - drop_count(view, view.forward, self.fraction, self.until)
             return grow_at_random(view, keep_largest(view, scores, count), regrow=self.regrow)
