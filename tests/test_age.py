@@ -184,7 +184,13 @@ def displacements(run: Any) -> tuple[float, float]:
     return late, settled
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "optax chain" else name
+        for name in RUNS
+    ],
+)
 def test_entrants_move_no_further_than_new_weights(name: str, x64: None) -> None:
     late, settled = displacements(RUNS[name]())
     assert 0.5 * settled < late < 1.3 * settled

@@ -267,6 +267,7 @@ def test_all_methods_start_with_the_same_weights(framework: str) -> None:
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("framework", "name"),
     [*(("torch", name) for name in OPTIMIZERS), pytest.param("jax", "adamw", marks=needs_jax)],
@@ -349,6 +350,7 @@ def test_jax_and_torch_initialise_alike(network: Network) -> None:
             assert (ratio > 2.4) == is_normal
 
 
+@pytest.mark.slow
 @needs_jax
 @pytest.mark.parametrize(
     ("method", "name"), [*(("dense", name) for name in OPTIMIZERS), ("topkast", "adamw")]

@@ -141,7 +141,8 @@ def test_dsr_by_hand() -> None:
     parts=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 20)), min_size=1, max_size=5),
 )
 def test_shares_add_up(total: int, parts: list[tuple[int, int]]) -> None:
-    weights, limits = [part[0] for part in parts], [part[1] for part in parts]
+    weights: list[Any] = [part[0] for part in parts]
+    limits: list[Any] = [part[1] for part in parts]
     shares = share_out(total, weights, limits)
     assert sum(shares) == min(total, sum(limits))
     assert all(0 <= share <= limit for share, limit in zip(shares, limits, strict=True))

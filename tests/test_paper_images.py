@@ -29,6 +29,8 @@ from topkast_paper.imagenet import (
 from topkast_paper.resnet50 import ResNet
 from topkast_paper.train_resnet50 import ImageNetSettings, train
 
+pytestmark = pytest.mark.slow  # tests/test_paper_scale.py trains both
+
 TINY = ImageNetSettings(
     steps=6,
     batch=8,

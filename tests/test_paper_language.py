@@ -30,6 +30,8 @@ from topkast_paper.train_transformer_xl import (
 from topkast_paper.transformer_xl import RelativeAttention, TransformerXL, encode_distances
 from topkast_paper.vocabulary import Vocabulary
 
+pytestmark = pytest.mark.slow  # tests/test_paper_scale.py trains both
+
 SIZES: dict[str, Any] = {
     "steps": 6,
     "batch": 4,

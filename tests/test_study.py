@@ -177,7 +177,13 @@ def test_more_seeds_train_only_these(tmp_path: Path) -> None:
     assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("table1", "figure3") else pytest.param(name, marks=pytest.mark.slow)
+        for name in STUDIES
+    ],
+)
 def test_every_study_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = conduct(name, tmp_path)
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
