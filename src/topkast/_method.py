@@ -98,7 +98,9 @@ class Method(ABC):
     backward
         The backward sparsity that the method takes: ``"any"``; ``"equal"`` to the forward
         sparsity, so that B is A; or ``"none"``, 0, so that B holds all weights.
-    default_penalty, default_refresh_every
+    noise
+        Standard deviation of normal noise that is added to the gradient on B, at each step.
+    default_penalty, default_penalty_kind, default_refresh_every
         The options `penalty` and `refresh_every` if :func:`topkast.wrap_optimizer` gets this
         method and not these. A method of single tensors or of a parameter group has those of all
         tensors, unless its override or group sets its own.
@@ -123,7 +125,9 @@ class Method(ABC):
     schedules: ClassVar[bool] = False
     backward: ClassVar[Literal["any", "equal", "none"]] = "any"
     momentum: float = 0.0
+    noise: float = 0.0
     default_penalty: ClassVar[float] = 1e-4
+    default_penalty_kind: ClassVar[Literal["l2", "l1"]] = "l2"
     default_refresh_every: ClassVar[int] = 1
 
     def __init_subclass__(cls) -> None:

@@ -14,8 +14,9 @@ from array_api_compat import array_namespace
 
 from topkast._age import Betas
 from topkast._exploration import exploration_gradient
-from topkast._options import PenaltyKind
+from topkast._options import Options, PenaltyKind
 from topkast._primitives import Array, is_traced
+from topkast.selection._random import Key, make_key, random_normals
 from topkast.selection._support import Support, restrict_to_active
 
 _MAX_COUNT = (1 << 31) - 1  # updates: they are counted in int32
@@ -41,6 +42,10 @@ class Step:
     power
         The exponent α of Powerpropagation: the inner rule updates φ, and the weight is
         φ · |φ|^(α − 1).
+    noise
+        Standard deviation of the noise that is added to the gradient on B.
+    key, draw
+        They decide the noise: the key of the tensor, and the number of updates so far.
     """
 
     penalty: float
@@ -49,6 +54,9 @@ class Step:
     exploring: Any
     betas: Betas | None = None
     power: float = 1.0
+    noise: float = 0.0
+    key: Key = (0, 0, 0, 0)
+    draw: Any = 0
 
     @property
     def on_active(self) -> float:
@@ -70,7 +78,17 @@ class Step:
                 density=self.density,
                 penalty_kind=self.penalty_kind,
             )
+        if self.noise:
+            noise = self.noise_on(support.entries, gradient.dtype)
+            gradient = gradient + array_namespace(noise).reshape(noise, gradient.shape)
         return restrict_to_active(gradient, support, self.exploring, 0.0)
+
+    def noise_on(self, entries: Array, dtype: Any) -> Array:
+        """The noise (k,) of this step at flat indices (k,)."""
+        xp = array_namespace(entries)
+        precise = dtype if xp.finfo(dtype).bits >= 32 else xp.float32
+        normals = random_normals(entries, self.key, self.draw, precise)
+        return xp.astype(self.noise * normals, dtype)
 
     def to_base(self, weights: Array) -> Array:
         """φ of weights of any shape."""
@@ -103,6 +121,8 @@ def decide(
     updates: Any,
     betas: Betas | None = None,
     power: float = 1.0,
+    noise: float = 0.0,
+    key: Key = (0, 0, 0, 0),
 ) -> Step:
     """Decide the next update of a tensor from its options and the number of updates so far.
 
@@ -121,6 +141,8 @@ def decide(
         The factors of a rule of the Adam family.
     power
         The option ``power``.
+    noise, key
+        Standard deviation and key of the noise that is added to the gradient.
 
     Examples
     --------
@@ -136,7 +158,12 @@ def decide(
     """
     signed_penalty = -penalty if ascends else penalty
     exploring = is_exploring(explore_until, updates)
-    return Step(signed_penalty, penalty_kind, density, exploring, betas, power)
+    return Step(signed_penalty, penalty_kind, density, exploring, betas, power, noise, key, updates)
+
+
+def noise_key(options: Options, name: str) -> Key:
+    """The key of the noise on a tensor."""
+    return make_key(options.seed, name, "noise")
 
 
 def is_exploring(until: int | None, updates: Any) -> Any:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class _OptionalArguments(TypedDict, total=False):
     refresh_every: int | None
     penalty: float | None
-    penalty_kind: PenaltyKind
+    penalty_kind: PenaltyKind | None
     explore: Explore
     explore_until: int | None
     distribution: Distribution
@@ -94,7 +94,7 @@ def wrap_optimizer(
     bwd: float,
     refresh_every: int | None = None,
     penalty: float | None = None,
-    penalty_kind: PenaltyKind = "l2",
+    penalty_kind: PenaltyKind | None = None,
     explore: Explore = "magnitude",
     explore_until: int | None = None,
     distribution: Distribution = "uniform",
@@ -134,7 +134,8 @@ def wrap_optimizer(
     penalty
         Coefficient λ of the exploration penalty. None: 1e-4, or 0 if `method` has no such penalty.
     penalty_kind
-        ``"l2"`` or ``"l1"``; see :func:`topkast.exploration_penalty`.
+        ``"l2"`` or ``"l1"``; see :func:`topkast.exploration_penalty`. None: ``"l2"``, or what
+        `method` wants.
     explore
         How B∖A is chosen: ``"magnitude"``, the next largest; or ``"random"``. Shorthands for two
         of the methods.
@@ -250,7 +251,9 @@ def wrap_optimizer(
             getattr(method, "default_refresh_every", 1) if refresh_every is None else refresh_every
         ),
         penalty=getattr(method, "default_penalty", 1e-4) if penalty is None else penalty,
-        penalty_kind=penalty_kind,
+        penalty_kind=(
+            getattr(method, "default_penalty_kind", "l2") if penalty_kind is None else penalty_kind
+        ),
         explore=explore,
         explore_until=explore_until,
         distribution=distribution,

@@ -35,7 +35,7 @@ from topkast._probe import (
     check_permutation,
     observe,
 )
-from topkast._step import Step, decide, is_due
+from topkast._step import Step, decide, is_due, noise_key
 from topkast._table import format_table
 from topkast._tensors import IncrementalRefresh, RankedTensors, Refresh, members, rank_tensors
 from topkast.analysis import Layer
@@ -110,6 +110,7 @@ __all__ = [
     "matches",
     "members",
     "method_of",
+    "noise_key",
     "observe",
     "pattern_densities",
     "possibly_true",

@@ -25,6 +25,7 @@ from topkast.adapter import (
     decide,
     is_due,
     method_of,
+    noise_key,
     settled_ages,
 )
 from topkast.reservoirs import Reservoir
@@ -77,6 +78,7 @@ class Execution(ABC):
     step: Step  # the next step
     awaits_gradient: bool  # whether the refresh after it needs the gradient outside B
     _frozen: Tensor | None = None  # values on B∖A, which rest in the step
+    _noise_key: Any  # of random words
     _base: tuple[Tensor, Tensor] | None  # during a step under `power`: φ and the weights
     steps: int  # taken by the inner optimizer on these weights
 
@@ -85,14 +87,13 @@ class Execution(ABC):
         self.profile, self.steps = profile, steps
         self.overrides = {"method": options.method} | options.overrides_of(self.ranked.key)
         self.method, self.power = method_of(options.for_tensor(self.ranked.key)), options.power
-        if self.power != 1 and any(
-            isinstance(start, Start) for start in profile.layout.starts.values()
-        ):
+        starts = profile.layout.starts.values()
+        if self.power != 1 and any(isinstance(start, Start) for start in starts):
             raise OptionError(
                 f"power={self.power} cannot be combined with an optimizer whose state holds copies "
                 "of the weights: pass power=1, or choose one without averages, such as AdamW"
             )
-        self._base = None
+        self._base, self._noise_key = None, noise_key(options, self.ranked.key)
         self.entered_active = self.ranked.no_change(self.support.indices)
         self.young, self.momentum, self.selection = None, None, IncrementalSelection()
         if "momentum" in self.method.needs:
@@ -189,6 +190,8 @@ class Execution(ABC):
             updates=updates,
             betas=None if self.young is None else self.young.betas(group),
             power=self.power,
+            noise=self.method.noise,
+            key=self._noise_key,
         )
         refreshes = self.is_due(group, updates + 1) or (overdue and self.refreshes)
         needs_gradient = "gradient" in self.method.needs and refreshes
@@ -208,7 +211,8 @@ class Execution(ABC):
         if self.momentum is not None:
             whole: Any = self.whole_gradient()
             self.momentum.lerp_(whole.detach().to(self.momentum.dtype), 1 - self.method.momentum)
-        if self.step.penalty or not self.step.exploring or self.power != 1:
+        step = self.step
+        if step.penalty or not step.exploring or self.power != 1 or step.noise:
             buffer = self.gradient_buffer()
             self._add_penalty(gradient, buffer)
             gradient = buffer
@@ -247,6 +251,8 @@ class Execution(ABC):
                 )
         elif out is not gradient:
             out.copy_(gradient)
+        if step.noise:
+            out += step.noise_on(self.support.entries, out.dtype)
         if not step.exploring:
             out[split:].zero_()
 

@@ -11,7 +11,7 @@ from topkast._method import Method
 from topkast._options import Options
 from topkast._patterns import kept_dense
 from topkast._probe import Traits
-from topkast._step import Step, decide
+from topkast._step import Step, decide, noise_key
 from topkast._tensors import RankedTensors, rank_tensors
 from topkast.functional._wrapped_rule import WrappedRule
 from topkast.methods._chosen import method_of
@@ -73,6 +73,8 @@ class Plan:
                 updates=updates,
                 betas=traits.betas,
                 power=options.power,
+                noise=self.method(ranked).noise,
+                key=noise_key(options, ranked.key),
             )
         return steps
 

@@ -10,6 +10,7 @@ from topkast.methods.pruning._dnw import DNW, IHT
 from topkast.methods.pruning._gradual import GradualPruning
 from topkast.methods.pruning._granet import GraNet
 from topkast.methods.pruning._snip import SNIP
+from topkast.methods.rewiring._deep_rewiring import DeepRewiring
 from topkast.methods.rewiring._dsr import DSR
 from topkast.methods.rewiring._gse import GSE
 from topkast.methods.rewiring._rigl import ITOP, RigL
@@ -28,6 +29,7 @@ __all__ = [
     "SMET",
     "SNFS",
     "SNIP",
+    "DeepRewiring",
     "GraNet",
     "GradualPruning",
     "Method",

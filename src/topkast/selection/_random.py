@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from array_api_compat import array_namespace
 
@@ -48,6 +49,16 @@ def random_words(indices: Array, key: Key, draw: Array | int = 0) -> Array:
 def random_draws(indices: Array, key: Key, draw: Array | int = 0) -> Array:
     """Integers of 30 random bits for flat indices (k,); int32."""
     return _shift(random_words(indices, key, draw), 32 - BITS)
+
+
+def random_normals(indices: Array, key: Key, draw: Array | int, dtype: Any) -> Array:
+    """Numbers of a standard normal distribution for flat indices (k,), by Box and Muller."""
+    xp = array_namespace(indices)
+    first, second = (
+        (xp.astype(random_draws(indices, key, 2 * draw + half), dtype) + 0.5) / (1 << BITS)
+        for half in range(2)
+    )
+    return xp.sqrt(-2 * xp.log(first)) * xp.cos(2 * math.pi * second)
 
 
 @dataclass(frozen=True)

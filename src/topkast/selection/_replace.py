@@ -13,7 +13,7 @@ from topkast._method import View
 from topkast._primitives import Array, asarray_like, device, is_traced, take, where
 from topkast.backends import backend_of
 from topkast.selection._random import BITS, Ranks, make_key
-from topkast.selection._select import _draw_words, check_finite, check_size
+from topkast.selection._select import check_finite, check_size, draw_words
 from topkast.selection._support import Support, index_dtype_for
 from topkast.selection._units import modulus
 
@@ -75,7 +75,7 @@ def grow_at_random(
     `regrow` tells whether units that are dropped now may be drawn too. `counts` are the numbers of
     units to draw from ranges of indices; None: from all.
     """
-    words = _draw_words(view.weights, view) + 1  # 0 is below all words
+    words = draw_words(view.weights, view) + 1  # 0 is below all words
     mark = (1 << BITS) + 1
     marked = _mark(view, words, kept, mark, regrow)
     if counts is not None:
@@ -180,7 +180,7 @@ def sample_outside(view: View, count: int) -> Array:
     """Flags (n,) of `count` units outside A, drawn uniformly; all of them if these are fewer."""
     assert view.support is not None
     none = view.support.active == -1
-    words = _mark(view, _draw_words(view.weights, view) + 1, none, 0, False)
+    words = _mark(view, draw_words(view.weights, view) + 1, none, 0, False)
     ties = Ranks(make_key(view.seed, view.name, "ties"), view.first)
     count = min(count, view.weights.shape[0] - view.forward)
     return backend_of(words).largest_flags(words, max(count, 1), ties)

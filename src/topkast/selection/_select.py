@@ -225,7 +225,7 @@ def _draw_exploring(flat: Array, view: View, count: int) -> Support:
     in_forward = kept = _largest_flags(flat, view, view.forward)
     if count > view.forward:
         kept = _largest_flags(flat, view, count)
-    words = _draw_words(flat, view)
+    words = draw_words(flat, view)
     above_draws = xp.asarray(1 << BITS, dtype=words.dtype, device=device(words))
     words = xp.where(kept, above_draws, words)
     flags = _largest_flags(words, view, view.backward)
@@ -235,10 +235,10 @@ def _draw_exploring(flat: Array, view: View, count: int) -> Support:
 
 def _draw_both(flat: Array, view: View) -> Support:
     """Draw B by the largest random words, and A by the largest among them."""
-    return _take_largest(_draw_words(flat, view), view)
+    return _take_largest(draw_words(flat, view), view)
 
 
-def _draw_words(flat: Array, view: View) -> Array:
+def draw_words(flat: Array, view: View) -> Array:
     """Draw a random word of 30 bits for each entry (n,); int32."""
     key = make_key(view.seed, view.name, "draws")
     if isinstance(flat, np.ndarray):  # in chunks that stay in a cache
