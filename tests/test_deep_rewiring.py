@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -51,7 +52,7 @@ def train(steps: int, tx: Any = None, **options: Any) -> list[tuple[Array, Array
 def test_weights_have_the_sign_of_their_position() -> None:
     results = train(10)
     replaced = 0
-    for (before, _), (after, view) in zip(results, results[1:], strict=False):
+    for (before, _), (after, view) in itertools.pairwise(results):
         values = view.ravel()[after]
         assert len(after) == 48
         assert np.all(np.where(signs(after), values >= 0, values <= 0))
@@ -133,5 +134,5 @@ def test_defaults_and_refusals() -> None:
     for noise in (-1, float("nan"), "1", True):
         with pytest.raises(topkast.OptionError, match="noise must be a finite number"):
             DeepRewiring(noise)  # type: ignore[arg-type]
-    with pytest.raises(topkast.OptionError, match="pass bwd=0.9"):
+    with pytest.raises(topkast.OptionError, match=r"pass bwd=0\.9"):
         topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.9, bwd=0.8, method=DeepRewiring())
