@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import topkast
-from topkast.methods import DSR, SNFS, View
+from topkast.methods import DSR, SNFS, DeepRewiring, View
 from topkast.methods.rewiring._dsr import share_out
 
 Array = Any
@@ -102,6 +102,41 @@ def test_pytorch_agrees_with_numpy_and_resumes(options: dict[str, Any]) -> None:
         other_opt.step()
     for first, second in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+DEEP_OPTIONS: dict[str, Any] = {"fwd": 0.8, "bwd": 0.8, "method": DeepRewiring(noise=0.1)}
+
+
+@pytest.mark.parametrize("options", [DSR_OPTIONS, SNFS_OPTIONS, DEEP_OPTIONS])
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_counts_are_exact_after_every_step(
+    options: dict[str, Any], adaptive: bool, framework: str
+) -> None:
+    if framework == "numpy":
+        rule: Any = topkast.AdamW(0.02) if adaptive else topkast.SGD(0.1, momentum=0.9)
+        tx = topkast.wrap_optimizer(rule, **options)
+        params: Any = dict(WEIGHTS)
+        state = tx.init(params)
+        for _ in range(7):
+            grads = gradients(topkast.forward_params(params, state))
+            params, state = tx.step(grads, state, params)
+            counts = [sets.forward for sets in state.supports.values()]
+            assert counts == ([36] if len(counts) == 1 else [24, 12])
+        return
+    model = build()
+    named = model.named_parameters()
+    inner: Any = torch.optim.SGD(named, 0.1, momentum=0.9)
+    if adaptive:
+        inner = torch.optim.AdamW(model.named_parameters(), 0.02)
+    opt = topkast.wrap_optimizer(inner, **options)
+    for _ in range(7):
+        opt.zero_grad()
+        backward(model)
+        opt.step()
+        counts = [int(mask.forward.sum()) for mask in topkast.masks(opt).values()]
+        assert sum(counts) == 36
+        assert "distribution" in options or counts == [24, 12]
 
 
 def test_dsr_is_constant_in_all_and_follows_what_stays() -> None:
