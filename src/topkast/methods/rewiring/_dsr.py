@@ -99,7 +99,7 @@ def share_out(total: int, weights: list[int], limits: list[int]) -> list[int]:
     """Shares of `total` in proportion to `weights`, whole numbers up to `limits`.
 
     The largest remainders are rounded up, of equal ones the first. What exceeds a limit is shared
-    out among the others; what exceeds all limits is left out.
+    out among the others, equally if these weigh nothing; what exceeds all limits is left out.
 
     >>> share_out(7, [3, 3, 1], [9, 1, 9])
     [5, 1, 1]
@@ -110,8 +110,10 @@ def share_out(total: int, weights: list[int], limits: list[int]) -> list[int]:
         open_ = [index for index, limit in enumerate(limits) if shares[index] < limit]
         if not rest or not open_:
             return shares
-        sum_of_weights = sum(weights[index] for index in open_) or len(open_)
-        own = {index: rest * (weights[index] or 1) for index in open_}
+        sum_of_weights = sum(weights[index] for index in open_)
+        if not sum_of_weights:  # equal shares, if nothing with a weight is left
+            weights, sum_of_weights = [1] * len(weights), len(open_)
+        own = {index: rest * weights[index] for index in open_}
         for index in open_:
             shares[index] += min(own[index] // sum_of_weights, limits[index] - shares[index])
         rest = min(total - sum(shares), sum(limits) - sum(shares))
