@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import topkast_torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import topkast
-from topkast.methods import DSR, SNFS, DeepRewiring, View
+from topkast.methods import DSR, SNFS, SNIP, DeepRewiring, Static, View
 from topkast.methods.rewiring._dsr import share_out
 
 Array = Any
@@ -213,3 +214,12 @@ def test_refusals() -> None:
         DSR(2)
     with pytest.raises(topkast.OptionError, match="momentum is a share"):
         SNFS(momentum=-1)
+
+
+def test_sets_that_are_chosen_once_need_a_dense_layer() -> None:
+    layer = topkast_torch.SparseLinear(10, 12, fwd=0.8, bwd=0.8)
+    inner = torch.optim.SGD(layer.named_parameters(), 0.1)
+    method = SNIP({"values": torch.ones(12, 10)})
+    with pytest.raises(topkast.OptionError, match="SNIP chooses its sets once"):
+        topkast.wrap_optimizer(inner, fwd=0.8, bwd=0.8, method=method)
+    topkast.wrap_optimizer(inner, fwd=0.8, bwd=0.8, method=Static())

@@ -144,7 +144,7 @@ def test_a_reserve_that_does_not_reach_far_enough_is_filled_again() -> None:
     assert isinstance(missing, int)
     reaching = np.count_nonzero(np.abs(values * 0.7) >= reserve.bound) + len(reserve.indices)
     assert missing == 4_000 - reaching > 0
-    # With so many more entries it is large enough.
+    # With the missing entries it is large enough.
     count = len(reserve.indices) + missing
     second = fill_reserve(ArrayReservoir(theta), support, count)
     assert second is not None

@@ -79,7 +79,7 @@ FORGETTING = [name for name, method in CASES.items() if method.forgets]
 
 
 def expected_count(method: Method, size: int, update: int) -> int:
-    """|A| after so many updates, by the papers' formulas."""
+    """|A| at an update, by the papers' formulas."""
     last, final = update - update % EVERY, kept_count(size, 1 - exact_fraction(FWD))
     match method:
         case GradualPruning(start=start, end=end, initial=initial):  # and GraNet

@@ -678,6 +678,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: GSE(samples=0.0), "samples is a multiple of |A| and must be positive, got 0.0"),
     (lambda: GSE(samples=math.inf), "samples is a multiple"),
     (lambda: GSE(samples=True), "samples is a multiple"),
+    (lambda: GSE(regrow=True), "GSE samples from the weights outside A alone"),
     (lambda: GSE(fraction=0.5, samples=0.4), "samples must be at least fraction=0.5, got 0.4"),
     (lambda: GradualPruning(start=-1, end=5), "start is a number of updates .* at least 0, got -1"),
     (lambda: GradualPruning(start=0, end=0), "end is a number of updates .* at least 1, got 0"),
@@ -787,7 +788,7 @@ class TestRefusals:
     def test_layers_whose_sets_do_not_fit(self) -> None:
         from topkast_torch import SparseLinear
 
-        for bwd, method, expected in [(0.8, RigL(), 60), (0.8, DNW(), 600), (0.8, SNIP({}), 60)]:
+        for bwd, method, expected in [(0.8, RigL(), 60), (0.8, DNW(), 600), (0.8, SET(), 60)]:
             layer = SparseLinear(20, 30, fwd=0.9, bwd=bwd)
             inner = torch.optim.SGD(layer.named_parameters(), 0.1)
             own = 0.9 if method.backward == "equal" else 0.0

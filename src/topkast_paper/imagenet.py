@@ -244,7 +244,7 @@ class Stream(Sampler[list[Key]]):
     count
         Number of images.
     batch, micro_batch
-        Images of an update, and at most so many of them at a time.
+        Images of an update, and the largest number of them in memory at a time.
     steps
         First update, from 0, and the end of the updates.
     seed

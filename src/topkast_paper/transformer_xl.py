@@ -70,7 +70,7 @@ class TransformerXL(nn.Module):
             The inputs of each layer for earlier tokens, (layers, batch, earlier, width); None at
             the beginning of a text.
         keep
-            At most so many tokens are in the new memory, which has no gradient.
+            Largest number of tokens in the new memory, which has no gradient.
         """
         hidden = dropout(self.vocabulary(tokens), self._rate, self.training)
         earlier = 0 if memory is None else memory.shape[2]

@@ -29,7 +29,7 @@ class Flops:
     _total: float = field(default=0.0, init=False)
 
     def add(self, forward: int, gradient: int) -> None:
-        """Add a step with so many weights in A, and with so many gradients, of sparse layers."""
+        """Add a step, by the number of weights in A and of gradients, in sparse layers."""
         self._total += 2 * (forward + self.dense) + gradient + self.dense
 
     def per_step(self, steps: int) -> float:

@@ -64,12 +64,18 @@ class SparseExecution(Execution):
                 f"topkast.densify before building its optimizer, or pass overrides={{{name!r}: "
                 '{"block": None}}'
             )
-        method = method_of(options.for_tensor(name))
+        method = method_of(own_options)
         if "momentum" in method.needs:
             raise OptionError(
                 f"{type(method).__name__} keeps a dense momentum, but {name} is the weight of a "
                 f"{type(layer).__name__}, which never has a dense gradient: choose a method that "
                 "needs the gradient at refreshes only, such as RigL"
+            )
+        if not method.refreshes and "weights" in method.needs:
+            raise OptionError(
+                f"{type(method).__name__} chooses its sets once, but {name} is the weight of a "
+                f"{type(layer).__name__}, which has sets already: wrap the optimizer of a dense "
+                "model, and then call topkast.sparsify"
             )
         check_processes(name, method)
         forward, size = layer.support.forward, math.prod(layer.weight_shape)

@@ -215,6 +215,16 @@ def _sort_chunk(counts: Any, chunk: Any, chunk_rows: Any, first: Any, segments: 
         first = next_segment[max_length]
 
 
+@njit  # type: ignore[untyped-decorator]
+def _segments_in(panel: Any, chunk: Any, counts: Any, first_segments: Any, segments: Any) -> Any:
+    """First segment of a panel of a sorted chunk, and the end; the next chunk may be unsorted."""
+    panels, panel_segments = counts.shape[0], segments[0]
+    number = chunk * panels + panel
+    is_last = panel + 1 == panels
+    stop = first_segments[chunk + 1] if is_last else panel_segments[number + 1]
+    return panel_segments[number], stop
+
+
 _KERNEL = types.void(types.intp)
 
 
@@ -244,18 +254,15 @@ def _sort_rows(address: Any) -> None:
     starts = carray(as_pointer(arguments.starts), counts.shape, np.int32)
     segment_starts = array_at(arguments.segment_starts, arguments.segments, np.int32)
     first_segments, segments = _segments_of(arguments)
-    panel_segments, segment_rows, _ = segments
+    segment_rows = segments[1]
     while True:
         chunk = fetch_add(address)
         if chunk >= arguments.chunks:
             break
         _sort_chunk(counts, chunk, chunk_rows, first_segments[chunk], segments)
         for panel in range(arguments.panels):
-            number = chunk * arguments.panels + panel
-            stop = first_segments[chunk + 1]  # another thread sorts the next chunk
-            if panel + 1 < arguments.panels:
-                stop = panel_segments[number + 1]
-            for segment in range(panel_segments[number], stop):
+            first, stop = _segments_in(panel, chunk, counts, first_segments, segments)
+            for segment in range(first, stop):
                 segment_starts[segment] = starts[panel, chunk_rows[chunk] + segment_rows[segment]]
 
 
@@ -281,7 +288,7 @@ def _sort_columns(address: Any) -> None:
     _, _, chunk_columns, counts = _read(arguments, arguments.width)
     chunk_entries = array_at(arguments.chunk_entries, arguments.chunks + 1, np.int32)
     first_segments, segments = _segments_of(arguments)
-    panel_segments, segment_columns, segment_lengths = segments
+    _, segment_columns, segment_lengths = segments
     while True:
         chunk = fetch_add(address)
         if chunk >= arguments.chunks:
@@ -289,11 +296,8 @@ def _sort_columns(address: Any) -> None:
         _sort_chunk(counts, chunk, chunk_columns, first_segments[chunk], segments)
         entry = chunk_entries[chunk]
         for panel in range(arguments.panels):
-            number = chunk * arguments.panels + panel
-            stop = first_segments[chunk + 1]  # another thread sorts the next chunk
-            if panel + 1 < arguments.panels:
-                stop = panel_segments[number + 1]
-            for segment in range(panel_segments[number], stop):
+            first, stop = _segments_in(panel, chunk, counts, first_segments, segments)
+            for segment in range(first, stop):
                 counts[panel, chunk_columns[chunk] + segment_columns[segment]] = entry
                 entry += segment_lengths[segment]
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from topkast._errors import OptionError
 from topkast._method import Method, View
+from topkast.methods._schedules import check_share
 from topkast.selection._distribution import exact_fraction
 from topkast.selection._select import choose_by_magnitude
 from topkast.selection._support import Support
@@ -39,11 +38,7 @@ class Mixed(Method):
     by_group: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        share: Any = self.by_magnitude  # callers may pass any type
-        if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= float(share) <= 1:
-            raise OptionError(
-                f"by_magnitude is a share of B∖A and must lie in [0, 1], got {share!r}"
-            )
+        check_share("by_magnitude", self.by_magnitude)
 
     def choose(self, view: View, /) -> Support:
         """Choose A and the share of B∖A by magnitude."""

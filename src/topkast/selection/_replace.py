@@ -179,8 +179,9 @@ def _grow_from_blocks(
 def sample_outside(view: View, count: int) -> Array:
     """Flags (n,) of `count` units outside A, drawn uniformly; all of them if these are fewer."""
     assert view.support is not None
-    none = view.support.active == -1
-    words = _mark(view, draw_words(view.weights, view) + 1, none, 0, False)
+    words, active = draw_words(view.weights, view) + 1, view.support.active
+    zeros = array_namespace(words).zeros_like(take(words, active))
+    words = backend_of(words).put(words, active, zeros)
     ties = Ranks(make_key(view.seed, view.name, "ties"), view.first)
     count = min(count, view.weights.shape[0] - view.forward)
     return backend_of(words).largest_flags(words, max(count, 1), ties)
@@ -190,9 +191,9 @@ def _mark(view: View, scores: Array, kept: Array, mark: float, regrow: bool) -> 
     """Replace the scores (n,) of kept units by `mark`, and of dropped ones by 0 unless `regrow`."""
     assert view.support is not None
     active = view.support.active
-    own = (
-        take(scores, active) if regrow else array_namespace(scores).zeros_like(take(scores, active))
-    )
+    own = take(scores, active)
+    if not regrow:
+        own = array_namespace(own).zeros_like(own)
     return backend_of(scores).put(scores, active, where(~kept, own, mark))
 
 

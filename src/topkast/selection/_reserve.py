@@ -106,7 +106,7 @@ class IncrementalSelection:
 
     Each refresh reads the reserve, and each filling of the reserve reads all n weights. If the
     reserve loses d entries at a refresh, and reading a weight takes twice as long as a refresh
-    spends on an entry of the reserve, then 2 · √(n · d) entries cost least altogether. So that many
+    spends on an entry of the reserve, then 2 · √(n · d) entries cost least altogether. These
     are collected, from 1,024 up to half of \|B\|; at first, an eighth of \|B\|.
 
     Attributes
@@ -261,8 +261,8 @@ def exchange(
 ) -> Exchange | int:
     """Choose the next sets among the entries of B and the reserve.
 
-    If an entry outside both could belong to the next B, returns how many entries are missing
-    instead: so many of the next B may be smaller than the reserve's bound. Parameters and errors
+    If an entry outside both could belong to the next B, returns the number of missing entries
+    instead: those in the next B that may be smaller than the reserve's bound. Parameters and errors
     are those of :meth:`IncrementalSelection.choose`; `size` is the number of entries of the tensor,
     and `brackets` are bounds of the smallest magnitudes in A and B, within which they are expected.
     """

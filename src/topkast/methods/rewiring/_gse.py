@@ -49,6 +49,7 @@ class GSE(RigL):
     """
 
     fraction: float = 0.2
+    regrow: bool = False
     samples: float = 1.0
 
     def __post_init__(self) -> None:
@@ -60,6 +61,10 @@ class GSE(RigL):
             or not 0 < float(samples) < math.inf
         ):
             raise OptionError(f"samples is a multiple of |A| and must be positive, got {samples!r}")
+        if self.regrow:
+            raise OptionError(
+                "GSE samples from the weights outside A alone: leave regrow out, or choose RigL"
+            )
         if samples < self.fraction:
             raise OptionError(
                 f"weights are grown out of the sample: samples must be at least fraction="
