@@ -269,6 +269,14 @@ for dtype in (np.float32, np.float64):
         np.testing.assert_allclose(gradient, (rows[1].T @ rows[0]).ravel()[indices], atol=1e-4)
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_kernel_convolutions import ConvGeometry, Problem, lanes_of
+from test_kernel_units import CONVOLUTIONS, convolution_products, linear_products, tolerance
+for rows, dtype in ((2, np.float32), (4, np.float64), (8, np.float32)):
+    for pair in (
+        linear_products(((5, 90), 70, (0.2, 0.3), 0), rows, dtype),
+        convolution_products(CONVOLUTIONS[3], rows, dtype),
+    ):
+        for actual, expected in zip(*pair, strict=True):
+            np.testing.assert_allclose(actual, expected, **tolerance(dtype))
 for batch, dtype in ((1, np.float32), (3, np.float64), (40, np.float32)):
     geometry = ConvGeometry((7, 9), size=(3, 2), stride=(1, 2), margins=((1, 1), (0, 1)))
     problem = Problem(geometry.for_batch(batch, lanes_of(dtype)), (batch, 3, 4), 0.5, dtype)

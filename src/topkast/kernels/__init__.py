@@ -15,6 +15,10 @@ For a convolution, images become planes (:func:`to_planes`), on which each weigh
 offset (:class:`ConvGeometry`, :func:`shift`). Output and input gradient are :func:`convolve`, with
 the layouts of the matrix and of its transpose; the weight gradient is :func:`sampled_correlation`.
 
+Where weights come in units of r × 1, :class:`UnitLinearProducts` and
+:class:`UnitConvolutionProducts` do the same. Each load of activations serves r products, and no
+layout of the transpose is needed.
+
 :func:`gather`, :func:`put` and :func:`compress` read and write the entries of dense tensors on A
 and B.
 """
@@ -49,6 +53,8 @@ from topkast.kernels.refresh._magnitudes import collect
 from topkast.kernels.refresh._migrate import migrate
 from topkast.kernels.refresh._thresholds import find_thresholds
 from topkast.kernels.refresh._young import scale_displacement
+from topkast.kernels.units._convolution import UnitConvolutionProducts
+from topkast.kernels.units._linear import UnitLinearProducts
 
 __all__ = [
     "Bands",
@@ -61,6 +67,8 @@ __all__ = [
     "PlaneLayout",
     "RowLayout",
     "Threshold",
+    "UnitConvolutionProducts",
+    "UnitLinearProducts",
     "collect",
     "compress",
     "convolve",

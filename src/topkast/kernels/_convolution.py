@@ -36,7 +36,56 @@ class _Layouts(NamedTuple):
         return self.forward.offsets.nbytes + self.transposed.offsets.nbytes
 
 
-class ConvolutionProducts:
+class PlaneShapes:
+    """Shapes of images, of their output, and of both as planes, for one window."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        size: Pair,
+        dilation: Pair,
+        stride: Pair,
+        margins: tuple[Pair, Pair],
+    ) -> None:
+        self._window = size, dilation, stride, margins
+        self._rows, self._channels = shape[0], shape[1] // math.prod(size)
+        self._geometry = self._span_geometry()
+        self._planes = self._channels * self._geometry.planes_per_channel
+
+    def output_shape(self, shape: Shape) -> tuple[int, int, int, int]:
+        """Shape of the output for images of a given shape."""
+        extent = ConvGeometry((shape[2], shape[3]), *self._window).output_extent
+        return shape[0], self._rows, *extent
+
+    def packed_shape(self, shape: Shape, dtype: Any) -> tuple[int, int, int, int]:
+        """Shape of packed images: (image groups, planes, length, lanes)."""
+        geometry = self._geometry_of(shape, dtype)
+        return _planes_shape(shape[0], self._planes, geometry.length, geometry, dtype)
+
+    def packed_gradient_shape(self, shape: Shape, dtype: Any) -> tuple[int, int, int, int]:
+        """Shape of a packed gradient of the output for images of a given shape."""
+        geometry = self._geometry_of(shape, dtype)
+        return _planes_shape(shape[0], self._rows, geometry.gradient_length, geometry, dtype)
+
+    def pack(self, images: Vector, out: Vector) -> None:
+        """Pack images for the products."""
+        to_planes(images, out, self._geometry_of(images.shape, images.dtype).image_layout)
+
+    def pack_gradient(self, gradient: Vector, out: Vector, *, shape: Shape) -> None:
+        """Pack a gradient of the output for the products; `shape` is the shape of the images."""
+        to_planes(gradient, out, self._geometry_of(shape, gradient.dtype).gradient_layout)
+
+    def _geometry_of(self, shape: Shape, dtype: Any) -> ConvGeometry:
+        return _batch_geometry((shape[2], shape[3]), self._window, shape[0], lanes_of(dtype))
+
+    def _span_geometry(self) -> ConvGeometry:
+        """The geometry of the smallest images: it tells which planes the weights read."""
+        size, dilation, stride, _ = self._window
+        span = tuple(step * (count - 1) + 1 for count, step in zip(size, dilation, strict=True))
+        return ConvGeometry((span[0], span[1]), size, dilation, stride)
+
+
+class ConvolutionProducts(PlaneShapes):
     r"""Products with a sparse weight of shape (rows, channels / groups, height, width).
 
     Images are laid out as planes, on which each weight reads at a fixed offset from the output
@@ -87,12 +136,8 @@ class ConvolutionProducts:
         margins: tuple[Pair, Pair] = ((0, 0), (0, 0)),
         groups: int = 1,
     ) -> None:
-        self._window = size, dilation, stride, margins
-        weights = math.prod(size)
-        self._rows, self._channels = shape[0], shape[1] // weights
-        span = tuple(step * (count - 1) + 1 for count, step in zip(size, dilation, strict=True))
-        geometry = ConvGeometry((span[0], span[1]), size, dilation, stride)
-        self._planes = self._channels * geometry.planes_per_channel
+        super().__init__(shape, size, dilation, stride, margins)
+        weights, geometry = math.prod(size), self._geometry
         columns, pitch = find_columns(indices, shape=shape, groups=groups)
         self._columns_nbytes = columns.nbytes if columns is not indices else 0
         slices = slice(forward), slice(forward, len(indices))
@@ -115,29 +160,6 @@ class ConvolutionProducts:
             max_rows=256,
         )
         self._layouts: dict[ConvGeometry, _Layouts] = {}
-
-    def output_shape(self, shape: Shape) -> tuple[int, int, int, int]:
-        """Shape of the output for images of a given shape."""
-        extent = ConvGeometry((shape[2], shape[3]), *self._window).output_extent
-        return shape[0], self._rows, *extent
-
-    def packed_shape(self, shape: Shape, dtype: Any) -> tuple[int, int, int, int]:
-        """Shape of packed images: (image groups, planes, length, lanes)."""
-        geometry = self._geometry_of(shape, dtype)
-        return _planes_shape(shape[0], self._planes, geometry.length, geometry, dtype)
-
-    def packed_gradient_shape(self, shape: Shape, dtype: Any) -> tuple[int, int, int, int]:
-        """Shape of a packed gradient of the output for images of a given shape."""
-        geometry = self._geometry_of(shape, dtype)
-        return _planes_shape(shape[0], self._rows, geometry.gradient_length, geometry, dtype)
-
-    def pack(self, images: Vector, out: Vector) -> None:
-        """Pack images for the products."""
-        to_planes(images, out, self._geometry_of(images.shape, images.dtype).image_layout)
-
-    def pack_gradient(self, gradient: Vector, out: Vector, *, shape: Shape) -> None:
-        """Pack a gradient of the output for the products; `shape` is the shape of the images."""
-        to_planes(gradient, out, self._geometry_of(shape, gradient.dtype).gradient_layout)
 
     def forward(
         self,
@@ -203,9 +225,6 @@ class ConvolutionProducts:
         layouts = self._forward, self._active, self._exploring, self._transposed
         offsets = sum(cached.nbytes for cached in self._layouts.values())
         return self._columns_nbytes + sum(layout.nbytes for layout in layouts) + offsets
-
-    def _geometry_of(self, shape: Shape, dtype: Any) -> ConvGeometry:
-        return _batch_geometry((shape[2], shape[3]), self._window, shape[0], lanes_of(dtype))
 
     def _layouts_of(self, geometry: ConvGeometry) -> _Layouts:
         """The layouts for images of one size; those of the last few sizes are cached."""

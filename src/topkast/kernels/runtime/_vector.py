@@ -29,7 +29,7 @@ VECTOR_BYTES = _host_vector_bytes()
 PREFETCH_DISTANCE = 32
 
 
-class _Emitter:
+class Emitter:
     """Emits loads, stores and products of whole vectors at a byte address."""
 
     def __init__(self, builder: Any, numba_type: Any) -> None:
@@ -152,7 +152,7 @@ def _row_product(registers: int) -> Any:
 
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             _, values, columns, start, stop, x, stride, out = arguments
-            emitter = _Emitter(builder, signature.args[0])
+            emitter = Emitter(builder, signature.args[0])
 
             def entry(k: Any) -> tuple[Any, Any]:
                 value = emitter.load_element(values, k, emitter.scalar)
@@ -178,7 +178,7 @@ def _indexed_product(registers: int) -> Any:
 
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             _, values, value_index, columns, start, stop, x, out = arguments
-            emitter = _Emitter(builder, signature.args[0])
+            emitter = Emitter(builder, signature.args[0])
             stride = ir.Constant(_INT64, registers * VECTOR_BYTES)
 
             def entry(k: Any) -> tuple[Any, Any]:
@@ -209,7 +209,7 @@ def _dot_products(registers: int) -> Any:
 
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             _, columns, start, stop, x, stride, y, out, is_first = arguments
-            emitter = _Emitter(builder, signature.args[0])
+            emitter = Emitter(builder, signature.args[0])
             is_adding = builder.icmp_signed("==", is_first, ir.Constant(_INT64, 0))
 
             def emit_group(first: Any, count: int) -> None:
@@ -278,7 +278,7 @@ def transpose_square(  # type: ignore[no-untyped-def]
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, source, source_stride, target, target_stride = arguments
-        emitter = _Emitter(builder, signature.args[0])
+        emitter = Emitter(builder, signature.args[0])
         side = emitter.lanes
 
         def row_address(start: Any, stride: Any, row: int) -> Any:
@@ -310,7 +310,7 @@ def copy_vectors(_, zero, source, target, count) -> Any:  # type: ignore[no-unty
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, source, target, count = arguments
-        emitter = _Emitter(builder, signature.args[0])
+        emitter = Emitter(builder, signature.args[0])
         vectors = builder.sdiv(count, ir.Constant(_INT64, emitter.lanes))
         with cgutils.for_range(builder, vectors) as loop:
             start = builder.mul(loop.index, ir.Constant(_INT64, VECTOR_BYTES))
@@ -327,7 +327,7 @@ def prefetch(_, zero, address, start, stop) -> Any:  # type: ignore[no-untyped-d
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, address, start, stop = arguments
-        emitter = _Emitter(builder, signature.args[0])
+        emitter = Emitter(builder, signature.args[0])
         emitter.prefetch(address, start)
         emitter.prefetch(address, builder.sub(stop, ir.Constant(_INT64, 1)))
         return context.get_dummy_value()
