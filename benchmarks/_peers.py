@@ -1,7 +1,8 @@
-"""Networks with the sparse layers of rival libraries: sparseprop and sparselab, both for CPUs.
+"""Networks with the sparse layers of rival libraries: sparseprop, sparselab, and PyTorch itself.
 
-Both keep one fixed mask (A = B), here the largest magnitudes of the dense weights, and train with
-any optimizer of `torch.optim`, `Adam(fused=True)` included. Batches are contiguous, of shape
+PyTorch's layer is a product with a sparse tensor in CSR format, differentiated by autograd. All
+keep one fixed mask (A = B), here the largest magnitudes of the dense weights, and train with any
+optimizer of `torch.optim`, `Adam(fused=True)` included. Batches are contiguous, of shape
 (batch, features); sparseprop is fastest if both are multiples of 16.
 
 To install them, with the virtual environment active (sparseprop's set-up calls `pip` and
@@ -38,7 +39,7 @@ def available() -> dict[str, Build]:
     has no sparse form of a layer.
     """
     return {
-        f"{name} {version(name)}": partial(_replace, convert)
+        f"{name} {version(name)}{' CSR' if name == 'torch' else ''}": partial(_replace, convert)
         for name, convert in CONVERT.items()
         if _error(name) is None
     }
@@ -117,9 +118,32 @@ def by_sparselab(layer: nn.Module, weight: Tensor, shape: tuple[int, ...]) -> nn
     return Rows(SparselabLinear(weight, layer.bias))
 
 
+class CSRLinear(nn.Module):
+    """A linear layer by PyTorch's own product of a CSR matrix, with a fixed mask."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        matrix = weight.to_sparse_csr()
+        self.row_starts, self.columns = matrix.crow_indices().int(), matrix.col_indices().int()
+        self.shape, self.values = weight.shape, nn.Parameter(matrix.values().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.clone())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        matrix = torch.sparse_csr_tensor(self.row_starts, self.columns, self.values, self.shape)
+        outputs: Tensor = (matrix @ inputs.t()).t()
+        return outputs if self.bias is None else outputs + self.bias
+
+
+def by_torch(layer: nn.Module, weight: Tensor, shape: tuple[int, ...]) -> nn.Module:
+    if not isinstance(layer, nn.Linear):
+        raise TypeError("PyTorch has no sparse convolution")
+    return Rows(CSRLinear(weight, layer.bias))
+
+
 CONVERT: dict[str, Callable[[nn.Module, Tensor, tuple[int, ...]], nn.Module]] = {
     "sparseprop": by_sparseprop,
     "sparselab": by_sparselab,
+    "torch": by_torch,
 }
 
 
@@ -164,10 +188,17 @@ def _masked(weight: Tensor, sparsity: float) -> Tensor:
     return torch.zeros_like(flat).index_copy_(0, largest, flat[largest]).view_as(weight)
 
 
+_MODULES = {
+    "sparseprop": "sparseprop.modules.linear",
+    "sparselab": "sparselab.ops",
+    "torch": "torch.sparse",
+}
+
+
 def _error(name: str) -> str | None:
     try:
         import_module(name)
-        import_module("sparseprop.modules.linear" if name == "sparseprop" else "sparselab.ops")
+        import_module(_MODULES[name])
     except Exception as error:  # a broken installation raises many types
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None

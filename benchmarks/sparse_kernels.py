@@ -1,12 +1,13 @@
 """GFLOP/s of the kernels, counting useful products only, against dense GEMM and PyTorch's kernels.
 
 SpMM is the output ``A · X``, its transpose the input gradient ``Aᵀ · dY``, and SDDMM the gradient
-on B, ``dY · Xᵀ``. Layers are square and float32, sets random, and four products are timed in a row.
-"SpMM, one column" has all entries in one column, whose activations stay in the L1 cache: the speed
-of the loop if memory accesses were free. "layouts" is the time in milliseconds that a refresh
-spends on making layouts, "bytes" their size per entry of B without its index. Then a convolution is
-timed, forward and backward, by the number of images; and the cost of two thread pools: a dense and
-a sparse product in turn, against each alone.
+on B, ``dY · Xᵀ``. "r × 1" is the same for units of r rows, which share a column. Layers are square
+and float32, sets random, and four products are timed in a row. "SpMM, one column" has all entries
+in one column, whose activations stay in the L1 cache: the speed of the loop if memory accesses were
+free. "layouts" is the time in milliseconds that a refresh spends on making layouts, "bytes" their
+size per entry of B without its index. Then a convolution is timed, forward and backward, by the
+number of images; and the cost of two thread pools: a dense and a sparse product in turn, against
+each alone.
 """
 
 from __future__ import annotations
@@ -30,9 +31,16 @@ from _harness import (
 )
 
 import topkast
-from topkast.kernels import LinearProducts, find_row_starts, make_row_layout, multiply
+from topkast.kernels import (
+    LinearProducts,
+    UnitLinearProducts,
+    find_row_starts,
+    make_row_layout,
+    multiply,
+)
 
 SPARSITIES = [(0.8, 0.5), (0.9, 0.8), (0.95, 0.9), (0.98, 0.95)]
+UNIT_ROWS = (2, 4, 8)
 IN_A_ROW = 4
 
 
@@ -40,12 +48,9 @@ class Case:
     """One layer, one batch, one pair of sparsities."""
 
     def __init__(self, size: int, batch: int, pair: tuple[float, float]) -> None:
-        rng = np.random.default_rng(0)
-        backward, forward = (size**2 - int(sparsity * size**2) for sparsity in reversed(pair))
-        selected = rng.choice(size**2, backward, replace=False).astype(np.int32)
-        active, exploring = np.sort(selected[:forward]), np.sort(selected[forward:])
-        self.size, self.forward = size, forward
-        self.indices = torch.from_numpy(np.concatenate([active, exploring])).numpy()
+        self.size, self.batch, self.pair = size, batch, pair
+        self.indices, forward = random_sets(size**2, pair)
+        self.forward, backward = forward, len(self.indices)
         self.products = self.make_products()
         _, _, width = self.products.packed_shape((batch, size), np.float32)
         tiles = -(-batch // width)
@@ -60,8 +65,8 @@ class Case:
         }
         self.weight, self.columns = torch.randn(size, size), torch.randn(size, batch)
         self.grad_output = torch.randn(size, batch)
-        self.a = csr(active, self.values[:forward], size)
-        self.b = csr(np.sort(selected), np.zeros(backward, np.float32), size)
+        self.a = csr(self.indices[:forward], self.values[:forward], size)
+        self.b = csr(np.sort(self.indices), np.zeros(backward, np.float32), size)
 
     def make_products(self) -> LinearProducts:
         return LinearProducts(self.indices, self.forward, shape=(self.size, self.size))
@@ -84,12 +89,37 @@ class Case:
             "SDDMM, PyTorch": lambda: torch.sparse.sampled_addmm(
                 self.b, self.grad_output, rows, beta=0.0
             ),
+            **{name: side for rows in UNIT_ROWS for name, side in self.unit_sides(rows).items()},
+        }
+
+    def unit_sides(self, rows: int) -> dict[str, Callable[[], Any]]:
+        """The three products with as many weights in units of `rows` × 1."""
+        size, batch = self.size, self.batch
+        units, forward = random_sets(size**2 // rows, self.pair)
+        products = UnitLinearProducts(units, forward, shape=(size, size), rows=rows)
+        x, y = (aligned(*products.packed_shape((batch, size), np.float32)) for _ in range(2))
+        values, gradient = aligned(len(units) * rows), aligned(len(units) * rows)
+        return {
+            f"SpMM, {rows} × 1": partial(products.forward, values, x, self.out),
+            f"SpMM of the transpose, {rows} × 1": partial(
+                products.input_gradient, values, y, self.out
+            ),
+            f"SDDMM, {rows} × 1": partial(products.weight_gradient, y, x, gradient),
         }
 
     def measure_layouts(self) -> dict[str, float]:
         """Measure the milliseconds of making the layouts, and their bytes per entry of B."""
         timing = interleave({"layouts": self.make_products}, rounds=5)["layouts"]
         return {"ms": timing.median, "bytes": self.products.nbytes / len(self.indices)}
+
+
+def random_sets(count: int, pair: tuple[float, float]) -> tuple[np.ndarray[Any, Any], int]:
+    """Indices of A, then of B∖A, of `count` weights or units; and |A|."""
+    rng = np.random.default_rng(0)
+    forward, backward = (count - int(sparsity * count) for sparsity in pair)
+    selected = rng.choice(count, backward, replace=False).astype(np.int32)
+    sets = np.sort(selected[:forward]), np.sort(selected[forward:])
+    return torch.from_numpy(np.concatenate(sets)).numpy(), forward
 
 
 def aligned(*shape: int) -> np.ndarray[Any, Any]:
@@ -111,7 +141,8 @@ def flops_of(case: Case, name: str) -> int:
 
 
 def measure(size: int, batch: int, rounds: int) -> list[dict[str, Any]]:
-    records, rows = [], []
+    records: list[dict[str, Any]] = []
+    columns: list[dict[str, str]] = []
     for pair in SPARSITIES:
         case = Case(size, batch, pair)
         sides = {name: repeat(side, IN_A_ROW) for name, side in case.sides().items()}
@@ -123,11 +154,10 @@ def measure(size: int, batch: int, rounds: int) -> list[dict[str, Any]]:
             name: flops_of(case, name) / timing.median / 1e6 for name, timing in timings.items()
         }
         layouts = case.measure_layouts()
-        cells = (
-            *(f"{speed:.0f}" for speed in speeds.values()),
-            *map("{:.1f}".format, layouts.values()),
+        columns.append(
+            {name: f"{speed:.0f}" for name, speed in speeds.items()}
+            | {f"layouts, {unit}": f"{number:.1f}" for unit, number in layouts.items()}
         )
-        rows.append([f"{pair[0]}/{pair[1]}", *cells])
         setting = {"size": size, "batch": batch, "fwd": pair[0], "bwd": pair[1]}
         records.append({**setting, "kernel": "layouts", **layouts})
         records += [
@@ -135,7 +165,8 @@ def measure(size: int, batch: int, rounds: int) -> list[dict[str, Any]]:
             for name, timing in timings.items()
         ]
     print(f"\n{size} × {size}, batch {batch}, GFLOP/s\n")
-    print(markdown_table(["fwd/bwd", *speeds, "layouts, ms", "bytes"], rows), flush=True)
+    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    print(markdown_table(["fwd/bwd", *(f"{f}/{b}" for f, b in SPARSITIES)], rows), flush=True)
     return records
 
 

@@ -2,17 +2,18 @@
 
 The networks are MLPs of three hidden layers, a residual convolutional network on images of 32×32,
 and a transformer block, all float32 with fused Adam. Rival libraries, which keep one set (A = B),
-are measured if they are installed (see benchmarks/_peers.py) and have the layers. The last layer of
-the MLPs is dense on all sides. Several steps between refreshes are timed in a row, as in training.
-A refresh is the difference between a step with one and a step without, each with the forward pass
-that follows; from it come the times with refreshes counted. One batch is repeated at a low learning
-rate, so that little changes: benchmarks/refresh.py counts refreshes on a real trajectory. Then the
-bytes of gradient and optimizer state are counted.
+are measured if they are installed (see benchmarks/_peers.py) and have the layers, and so is
+PyTorch's own CSR product. The last layer of the MLPs is dense on all sides. Several steps between
+refreshes are timed in a row, as in training. A refresh is the difference between a step with one
+and a step without, each with the forward pass that follows; from it come the times with refreshes
+counted. One batch is repeated at a low learning rate, so that little changes: benchmarks/refresh.py
+counts refreshes on a real trajectory. Then the bytes of gradient and optimizer state are counted.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,7 @@ import topkast
 
 PAIRS = [(0.8, 0.5), (0.9, 0.8), (0.95, 0.9), (0.98, 0.95), (0.9, 0.9), (0.95, 0.95), (0.98, 0.98)]
 NEVER = 10**9
+UNITS = [None, (4, 1)]  # single weights, and units of four rows
 STEPS = 4  # timed together
 INTERVALS = (1, 10, 100)  # steps between refreshes that are counted
 
@@ -165,6 +167,7 @@ def adam(params: Any) -> torch.optim.Optimizer:
 def sparse(
     make: Callable[[], nn.Module],
     pair: tuple[float, float],
+    block: tuple[int, int] | None,
     dense: list[str],
     *loss_and_inputs: Any,
 ) -> Training:
@@ -172,7 +175,12 @@ def sparse(
     model = make()
     fwd, bwd = pair
     optimizer = topkast.wrap_optimizer(
-        adam(model.named_parameters()), fwd=fwd, bwd=bwd, refresh_every=NEVER, dense=dense
+        adam(model.named_parameters()),
+        fwd=fwd,
+        bwd=bwd,
+        refresh_every=NEVER,
+        dense=dense,
+        block=block,
     )
     topkast.sparsify(model, optimizer)
     return Training(model, optimizer, *loss_and_inputs)
@@ -194,8 +202,12 @@ def measure(
     rounds: int,
 ) -> list[dict[str, Any]]:
     sides: dict[str, Any] = {"dense": dense(make, loss, inputs)}
-    for pair in pairs:
-        sides[f"{pair[0]}/{pair[1]}"] = sparse(make, pair, kept_dense, loss, inputs)
+    limits: dict[str, float] = {}
+    for block in UNITS:
+        for pair in pairs:
+            name = label(pair, block)
+            sides[name] = sparse(make, pair, block, kept_dense, loss, inputs)
+            limits[name] = flop_limit(pair)
     for name, convert in _peers.available().items():
         for sparsity in (0.9, 0.95, 0.98):
             torch.manual_seed(0)
@@ -215,14 +227,29 @@ def measure(
         for name, side in sides.items()
         if name != "dense" and "(A = B)" not in name
     }
-    print_timings(title, timings, refreshes)
+    print_timings(title, timings, refreshes, limits)
     return [
         {"network": title, "side": name, "refresh_ms": refreshes.get(name), **vars(timing)}
         for name, timing in timings.items()
     ]
 
 
-def print_timings(title: str, timings: dict[str, Timing], refreshes: dict[str, float]) -> None:
+def label(pair: tuple[float, float], block: tuple[int, int] | None) -> str:
+    return f"{pair[0]}/{pair[1]}" + ("" if block is None else f", {block[0]} × {block[1]}")
+
+
+def flop_limit(pair: tuple[float, float]) -> float:
+    """Times faster than dense by the count of multiplications: two products on A, one on B."""
+    forward, backward = (1 - sparsity for sparsity in pair)
+    return 3 / (2 * forward + backward)
+
+
+def print_timings(
+    title: str,
+    timings: dict[str, Timing],
+    refreshes: dict[str, float],
+    limits: dict[str, float],
+) -> None:
     print(f"\n{title}\n")
     rows, dense_ms = [], timings["dense"].median
     for name, timing in timings.items():
@@ -237,11 +264,13 @@ def print_timings(title: str, timings: dict[str, Timing], refreshes: dict[str, f
                 f"{timing.median:.1f}",
                 f"{timing.min:.1f}-{timing.max:.1f}",
                 f"{1 / timing.ratio:.2f} ({1 / timing.max_ratio:.2f}-{1 / timing.min_ratio:.2f})",
+                f"{1 / timing.ratio / limits[name]:.0%}" if name in limits else "",
                 "" if refresh is None else f"{refresh:.0f}",
                 *counted,
             ]
         )
-    head = ["fwd/bwd", "ms a step", "min-max", "times faster than dense", "ms a refresh"]
+    head = ["fwd/bwd", "ms a step", "min-max", "times faster than dense", "of the FLOP limit"]
+    head += ["ms a refresh"]
     head += [f"× dense, refresh {interval}" for interval in INTERVALS]
     print(markdown_table(head, rows), flush=True)
 
@@ -253,7 +282,7 @@ def measure_bytes(width: int) -> list[dict[str, Any]]:
         side = (
             dense(lambda: mlp(width), classify, inputs)
             if pair is None
-            else sparse(lambda: mlp(width), pair, ["6.*"], classify, inputs)
+            else sparse(lambda: mlp(width), pair, None, ["6.*"], classify, inputs)
         )
         nbytes = side.count_bytes()
         if pair is not None:
@@ -285,20 +314,15 @@ def main() -> None:
     parser = make_parser(__doc__, "training_step")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--only", choices=["mlp", "convolution", "transformer", "bytes"])
+    parser.add_argument("--widths", type=int, nargs="*", default=[256, 512, 1024, 2048, 4096])
+    parser.add_argument("--batches", type=int, nargs="*", default=[16, 256])
     options = parser.parse_args()
     _peers.set_num_threads(options.threads)
     for name, error in _peers.missing().items():
         print(f"without {name}: {error}")
     records: list[dict[str, Any]] = []
     if options.only in (None, "mlp"):
-        for width, batch in (
-            (256, 128),
-            (512, 128),
-            (1024, 128),
-            (2048, 256),
-            (4096, 256),
-            (2048, 16),
-        ):
+        for width, batch in itertools.product(options.widths, options.batches):
             title = f"MLP 784-{width}-{width}-{width}-10, batch {batch}"
             make = lambda width=width: mlp(width)  # noqa: E731
             inputs = torch.randn(batch, 784)
