@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 from pathlib import Path
 
 import nox
@@ -47,7 +48,11 @@ def study(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All tests, with few examples for each property."""
     install(session, "-e", ".[cpu,demo,jax,safetensors,testing]", *TEST)
-    paths = session.posargs or ["src", "adapters", "tests"]
+    run_tests(session, *(session.posargs or ["src", "adapters", "tests"]))
+
+
+def run_tests(session: nox.Session, *arguments: str) -> None:
+    """Run tests on two processes, and the examples in docstrings."""
     # Most of the JAX tests' time goes into compiling what runs once. The property session does it
     # as users do.
     flags = (
@@ -56,7 +61,8 @@ def tests(session: nox.Session) -> None:
         "--xla_cpu_use_fusion_emitters=false",
     )
     env = {**SINGLE_THREADED, "XLA_FLAGS": " ".join(flags)}
-    session.run("pytest", "--doctest-modules", "-n", "2", "--dist", "worksteal", *paths, env=env)
+    run = "pytest", "--doctest-modules", "-n", "2", "--dist", "worksteal"
+    session.run(*run, *arguments, env=env)
 
 
 @nox.session
@@ -99,6 +105,66 @@ def ecosystem(session: nox.Session) -> None:
     # Nothing is fetched: models are made from scratch.
     env = {**SINGLE_THREADED, "HF_HUB_OFFLINE": "1"}
     session.run("pytest", "-n", "2", *paths, env=env)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """The lines of src and adapters that the tests run, without a GPU: at least 95 %."""
+    install(session, "-e", ".[cpu,demo,jax,safetensors,testing]", *TEST, "pytest-cov")
+    options = ["--cov", "--cov-report", "term:skip-covered", "--cov-fail-under", "95"]
+    run_tests(session, *options, *(session.posargs or ["src", "adapters", "tests"]))
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """All tests with the lowest versions that pyproject.toml allows, PyTorch's excepted.
+
+    Old builds of PyTorch for Linux come with gigabytes of CUDA: `-- torch==2.6.0` takes one anyway.
+    """
+    torch = session.posargs or ["-c", "constraints.txt", "torch"]
+    session.install(*torch)
+    extras = ("cpu", "jax", "safetensors", "testing")
+    optional = PROJECT["project"]["optional-dependencies"]
+    ranges = [
+        *PROJECT["project"]["dependencies"],
+        *(r for extra in extras for r in optional[extra]),
+    ]
+    exact = [text.replace(">=", "==") for text in ranges]
+    jax = next(text for text in exact if text.startswith("jax=="))
+    session.install(*exact, jax.replace("jax", "jaxlib"), *TEST)
+    session.install("--no-deps", "-e", ".")
+    run_tests(session, "tests")
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """All tests with the newest releases of all libraries; on Linux, PyTorch's is that for CUDA."""
+    packages = [*TEST, *session.posargs]
+    session.install("--upgrade", "-e", ".[cpu,demo,jax,safetensors,testing]", *packages)
+    run_tests(session, "src", "adapters", "tests")
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Wheel and sdist: built, checked, and installed in bare environments, where the demo runs."""
+    session.install("build", "twine")
+    folder = Path(session.create_tmp()).resolve()
+    dist, empty = folder / "dist", folder / "empty"
+    shutil.rmtree(folder)
+    empty.mkdir(parents=True)
+    session.run("python", "-m", "build", "--outdir", str(dist))
+    files = sorted(dist.iterdir())
+    session.run("twine", "check", "--strict", *map(str, files))
+    constraints = str(Path("constraints.txt").resolve())
+    for file in files:
+        bare = folder / f"bare_{file.suffix.strip('.')}"
+        session.run("python", "-m", "venv", str(bare))
+        python = str(bare / ("Scripts" if os.name == "nt" else "bin") / "python")
+        pip = python, "-m", "pip", "install", "--quiet", "-c", constraints
+        session.run(*pip, "torch", external=True)
+        session.run(*pip, f"topkast[cpu,demo] @ {file.as_uri()}", external=True)
+        with session.chdir(empty):
+            session.run(python, "-m", "topkast", "demo", external=True)
 
 
 @nox.session

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import topkast_torch
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import FileStore
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_wrapper
 from torch.nn.parallel import DistributedDataParallel
 
 import topkast
@@ -40,4 +42,62 @@ def train(rank: int, folder: str, explore: Any, seeds: tuple[int, int] | None = 
         optimizer.step()
     state = {"theta": topkast.dense_params(optimizer), "masks": dict(topkast.masks(optimizer))}
     torch.save(state, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def train_with_hook(
+    rank: int, folder: str, count: int, kind: str, wrong_seed: bool = False
+) -> None:
+    """Train masked tensors by whole gradients, or by `ddp_comm_hook`, and count what is sent."""
+    torch.set_num_threads(1)
+    store = FileStore(f"{folder}/store_{kind}", count)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
+    torch.manual_seed(0)
+    body: nn.Module = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 40), nn.Linear(40, 4)
+    )
+    body = body.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = DistributedDataParallel(body, bucket_cap_mb=0.05)
+    method = topkast.methods.RigL() if "rigl" in kind else None
+    optimizer: Any = topkast.wrap_optimizer(
+        torch.optim.AdamW(model.named_parameters(), 0.01),
+        fwd=0.9,
+        bwd=0.9 if method else 0.8,
+        refresh_every=4,
+        dense="module.4.*",
+        method=method,
+        seed=rank if wrong_seed else 0,
+        explore="random" if wrong_seed else "magnitude",
+    )
+    sent: list[int] = []
+    if "hook" in kind:
+        hook: Any = topkast_torch.ddp_comm_hook(optimizer)
+        if "bf16" in kind:
+            hook = bf16_compress_wrapper(hook)
+        model.register_comm_hook(None, hook)
+        original = dist.all_reduce
+
+        def counting(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+            sent.append(tensor.nbytes)
+            return original(tensor, *arguments, **options)
+
+        dist.all_reduce = counting
+    torch.manual_seed(100 + rank)
+    bytes_of_steps, grads = [], []
+    for _ in range(9):
+        optimizer.zero_grad()
+        inputs = torch.randn(6, 3, 8, 8)  # differs between processes
+        sent.clear()
+        model(inputs).square().mean().backward()
+        bytes_of_steps.append(sum(sent))
+        grads.append([param.grad.clone() for param in model.parameters() if param.grad is not None])
+        optimizer.step()
+    state = {
+        "theta": topkast.dense_params(optimizer),
+        "masks": dict(topkast.masks(optimizer)),
+        "grads": grads,
+        "bytes": bytes_of_steps,
+    }
+    torch.save(state, f"{folder}/{kind}_{rank}.pt")
+    dist.barrier()  # gloo's threads must have dropped their callbacks, which needs the GIL
     dist.destroy_process_group()

@@ -90,7 +90,12 @@ def convolution_products(
 ) -> tuple[list[Array], list[Array]]:
     """Output and gradients of the products, and of PyTorch."""
     rng = np.random.default_rng(rows)
-    window = {"stride": (1, 1), "dilation": (1, 1), "groups": 1, "margins": ((0, 0), (0, 0))}
+    window: dict[str, Any] = {
+        "stride": (1, 1),
+        "dilation": (1, 1),
+        "groups": 1,
+        "margins": ((0, 0), (0, 0)),
+    }
     window |= {name: value for name, value in case.items() if name != "images"}
     shape, groups = case["images"], window["groups"]
     height, group_width = 2 * rows * groups, shape[1] // groups * int(np.prod(case["size"]))

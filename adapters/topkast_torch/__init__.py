@@ -3,8 +3,8 @@
 from topkast_torch._averages import WeightAverage
 from topkast_torch._generate_weights import generate_weights
 from topkast_torch._measure_layers import measure_layers
+from topkast_torch.distributed._data_parallel import ddp_comm_hook
 from topkast_torch.optimizer._optimizer import TopKASTOptimizer, wrap
-from topkast_torch.sparse import _replicas as _replicas
 from topkast_torch.sparse._export import load_forward, save_forward
 from topkast_torch.sparse._layers import SparseConv2d, SparseLinear
 from topkast_torch.sparse._sparsify import ExecutionReport, LayerExecution, densify, sparsify
@@ -16,6 +16,7 @@ __all__ = [
     "SparseLinear",
     "TopKASTOptimizer",
     "WeightAverage",
+    "ddp_comm_hook",
     "densify",
     "generate_weights",
     "load_forward",

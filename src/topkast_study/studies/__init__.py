@@ -12,6 +12,7 @@ from topkast_study.studies import (
     table1,
     table5,
     table6,
+    units,
 )
 from topkast_study.study import Study
 
@@ -26,6 +27,8 @@ _ALL = (
     mixed.STUDY,
     age.STUDY,
     blocks.STUDY,
+    units.IMAGES,
+    units.TEXT,
 )
 STUDIES = {study.name: study for study in _ALL}
 

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from topkast import MismatchError
+from topkast import MismatchError, Support
 from topkast.reservoirs import LayeredReservoir, Reservoir
 from topkast_torch._reservoirs import TensorReservoir
 from topkast_torch.execution._sparse_execution import check_processes
 from topkast_torch.optimizer._ownership import owner_of
 from topkast_torch.sparse._sparse_layer import SparseLayer
+
+_FACTOR = 0x9E3779B97F4A7C1  # odd: a product modulo 2⁶⁴ loses nothing
 
 
 def _check_replicas(parent: nn.Module, name: str, model: Any) -> None:
@@ -50,6 +52,15 @@ def _check_replicas(parent: nn.Module, name: str, model: Any) -> None:
             "and only values on B are sent: start all processes with the same weights, or load "
             "the same state dict in each"
         )
+
+
+def hash_sets(support: Support) -> Tensor:
+    """A number (int64, a scalar on the device of the sets) that differs for other sets."""
+    active, exploring = support.active.long(), support.exploring.long()
+    hashes = ((units * _FACTOR ^ units >> 5).sum() for units in (active, exploring))
+    on_active, on_exploring = hashes
+    total: Tensor = 3 * on_active + 7 * on_exploring
+    return total
 
 
 def _tensors_of(reservoir: Reservoir | None) -> list[Tensor]:

@@ -1,0 +1,1 @@
+"""Training in several processes: what is sent, and whether the sets of replicas agree."""
