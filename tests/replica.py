@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import FileStore
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_wrapper
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_wrapper
 from torch.nn.parallel import DistributedDataParallel
 
 import topkast
@@ -71,9 +71,10 @@ def train_with_hook(
     )
     sent: list[int] = []
     if "hook" in kind:
-        hook: Any = topkast_torch.ddp_comm_hook(optimizer)
-        if "bf16" in kind:
-            hook = bf16_compress_wrapper(hook)
+        dtype = torch.bfloat16 if "bf16" in kind else None
+        hook: Any = topkast_torch.ddp_comm_hook(optimizer, dtype=dtype)
+        if "fp16" in kind:
+            hook = fp16_compress_wrapper(hook)
         model.register_comm_hook(None, hook)
         original = dist.all_reduce
 

@@ -60,10 +60,12 @@ def test_the_hook_changes_no_bit_and_sends_b_alone(tmp_path: Path, kind: str, co
 
 
 @pytest.mark.timeout(120)
-def test_the_hook_composes_with_compression_to_bfloat16(tmp_path: Path) -> None:
-    spawn(train_with_hook, args=(str(tmp_path), 2, "hook_bf16"), nprocs=2)
+@pytest.mark.parametrize("kind", ["hook_bf16", "hook_fp16"])
+def test_the_hook_with_half_precision(tmp_path: Path, kind: str) -> None:
+    """In bfloat16 by an option, in float16 by PyTorch's own wrapper around the hook."""
+    spawn(train_with_hook, args=(str(tmp_path), 2, kind), nprocs=2)
     first, second = (
-        torch.load(tmp_path / f"hook_bf16_{rank}.pt", weights_only=False) for rank in (0, 1)
+        torch.load(tmp_path / f"{kind}_{rank}.pt", weights_only=False) for rank in (0, 1)
     )
     assert_same(first, second)
     on_b = sum(int(masks.backward.sum()) for masks in first["masks"].values())

@@ -21,7 +21,7 @@ from topkast_torch.optimizer._ownership import owner_of
 Hook: TypeAlias = Callable[[Any, Any], Future[Tensor]]
 
 
-def ddp_comm_hook(optimizer: TopKASTOptimizer) -> Hook:
+def ddp_comm_hook(optimizer: TopKASTOptimizer, *, dtype: torch.dtype | None = None) -> Hook:
     """A communication hook that sends the gradients of masked tensors on B alone.
 
     Replicas share their sets, so the values on B are sent as plain vectors, without indices, and
@@ -35,13 +35,15 @@ def ddp_comm_hook(optimizer: TopKASTOptimizer) -> Hook:
     ----------
     optimizer
         The wrapped optimizer of the model, wrapped after DistributedDataParallel.
+    dtype
+        The dtype to send gradients in, for example torch.bfloat16; by default their own.
 
     Returns
     -------
     callable
         A hook for ``model.register_comm_hook(process_group, hook)``, whose state is the process
-        group, None for the default one. PyTorch's ``bf16_compress_wrapper`` and
-        ``fp16_compress_wrapper`` can be put around it.
+        group, None for the default one. PyTorch's ``fp16_compress_wrapper`` and
+        ``bf16_compress_wrapper`` (NCCL only) can be put around it.
 
     Raises
     ------
@@ -73,14 +75,14 @@ def ddp_comm_hook(optimizer: TopKASTOptimizer) -> Hook:
         parts = list(_parts_of(bucket.parameters(), buffer))
         gathered = [kept.gather(part.gradient) for part in parts for kept in part.sent]
         packed = torch.cat([tensor.view(-1) for tensor in gathered]) if gathered else buffer[:0]
-        packed.div_(group.size())
+        packed = packed.div_(group.size()).to(dtype or packed.dtype)
         compared = checksum.compare(group, buffer.device) if bucket.is_last() else None
         future: Any = dist.all_reduce(packed, group=group, async_op=True).get_future()
 
         def unpack(_: Any) -> Tensor:
             if compared is not None:
                 compared()
-            averaged = iter(packed.split([tensor.numel() for tensor in gathered]))
+            averaged = iter(packed.to(buffer.dtype).split([tensor.numel() for tensor in gathered]))
             for part in parts:
                 if not part.is_whole:
                     part.gradient.zero_()
