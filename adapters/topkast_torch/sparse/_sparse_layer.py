@@ -362,9 +362,9 @@ def read_structure(
                 f"{tuple(block.shape)}"
             )
         try:
-            blocks = blocks_of_weight("the state dict", shape, tuple(block.tolist()))
+            blocks = blocks_of_weight("a block that does not fit", shape, tuple(block.tolist()))
         except OptionError as error:
-            raise MismatchError(f"{layer}: {error}") from None
+            raise MismatchError(f"{layer}: the state dict has {error}") from None
     return Support(indices, int(count), blocks), shape
 
 

@@ -110,14 +110,14 @@ class Sets:
         \|A\| and \|B\|.
     units
         Number of indices that B has: of weights, or of blocks.
-    by_entries
-        Whether single weights of the whole tensor are ranked: not blocks, not layers of a stack.
+    as_one
+        Whether all units of the tensor are ranked together: not layer by layer of a stack.
     """
 
     forward: int
     backward: int
     units: int
-    by_entries: bool = True
+    as_one: bool = True
 
     @classmethod
     def full(cls, layer: Layer) -> Sets:
@@ -160,7 +160,7 @@ def sets_of(
             ranked.forward * block,
             ranked.backward_size,
             ranked.backward,
-            by_entries=ranked.blocks is None and ranked.layers == 1,
+            as_one=ranked.layers == 1,
         )
     return {name: sets[name] for name in layers if name in sets}
 

@@ -60,9 +60,9 @@ def sparse_bytes(
     dense, each = layer.itemsize * layer.size, layer.itemsize * sets.backward
     index = 4 if layer.size < 1 << 31 else 8
     reserved = 0
-    if storage.has_reserve and sets.by_entries and layer.itemsize in (4, 8):
-        wanted = reserve_size(layer.size, sets.backward, None)
-        reserved = min(wanted, layer.size - sets.backward)
+    if storage.has_reserve and sets.as_one and layer.itemsize in (4, 8):
+        units = layer.size * sets.units // max(sets.backward, 1)
+        reserved = min(reserve_size(units, sets.units, None), units - sets.units)
     return {
         "values": each,
         "gradient": each,
@@ -82,7 +82,9 @@ def _layout_bytes(layer: Layer, sets: Sets) -> int:
     The transpose of A has 6 bytes for each entry, and 4 for each of its segments, of about 12
     entries. Each of the other layouts has 8 for each segment, of about 20 entries of A. A
     convolution has one layout more, and for one size of images an offset of 4 bytes for each entry
-    of B, and of A's transpose.
+    of B, and of A's transpose. Blocks need three numbers for each entry of B: its index, and its
+    rank by block and by index.
     """
-    linear = 7 * sets.forward
+    order = 12 * sets.backward if sets.units < sets.backward else 0
+    linear = 7 * sets.forward + order
     return linear if layer.ndim <= 2 else linear + 9 * sets.forward // 2 + 4 * sets.backward
