@@ -108,6 +108,7 @@ class SparseExecution(Execution):
         for name in Execution.__annotations__:
             setattr(execution, name, getattr(masked, name))
         execution.values, execution.layer = layer.values, layer
+        execution.support = replace(masked.support)  # without the entries that were computed
         execution._begin()
         execution._connect()
         execution._record_if_awaited()
