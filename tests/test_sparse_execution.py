@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import topkast_torch
 import torch
-from sparse_training import CASES, MODELS, OPTIMIZERS, assert_agree, prepare, train
+from sparse_training import CASES, OPTIMIZERS, assert_agree, prepare, train
 from topkast_torch.sparse import _sparse_layer, _sparsify
 from torch import Tensor, nn
 
@@ -193,12 +193,12 @@ class TestChoice:
         with pytest.raises(topkast.OptionError, match="matches none"):
             topkast.sparsify(*prepare("mlp")[:2], only="nothing")
 
-    @pytest.mark.parametrize("model", MODELS)
+    @pytest.mark.parametrize(("model", "options"), CASES[:4])
     @pytest.mark.parametrize("faster", ["masked", "sparse"])
     def test_an_example_decides_by_time(
-        self, model: str, faster: str, monkeypatch: pytest.MonkeyPatch
+        self, model: str, options: Any, faster: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        built, opt, inputs = prepare(model)
+        built, opt, inputs = prepare(model, **options)
         before = copy.deepcopy(built.state_dict())
         clock = iter(range(10**6))
 

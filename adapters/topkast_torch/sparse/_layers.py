@@ -61,6 +61,8 @@ class SparseLinear(SparseLayer):
         The weights on B, in the order of ``Support.entries``; Parameter of shape (1, \|B\|).
     bias
         (out_features,) or None.
+    block
+        As given; None if units are single weights.
 
     Raises
     ------
