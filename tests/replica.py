@@ -15,7 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 import topkast
 
 
-def train(rank: int, folder: str, explore: Any, seeds: tuple[int, int] | None = None) -> None:
+def train(
+    rank: int,
+    folder: str,
+    explore: Any,
+    seeds: tuple[int, int] | None = None,
+    block: tuple[int, int] | None = None,
+) -> None:
     """Train in masked execution, or in sparse execution if `seeds` of the weights are given."""
     torch.set_num_threads(1)
     store = FileStore(f"{folder}/store", 2)
@@ -30,6 +36,7 @@ def train(rank: int, folder: str, explore: Any, seeds: tuple[int, int] | None = 
         bwd=0.7,
         refresh_every=2,
         explore=explore,
+        block=block,
     )
     if seeds is not None:
         topkast.sparsify(model, optimizer)

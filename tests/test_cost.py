@@ -289,7 +289,7 @@ def test_bytes_of_other_numbers_blocks_and_large_tensors() -> None:
     assert half.bytes["reserve"] == 0  # chosen among all weights
     blocks = topkast.cost({"w": (200, 500)}, fwd=0.9, bwd=0.8, block=(4, 5), execution="masked")
     assert blocks.bytes["indices"] == 4 * B // 20  # one for each block
-    assert blocks.bytes["reserve"] == 0
+    assert blocks.bytes["reserve"] == (4 + 4) * 1024  # scores of blocks
     large = topkast.cost({"w": (1 << 16, 1 << 15)}, fwd=0.5, bwd=0.5)
     assert large.bytes["indices"] == 8 * (1 << 30)
     some = topkast.cost(

@@ -225,7 +225,7 @@ def forbid_synchronisation() -> Iterator[None]:
 
 @needs_torch
 class TestTorch:
-    def prepare(self, make: Any = None, **options: Any) -> tuple[Any, Any, Any]:
+    def prepare(self, make: Any = None, block: Any = None, **options: Any) -> tuple[Any, Any, Any]:
         import torch
         from torch import nn
 
@@ -234,7 +234,7 @@ class TestTorch:
         model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256))
         model = model.to("cuda", dtype)
         inner = (make or torch.optim.AdamW)(model.named_parameters(), 1e-3, **options)
-        opt = topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.8, refresh_every=1000)
+        opt = topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.8, refresh_every=1000, block=block)
         return model, opt, torch.randn(64, 256, device="cuda", dtype=dtype)
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -305,12 +305,13 @@ class TestTorch:
             opt.step()
         torch.testing.assert_close(compiled(inputs), model(inputs), rtol=1e-3, atol=1e-3)
 
-    def test_sparse_execution(self) -> None:
+    @pytest.mark.parametrize("block", [None, (4, 1), (2, 2)])
+    def test_sparse_execution(self, block: Any) -> None:
         import torch
 
         runs = []
         for sparse in (False, True):
-            model, opt, inputs = self.prepare(torch.optim.SGD, momentum=0.9)
+            model, opt, inputs = self.prepare(torch.optim.SGD, block, momentum=0.9)
             if sparse:
                 topkast.sparsify(model, opt)
             for _ in range(10):

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 import topkast
 import topkast.adapter
-from topkast.adapter import IncrementalSelection, Migration
+from topkast.adapter import IncrementalSelection, Migration, choose_next
 from topkast.backends import _candidates, _compiled
 from topkast.reservoirs import ArrayReservoir
+from topkast.selection import _incremental
+from topkast.selection._incremental import BlockScores
 from topkast.selection._random import Ranks, make_key
 from topkast.selection._reserve import (
     Exchange,
@@ -24,6 +26,7 @@ from topkast.selection._reserve import (
     fill_reserve,
     reserve_size,
 )
+from topkast.selection._units import unit_scores
 
 Array = Any
 
@@ -97,6 +100,76 @@ def test_the_sets_are_those_of_a_full_selection(
         assert_reserve(chosen.reserve, expected, theta)
         np.testing.assert_array_equal(before, theta)
         support = chosen.support
+
+
+@given(
+    data=st.data(),
+    pair=st.sampled_from(PAIRS),
+    dtype=st.sampled_from(["float32", "float64"]),
+    block=st.sampled_from([(2, 1), (4, 1), (3, 1), (1, 5), (2, 3), (3, 5)]),
+    score=st.sampled_from(["sum", "max"]),
+)
+def test_the_sets_of_blocks_are_those_of_a_full_selection(
+    data: st.DataObject, pair: tuple[float, float], dtype: str, block: Any, score: Any
+) -> None:
+    shape = data.draw(st.sampled_from([(12, 15), (12, 600), (96, 60)]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    theta = rng.standard_normal(shape).astype(dtype)
+    if data.draw(st.booleans()):
+        theta = np.round(theta, 0)  # many equal scores
+
+    def select_blocks() -> topkast.Support:
+        options: Any = {"block": block, "block_score": score, "seed": SEED, "name": NAME}
+        return topkast.select(theta, fwd=pair[0], bwd=pair[1], **options)
+
+    flat, support, selection = theta.reshape(-1), select_blocks(), IncrementalSelection()
+    for _ in range(4):
+        values = data.draw(updates(flat[support.entries], 0.5))
+        flat[support.entries] = values
+        expected, before = select_blocks(), theta.copy()
+        reservoir = ArrayReservoir(flat)
+        outcome = choose_next(selection, support, values, reservoir, RANKS, block_score=score)
+        if outcome is None:  # many zeros: the caller chooses from all weights
+            support, selection = expected, IncrementalSelection()
+            continue
+        chosen, selection = outcome
+        np.testing.assert_array_equal(chosen.support.indices, expected.indices)
+        assert (chosen.support.forward, chosen.support.blocks) == (
+            expected.forward,
+            expected.blocks,
+        )
+        np.testing.assert_array_equal(chosen.values, flat[expected.entries])
+        assert_migrates(chosen.migration, support, expected, theta.size)
+        indices, weights = chosen.left
+        left = {*support.indices.tolist()} - {*expected.indices.tolist()}
+        assert support.blocks is not None
+        entries = support.blocks.entries(np.asarray(sorted(left), np.int32))
+        np.testing.assert_array_equal(np.sort(indices), np.sort(entries))
+        np.testing.assert_array_equal(weights, flat[indices])
+        np.testing.assert_array_equal(before, theta)
+        support = chosen.support
+
+
+@given(data=st.data(), block=st.sampled_from([(2, 1), (3, 1), (1, 4), (3, 4), (1, 1)]))
+def test_scores_are_read_in_any_pieces(data: st.DataObject, block: tuple[int, int]) -> None:
+    theta = np.random.default_rng(0).standard_normal((12, 20)).astype(np.float32)
+    blocks = topkast.Blocks(*block, *theta.shape)
+    score: Any = data.draw(st.sampled_from(["sum", "max"]))
+    chunk = data.draw(st.sampled_from([1, 50, 1 << 20]))
+    expected = unit_scores(theta.reshape(-1), blocks, score)
+    ends = st.integers(0, blocks.count)
+    start, stop = sorted((data.draw(ends), data.draw(ends)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_incremental, "CHUNK", chunk)
+        scores = BlockScores(ArrayReservoir(theta.reshape(-1)), blocks, score)
+        np.testing.assert_array_equal(scores.read(start, stop), expected[start:stop])
+    units = np.asarray(data.draw(st.lists(st.integers(0, blocks.count - 1))), np.int32)
+    np.testing.assert_array_equal(scores.take(units), expected[units])
+    copied = scores.copy()
+    np.testing.assert_array_equal(copied.read(0, blocks.count), expected)
+    assert copied.nbytes == theta.nbytes
+    with pytest.raises(TypeError, match="write these"):
+        scores.write(units, units)
 
 
 def assert_migrates(

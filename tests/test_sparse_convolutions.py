@@ -30,9 +30,15 @@ CONVOLUTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even")
 @pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
-@pytest.mark.parametrize("images", [3, 0, None])
+@pytest.mark.parametrize(
+    ("images", "rows"), [(3, None), (0, None), (None, None), (3, 4), (3, 8), (3, 2)]
+)
 def test_convolution_gradients(
-    backend: str, options: dict[str, Any], images: int | None, monkeypatch: pytest.MonkeyPatch
+    backend: str,
+    options: dict[str, Any],
+    images: int | None,
+    rows: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_convolutions, "_MAX_ENTRIES", 700)  # a few images at a time, and one
     torch.manual_seed(0)
@@ -41,7 +47,10 @@ def test_convolution_gradients(
     inputs = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     model = copy.deepcopy(dense)
     inner = torch.optim.SGD(model.named_parameters(), 0.1)
-    opt = topkast.wrap_optimizer(inner, fwd=0.7, bwd=0.4)
+    # Blocks of 4 or 8 rows may lie across groups; of 2 rows they are windows of two filters.
+    window = dense.weight[0, 0].numel() if rows == 2 else 1
+    block = None if rows is None else (rows, window)
+    opt = topkast.wrap_optimizer(inner, fwd=0.7, bwd=0.4, block=block)
     topkast.sparsify(model, opt)
 
     def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

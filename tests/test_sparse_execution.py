@@ -9,21 +9,22 @@ from typing import Any
 import pytest
 import topkast_torch
 import torch
-from sparse_training import MODELS, OPTIMIZERS, assert_agree, prepare, train
+from sparse_training import CASES, OPTIMIZERS, assert_agree, prepare, train
 from topkast_torch.sparse import _sparse_layer, _sparsify
 from torch import Tensor, nn
 
 import topkast
+from topkast.methods import Mixed, Static
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "options"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_sparse_and_masked_execution_agree(
-    backend: str, model: str, optimizer: str, dtype: torch.dtype
+    backend: str, model: str, options: dict[str, Any], optimizer: str, dtype: torch.dtype
 ) -> None:
-    masked, masked_opt, inputs = prepare(model, optimizer, dtype)
-    sparse, sparse_opt, _ = prepare(model, optimizer, dtype)
+    masked, masked_opt, inputs = prepare(model, optimizer, dtype, **options)
+    sparse, sparse_opt, _ = prepare(model, optimizer, dtype, **options)
     report = topkast.sparsify(sparse, sparse_opt)
     assert {layer.execution for layer in report.layers} == {"sparse"}
     before = topkast.masks(sparse_opt)
@@ -38,11 +39,11 @@ def test_sparse_and_masked_execution_agree(
     torch.testing.assert_close(sparse(inputs), masked(inputs), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_sparsify_continues_training(backend: str, model: str) -> None:
+@pytest.mark.parametrize(("model", "options"), CASES)
+def test_sparsify_continues_training(backend: str, model: str, options: dict[str, Any]) -> None:
     """Sparsify after masked steps, between two accumulated gradients."""
-    masked, masked_opt, inputs = prepare(model)
-    sparse, sparse_opt, _ = prepare(model)
+    masked, masked_opt, inputs = prepare(model, **options)
+    sparse, sparse_opt, _ = prepare(model, **options)
     for network, optimizer in ((masked, masked_opt), (sparse, sparse_opt)):
         train(network, optimizer, inputs, 9)
         optimizer.zero_grad()
@@ -74,23 +75,37 @@ def test_sparsify_continues_training(backend: str, model: str) -> None:
         {"fwd": 0.0, "bwd": 0.0},
         {"fwd": 0.99, "bwd": 0.99},
         {"dense": ["0.*"]},
+        {"block": (2, 2), "explore_until": 5},
+        {"block": (4, 1), "penalty_kind": "l1", "penalty": 1e-3},
+        {"block": (4, 1), "explore": "random"},
+        {"block": (2, 3), "overrides": {"[57].*": {"block": (4, 4)}}},
+        {"block": (4, 1), "block_score": "max"},
+        {"block": (2, 4), "method": Static()},
+        {"block": (2, 4), "method": Mixed(0.5)},
+        {"block": (8, 1), "fwd": 0.0, "bwd": 0.0},
+        {"block": (2, 1), "fwd": 0.99, "bwd": 0.99},
+        {"block": (4, 1), "overrides": {"2.*": {"block": None}, "5.*": {"block": (16, 1)}}},
+        {"block": (4, 1), "distribution": "erk", "power": 1.5},
     ],
     ids=str,
 )
 def test_options_agree_with_masked_execution(options: dict[str, Any]) -> None:
-    masked, masked_opt, inputs = prepare("mlp", dtype=torch.float64, **options)
-    sparse, sparse_opt, _ = prepare("mlp", dtype=torch.float64, **options)
-    topkast.sparsify(sparse, sparse_opt)
+    model = "divisible" if "block" in options else "mlp"
+    masked, masked_opt, inputs = prepare(model, dtype=torch.float64, **options)
+    sparse, sparse_opt, _ = prepare(model, dtype=torch.float64, **options)
+    report = topkast.sparsify(sparse, sparse_opt)
+    assert {layer.execution for layer in report.layers} == {"sparse"}
     for network, optimizer in ((masked, masked_opt), (sparse, sparse_opt)):
         train(network, optimizer, inputs, 15)
     assert_agree(masked_opt, sparse_opt, 1e-11)
 
 
-def test_nothing_as_large_as_a_dense_weight_is_allocated(backend: str) -> None:
+@pytest.mark.parametrize("block", [None, (4, 1), (2, 2)])
+def test_nothing_as_large_as_a_dense_weight_is_allocated(backend: str, block: Any) -> None:
     """Measured by PyTorch's memory profiler over forward, backward and step, without a refresh."""
     model = nn.Sequential(nn.Linear(300, 400), nn.ReLU(), nn.Linear(400, 300))
     inner = torch.optim.AdamW(model.named_parameters())
-    opt = topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.8, refresh_every=100)
+    opt = topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.8, refresh_every=100, block=block)
     batch = torch.randn(8, 300)
 
     def largest_allocation() -> int:
@@ -178,12 +193,12 @@ class TestChoice:
         with pytest.raises(topkast.OptionError, match="matches none"):
             topkast.sparsify(*prepare("mlp")[:2], only="nothing")
 
-    @pytest.mark.parametrize("model", MODELS)
+    @pytest.mark.parametrize(("model", "options"), CASES[:4])
     @pytest.mark.parametrize("faster", ["masked", "sparse"])
     def test_an_example_decides_by_time(
-        self, model: str, faster: str, monkeypatch: pytest.MonkeyPatch
+        self, model: str, options: Any, faster: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        built, opt, inputs = prepare(model)
+        built, opt, inputs = prepare(model, **options)
         before = copy.deepcopy(built.state_dict())
         clock = iter(range(10**6))
 

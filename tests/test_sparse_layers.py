@@ -16,24 +16,34 @@ import topkast
 
 
 @pytest.mark.parametrize("shape", [(6,), (1, 6), (0, 6), (7, 6), (2, 3, 6), (129, 6)], ids=str)
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_gradients(backend: str, shape: tuple[int, ...], bias: bool) -> None:
-    layer = topkast_torch.SparseLinear(6, 9, bias, fwd=0.7, bwd=0.4, dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("bias", "block"),
+    [(True, None), (False, None), (True, (3, 1)), (True, (3, 2)), (True, (1, 3)), (True, (9, 6))],
+)
+def test_linear_gradients(
+    backend: str, shape: tuple[int, ...], bias: bool, block: tuple[int, int] | None
+) -> None:
+    layer = topkast_torch.SparseLinear(
+        6, 9, bias, fwd=0.7, bwd=0.4, block=block, dtype=torch.float64
+    )
     inputs = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     check_gradients(layer, inputs, nn.functional.linear)
 
 
-def test_layers_used_directly() -> None:
+@pytest.mark.parametrize("block", [None, (3, 1), (2, 2)])
+def test_layers_used_directly(block: tuple[int, int] | None) -> None:
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5))
     torch.manual_seed(0)
     sparse = nn.Sequential(
-        topkast_torch.SparseLinear(20, 30, fwd=0.8, bwd=0.6), nn.ReLU(), nn.Linear(30, 5)
+        topkast_torch.SparseLinear(20, 30, fwd=0.8, bwd=0.6, block=block),
+        nn.ReLU(),
+        nn.Linear(30, 5),
     )
     optimizers = []
     for model in (dense, sparse):
         opt = torch.optim.AdamW(model.named_parameters(), 1e-2)
-        optimizers.append(topkast.wrap_optimizer(opt, **OPTIONS, dense="2.*"))
+        optimizers.append(topkast.wrap_optimizer(opt, **OPTIONS, block=block, dense="2.*"))
         train(model, optimizers[-1], torch.randn(16, 20, generator=torch.manual_seed(1)), 20)
     dense_masks, sparse_masks = (list(topkast.masks(opt).values()) for opt in optimizers)
     assert torch.equal(dense_masks[0].forward, sparse_masks[0].forward)

@@ -20,13 +20,18 @@ def make_layer(layer_type: str) -> tuple[Any, Tensor]:
     torch.manual_seed(0)
     if layer_type == "linear":
         return SparseLinear(6, 5, fwd=0.6, bwd=0.4).double(), torch.randn(3, 6).double()
+    if layer_type == "linear, blocks":
+        layer = SparseLinear(6, 4, fwd=0.6, bwd=0.4, block=(4, 1))
+        return layer.double(), torch.randn(3, 6).double()
     dense = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1)).double()
-    opt = topkast.wrap_optimizer(torch.optim.SGD(dense.named_parameters(), 0.1), fwd=0.6, bwd=0.4)
+    block = (2, 3) if layer_type == "convolution, blocks" else None
+    inner = torch.optim.SGD(dense.named_parameters(), 0.1)
+    opt = topkast.wrap_optimizer(inner, fwd=0.6, bwd=0.4, block=block)
     topkast.sparsify(dense, opt)
     return dense[0], torch.randn(2, 3, 5, 6).double()
 
 
-@pytest.fixture(params=["linear", "convolution"])
+@pytest.fixture(params=["linear", "linear, blocks", "convolution", "convolution, blocks"])
 def layer_type(request: pytest.FixtureRequest) -> str:
     layer_type: str = request.param
     return layer_type
@@ -51,16 +56,16 @@ class TestDerivatives:
             )
             if model is twin:
                 outside = torch.ones(by_weight.numel(), dtype=torch.bool)
-                outside[layer.indices] = False
+                outside[layer.support.entries] = False
                 by_weight = torch.where(outside.view(by_weight.shape), 0, by_weight)
             loss = by_input.square().sum() + by_weight.square().sum()
             results.append(torch.autograd.grad(loss, [inputs, weight, model.bias]))
         (x_one, w_one, b_one), (x_two, w_two, b_two) = results
         torch.testing.assert_close(x_one, x_two)
         torch.testing.assert_close(b_one, b_two)
-        on_b = w_two.reshape(-1)[layer.indices].view(w_one.shape)
+        on_b = w_two.reshape(-1)[layer.support.entries].view(w_one.shape)
         # The dense layer's output and gradient do not depend on B∖A.
-        count = layer.active_count
+        count = layer.support.forward_size
         torch.testing.assert_close(w_one.view(-1)[:count], on_b.view(-1)[:count])
 
     def test_functional_gradients(self, layer_type: str, backend: str) -> None:

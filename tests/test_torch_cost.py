@@ -158,17 +158,18 @@ def train(model: nn.Module, optimizer: Any, example: Tensor) -> topkast.Summary:
 
 @pytest.mark.parametrize("execution", ["masked", "sparse"])
 @pytest.mark.parametrize(
-    ("inner", "fwd", "bwd"),
+    ("inner", "fwd", "bwd", "block"),
     [
-        ("adam", 0.9, 0.8),
-        ("adam", 0.9, 0.0),
-        ("adamw", 0.8, 0.5),
-        ("momentum", 0.95, 0.9),
-        ("sgd", 0.9, 0.9),
+        ("adam", 0.9, 0.8, None),
+        ("adam", 0.9, 0.0, None),
+        ("adamw", 0.8, 0.5, None),
+        ("momentum", 0.95, 0.9, None),
+        ("sgd", 0.9, 0.9, None),
+        ("adam", 0.9, 0.8, (2, 2)),
     ],
 )
 def test_bytes_are_those_that_summary_measures(
-    inner: str, fwd: float, bwd: float, execution: Any
+    inner: str, fwd: float, bwd: float, block: Any, execution: Any
 ) -> None:
     """Exact for all parts but those that depend on the positions of the entries."""
     model, example = make_mlp(), torch.randn(8, WIDTHS[0])
@@ -178,8 +179,9 @@ def test_bytes_are_those_that_summary_measures(
         bwd=bwd,
         refresh_every=2,
         dense="4.*",
+        block=block,
     )
-    options: Any = {"fwd": fwd, "bwd": bwd, "dense": "4.*", "optimizer": inner}
+    options: Any = {"fwd": fwd, "bwd": bwd, "dense": "4.*", "optimizer": inner, "block": block}
     expected = topkast.cost(model, example, execution=execution, **options)
     if execution == "sparse":
         topkast.sparsify(model, optimizer)

@@ -22,8 +22,9 @@ def test_replicas_agree(tmp_path: Path, explore: str) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_sparse_replicas_agree(tmp_path: Path) -> None:
-    spawn(train, args=(str(tmp_path), "magnitude", (3, 3)), nprocs=2)
+@pytest.mark.parametrize("block", [None, (4, 1)])
+def test_sparse_replicas_agree(tmp_path: Path, block: tuple[int, int] | None) -> None:
+    spawn(train, args=(str(tmp_path), "magnitude", (3, 3), block), nprocs=2)
     assert_equal(tmp_path)
 
 

@@ -70,7 +70,16 @@ def walk(state: Any, path: tuple[Any, ...] = ()) -> Any:
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["masked", "sparse"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("options", [{}, {"refresh_every": 3, "penalty_kind": "l1"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"refresh_every": 3, "penalty_kind": "l1"},
+        {"block": (2, 1)},
+        {"block": (2, 2), "block_score": "max"},
+        {"block": (1, 4), "dtype": torch.float64},
+    ],
+)
 def test_trajectories_are_equal(sparse: bool, optimizer: str, options: dict[str, Any]) -> None:
     model, opt = build(optimizer, sparse=sparse, **options)
     other, other_opt = build(optimizer, sparse=sparse, method=ReadsAll(), **options)
@@ -98,7 +107,7 @@ def test_other_settings_too(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"block": (2, 1)}, {"explore": "random"}, {"dtype": torch.bfloat16}]
+    "options", [{"explore": "random", "block": (2, 1)}, {"dtype": torch.bfloat16}]
 )
 def test_what_needs_all_weights_reads_them(options: dict[str, Any]) -> None:
     model, opt = build("momentum", **options)
@@ -154,9 +163,36 @@ def test_summary_counts_the_reserve() -> None:
     assert [one - two for one, two in zip(before, after, strict=True)] == sizes
 
 
+def test_another_score_of_blocks() -> None:
+    """The reserve holds scores of one kind: with another one, all weights are read again."""
+    model, opt = build("momentum", sparse=True, block=(2, 2))
+    other, other_opt = build("momentum", sparse=True, block=(2, 2), method=ReadsAll())
+    for score in ("sum", "max", "sum"):
+        for network, optimizer in ((model, opt), (other, other_opt)):
+            optimizer.param_groups[0]["block_score"] = score
+            train(network, optimizer, 3)
+        assert_same(opt, other_opt)
+    assert {execution.selection.block_score for execution in opt._wrapper_state.executions} == {
+        "sum"
+    }
+
+
+def test_sums_that_overflow() -> None:
+    """Then all weights are scaled down to be ranked, which a choice among candidates cannot do."""
+    model, opt = build("momentum", sparse=True, block=(2, 2))
+    other, other_opt = build("momentum", sparse=True, block=(2, 2), method=ReadsAll())
+    for network, optimizer in ((model, opt), (other, other_opt)):
+        with torch.no_grad():
+            network[0].values[0, :4] = 3e38
+        train(network, optimizer, 1)
+    assert_same(opt, other_opt)
+    assert [reserve is None for reserve in reserves(opt)] == [True, False]
+
+
+@pytest.mark.parametrize("block", [None, (2, 1)])
 @pytest.mark.parametrize("sparse", [False, True], ids=["masked", "sparse"])
-def test_a_weight_without_a_rank_changes_no_set(sparse: bool) -> None:
-    model, opt = build("momentum", sparse=sparse)
+def test_a_weight_without_a_rank_changes_no_set(sparse: bool, block: Any) -> None:
+    model, opt = build("momentum", sparse=sparse, block=block)
     train(model, opt, 2)
     before = [execution.support for execution in opt._wrapper_state.executions]
     executions = list(opt._wrapper_state.executions)
@@ -164,6 +200,6 @@ def test_a_weight_without_a_rank_changes_no_set(sparse: bool) -> None:
         executions[1].values.view(-1)[3] = float("nan")
         if not sparse:
             executions[1].write_forward_view()
-    with pytest.raises(topkast.NonFiniteError, match="entries are NaN or infinite"):
+    with pytest.raises(topkast.NonFiniteError, match="768 of 3840 entries are NaN"):
         train(model, opt, 1)
     assert [execution.support for execution in executions] == before

@@ -69,9 +69,20 @@ def assert_same(first: Any, second: Any) -> None:
         ({"distribution": "global"}, False),
         ({"explore": "random"}, True),
         ({"block": (2, 1)}, False),
+        ({"block": (2, 4)}, True),
         ({"overrides": {"0.*": {"bwd": 0.0}, "2.*": {"fwd": 0.99, "bwd": 0.95}}}, True),
     ],
-    ids=["masked", "sparse", "sgd", "float64", "global", "random", "blocks", "overrides"],
+    ids=[
+        "masked",
+        "sparse",
+        "sgd",
+        "float64",
+        "global",
+        "random",
+        "blocks",
+        "sparse blocks",
+        "overrides",
+    ],
 )
 def test_trajectories_are_equal(
     options: dict[str, Any], sparse: bool, kind: str, tmp_path: Path
@@ -402,10 +413,12 @@ def wrapped(model: nn.Module, **options: Any) -> Any:
     return topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.8, refresh_every=1, **options)
 
 
-@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize(("seed", "block"), [(None, None), (5, None), (5, (6, 1)), (5, (2, 4))])
 @pytest.mark.parametrize("init", ["kaiming_normal", Init("uniform", 0.2)])
-def test_seeded_layers_train_as_dense_ones(seed: Any, init: Any) -> None:
-    model, other = (sparse_model(kind, seed=seed, init=init) for kind in ("device", "seeded"))
+def test_seeded_layers_train_as_dense_ones(seed: Any, block: Any, init: Any) -> None:
+    model, other = (
+        sparse_model(kind, seed=seed, init=init, block=block) for kind in ("device", "seeded")
+    )
     opt, other_opt = wrapped(model), wrapped(other)
     assert {reservoir.kind for reservoir in reservoirs(other_opt)} == {"seeded"}
     assert_same(opt, other_opt)
@@ -417,12 +430,13 @@ def test_seeded_layers_train_as_dense_ones(seed: Any, init: Any) -> None:
         assert len(seeds) == 2
 
 
-def test_seeded_layers_resume(tmp_path: Path) -> None:
-    model = sparse_model("seeded")
+@pytest.mark.parametrize("block", [None, (6, 1)])
+def test_seeded_layers_resume(block: Any, tmp_path: Path) -> None:
+    model = sparse_model("seeded", block=block)
     opt = wrapped(model)
     train(model, opt, 8)
     saved = checkpoint(opt, model, tmp_path)
-    resumed = sparse_model("seeded", seed=77)
+    resumed = sparse_model("seeded", seed=77, block=block)
     resumed_opt = wrapped(resumed)
     resumed.load_state_dict(saved["model"])
     resumed_opt.load_state_dict(saved["optimizer"])
@@ -431,7 +445,8 @@ def test_seeded_layers_resume(tmp_path: Path) -> None:
     assert_same(opt, resumed_opt)
 
 
-def test_the_first_selection_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block", [None, (6, 1)])
+def test_the_first_selection_is_not_repeated(block: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Building reads all weights once, and the reserve that it found serves the first refresh."""
     read: list[int] = []
     original = Generated.read
@@ -441,7 +456,7 @@ def test_the_first_selection_is_not_repeated(monkeypatch: pytest.MonkeyPatch) ->
         return original(weights, start, stop)
 
     monkeypatch.setattr(Generated, "read", note)
-    model = sparse_model("seeded")
+    model = sparse_model("seeded", block=block)
     opt = wrapped(model)
     assert max(read) > 0
     read.clear()
@@ -476,9 +491,10 @@ def test_an_interrupted_refresh_changes_no_set(
     assert not any(execution.support is support for execution, support in pairs)
 
 
-def test_layers_on_the_meta_device() -> None:
+@pytest.mark.parametrize("block", [None, (3, 4)])
+def test_layers_on_the_meta_device(block: Any) -> None:
     with torch.device("meta"):
-        model = sparse_model("seeded", seed=3)
+        model = sparse_model("seeded", seed=3, block=block)
     assert all(param.is_meta for param in model.parameters())
     model.to_empty(device="cpu")
     with pytest.raises(MismatchError, match=r"call reset_parameters\(\) after to_empty"):
@@ -487,7 +503,7 @@ def test_layers_on_the_meta_device() -> None:
     for layer in model:
         if hasattr(layer, "reset_parameters"):
             layer.reset_parameters()
-    expected = sparse_model("seeded", seed=3)
+    expected = sparse_model("seeded", seed=3, block=block)
     assert torch.equal(model(INPUTS), expected(INPUTS))
     opt, expected_opt = wrapped(model), wrapped(expected)
     train(model, opt, 10)

@@ -18,6 +18,7 @@ from torch import nn
 
 import topkast
 from topkast import Blocks, Masks, OptionError, Support
+from topkast.methods import SET, GradualPruning, RigL, Static
 from topkast.testing import (
     assert_counts,
     assert_magnitude_order,
@@ -328,17 +329,88 @@ def test_indivisible_shape() -> None:
             Blocks(*sides, 4, 16)
 
 
-def test_sparse_execution_has_no_blocks_yet() -> None:
-    model, optimizer = make_torch(overrides={"2.weight": {"block": None}})
-    report = topkast.sparsify(model, optimizer)
-    layers = {layer.name: (layer.execution, layer.reason) for layer in report.layers}
-    assert layers["0.weight"] == ("masked", "blocks of 2 × 4 have no sparse products yet")
-    assert layers["2.weight"][0] == "sparse"
-    train_torch(model, optimizer, range(3))
-    sparse = topkast_torch.SparseLinear(12, 16, fwd=0.9, bwd=0.8)
-    inner = torch.optim.SGD(sparse.named_parameters(), 0.1)
-    with pytest.raises(OptionError, match=r"values is the weight of a SparseLinear.*densify"):
-        topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.8, block=(2, 2))
+def sparse_layer(block: Block | None = None, fwd: float = 0.9, bwd: float = 0.8) -> nn.Module:
+    torch.manual_seed(0)
+    return topkast_torch.SparseLinear(12, 16, fwd=fwd, bwd=bwd, block=block)
+
+
+def wrap_layer(layer: nn.Module, **options: Any) -> Any:
+    inner = torch.optim.SGD(layer.named_parameters(), 0.1)
+    return topkast.wrap_optimizer(inner, **{"fwd": 0.9, "bwd": 0.8} | options)
+
+
+@pytest.mark.parametrize(
+    ("layer_block", "block"), [(None, (2, 2)), ((4, 1), (2, 1)), ((4, 1), (1, 1))], ids=str
+)
+def test_a_sparse_layer_of_other_blocks_is_refused(layer_block: Any, block: Block) -> None:
+    layer, named = sparse_layer(layer_block), {"block": block}
+    pairs: list[dict[str, Any]] = [named, {"overrides": {"values": named}}]
+    for options in pairs:
+        with pytest.raises(OptionError, match=r"values is the weight of a SparseLinear with block"):
+            wrap_layer(layer, **options)
+    by_group = [{"params": [("values", layer.values)], "block": block}]
+    with pytest.raises(OptionError, match="build the layer with this block, or leave the option"):
+        topkast.wrap_optimizer(torch.optim.SGD(by_group, 0.1), fwd=0.9, bwd=0.8)
+    optimizer = wrap_layer(layer, overrides={"values": {"block": None}}, block=block)
+    assert optimizer.__topkast_inspect__().supports["values"].blocks == layer.blocks
+
+
+def test_a_sparse_layer_keeps_its_block() -> None:
+    layers = [sparse_layer((4, 1)) for _ in range(2)]
+    optimizers = [wrap_layer(layers[0], refresh_every=2), wrap_layer(layers[1], block=(4, 1))]
+    optimizers[1].param_groups[0]["refresh_every"] = 2
+    for layer, optimizer in zip(layers, optimizers, strict=True):
+        before = topkast.masks(optimizer)["values"].forward
+        for step in range(6):
+            inputs = torch.randn(8, 12, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            layer(inputs).square().mean().backward()
+            optimizer.step()
+        row = topkast.summary(optimizer).tensors[0]
+        assert (row.forward, row.backward) == (4 * 5, 4 * 10)
+        assert row.held_parts["indices"] == 4 * 10
+        assert row.held_parts["layouts"] == layer.products.nbytes
+        masks = topkast.masks(optimizer)["values"]
+        assert_counts(host(masks), fwd=0.9, bwd=0.8, block=(4, 1))
+        assert not torch.equal(masks.forward, before)
+        held = topkast.summary(optimizer).tensors[0].held_parts["layouts"]
+        assert held == layer.products.nbytes + 4 * 40  # masks computed the entries of B
+    assert_same_bits(topkast.dense_params(optimizers[0]), topkast.dense_params(optimizers[1]))
+    assert "fwd=0.8958, bwd=0.7917, block=(4, 1)" in repr(layers[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": RigL(), "bwd": 0.9}, "RigL chooses single weights"),
+        ({"method": SET(), "bwd": 0.9}, "SET chooses single weights"),
+        ({"overrides": {"values": {"method": RigL(), "bwd": 0.9}}}, "RigL chooses single weights"),
+        ({"method": GradualPruning(start=0, end=9), "bwd": 0.0}, "chooses single weights"),
+        ({"pattern": (2, 4), "fwd": 0.5, "bwd": 0.5}, "ranks single weights, and block="),
+        ({"distribution": "global"}, "distribution='global' would move weights"),
+        ({"reservoir": "seeded"}, "were drawn otherwise"),
+    ],
+)
+def test_what_does_not_go_with_blocks_is_refused(options: dict[str, Any], message: str) -> None:
+    layer = sparse_layer((4, 1), bwd=options.get("bwd", 0.9))
+    with pytest.raises(OptionError, match=message):
+        wrap_layer(layer, **options)
+
+
+class EqualSets(Static):
+    backward = "equal"
+
+
+def test_a_layer_whose_sets_have_other_sizes_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"\|A\|, \|B\| = 5, 10, but EqualSets needs \|B\| = 5"):
+        wrap_layer(sparse_layer((4, 1)), method=EqualSets(), bwd=0.9)
+
+
+def test_a_layer_with_blocks_that_do_not_divide_it_is_refused() -> None:
+    with pytest.raises(OptionError, match="SparseLinear: blocks of 5 × 1 do not divide a matrix"):
+        sparse_layer((5, 1))
+    with pytest.raises(OptionError, match="block must be two positive integers"):
+        sparse_layer(4)  # type: ignore[arg-type]
 
 
 def test_support_of_a_different_tensor_is_refused() -> None:

@@ -75,11 +75,39 @@ def test_entries_of_blocks_are_ordered_unit_by_unit(
     assert to_numpy(entries).dtype == np.int32
 
 
+@given(matrices_and_blocks())
+def test_ranks_sort_the_entries_of_ascending_blocks(
+    library: Library, problem: tuple[Tensor, Block]
+) -> None:
+    theta, block = problem
+    blocks = Blocks(*block, *theta.shape)
+    chosen = np.random.default_rng(theta.size).permutation(blocks.count)[: blocks.count // 2 + 1]
+    units = library.asarray(np.sort(chosen).astype(np.int32))
+    entries, ranks = to_numpy(blocks.entries(units)), to_numpy(blocks.ranks(units))
+    np.testing.assert_array_equal(np.argsort(np.argsort(entries)), ranks)
+    assert ranks.dtype == np.int32
+    support = Support(units, len(chosen) // 2, blocks)
+    for ascending, expected in zip(
+        support.ascending_entries(),
+        (support.active_entries, support.exploring_entries),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(to_numpy(ascending), np.sort(to_numpy(expected)))
+
+
+def test_entries_that_were_computed_are_counted() -> None:
+    support = topkast.select(np.arange(24.0).reshape(4, 6), fwd=0.5, bwd=0.5, block=(2, 3))
+    assert support.cached_bytes == 0
+    assert support.entries.nbytes == support.cached_bytes == 4 * 12
+    assert topkast.select(np.arange(24.0), fwd=0.5, bwd=0.5).cached_bytes == 0
+
+
 def test_entries_of_a_tensor_of_2_to_the_31_are_wide() -> None:
     blocks = Blocks(4, 4, 1 << 16, 1 << 16)
     entries = blocks.entries(np.asarray([blocks.count - 1], np.int32))
     assert entries.dtype == np.int64
     assert entries[-1] == (1 << 32) - 1
+    assert blocks.ranks(np.asarray([blocks.count - 1], np.int32)).dtype == np.int64
 
 
 @pytest.mark.parametrize("score", SCORES)

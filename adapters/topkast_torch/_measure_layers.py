@@ -83,9 +83,10 @@ def _describe(param: Tensor, positions: Fraction) -> Layer:
     if layer is None:
         return Layer(tuple(param.shape), positions, param.element_size(), tensor=param)
     shape = layer.weight_shape
-    sets = layer.active_count, param.numel()
+    sets = layer.support.forward_size, param.numel()
     info = TensorInfo(shape, param.dtype)
-    return Layer(shape, positions, param.element_size(), sets=sets, tensor=info)
+    unit = 1 if layer.blocks is None else layer.blocks.size
+    return Layer(shape, positions, param.element_size(), sets, unit, tensor=info)
 
 
 def _count_samples(example: Any) -> int:

@@ -20,6 +20,7 @@ from topkast.methods._chosen import check_chosen, method_of
 from topkast.reservoirs._reservoir import Reservoir
 from topkast.selection._distribution import Shape, exact_densities, exact_fraction, kept_count
 from topkast.selection._groups import group_size_of, pattern_densities
+from topkast.selection._incremental import choose_next
 from topkast.selection._random import Ranks, make_key
 from topkast.selection._reserve import IncrementalSelection, Vector
 from topkast.selection._select import check_finite, ranked_units
@@ -169,7 +170,7 @@ class RankedTensors:
         if method.forgets and not method.explores:
             migration = migration.renewing(old, new)
         entered = migration.entered_forward(old, new)
-        return Refresh(new, migration, self._count_members(new.active_entries, entered))
+        return Refresh(new, migration, self._count_members(new, entered))
 
     def refresh_incrementally(
         self,
@@ -182,20 +183,22 @@ class RankedTensors:
         """Choose new sets from the entries of B and a reserve, on NumPy arrays.
 
         Returns None where all weights have to be looked at: :meth:`refresh` does so. See
-        :meth:`IncrementalSelection.choose` for the arguments.
+        :func:`choose_next` for the arguments.
         """
-        is_plain = self.blocks is None and self.group_size is None and self.layers == 1
-        if not (is_plain and method_of(options).takes_largest):
+        as_one = self.group_size is None and self.layers == 1
+        if not (as_one and method_of(options).takes_largest):
             return None
         with _naming(self.key):
-            ranks = Ranks(make_key(options.seed, self.key, "ties"))
-            outcome = selection.choose(old, values, reservoir, ranks, name=self.key)
+            ranks, score = Ranks(make_key(options.seed, self.key, "ties")), options.block_score
+            outcome = choose_next(
+                selection, old, values, reservoir, ranks, block_score=score, name=self.key
+            )
         if outcome is None:
             return None
         exchange, following = outcome
         new, migration = exchange.support, exchange.migration
         entered = migration.entered_forward(old, new)
-        counts = self._count_members(new.active_entries, entered)
+        counts = self._count_members(new, entered)
         return IncrementalRefresh(new, migration, counts, exchange.values, exchange.left, following)
 
     def no_change(self, like: Array) -> Array:
@@ -203,11 +206,12 @@ class RankedTensors:
         xp = array_namespace(like)
         return xp.zeros(len(self.shapes), dtype=xp.int32, device=device(like))
 
-    def _count_members(self, indices: Array, flags: Array) -> Array:
-        """Number of flagged indices in each member; int32."""
-        xp = array_namespace(indices)
+    def _count_members(self, support: Support, flags: Array) -> Array:
+        """Number of weights of each member in A that are flagged; int32."""
+        xp = array_namespace(flags)
         if len(self.shapes) == 1:
             return xp.reshape(xp.sum(xp.astype(flags, xp.int32), dtype=xp.int32), (1,))
+        indices = support.active_entries
         return xp.stack(
             [
                 xp.sum(

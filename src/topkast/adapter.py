@@ -22,6 +22,7 @@ from topkast._options import (
     FIXED_OPTIONS,
     GROUP_OPTIONS,
     Options,
+    check_block,
     check_sparsities,
 )
 from topkast._patterns import check_patterns, kept_dense, matches
@@ -50,7 +51,8 @@ from topkast.functional._wrapped_rule import WrappedRule
 from topkast.methods._chosen import method_of
 from topkast.selection._distribution import Shape, exact_fraction, kept_count
 from topkast.selection._groups import group_size_of, pattern_densities
-from topkast.selection._reserve import IncrementalSelection, choose_first
+from topkast.selection._incremental import choose_first, choose_next
+from topkast.selection._reserve import IncrementalSelection
 from topkast.selection._support import Migration
 
 __all__ = [
@@ -85,11 +87,13 @@ __all__ = [
     "beta_pairs",
     "bias_correction",
     "check_any",
+    "check_block",
     "check_joint",
     "check_patterns",
     "check_permutation",
     "check_sparsities",
     "choose_first",
+    "choose_next",
     "cond",
     "corrections",
     "count_bytes",

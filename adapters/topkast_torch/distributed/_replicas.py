@@ -34,7 +34,7 @@ def _check_replicas(parent: nn.Module, name: str, model: Any) -> None:
         if execution is not None:
             check_processes(execution.ranked.key, execution.method)
         reservoir = layer.reservoir if execution is None else execution.reservoir
-        checksum = crc32(str(layer.active_count).encode(), checksum)
+        checksum = crc32(f"{layer.active_count} {layer.block}".encode(), checksum)
         for tensor in (layer.indices, *_tensors_of(reservoir)):
             checksum = crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), checksum)
         if isinstance(reservoir, LayeredReservoir):

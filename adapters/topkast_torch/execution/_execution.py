@@ -339,10 +339,9 @@ class Execution(ABC):
         new, migration = refresh.support, refresh.migration
         if isinstance(refresh, IncrementalRefresh):
             migration = Migration(*map(self._to_device, migration))
-            new = Support(self._to_device(new.indices), new.forward)
+            new = Support(self._to_device(new.indices), new.forward, new.blocks)
             values, entered_active = map(self._to_device, (refresh.values, refresh.entered_active))
-            inside = refresh.support.active, refresh.support.exploring
-            self.reservoir.write(*refresh.left, inside)
+            self.reservoir.write(*refresh.left, refresh.support.ascending_entries())
             self.selection = refresh.selection
         else:
             values, entered_active = self._exchange(new, migration), refresh.entered_active

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,15 +55,7 @@ class SparseExecution(Execution):
                 f"{name} is the weight of a {type(layer).__name__}, whose sets have fixed sizes: "
                 "distribution='global' would move weights between tensors"
             )
-        own_options = options.for_tensor(name)
-        block = own_options.block
-        if block not in (None, (1, 1)):
-            raise OptionError(
-                f"{name} is the weight of a {type(layer).__name__}, whose products work on single "
-                f"weights: block={block} has no sparse products yet. Make the model dense with "
-                f"topkast.densify before building its optimizer, or pass overrides={{{name!r}: "
-                '{"block": None}}'
-            )
+        own_options = _options_of(name, layer, options.for_tensor(name))
         method = method_of(own_options)
         if "momentum" in method.needs:
             raise OptionError(
@@ -78,12 +70,14 @@ class SparseExecution(Execution):
                 "model, and then call topkast.sparsify"
             )
         check_processes(name, method)
-        forward, size = layer.support.forward, math.prod(layer.weight_shape)
-        backward = {"equal": forward, "none": size}.get(method.backward, layer.values.numel())
-        if layer.values.numel() != backward:
+        support, blocks = layer.support, layer.blocks
+        size = math.prod(layer.weight_shape) if blocks is None else blocks.count
+        forward = support.forward
+        backward = {"equal": forward, "none": size}.get(method.backward, support.backward)
+        if support.backward != backward:
             raise OptionError(
                 f"{name} is the weight of a {type(layer).__name__} with |A|, |B| = {forward}, "
-                f"{layer.values.numel()}, but {type(method).__name__} needs |B| = {backward}: "
+                f"{support.backward}, but {type(method).__name__} needs |B| = {backward}: "
                 "build the layer with this backward sparsity, or override its method"
             )
         execution = cls.__new__(cls)
@@ -91,15 +85,16 @@ class SparseExecution(Execution):
         execution.ranked = RankedTensors(
             {name: layer.weight_shape},
             forward,
-            layer.values.numel(),
+            support.backward,
             density,
+            blocks=blocks,
             group_size=_group_size(name, layer, own_options),
         )
         execution.reservoir = take_over(
             layer.reservoir, layer.values, execution.ranked, own_options
         )
         execution.values, execution.layer = layer.values, layer
-        execution.support = layer.support.in_groups(execution.ranked.group_size)
+        execution.support = support.in_groups(execution.ranked.group_size)
         execution._begin()
         execution.set_up(profile, options, updates, steps)
         if layer.selection is not None and execution.reservoir is layer.reservoir:
@@ -113,6 +108,7 @@ class SparseExecution(Execution):
         for name in Execution.__annotations__:
             setattr(execution, name, getattr(masked, name))
         execution.values, execution.layer = layer.values, layer
+        execution.support = replace(masked.support)  # without the entries that were computed
         execution._begin()
         execution._connect()
         execution._record_if_awaited()
@@ -249,7 +245,8 @@ class SparseExecution(Execution):
 
     def layout_bytes(self) -> int:
         layer: Any = self.layer
-        return layer.products.nbytes if isinstance(layer, SparseLayer) else 0
+        nbytes = layer.products.nbytes if isinstance(layer, SparseLayer) else 0
+        return int(nbytes) + self.support.cached_bytes
 
 
 def check_processes(name: str, method: Method) -> None:
@@ -263,6 +260,26 @@ def check_processes(name: str, method: Method) -> None:
             "not send it: keep this layer masked (sparsify(..., only=...)), whose gradient "
             "DistributedDataParallel averages, or choose a method without gradients, as SET"
         )
+
+
+def _options_of(name: str, layer: SparseLayer, options: Options) -> Options:
+    """The options of a layer's weight, with the block of the layer.
+
+    Raises :class:`topkast.OptionError` for another block, and for options that do not go with it.
+    """
+    block, single = layer.block, (1, 1)
+    if options.block not in (None, block or single):
+        raise OptionError(
+            f"{name} is the weight of a {type(layer).__name__} with block={block}, but the "
+            f"optimizer has block={options.block}: build the layer with this block, or leave the "
+            f'option out, for this layer by overrides={{{name!r}: {{"block": None}}}}'
+        )
+    try:
+        return replace(options, block=block, overrides=None)
+    except OptionError as error:
+        raise OptionError(
+            f"{name} is the weight of a {type(layer).__name__} with block={block}: {error}"
+        ) from None
 
 
 def _group_size(name: str, layer: SparseLayer, options: Options) -> int | None:
@@ -297,7 +314,7 @@ class _RestrictGradient:
         if owner is None or param.grad is None:
             return
         if not owner.step.exploring:
-            param.grad.view(-1)[owner.support.forward :].zero_()
+            param.grad.view(-1)[owner.support.forward_size :].zero_()
         recording = getattr(owner.layer, "recording", None)  # densify may have made it dense
         if recording is not None:
             recording.accept(param.grad)

@@ -21,6 +21,7 @@ SPARSE_FORMS: dict[type[nn.Module], type[SparseLayer]] = {
 _OF_SPARSE_LAYERS = (
     "indices",
     "active_count",
+    "blocks",
     "reservoir",
     "selection",
     "weight_shape",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,9 +13,11 @@ from torch.nn.functional import fold, pad, unfold
 from topkast_torch.sparse._products import (
     Entries,
     GuardedIndices,
+    ProductsByWeight,
     TorchProducts,
     has_kernels,
     numpy_name,
+    unit_kernels,
 )
 
 _MAX_ENTRIES = 1 << 20  # entries unfolded at a time: they fit in an L2 cache
@@ -73,7 +75,7 @@ class Convolution(Protocol):
     def weight_gradient(
         self, grad_output: Tensor, packed: Tensor, out: Tensor, shape: torch.Size
     ) -> None:
-        """Write the gradient of the weight on B into `out` (|B|,)."""
+        """Write the gradient of the weight on B into `out`, in the order of the values."""
 
     def on_backward_set(self) -> Convolution:
         """The same convolution with the weight on all of B."""
@@ -88,27 +90,24 @@ def make_convolution(
     """Make a convolution for the entries of `find_entries`, whose columns span all groups."""
     entries = find_entries()
     is_compiled = has_kernels(entries.indices.device, dtype)
-    convolution_type = _CompiledConvolution if is_compiled else _UnfoldedConvolution
-    return convolution_type(entries, find_entries, window)
+    if entries.blocks is None or (is_compiled and unit_kernels("UnitConvolutionProducts", entries)):
+        convolution_type = _CompiledConvolution if is_compiled else _UnfoldedConvolution
+        return convolution_type(entries, find_entries, window)
+    convolution: Convolution = ProductsByWeight(
+        entries, lambda find: make_convolution(find, window, dtype)
+    )
+    return convolution
 
 
 class _CompiledConvolution:
-    """Products by ``topkast.kernels.ConvolutionProducts``, on the memory of the tensors."""
+    """Products by ``topkast.kernels``, on the memory of the tensors."""
 
     def __init__(
         self, entries: Entries, find_entries: Callable[[], Entries], window: Window
     ) -> None:
-        from topkast.kernels import ConvolutionProducts
-
         self._find_entries, self._window = find_entries, window
         self._guard = GuardedIndices(entries)
-        self._products = ConvolutionProducts(
-            self._guard.array,
-            entries.active_count,
-            shape=entries.shape,
-            groups=entries.groups,
-            **window._asdict(),
-        )
+        self._products = _kernels_for(entries, self._guard.array, window)
 
     def pack(self, images: Tensor) -> Tensor:
         shape = self._products.packed_shape(images.shape, numpy_name(images.dtype))
@@ -150,13 +149,35 @@ class _CompiledConvolution:
         )
 
     def on_backward_set(self) -> Convolution:
-        return _UnfoldedConvolution(
-            self._find_entries(), self._find_entries, self._window, uses_backward_set=True
-        )
+        return _convolution_on_backward_set(self._find_entries, self._window)
 
     @property
     def nbytes(self) -> int:
-        return self._products.nbytes
+        nbytes: int = self._products.nbytes
+        return nbytes
+
+
+def _kernels_for(entries: Entries, indices: Any, window: Window) -> Any:
+    from topkast.kernels import ConvolutionProducts
+
+    options: dict[str, Any] = {"shape": entries.shape, "groups": entries.groups} | window._asdict()
+    if entries.blocks is None:
+        return ConvolutionProducts(indices, entries.active_count, **options)
+    products_type = unit_kernels("UnitConvolutionProducts", entries)
+    return products_type(indices, entries.active_count, **options, rows=entries.blocks.rows)
+
+
+def _convolution_on_backward_set(
+    find_entries: Callable[[], Entries], window: Window
+) -> Convolution:
+    def make(find: Callable[[], Entries]) -> _UnfoldedConvolution:
+        return _UnfoldedConvolution(find(), find, window, uses_backward_set=True)
+
+    entries = find_entries()
+    if entries.blocks is None:
+        return make(find_entries)
+    convolution: Convolution = ProductsByWeight(entries, make)
+    return convolution
 
 
 class _UnfoldedConvolution:

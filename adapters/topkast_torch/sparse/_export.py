@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from topkast import MismatchError
-from topkast_torch.sparse._sparse_layer import STRUCTURE, SparseLayer
+from topkast_torch.sparse._sparse_layer import BLOCK, STRUCTURE, SparseLayer
 
 _FORMAT = "topkast-forward-1"
 _INDICES = (torch.int32, torch.int64)
@@ -59,7 +59,8 @@ def save_forward(model: nn.Module, path: str | PathLike[str]) -> None:
     }
     if not layers:
         raise MismatchError("the model has no sparse layer: call topkast.sparsify first")
-    layer_entries = {_join(name, entry) for name in layers for entry in ("values", *STRUCTURE)}
+    structure = "values", *STRUCTURE, BLOCK
+    layer_entries = {_join(name, entry) for name in layers for entry in structure}
     tensors: dict[str, Tensor] = {}
     same: dict[str, str] = {}  # the name under which a shared tensor is saved, by its other names
     saved_names: dict[Any, str] = {}
@@ -78,11 +79,21 @@ def save_forward(model: nn.Module, path: str | PathLike[str]) -> None:
             same[weight] = saved_names[id(layer)]
             continue
         saved_names[id(layer)] = weight
-        tensors[weight + ".values"] = layer.values.detach().view(-1)[: layer.active_count].clone()
-        tensors[weight + ".indices"] = layer.support.active.clone()
+        tensors[weight + ".values"], tensors[weight + ".indices"] = _active_entries(layer)
         shapes[weight] = list(layer.weight_shape)
     metadata = {"format": _FORMAT, "shapes": json.dumps(shapes), "same": json.dumps(same)}
     save_file(tensors, path, metadata=metadata)
+
+
+def _active_entries(layer: SparseLayer) -> tuple[Tensor, Tensor]:
+    """The values on A and their flat indices, ascending."""
+    support = layer.support
+    values = layer.values.detach().view(-1)[: support.forward_size].clone()
+    indices = support.active_entries.clone()
+    if support.blocks is None:
+        return values, indices
+    indices, order = indices.sort()
+    return values[order], indices
 
 
 def load_forward(path: str | PathLike[str]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from torch.nn.functional import pad
 
 from topkast import MismatchError, OptionError, UnsupportedTensorError
-from topkast.adapter import check_sparsities
+from topkast.adapter import check_block, check_sparsities
 from topkast.reservoirs import Generated, Init, LayeredReservoir
 from topkast_torch._reservoirs import STREAMED
 from topkast_torch.optimizer._ownership import owner_of
@@ -20,7 +20,7 @@ from topkast_torch.sparse._convolutions import Convolution, Window, make_convolu
 from topkast_torch.sparse._drawing import draw_dense, draw_streamed, set_undrawn
 from topkast_torch.sparse._functions import convolve, multiply
 from topkast_torch.sparse._products import Entries, Products, make_products, numpy_name
-from topkast_torch.sparse._sparse_layer import SparseLayer
+from topkast_torch.sparse._sparse_layer import SparseLayer, blocks_of_weight
 
 
 class SparseLinear(SparseLayer):
@@ -35,6 +35,11 @@ class SparseLinear(SparseLayer):
         As for ``torch.nn.Linear``, which also draws the initial weights.
     fwd, bwd
         Forward and backward sparsity, ``0 <= bwd <= fwd < 1``.
+    block
+        Rows and columns of a unit, which divide `out_features` and `in_features`: A and B consist
+        of whole blocks, and the sparsities are shares of blocks. The first sets have the largest
+        sums of magnitudes; the optimizer keeps the block, and chooses by its own `block_score`.
+        None: single weights.
     device, dtype
         Device and dtype of the Parameters; float32 or float64. On the meta device nothing is drawn
         until :meth:`reset_parameters`.
@@ -53,15 +58,17 @@ class SparseLinear(SparseLayer):
     Attributes
     ----------
     values
-        The weights on B; Parameter of shape (1, \|B\|).
+        The weights on B, in the order of ``Support.entries``; Parameter of shape (1, \|B\|).
     bias
         (out_features,) or None.
+    block
+        As given; None if units are single weights.
 
     Raises
     ------
     OptionError
-        If the sparsities are out of range, the reservoir or the rule is not known, or the seed is
-        invalid or without effect.
+        If the sparsities are out of range, blocks do not divide the weight, the reservoir or the
+        rule is not known, or the seed is invalid or without effect.
     UnsupportedTensorError
         If the dtype is neither float32 nor float64.
 
@@ -75,6 +82,12 @@ class SparseLinear(SparseLayer):
     >>> opt = topkast.wrap_optimizer(opt, fwd=0.9, bwd=0.8)
     >>> layer(torch.ones(4, 20)).square().sum().backward()
     >>> opt.step()
+
+    The units are the weights of one input for three outputs; B has 40 of 200:
+
+    >>> layer = topkast_torch.SparseLinear(20, 30, fwd=0.9, bwd=0.8, block=(3, 1))
+    >>> layer.indices.shape, layer.values.shape
+    (torch.Size([40]), torch.Size([1, 120]))
 
     Ten billion weights, of which B has 10,000:
 
@@ -94,6 +107,7 @@ class SparseLinear(SparseLayer):
         *,
         fwd: float,
         bwd: float,
+        block: tuple[int, int] | None = None,
         device: Any = None,
         dtype: Any = None,
         reservoir: Literal["device", "seeded"] = "device",
@@ -105,13 +119,14 @@ class SparseLinear(SparseLayer):
         self._recipe = _Recipe(fwd, bwd, reservoir, init, seed)
         shape = out_features, in_features
         self._recipe.check(shape)
+        blocks = blocks_of_weight("SparseLinear", shape, check_block(block))
         biases = torch.empty(out_features if bias else 0, device=device, dtype=dtype)
         if biases.dtype not in STREAMED:
             raise UnsupportedTensorError(
                 f"sparse layers need dtype float32 or float64, got {biases.dtype}"
             )
         self.in_features, self.out_features = in_features, out_features
-        set_undrawn(self, shape, fwd=fwd, bwd=bwd, like=biases)
+        set_undrawn(self, shape, blocks, fwd=fwd, bwd=bwd, like=biases)
         self.register_parameter("bias", Parameter(biases) if bias else None)
         if not biases.is_meta:
             self.reset_parameters()
@@ -231,7 +246,8 @@ class SparseConv2d(SparseLayer):
 
     def _entries(self) -> Entries:
         rows, width = self._matrix_shape()
-        return Entries(self.indices, self.active_count, (rows, width * self.groups), self.groups)
+        shape = rows, width * self.groups
+        return Entries(self.indices, self.active_count, shape, self.groups, self.blocks)
 
 
 @dataclass(frozen=True)
@@ -280,4 +296,12 @@ class _Recipe:
 
 def _describe(layer: SparseLayer) -> str:
     size = max(math.prod(layer.weight_shape), 1)
-    return f"fwd={1 - layer.active_count / size:.4g}, bwd={1 - layer.values.numel() / size:.4g}"
+    sparsities = (
+        f"{name}={1 - count / size:.4g}"
+        for name, count in (
+            ("fwd", layer.support.forward_size),
+            ("bwd", layer.values.numel()),
+        )
+    )
+    block = () if layer.block is None else (f"block={layer.block}",)
+    return ", ".join((*sparsities, *block))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from topkast import MismatchError, UnsupportedTensorError
+from topkast import Blocks, MismatchError, UnsupportedTensorError
 from topkast.adapter import has_numba
+
+_UNIT_ROWS = 2, 4, 8  # of columns of weights that have kernels of their own
 
 
 class Products(Protocol):
-    """Products with a sparse weight W (rows × width), whose values on B are a vector (|B|,).
+    """Products with a sparse weight W (rows × width), whose values on B are a vector.
 
     :meth:`pack` converts activations (batch, features) once to the form that the products read.
     """
@@ -28,7 +31,7 @@ class Products(Protocol):
         """The gradient ``grad_output · W`` with W on A, as (batch, width)."""
 
     def weight_gradient(self, grad_output: Tensor, x: Tensor, out: Tensor) -> None:
-        """Write the gradient ``grad_outputᵀ · x`` on B into `out` (|B|,)."""
+        """Write the gradient ``grad_outputᵀ · x`` on B into `out`, in the order of the values."""
 
     def on_backward_set(self) -> Products:
         """The same products with W on all of B."""
@@ -38,7 +41,7 @@ class Products(Protocol):
 
 
 class Entries(NamedTuple):
-    """Entries of a sparse matrix: flat indices of B in the weight.
+    """Entries of a sparse matrix: flat indices of B in the weight, or numbers of `blocks`.
 
     The `active_count` indices of A come first, in ascending order, then those of B∖A in ascending
     order. `shape` is (rows, width) of the matrix. Its rows form `groups` equal groups, each with
@@ -49,6 +52,7 @@ class Entries(NamedTuple):
     active_count: int
     shape: tuple[int, int]
     groups: int = 1
+    blocks: Blocks | None = None
 
     @property
     def slices(self) -> tuple[slice, slice]:
@@ -70,8 +74,24 @@ def make_products(find_entries: Callable[[], Entries], dtype: torch.dtype) -> Pr
     """Make products for the entries that `find_entries` returns; it may be called again later."""
     entries = find_entries()
     is_compiled = has_kernels(entries.indices.device, dtype)
-    products_type = _CompiledProducts if is_compiled else TorchProducts
-    return products_type(entries, find_entries)
+    if entries.blocks is None or (is_compiled and unit_kernels("UnitLinearProducts", entries)):
+        products_type = _CompiledProducts if is_compiled else TorchProducts
+        return products_type(entries, find_entries)
+    products: Products = ProductsByWeight(entries, lambda find: make_products(find, dtype))
+    return products
+
+
+def unit_kernels(name: str, entries: Entries) -> Any:
+    """The kernels' class `name` if it fits these blocks, else None: the one place that decides."""
+    blocks = entries.blocks
+    if blocks is None or blocks.columns > 1 or blocks.rows not in _UNIT_ROWS:
+        return None
+    group_rows = entries.shape[0] // entries.groups
+    if group_rows % blocks.rows or entries.indices.dtype != torch.int32:
+        return None
+    from topkast import kernels
+
+    return getattr(kernels, name, None)
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
@@ -107,16 +127,12 @@ class GuardedIndices:
 
 
 class _CompiledProducts:
-    """Products by ``topkast.kernels.LinearProducts``, on the memory of the tensors."""
+    """Products by ``topkast.kernels``, on the memory of the tensors."""
 
     def __init__(self, entries: Entries, find_entries: Callable[[], Entries]) -> None:
-        from topkast.kernels import LinearProducts
-
         self._find_entries, self._shape = find_entries, entries.shape
         self._guard = GuardedIndices(entries)
-        self._products = LinearProducts(
-            self._guard.array, entries.active_count, shape=entries.shape
-        )
+        self._products = _kernels_for(entries, self._guard.array)
 
     def pack(self, activations: Tensor) -> Tensor:
         batch, features = activations.shape
@@ -142,11 +158,106 @@ class _CompiledProducts:
         self._products.weight_gradient(grad_output.numpy(), x.numpy(), out.numpy())
 
     def on_backward_set(self) -> Products:
-        return TorchProducts(self._find_entries(), self._find_entries, uses_backward_set=True)
+        return _products_on_backward_set(self._find_entries)
 
     @property
     def nbytes(self) -> int:
-        return self._products.nbytes
+        nbytes: int = self._products.nbytes
+        return nbytes
+
+
+def _kernels_for(entries: Entries, indices: Any) -> Any:
+    from topkast.kernels import LinearProducts
+
+    options: dict[str, Any] = {"shape": entries.shape}
+    if entries.blocks is None:
+        return LinearProducts(indices, entries.active_count, **options)
+    products_type = unit_kernels("UnitLinearProducts", entries)
+    return products_type(indices, entries.active_count, **options, rows=entries.blocks.rows)
+
+
+def _products_on_backward_set(find_entries: Callable[[], Entries]) -> Products:
+    def make(find: Callable[[], Entries]) -> TorchProducts:
+        return TorchProducts(find(), find, uses_backward_set=True)
+
+    entries = find_entries()
+    if entries.blocks is None:
+        return make(find_entries)
+    products: Products = ProductsByWeight(entries, make)
+    return products
+
+
+class ProductsByWeight:
+    """Products of blocks, linear or convolutions, by those of their weights in ascending order.
+
+    The products with single weights are made by `make`, from a function that finds their entries.
+    Values and gradients come and go block by block.
+    """
+
+    def __init__(self, entries: Entries, make: Callable[[Callable[[], Entries]], Any]) -> None:
+        self._order = _WeightOrder(entries)
+        self._products = make(lambda: self._order.entries)
+
+    def pack(self, x: Tensor) -> Any:
+        return self._products.pack(x)
+
+    def pack_gradient(self, *arguments: Any) -> Any:
+        return self._products.pack_gradient(*arguments)
+
+    def forward(self, values: Tensor, *arguments: Any) -> Any:
+        return self._products.forward(self._order.ascending(values), *arguments)
+
+    def input_gradient(self, values: Tensor, *arguments: Any) -> Any:
+        return self._products.input_gradient(self._order.ascending(values), *arguments)
+
+    def weight_gradient(self, gradient: Tensor, packed: Tensor, out: Tensor, *shape: Any) -> None:
+        ascending = torch.empty_like(out)
+        self._products.weight_gradient(gradient, packed, ascending, *shape)
+        self._order.write_by_block(ascending, out)
+
+    def on_backward_set(self) -> Any:
+        copied = copy.copy(self)
+        copied._products = self._products.on_backward_set()
+        return copied
+
+    @property
+    def nbytes(self) -> int:
+        nbytes: int = self._products.nbytes + self._order.nbytes
+        return nbytes
+
+
+class _WeightOrder:
+    """The weights of blocks by flat index, A and then B∖A, and where each is block by block."""
+
+    def __init__(self, blocks_entries: Entries) -> None:
+        indices, active_count, shape, groups, blocks = blocks_entries
+        assert blocks is not None
+        entries, split = blocks.entries(indices), active_count * blocks.size
+        self._ranks = self._order = None  # the same order, if blocks have one row
+        if blocks.rows > 1:
+            ranks = [blocks.ranks(units) for units in indices.tensor_split([active_count])]
+            self._ranks = torch.cat([ranks[0], ranks[1] + split])
+            self._order = torch.empty_like(self._ranks)
+            positions = torch.arange(len(entries), dtype=entries.dtype, device=entries.device)
+            self._order.scatter_(0, self._ranks.long(), positions)
+            entries = entries.index_select(0, self._order)
+        self.entries = Entries(entries, split, shape, groups)
+
+    def ascending(self, values: Tensor) -> Tensor:
+        """Values (|B|,) in ascending order of their weights."""
+        return values if self._order is None else values.index_select(0, self._order)
+
+    def write_by_block(self, ascending: Tensor, out: Tensor) -> None:
+        """Write values in ascending order into `out` (|B|,), block by block."""
+        if self._ranks is None:
+            out.copy_(ascending)
+        else:
+            torch.index_select(ascending, 0, self._ranks, out=out)
+
+    @property
+    def nbytes(self) -> int:
+        orders = [order for order in (self._ranks, self._order) if order is not None]
+        return sum(tensor.nbytes for tensor in (self.entries.indices, *orders))
 
 
 class TorchProducts:

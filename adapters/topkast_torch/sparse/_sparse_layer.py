@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from topkast import MismatchError, SparseExportWarning, Support
+from topkast import Blocks, MismatchError, OptionError, SparseExportWarning, Support
 from topkast.adapter import IncrementalSelection
 from topkast.reservoirs import Reservoir
 from topkast_torch._reservoirs import check_convertible, convert, forget_changes
 from topkast_torch.optimizer._ownership import owner_of
+from topkast_torch.sparse._dense_weight import dense_weight, read_only
 from topkast_torch.sparse._products import Entries
-from topkast_torch.sparse._read_only import read_only
 
 STRUCTURE = ("indices", "active_count", "shape")  # entries of a state dict besides the values
+BLOCK = "block"  # another one, of layers whose units are blocks
 
 # Inputs of a layer and gradients of its outputs, by backward pass.
 Passes: TypeAlias = list[tuple[Tensor, Tensor]]
@@ -69,19 +70,22 @@ class SparseLayer(nn.Module):
     """Base class of sparse layers: values on B and their indices.
 
     ``values`` is the only Parameter besides the bias. ``indices`` are the values' flat indices in
-    the weight; the first ``active_count`` are those of A. The state dict has both, and the weight's
-    shape, as tensors. They are not buffers, which would be broadcast and averaged.
+    the weight; the first ``active_count`` are those of A. If units are ``blocks`` of weights,
+    ``indices`` are numbers of blocks, ``active_count`` is a number of blocks, and values are in the
+    order of :class:`topkast.Support`. The state dict has these, and the weight's shape, as tensors.
+    They are not buffers, which would be broadcast and averaged.
     """
 
     values: Parameter
     bias: Parameter | None
     indices: Tensor
     active_count: int
+    blocks: Blocks | None = None  # of the weight as a matrix; None if units are single weights
     reservoir: Reservoir | None  # the weights outside B, until an optimizer takes them over
     selection: IncrementalSelection | None  # for the next refresh, likewise
     _valid_version: tuple[int, ...] | None = None  # of sets that need no check
     _products: tuple[Any, tuple[Any, ...]] | None  # with the key that they were made for
-    _assignment_count: int = 0  # how often `indices` or `active_count` were assigned
+    _assignment_count: int = 0  # how often `indices`, `active_count` or `blocks` were assigned
     _is_drawn: bool = True  # whether the weights have values: not on the meta device
     recording: Any = None  # of backward passes, while an optimizer needs it
 
@@ -95,6 +99,7 @@ class SparseLayer(nn.Module):
     def set_support(self, support: Support, *, is_valid: bool = False) -> None:
         """Set the indices of the values, and |A|; unless `is_valid`, they are checked later."""
         self.indices, self.active_count = support.indices, support.forward
+        self.blocks = support.blocks
         self._is_drawn = not support.indices.is_meta
         if is_valid:
             self._valid_version = self.sets_version
@@ -102,14 +107,20 @@ class SparseLayer(nn.Module):
     @property
     def support(self) -> Support:
         """The sets A and B."""
-        return Support(self.indices, self.active_count)
+        return Support(self.indices, self.active_count, self.blocks)
 
-    def structure(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The entries of the state dict besides the values, as tensors; see STRUCTURE."""
-        count, shape = (
-            torch.tensor(number, device="cpu") for number in (self.active_count, self.weight_shape)
-        )
-        return self.indices, count, shape
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """Rows and columns of a unit; None if units are single weights."""
+        return None if self.blocks is None else (self.blocks.rows, self.blocks.columns)
+
+    def structure(self) -> dict[str, Tensor]:
+        """The entries of the state dict besides the values, as tensors."""
+        numbers: dict[str, Any] = {"active_count": self.active_count, "shape": self.weight_shape}
+        if self.block is not None:
+            numbers[BLOCK] = self.block
+        tensors = {name: torch.tensor(entry, device="cpu") for name, entry in numbers.items()}
+        return {"indices": self.indices} | tensors
 
     @property
     def weight(self) -> Tensor:
@@ -154,7 +165,7 @@ class SparseLayer(nn.Module):
 
     def _entries(self) -> Entries:
         """The positions of B in the matrix of the products."""
-        return Entries(self.indices, self.active_count, self._matrix_shape())
+        return Entries(self.indices, self.active_count, self._matrix_shape(), blocks=self.blocks)
 
     def _matrix_shape(self) -> tuple[int, int]:
         rows, *others = self.weight_shape
@@ -184,7 +195,7 @@ class SparseLayer(nn.Module):
                     "twice"
                 )
             _LAYERS[value] = weakref.ref(self)
-        elif name in ("indices", "active_count") and value is not self.__dict__.get(name):
+        elif name in ("indices", "active_count", "blocks") and value is not self.__dict__.get(name):
             self._assignment_count += 1
         super().__setattr__(name, value)
 
@@ -221,7 +232,7 @@ class SparseLayer(nn.Module):
                 stacklevel=2,
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, entry in zip(STRUCTURE, self.structure(), strict=True):
+        for name, entry in self.structure().items():
             destination[prefix + name] = entry
 
     def _load_from_state_dict(
@@ -237,13 +248,13 @@ class SparseLayer(nn.Module):
         """Load values and structure, or a dense ``weight`` that is zero outside A."""
         merged = dict(state_dict)
         dense = merged.pop(prefix + "weight", None)
-        structure = [merged.pop(prefix + name, None) for name in STRUCTURE]
+        structure = [merged.pop(prefix + name, None) for name in (*STRUCTURE, BLOCK)]
         if prefix + "values" in state_dict or any(entry is not None for entry in structure):
             support = self._check_structure(prefix, state_dict)
             indices = support.indices.to(self.indices)
             if not torch.equal(indices, self.indices) or support.forward != self.active_count:
                 # Clone: an optimizer that shares the old tensor must detect the change.
-                self.set_support(Support(indices.clone(), support.forward))
+                self.set_support(Support(indices.clone(), support.forward, self.blocks))
         elif dense is not None:
             merged[prefix + "values"] = self._gather_values(prefix + "weight", dense)
         self.reservoir = None if self.reservoir is None else forget_changes(self.reservoir)
@@ -271,6 +282,11 @@ class SparseLayer(nn.Module):
                 f"{layer}: the state dict has a weight of shape {shape}, the layer "
                 f"{self.weight_shape}"
             )
+        if support.blocks != self.blocks:
+            raise MismatchError(
+                f"{layer}: the state dict has {_describe_units(support.blocks)}, the layer "
+                f"{_describe_units(self.blocks)}: build the layer with the same block"
+            )
         if values.shape != self.values.shape:
             raise MismatchError(
                 f"{layer}: the state dict has values of shape {tuple(values.shape)}, the layer "
@@ -296,68 +312,71 @@ class SparseLayer(nn.Module):
                 f"{name} has shape {tuple(dense.shape)}, the layer {self.weight_shape}"
             )
         values = self.values.detach().clone().view(-1)
-        current = dense.reshape(-1).index_select(0, self.support.active)
+        support = self.support
+        current = dense.reshape(-1).index_select(0, support.active_entries)
         if torch.count_nonzero(dense) > torch.count_nonzero(current):
             raise MismatchError(
                 f"{name} has nonzero weights outside the forward set of the layer: load the "
                 "optimizer's state dict first, which has the sets, or load the weight into the "
                 "dense model, then wrap and sparsify"
             )
-        values[: self.active_count] = current.to(values.dtype)
+        values[: support.forward_size] = current.to(values.dtype)
         return values.view(self.values.shape)
 
 
-def to_dense(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor:
-    """The forward view α as a dense tensor."""
-    dense = values.new_zeros(math.prod(shape))
-    active = values.detach().view(-1)[: support.forward]
-    return dense.index_copy_(0, support.active.long(), active).view(shape)
-
-
-def dense_weight(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor:
-    """:func:`to_dense`, with a gradient on B, as that of the products."""
-    dense: Tensor = _ToDense.apply(values, support, shape)  # type: ignore[no-untyped-call]
-    return dense
-
-
-class _ToDense(torch.autograd.Function):
-    @staticmethod
-    def forward(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor:
-        return to_dense(values, support, shape)
-
-    @staticmethod
-    def setup_context(context: Any, inputs: Any, output: Tensor) -> None:
-        values, support, _ = inputs
-        context.save_for_backward(support.indices)
-        context.shape = values.shape
-
-    @staticmethod
-    def backward(context: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        (indices,) = context.saved_tensors
-        return grad_output.reshape(-1).index_select(0, indices).view(context.shape), None, None
+def blocks_of_weight(
+    layer: str, shape: tuple[int, ...], block: tuple[int, int] | None
+) -> Blocks | None:
+    """Divide a weight into blocks; raises :class:`topkast.OptionError` if that is not possible."""
+    if block in (None, (1, 1)):
+        return None
+    rows, *others = shape
+    try:
+        return Blocks(*block, rows, math.prod(others))
+    except OptionError as error:
+        raise OptionError(f"{layer}: {error}") from None
 
 
 def read_structure(
     layer: str, state_dict: Mapping[str, Any], prefix: str
 ) -> tuple[Support, tuple[int, ...]]:
     """The sets and the shape of a weight in a state dict; raises if their types are wrong."""
-    for name in STRUCTURE:
+    names = [name for name in (*STRUCTURE, BLOCK) if name != BLOCK or prefix + BLOCK in state_dict]
+    for name in names:
         entry = state_dict[prefix + name]
         if not isinstance(entry, Tensor):
             raise MismatchError(f"{prefix + name} must be a tensor, got {type(entry).__name__}")
         if entry.is_floating_point():
             raise MismatchError(f"{prefix + name} must have an integer dtype, got {entry.dtype}")
-    indices, count, shape = (state_dict[prefix + name] for name in STRUCTURE)
-    if (count.dim(), shape.dim()) != (0, 1):
+    indices, count, lengths, *sides = (state_dict[prefix + name] for name in names)
+    if (count.dim(), lengths.dim()) != (0, 1):
         raise MismatchError(
             f"{layer}: active_count and shape must be a number and a vector, but the state dict "
-            f"has tensors of shape {tuple(count.shape)} and {tuple(shape.shape)}"
+            f"has tensors of shape {tuple(count.shape)} and {tuple(lengths.shape)}"
         )
-    return Support(indices, int(count)), tuple(shape.tolist())
+    shape, blocks = tuple(lengths.tolist()), None
+    for block in sides:
+        if block.shape != (2,):
+            raise MismatchError(
+                f"{layer}: block must be two numbers, but the state dict has a tensor of shape "
+                f"{tuple(block.shape)}"
+            )
+        try:
+            blocks = blocks_of_weight("a block that does not fit", shape, tuple(block.tolist()))
+        except OptionError as error:
+            raise MismatchError(f"{layer}: the state dict has {error}") from None
+    return Support(indices, int(count), blocks), shape
 
 
 def check_sets(name: str, support: Support, shape: tuple[int, ...], count: int) -> None:
     """Raise :class:`topkast.MismatchError` unless the sets fit a weight and its values."""
     support.check(math.prod(shape), name)
-    if support.backward != count:
-        raise MismatchError(f"{name} has {support.backward} indices for {count} values")
+    if support.backward_size != count:
+        raise MismatchError(
+            f"{name} has {support.backward} indices of {_describe_units(support.blocks)} for "
+            f"{count} values"
+        )
+
+
+def _describe_units(blocks: Blocks | None) -> str:
+    return "single weights" if blocks is None else f"blocks of {blocks.rows} × {blocks.columns}"

@@ -22,13 +22,14 @@ from topkast_torch.execution._sparse_execution import SparseExecution, check_pro
 from topkast_torch.optimizer._callers import is_called_by
 from topkast_torch.optimizer._optimizer import TopKASTOptimizer
 from topkast_torch.sparse._conversion import SPARSE_FORMS, make_dense, make_sparse
+from topkast_torch.sparse._dense_weight import to_dense
 from topkast_torch.sparse._sparse_layer import (
+    BLOCK,
     STRUCTURE,
     SparseLayer,
     check_sets,
     read_structure,
     replace_data,
-    to_dense,
 )
 
 _ROUNDS = 5
@@ -166,7 +167,7 @@ def _densify_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     for name, entry in state_dict.items():
         prefix, _, last = name.rpartition(".")
         prefix = prefix + "." if prefix else ""
-        if prefix not in prefixes or last not in ("values", *STRUCTURE):
+        if prefix not in prefixes or last not in ("values", *STRUCTURE, BLOCK):
             dense[name] = entry
         elif last == "values":
             layer = prefix.rstrip(".")
@@ -200,9 +201,6 @@ def _find_obstacle(modules: list[tuple[nn.Module, str]], execution: MaskedExecut
         return "its forward function was replaced"
     if execution.momentum is not None:
         return f"{type(execution.method).__name__} keeps a dense momentum"
-    if execution.ranked.blocks is not None:
-        blocks = execution.ranked.blocks
-        return f"blocks of {blocks.rows} × {blocks.columns} have no sparse products yet"
     if member.param.dtype not in (torch.float32, torch.float64):
         return f"{member.param.dtype} has no sparse products"
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -43,11 +43,11 @@ class Reservoir(ABC):
         """The weights at flat indices (k,), in host memory."""
 
     @abstractmethod
-    def write(self, indices: Vector, weights: Vector, inside: Sequence[Vector] = ()) -> None:
+    def write(self, indices: Vector, weights: Vector, inside: Iterable[Vector] = ()) -> None:
         """Keep the weights (k,) of entries that left B, at distinct flat indices in any order.
 
-        `inside` are the indices that are in B now, in ascending vectors: what is held for these may
-        be dropped.
+        `inside` are the indices that are in B now, in ascending vectors, which are computed only if
+        they are read: what is held for these may be dropped.
         """
 
     @abstractmethod
@@ -92,7 +92,7 @@ class ArrayReservoir(Reservoir):
     def take(self, indices: Vector) -> Vector:
         return self.array.take(indices)
 
-    def write(self, indices: Vector, weights: Vector, inside: Sequence[Vector] = ()) -> None:
+    def write(self, indices: Vector, weights: Vector, inside: Iterable[Vector] = ()) -> None:
         self.array[indices] = weights
 
     def copy(self) -> ArrayReservoir:
@@ -203,7 +203,7 @@ class LayeredReservoir(Reservoir):
             weights[found] = changed[positions[found]]
         return weights
 
-    def write(self, indices: Vector, weights: Vector, inside: Sequence[Vector] = ()) -> None:
+    def write(self, indices: Vector, weights: Vector, inside: Iterable[Vector] = ()) -> None:
         if self.kind == "none" or not len(indices):
             return
         order = np.argsort(indices, kind="stable")
@@ -270,7 +270,7 @@ class LayeredReservoir(Reservoir):
                 base.discard(getattr(replacement, "bases", ()))
 
 
-def _drop(run: Run, inside: Sequence[Vector]) -> Run:
+def _drop(run: Run, inside: Iterable[Vector]) -> Run:
     """Drop the entries of a run that are in B."""
     indices, weights = run
     is_outside = np.ones(len(indices), dtype=np.bool_)

@@ -20,8 +20,9 @@ from topkast._progress import CHUNK, chunks
 from topkast.backends import _candidates
 from topkast.backends._compiled import functions
 from topkast.reservoirs._reservoir import Reservoir
-from topkast.selection._random import Ranks, make_key
+from topkast.selection._random import Ranks
 from topkast.selection._support import Migration, Support
+from topkast.selection._units import BlockScore
 
 Vector = np.ndarray[Any, Any]
 
@@ -32,7 +33,6 @@ _FIRST_SHARE, _MAX_SHARE = 1 / 8, 1 / 2  # of |B|
 _MAX_SLOTS = 4  # times the entries of a reserve: then those that left are removed
 _BRACKET = 1.0  # times the last change of a threshold, by which the next one may differ from it
 _MIN_BRACKET = 1 / 4096  # of the threshold
-_WIDE = 1 << 31  # number of weights from which indices have 64 bits
 
 
 class Reserve(NamedTuple):
@@ -121,6 +121,8 @@ class IncrementalSelection:
         Entries that the reserves lost at each refresh; None before the first one ran short.
     smallest
         The smallest magnitudes in A and B, at the last refresh and at the one before.
+    block_score
+        The score by which blocks were ranked, if units are blocks.
     """
 
     reserve: Reserve | None = None
@@ -128,6 +130,7 @@ class IncrementalSelection:
     age: int = 0
     loss: float | None = None
     smallest: tuple[tuple[float, float], ...] = ()
+    block_score: BlockScore = "sum"
 
     @property
     def nbytes(self) -> int:
@@ -233,21 +236,6 @@ def reserve_size(size: int, backward: int, loss: float | None) -> int:
     r"""Entries of a reserve for a tensor of `size` weights and \|B\| entries, after a refresh."""
     wanted = _FIRST_SHARE * backward if loss is None else 2 * math.sqrt(size * loss)
     return max(_MIN_RESERVE, int(min(wanted, _MAX_SHARE * backward)))
-
-
-def choose_first(
-    reservoir: Reservoir, counts: tuple[int, int], *, seed: int = 0, name: str = ""
-) -> tuple[Exchange, IncrementalSelection] | None:
-    r"""Choose the first sets, of \|A\| and \|B\| `counts`, from a reservoir that holds all weights.
-
-    They are those of :func:`topkast.select` with this `seed` and `name`. Returns None if too few
-    weights are nonzero.
-    """
-    ranks = Ranks(make_key(seed, name, "ties"))
-    indices = np.zeros(0, dtype=np.int32 if reservoir.size < _WIDE else np.int64)
-    nothing, values = Support(indices, 0), reservoir.read(0, 0)
-    selection, name = IncrementalSelection(), name or "a layer"
-    return selection.choose(nothing, values, reservoir, ranks, counts=counts, name=name)
 
 
 def exchange(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -129,6 +130,24 @@ class Support:
     def exploring_entries(self) -> Array:
         """Flat (C-order) indices of the weights in B∖A, in the order of `entries`."""
         return self.entries[self.forward_size :]
+
+    def ascending_entries(self) -> Iterator[Array]:
+        """Yield the flat indices of the weights in A, then of those in B∖A, both ascending."""
+        for units in (self.active, self.exploring):
+            if self.blocks is None:
+                yield units
+            else:
+                entries = self.blocks.entries(units)
+                ascends = self.blocks.rows == 1
+                yield entries if ascends else array_namespace(entries).sort(entries)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of :attr:`entries` of blocks, if they were computed and are kept."""
+        entries: Array = self.__dict__.get("_entries")
+        if entries is None:
+            return 0
+        return int(entries.shape[0]) * int(array_namespace(entries).iinfo(entries.dtype).bits) // 8
 
     @property
     def _unit_size(self) -> int:

@@ -92,6 +92,36 @@ class Blocks:
         offsets = _arange(self.size, of_units)
         return xp.reshape(of_units[:, None] * self.size + offsets[None, :], (-1,))
 
+    def ranks(self, units: Array) -> Array:
+        """Ranks by flat index of the weights in ascending blocks (k,): block by block, row by row.
+
+        The position of each of ``entries(units)`` when these are sorted: int32 (k · rows ·
+        columns,) if the tensor has fewer than 2³¹ entries, else int64.
+
+        Examples
+        --------
+        >>> import numpy as np, topkast
+        >>> blocks = topkast.Blocks(rows=2, columns=1, height=4, width=3)
+        >>> units = np.asarray([0, 2, 4], np.int32)
+        >>> blocks.entries(units)
+        array([ 0,  3,  2,  5,  7, 10], dtype=int32)
+        >>> blocks.ranks(units)
+        array([0, 2, 1, 3, 4, 5], dtype=int32)
+        """
+        xp = array_namespace(units)
+        units = self._widen(units)
+        block_rows = units // (self.width // self.columns)
+        # Blocks of one row of blocks have ranks in a row, sorted by row first.
+        first, end = (
+            xp.astype(xp.searchsorted(block_rows, block_rows, side=side), units.dtype)
+            for side in ("left", "right")
+        )
+        starts = first * self.size + (_arange(units.shape[0], units) - first) * self.columns
+        lengths = (end - first) * self.columns
+        rows, columns = (_arange(n, units) for n in (self.rows, self.columns))
+        ranks = starts[:, None, None] + lengths[:, None, None] * rows[None, :, None]
+        return xp.reshape(ranks + columns[None, None, :], (-1,))
+
     def _widen(self, units: Array) -> Array:
         """Convert unit numbers to the dtype that indices of weights need."""
         xp = array_namespace(units)
@@ -132,21 +162,21 @@ def blocks_of(
     return Blocks(rows, columns, height * layers, width)
 
 
-def unit_scores(flat: Array, blocks: Blocks, score: BlockScore) -> Array:
+def unit_scores(flat: Array, blocks: Blocks, score: BlockScore, *, scales: bool = True) -> Array:
     """Score (blocks.count,) the blocks of a tensor (n,) by the sum or maximum of magnitudes.
 
     Scores have the dtype of the magnitudes, or float32 for half precision. A block with NaN scores
     NaN. The order of additions is fixed, so that all libraries round alike: neighbouring rows are
     added, then neighbouring sums, until one row is left; then its columns in the same way. If a sum
-    overflows, all weights are scaled down by a power of two.
+    overflows, all weights are scaled down by a power of two, unless `scales` is false.
     """
     flat = backend_of(flat).constant(flat)
     host = backend_of(flat).host(flat)
-    scores = _scores(flat if host is None else host, blocks, score)
+    scores = _scores(flat if host is None else host, blocks, score, scales=scales)
     return scores if host is None else asarray_like(scores, flat)
 
 
-def _scores(flat: Array, blocks: Blocks, score: BlockScore) -> Array:
+def _scores(flat: Array, blocks: Blocks, score: BlockScore, *, scales: bool) -> Array:
     xp = array_namespace(flat)
     magnitudes = modulus(flat)
     if xp.finfo(magnitudes.dtype).bits < 32:
@@ -159,6 +189,8 @@ def _scores(flat: Array, blocks: Blocks, score: BlockScore) -> Array:
 
     with np.errstate(over="ignore"):
         scores = _reduce(magnitudes, blocks, add)
+    if not scales:
+        return scores
 
     def scaled(_: Array, magnitudes: Array) -> Array:
         return _reduce(magnitudes * 0.5 ** math.ceil(math.log2(blocks.size)), blocks, add)

@@ -35,6 +35,8 @@ class Layer:
         Bytes of a number.
     sets
         \|A\| and \|B\| of a tensor whose sets are known; None: they follow from the options.
+    unit_size
+        Number of weights in a unit of known sets, if units are blocks.
     tensor
         The object that a predicate given as `dense` gets; None: this one.
 
@@ -42,7 +44,7 @@ class Layer:
     ------
     OptionError
         If a dimension is not an integer of at least 0, `positions` is negative or not finite, or
-        `itemsize` is not positive.
+        `itemsize` or `unit_size` is not positive.
 
     Examples
     --------
@@ -55,6 +57,7 @@ class Layer:
     positions: float | Fraction = 1
     itemsize: int = 4
     sets: tuple[int, int] | None = None
+    unit_size: int = 1
     tensor: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -72,8 +75,10 @@ class Layer:
                 "positions is the number of times that one sample uses each weight: it must be a "
                 f"finite number of at least 0, got {positions!r}"
             )
-        if not is_count(self.itemsize) or not self.itemsize:
-            raise OptionError(f"itemsize must be a positive integer, got {self.itemsize!r}")
+        for name in ("itemsize", "unit_size"):
+            number = getattr(self, name)
+            if not is_count(number) or not number:
+                raise OptionError(f"{name} must be a positive integer, got {number!r}")
 
     @property
     def ndim(self) -> int:
@@ -110,14 +115,14 @@ class Sets:
         \|A\| and \|B\|.
     units
         Number of indices that B has: of weights, or of blocks.
-    by_entries
-        Whether single weights of the whole tensor are ranked: not blocks, not layers of a stack.
+    as_one
+        Whether all units of the tensor are ranked together: not layer by layer of a stack.
     """
 
     forward: int
     backward: int
     units: int
-    by_entries: bool = True
+    as_one: bool = True
 
     @classmethod
     def full(cls, layer: Layer) -> Sets:
@@ -140,7 +145,7 @@ def sets_of(
         name: layer if layer.tensor is None else layer.tensor for name, layer in layers.items()
     }
     known = {
-        name: _known_sets(layer.sets, layer.size, trains)
+        name: _known_sets(layer, layer.sets, trains)
         for name, layer in layers.items()
         if layer.sets is not None and options.dense is not True
     }
@@ -160,12 +165,12 @@ def sets_of(
             ranked.forward * block,
             ranked.backward_size,
             ranked.backward,
-            by_entries=ranked.blocks is None and ranked.layers == 1,
+            as_one=ranked.layers == 1,
         )
     return {name: sets[name] for name in layers if name in sets}
 
 
-def _known_sets(counts: tuple[int, int], size: int, trains: Literal["A", "B", "all"]) -> Sets:
+def _known_sets(layer: Layer, counts: tuple[int, int], trains: Literal["A", "B", "all"]) -> Sets:
     forward = counts[0]
-    backward = {"A": forward, "B": counts[1], "all": size}[trains]
-    return Sets(forward, backward, backward)
+    backward = {"A": forward, "B": counts[1], "all": layer.size}[trains]
+    return Sets(forward, backward, backward // layer.unit_size)

@@ -60,15 +60,15 @@ def sparse_bytes(
     dense, each = layer.itemsize * layer.size, layer.itemsize * sets.backward
     index = 4 if layer.size < 1 << 31 else 8
     reserved = 0
-    if storage.has_reserve and sets.by_entries and layer.itemsize in (4, 8):
-        wanted = reserve_size(layer.size, sets.backward, None)
-        reserved = min(wanted, layer.size - sets.backward)
+    if storage.has_reserve and sets.as_one and layer.itemsize in (4, 8):
+        units = layer.size * sets.units // max(sets.backward, 1)
+        reserved = min(reserve_size(units, sets.units, None), units - sets.units)
     return {
         "values": each,
         "gradient": each,
         "state": storage.optimizer.entries * each,
         "indices": index * sets.units,
-        "layouts": 0 if storage.is_masked else _layout_bytes(layer, sets),
+        "layouts": _layout_bytes(layer, sets, is_masked=storage.is_masked),
         "ages": 2 * sets.backward if storage.optimizer.has_ages else 0,
         "reserve": (index + layer.itemsize) * reserved,
         "reservoir": dense if storage.keeps_resting and reservoir in ("device", "host") else 0,
@@ -76,13 +76,18 @@ def sparse_bytes(
     }
 
 
-def _layout_bytes(layer: Layer, sets: Sets) -> int:
-    """Bytes of the kernels' layouts, to about a tenth: numbers of segments depend on the shape.
+def _layout_bytes(layer: Layer, sets: Sets, *, is_masked: bool) -> int:
+    """Bytes of what is derived from the sets, to about a tenth.
 
-    The transpose of A has 6 bytes for each entry, and 4 for each of its segments, of about 12
-    entries. Each of the other layouts has 8 for each segment, of about 20 entries of A. A
-    convolution has one layout more, and for one size of images an offset of 4 bytes for each entry
-    of B, and of A's transpose.
+    Blocks need the flat index of each weight in B and, in sparse execution, its rank by block and
+    by index. In sparse execution there are the kernels' layouts too, whose numbers of segments
+    depend on the shape. The transpose of A has 6 bytes for each entry, and 4 for each of its
+    segments, of about 12 entries. Each of the other layouts has 8 for each segment, of about 20
+    entries of A. A convolution has one layout more, and for one size of images an offset of 4 bytes
+    for each entry of B, and of A's transpose.
     """
-    linear = 7 * sets.forward
+    has_blocks = sets.units < sets.backward
+    if is_masked:
+        return 4 * sets.backward * has_blocks
+    linear = 7 * sets.forward + 12 * sets.backward * has_blocks
     return linear if layer.ndim <= 2 else linear + 9 * sets.forward // 2 + 4 * sets.backward

@@ -1,17 +1,48 @@
-"""Read-only tensors, for copies in which a write would be lost."""
+"""The weight of a sparse layer as a dense copy, which is read-only: a write would be lost."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from topkast import MismatchError
+from topkast import MismatchError, Support
 
 _WRITING = {"__set__", "__setitem__"}
 _NOT_WRITING = {"requires_grad_", "retain_grad"}
+
+
+def to_dense(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor:
+    """The forward view α as a dense tensor."""
+    dense = values.new_zeros(math.prod(shape))
+    active = values.detach().view(-1)[: support.forward_size]
+    return dense.index_copy_(0, support.active_entries.long(), active).view(shape)
+
+
+def dense_weight(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor:
+    """:func:`to_dense`, with a gradient on B, as that of the products."""
+    dense: Tensor = _ToDense.apply(values, support, shape)  # type: ignore[no-untyped-call]
+    return dense
+
+
+class _ToDense(torch.autograd.Function):
+    @staticmethod
+    def forward(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor:
+        return to_dense(values, support, shape)
+
+    @staticmethod
+    def setup_context(context: Any, inputs: Any, output: Tensor) -> None:
+        values, support, _ = inputs
+        context.save_for_backward(support.entries)
+        context.shape = values.shape
+
+    @staticmethod
+    def backward(context: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (entries,) = context.saved_tensors
+        return grad_output.reshape(-1).index_select(0, entries).view(context.shape), None, None
 
 
 class ReadOnlyTensor(Tensor):
