@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import topkast_torch
 import torch
@@ -13,49 +12,22 @@ from sparse_training import check_gradients
 from torch import nn
 
 import topkast
-from topkast import Blocks, Support
 
 kernels = pytest.importorskip("topkast.kernels")
-
-
-def by_weight(products_type: Any, made: list[Any]) -> Any:
-    """Products with the interface of the unit kernels, by those with single weights."""
-
-    class UnitProducts(products_type):  # type: ignore[misc]
-        def __init__(
-            self, indices: Any, forward: int, /, *, shape: Any, rows: int, **options: Any
-        ) -> None:
-            assert indices.dtype == np.int32
-            blocks = Blocks(rows, 1, shape[0], shape[1] // options.get("groups", 1))
-            support = Support(indices, forward, blocks)
-            split = support.forward_size
-            runs = support.active_entries, support.exploring_entries
-            first, second = map(np.argsort, runs)
-            self.order = np.concatenate([first, split + second])
-            super().__init__(support.entries[self.order], split, shape=shape, **options)
-            made.append(rows)
-
-        def forward(self, values: Any, *arguments: Any, **options: Any) -> None:
-            super().forward(values[self.order], *arguments, **options)
-
-        def input_gradient(self, values: Any, *arguments: Any, **options: Any) -> None:
-            super().input_gradient(values[self.order], *arguments, **options)
-
-        def weight_gradient(self, gradient: Any, packed: Any, out: Any, **options: Any) -> None:
-            ascending = np.empty_like(out)
-            super().weight_gradient(gradient, packed, ascending, **options)
-            out[self.order] = ascending
-
-    return UnitProducts
 
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of the units for which kernels were made."""
     made: list[int] = []
-    for name in ("LinearProducts", "ConvolutionProducts"):
-        fake = by_weight(getattr(kernels, name), made)
-        monkeypatch.setattr(kernels, f"Unit{name}", fake, raising=False)
+    for name in ("UnitLinearProducts", "UnitConvolutionProducts"):
+
+        class Recording(getattr(kernels, name)):  # type: ignore[misc]
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                super().__init__(*arguments, **options)
+                made.append(options["rows"])
+
+        monkeypatch.setattr(kernels, name, Recording)
     return made
 
 

@@ -166,6 +166,7 @@ def train(model: nn.Module, optimizer: Any, example: Tensor) -> topkast.Summary:
         ("momentum", 0.95, 0.9, None),
         ("sgd", 0.9, 0.9, None),
         ("adam", 0.9, 0.8, (2, 2)),
+        ("adam", 0.9, 0.8, (4, 1)),
     ],
 )
 def test_bytes_are_those_that_summary_measures(

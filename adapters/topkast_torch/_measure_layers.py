@@ -85,8 +85,7 @@ def _describe(param: Tensor, positions: Fraction) -> Layer:
     shape = layer.weight_shape
     sets = layer.support.forward_size, param.numel()
     info = TensorInfo(shape, param.dtype)
-    unit = 1 if layer.blocks is None else layer.blocks.size
-    return Layer(shape, positions, param.element_size(), sets, unit, tensor=info)
+    return Layer(shape, positions, param.element_size(), sets, layer.block, tensor=info)
 
 
 def _count_samples(example: Any) -> int:

@@ -82,7 +82,7 @@ def make_products(find_entries: Callable[[], Entries], dtype: torch.dtype) -> Pr
 
 
 def unit_kernels(name: str, entries: Entries) -> Any:
-    """The kernels' class `name` if it fits these blocks, else None: the one place that decides."""
+    """The kernels' class `name` if it fits these blocks, else None."""
     blocks = entries.blocks
     if blocks is None or blocks.columns > 1 or blocks.rows not in _UNIT_ROWS:
         return None
@@ -91,7 +91,7 @@ def unit_kernels(name: str, entries: Entries) -> Any:
         return None
     from topkast import kernels
 
-    return getattr(kernels, name, None)
+    return getattr(kernels, name)
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:

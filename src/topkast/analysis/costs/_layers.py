@@ -35,8 +35,8 @@ class Layer:
         Bytes of a number.
     sets
         \|A\| and \|B\| of a tensor whose sets are known; None: they follow from the options.
-    unit_size
-        Number of weights in a unit of known sets, if units are blocks.
+    block
+        Rows and columns of a unit of known sets, if units are blocks.
     tensor
         The object that a predicate given as `dense` gets; None: this one.
 
@@ -44,7 +44,7 @@ class Layer:
     ------
     OptionError
         If a dimension is not an integer of at least 0, `positions` is negative or not finite, or
-        `itemsize` or `unit_size` is not positive.
+        `itemsize` or a side of `block` is not positive.
 
     Examples
     --------
@@ -57,7 +57,7 @@ class Layer:
     positions: float | Fraction = 1
     itemsize: int = 4
     sets: tuple[int, int] | None = None
-    unit_size: int = 1
+    block: tuple[int, int] | None = None
     tensor: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -75,10 +75,11 @@ class Layer:
                 "positions is the number of times that one sample uses each weight: it must be a "
                 f"finite number of at least 0, got {positions!r}"
             )
-        for name in ("itemsize", "unit_size"):
-            number = getattr(self, name)
-            if not is_count(number) or not number:
-                raise OptionError(f"{name} must be a positive integer, got {number!r}")
+        if not is_count(self.itemsize) or not self.itemsize:
+            raise OptionError(f"itemsize must be a positive integer, got {self.itemsize!r}")
+        block: Any = self.block
+        if block is not None and (len(block) != 2 or not all(is_count(n) and n for n in block)):
+            raise OptionError(f"block must be two positive integers or None, got {block!r}")
 
     @property
     def ndim(self) -> int:
@@ -113,21 +114,26 @@ class Sets:
     ----------
     forward, backward
         \|A\| and \|B\|.
-    units
-        Number of indices that B has: of weights, or of blocks.
+    block
+        Rows and columns of a unit; (1, 1) for single weights.
     as_one
         Whether all units of the tensor are ranked together: not layer by layer of a stack.
     """
 
     forward: int
     backward: int
-    units: int
+    block: tuple[int, int] = (1, 1)
     as_one: bool = True
+
+    @property
+    def units(self) -> int:
+        """Number of indices that B has: of weights, or of blocks."""
+        return self.backward // math.prod(self.block)
 
     @classmethod
     def full(cls, layer: Layer) -> Sets:
         """The sets of a tensor whose weights are all in A."""
-        return cls(layer.size, layer.size, layer.size)
+        return cls(layer.size, layer.size)
 
 
 def sets_of(
@@ -160,17 +166,14 @@ def sets_of(
         )
     sets = dict(known)
     for ranked in rank_tensors(sparse, options):
-        block = 1 if ranked.blocks is None else ranked.blocks.size
-        sets[ranked.key] = Sets(
-            ranked.forward * block,
-            ranked.backward_size,
-            ranked.backward,
-            as_one=ranked.layers == 1,
-        )
+        blocks = ranked.blocks
+        block = (1, 1) if blocks is None else (blocks.rows, blocks.columns)
+        forward = ranked.forward * math.prod(block)
+        sets[ranked.key] = Sets(forward, ranked.backward_size, block, as_one=ranked.layers == 1)
     return {name: sets[name] for name in layers if name in sets}
 
 
 def _known_sets(layer: Layer, counts: tuple[int, int], trains: Literal["A", "B", "all"]) -> Sets:
     forward = counts[0]
     backward = {"A": forward, "B": counts[1], "all": layer.size}[trains]
-    return Sets(forward, backward, backward // layer.unit_size)
+    return Sets(forward, backward, layer.block or (1, 1))

@@ -9,6 +9,8 @@ from topkast._options import ReservoirKind
 from topkast.analysis.costs._layers import Layer, Sets
 from topkast.selection._reserve import reserve_size
 
+_COLUMNS = ((2, 1), (4, 1), (8, 1))  # blocks that kernels multiply as they are
+
 
 class Moments(NamedTuple):
     """The state of an inner optimizer: entries per weight, and whether entries have ages."""
@@ -79,15 +81,20 @@ def sparse_bytes(
 def _layout_bytes(layer: Layer, sets: Sets, *, is_masked: bool) -> int:
     """Bytes of what is derived from the sets, to about a tenth.
 
-    Blocks need the flat index of each weight in B and, in sparse execution, its rank by block and
-    by index. In sparse execution there are the kernels' layouts too, whose numbers of segments
-    depend on the shape. The transpose of A has 6 bytes for each entry, and 4 for each of its
+    Units of 2, 4 or 8 rows and one column have a table for A and one for B∖A, with an entry for
+    about every eighth unit of A. Other blocks need the flat index of each weight in B and, in
+    sparse execution, its rank by block and by index. In sparse execution there are the kernels'
+    layouts too, whose numbers of segments depend on the shape. The transpose of A has 6 bytes for each entry, and 4 for each of its
     segments, of about 12 entries. Each of the other layouts has 8 for each segment, of about 20
     entries of A. A convolution has one layout more, and for one size of images an offset of 4 bytes
     for each entry of B, and of A's transpose.
     """
-    has_blocks = sets.units < sets.backward
+    has_blocks = sets.block != (1, 1)
     if is_masked:
         return 4 * sets.backward * has_blocks
+    if sets.block in _COLUMNS:
+        rows = layer.shape[0] // sets.block[0]
+        tables = sets.forward // sets.block[0] + 8 * rows
+        return tables if layer.ndim <= 2 else tables + 4 * sets.units
     linear = 7 * sets.forward + 12 * sets.backward * has_blocks
     return linear if layer.ndim <= 2 else linear + 9 * sets.forward // 2 + 4 * sets.backward
