@@ -11,6 +11,7 @@ from torch import Tensor
 
 from topkast import MismatchError, UnsupportedTensorError
 from topkast.adapter import has_numba
+from topkast_torch.sparse.chains._passes import Passes
 
 
 class Products(Protocol):
@@ -69,9 +70,9 @@ class Entries(NamedTuple):
 def make_products(find_entries: Callable[[], Entries], dtype: torch.dtype) -> Products:
     """Make products for the entries that `find_entries` returns; it may be called again later."""
     entries = find_entries()
-    is_compiled = has_kernels(entries.indices.device, dtype)
-    products_type = _CompiledProducts if is_compiled else TorchProducts
-    return products_type(entries, find_entries)
+    if has_kernels(entries.indices.device, dtype):
+        return CompiledProducts(entries, find_entries, dtype)
+    return TorchProducts(entries, find_entries)
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
@@ -106,47 +107,58 @@ class GuardedIndices:
             )
 
 
-class _CompiledProducts:
+class CompiledProducts:
     """Products by ``topkast.kernels.LinearProducts``, on the memory of the tensors."""
 
-    def __init__(self, entries: Entries, find_entries: Callable[[], Entries]) -> None:
+    def __init__(
+        self, entries: Entries, find_entries: Callable[[], Entries], dtype: torch.dtype
+    ) -> None:
         from topkast.kernels import LinearProducts
 
-        self._find_entries, self._shape = find_entries, entries.shape
+        self._find_entries, self.shape, self.dtype = find_entries, entries.shape, dtype
+        self.entry_count = len(entries.indices)
         self._guard = GuardedIndices(entries)
-        self._products = LinearProducts(
-            self._guard.array, entries.active_count, shape=entries.shape
-        )
+        self.linear = LinearProducts(self._guard.array, entries.active_count, shape=entries.shape)
+        self.passes = Passes([self], [False])
+
+    def check(self) -> None:
+        """Raise an error if the indices were written to."""
+        self._guard.check()
+        self.linear.check()
+
+    def packed_shape(self, batch: int) -> tuple[int, int, int]:
+        """Shape of the packed input."""
+        return self.linear.packed_shape((batch, self.shape[1]), numpy_name(self.dtype))
 
     def pack(self, activations: Tensor) -> Tensor:
         batch, features = activations.shape
-        shape = self._products.packed_shape((batch, features), numpy_name(activations.dtype))
+        shape = self.linear.packed_shape((batch, features), numpy_name(activations.dtype))
         packed = activations.new_empty(shape)
-        self._products.pack(activations.contiguous().numpy(), packed.numpy())
+        self.linear.pack(activations.contiguous().numpy(), packed.numpy())
         return packed
 
     def forward(self, values: Tensor, x: Tensor, bias: Tensor | None, batch: int) -> Tensor:
         self._guard.check()
-        output = x.new_empty(batch, self._shape[0])
+        output = x.new_empty(batch, self.shape[0])
         bias_array = None if bias is None else bias.numpy()
-        self._products.forward(values.numpy(), x.numpy(), output.numpy(), bias=bias_array)
+        self.linear.forward(values.numpy(), x.numpy(), output.numpy(), bias=bias_array)
         return output
 
     def input_gradient(self, values: Tensor, grad_output: Tensor, batch: int) -> Tensor:
-        gradient = grad_output.new_empty(batch, self._shape[1])
-        self._products.input_gradient(values.numpy(), grad_output.numpy(), gradient.numpy())
+        gradient = grad_output.new_empty(batch, self.shape[1])
+        self.linear.input_gradient(values.numpy(), grad_output.numpy(), gradient.numpy())
         return gradient
 
     def weight_gradient(self, grad_output: Tensor, x: Tensor, out: Tensor) -> None:
         self._guard.check()
-        self._products.weight_gradient(grad_output.numpy(), x.numpy(), out.numpy())
+        self.linear.weight_gradient(grad_output.numpy(), x.numpy(), out.numpy())
 
     def on_backward_set(self) -> Products:
         return TorchProducts(self._find_entries(), self._find_entries, uses_backward_set=True)
 
     @property
     def nbytes(self) -> int:
-        return self._products.nbytes
+        return self.linear.nbytes
 
 
 class TorchProducts:

@@ -7,13 +7,20 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
-from topkast.kernels.runtime._arguments import Vector, define_arguments, run_transform
+from topkast.kernels.runtime._arguments import (
+    THREAD_COUNTER,
+    Vector,
+    define_arguments,
+    run_transform,
+)
 from topkast.kernels.runtime._compile import kernel
 from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer, fetch_add, transpose_square
 
 _FEATURES = 128  # features packed at a time: they fit in the L1 and L2 caches
 
-_PACK = define_arguments("source", "target", "count", "batch", "features", "width")
+PACK = define_arguments(
+    "source", "target", "count", "batch", "features", "width", "positive", "scratch"
+)
 
 
 def pack(rows: Vector, tiles: Vector, /, *, threads: int | None = None) -> None:
@@ -52,11 +59,13 @@ def pack(rows: Vector, tiles: Vector, /, *, threads: int | None = None) -> None:
         rows,
         tiles,
         threads,
-        _PACK,
+        PACK,
         count=count,
         batch=batch,
         features=features,
         width=width,
+        positive=0,
+        scratch=0,
     )
 
 
@@ -83,24 +92,46 @@ def transpose(source: Any, target: Any) -> None:
 
 
 @njit  # type: ignore[untyped-decorator]
-def _pack(address: Any, dtype: Any) -> None:
-    arguments = carray(as_pointer(address), 1, _PACK)[0]
+def pack_tiles(address: Any, dtype: Any) -> None:
+    """Pack `source`, with zeros where `positive` (batch, features) is given and not positive."""
+    arguments = carray(as_pointer(address), 1, PACK)[0]
     count, batch = arguments.count, arguments.batch
     features, width = arguments.features, arguments.width
     rows = carray(as_pointer(arguments.source), (batch, features), dtype)
+    positive = carray(as_pointer(arguments.positive), (batch, features), dtype)
     tiles = carray(as_pointer(arguments.target), (count, features, width), dtype)
+    blocks = (features + _FEATURES - 1) // _FEATURES
+    thread = fetch_add(address + THREAD_COUNTER) if arguments.positive else 0
+    masked = carray(as_pointer(arguments.scratch), (thread + 1, width, _FEATURES), dtype)[thread]
     while True:
-        tile = fetch_add(address)
-        if tile >= count:
+        item = fetch_add(address)
+        if item >= count * blocks:
             break
-        first = tile * width
+        tile, start = item // blocks, item % blocks * _FEATURES
+        first, stop = tile * width, min(features, start + _FEATURES)
         used = min(width, batch - first)
-        for start in range(0, features, _FEATURES):
-            stop = min(features, start + _FEATURES)
-            source = rows[first : first + used, start:stop]
-            transpose(source, tiles[tile][start:stop, :used])
+        source = rows[first : first + used, start:stop]
+        if arguments.positive:
+            _copy_positive(source, positive[first : first + used, start:stop], masked)
+            source = masked[:used, : stop - start]
+        transpose(source, tiles[tile][start:stop, :used])
         if used < width:
-            tiles[tile][:, used:] = 0
+            tiles[tile][start:stop, used:] = 0
+
+
+@njit  # type: ignore[untyped-decorator]
+def _copy_positive(source: Any, positive: Any, target: Any) -> None:
+    """Copy `source` where `positive` is greater than 0 or NaN, and write zeros elsewhere."""
+    zero = source.dtype.type(0)
+    for row in range(source.shape[0]):
+        for column in range(source.shape[1]):
+            is_cut = positive[row, column] <= 0
+            target[row, column] = zero if is_cut else source[row, column]
+
+
+def pack_scratch_bytes(width: int, itemsize: int) -> int:
+    """Bytes of `scratch` that each thread needs if `positive` is given."""
+    return width * _FEATURES * itemsize
 
 
 _KERNEL = types.void(types.intp)
@@ -108,9 +139,9 @@ _KERNEL = types.void(types.intp)
 
 @kernel(_KERNEL)
 def _pack_single(address: Any) -> None:
-    _pack(address, np.float32)
+    pack_tiles(address, np.float32)
 
 
 @kernel(_KERNEL)
 def _pack_double(address: Any) -> None:
-    _pack(address, np.float64)
+    pack_tiles(address, np.float64)
