@@ -202,7 +202,8 @@ class SparseExecution(Execution):
         if not isinstance(layer, SparseLayer):
             return  # densify has made it dense
         if not self.awaits_gradient:
-            layer.recording = None
+            if layer.recording is not None:
+                layer.recording = None
         elif layer.recording is None:
             layer.recording = Recording()
 
