@@ -41,10 +41,9 @@ from topkast_torch.inner._inner_state import (
 )
 from topkast_torch.inner._young import YoungEntries
 
-
 # Options of a group that a step is decided from; those of moving averages as `betas_of` reads them.
-_DECIDING = ("penalty", "penalty_kind", "explore_until", "refresh_every", "maximize")
-_DECIDING += ("betas", "beta1", "beta2", "b1", "b2")
+_OPTIONS = "penalty", "penalty_kind", "explore_until", "refresh_every", "maximize"
+_DECIDING = *_OPTIONS, "betas", "beta1", "beta2", "b1", "b2"
 
 
 @dataclass(frozen=True)

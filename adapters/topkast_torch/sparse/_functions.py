@@ -202,9 +202,9 @@ class _Product(torch.autograd.Function):
     def backward(context: Any, grad_output: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return None, None, None, None
-        tensors, operator = context.saved_tensors, context.operator
-        needs_grad = context.needs_input_grad
-        return *_differentiate(grad_output, *tensors, operator, context.shape, needs_grad), None
+        x, packed, values = context.saved_tensors
+        arguments = x, packed, values, context.operator, context.shape, context.needs_input_grad
+        return *_differentiate(grad_output, *arguments), None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:

@@ -30,6 +30,7 @@ from topkast_torch.sparse._sparse_layer import (
     replace_data,
     to_dense,
 )
+from topkast_torch.sparse.chains._sequential import link_layers, unlink_layers
 
 _ROUNDS = 5
 
@@ -133,6 +134,7 @@ def sparsify(
         if layer.execution == "sparse":
             _make_layer_sparse(optimizer, name, module, execution)
         report.append(layer)
+    link_layers(model)
     return ExecutionReport(tuple(report))
 
 
@@ -145,6 +147,7 @@ def densify(model: Any) -> Any:
         if isinstance(module, SparseLayer):
             # A new Parameter: the old one still belongs to the optimizer.
             make_dense(module, module.weight.detach().clone(), keep_param=False)
+        unlink_layers(module)
     return model
 
 

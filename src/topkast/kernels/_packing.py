@@ -10,6 +10,7 @@ from numba import carray, njit, types
 from topkast.kernels.runtime._arguments import (
     THREAD_COUNTER,
     Vector,
+    array_at,
     define_arguments,
     run_transform,
 )
@@ -98,7 +99,6 @@ def pack_tiles(address: Any, dtype: Any) -> None:
     count, batch = arguments.count, arguments.batch
     features, width = arguments.features, arguments.width
     rows = carray(as_pointer(arguments.source), (batch, features), dtype)
-    positive = carray(as_pointer(arguments.positive), (batch, features), dtype)
     tiles = carray(as_pointer(arguments.target), (count, features, width), dtype)
     blocks = (features + _FEATURES - 1) // _FEATURES
     thread = fetch_add(address + THREAD_COUNTER) if arguments.positive else 0
@@ -112,7 +112,13 @@ def pack_tiles(address: Any, dtype: Any) -> None:
         used = min(width, batch - first)
         source = rows[first : first + used, start:stop]
         if arguments.positive:
-            _copy_positive(source, positive[first : first + used, start:stop], masked)
+            for row in range(used):
+                offset = ((first + row) * features + start) * rows.itemsize
+                _copy_positive(
+                    array_at(arguments.source + offset, stop - start, dtype),
+                    array_at(arguments.positive + offset, stop - start, dtype),
+                    masked[row],
+                )
             source = masked[:used, : stop - start]
         transpose(source, tiles[tile][start:stop, :used])
         if used < width:
@@ -123,10 +129,8 @@ def pack_tiles(address: Any, dtype: Any) -> None:
 def _copy_positive(source: Any, positive: Any, target: Any) -> None:
     """Copy `source` where `positive` is greater than 0 or NaN, and write zeros elsewhere."""
     zero = source.dtype.type(0)
-    for row in range(source.shape[0]):
-        for column in range(source.shape[1]):
-            is_cut = positive[row, column] <= 0
-            target[row, column] = zero if is_cut else source[row, column]
+    for index in range(len(source)):
+        target[index] = zero if positive[index] <= 0 else source[index]
 
 
 def pack_scratch_bytes(width: int, itemsize: int) -> int:

@@ -17,7 +17,7 @@ _PLAIN = Tensor, Parameter  # types whose memory can be read directly
 
 
 class Gradients(NamedTuple):
-    """The gradients of a pass; None where one is not needed. Those of values and biases by layer."""
+    """The gradients that were needed, None for others; those of values and biases by layer."""
 
     x: Tensor | None
     values: list[Tensor | None]
@@ -32,16 +32,21 @@ class Passes:
 
     def __init__(self, products: Sequence[CompiledProducts], rectifies: Sequence[bool]) -> None:
         self.products = tuple(products)
-        self._rectifies = tuple(rectifies)
+        self.rectifies = tuple(rectifies)
         self._dtype = products[0].dtype
         self._rows, self._width = products[-1].shape[0], products[0].shape[1]
+
+    @property
+    def reads_output(self) -> bool:
+        """Whether the backward pass needs the output."""
+        return self.rectifies[-1]
 
     @cached_property
     def _chain(self) -> Any:
         from topkast.kernels import LinearChain
 
         linear = [products.linear for products in self.products]
-        return LinearChain(linear, self._rectifies, str(self._dtype).removeprefix("torch."))
+        return LinearChain(linear, self.rectifies, str(self._dtype).removeprefix("torch."))
 
     def accepts(self, x: Tensor, values: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
         """Whether the memory of all tensors can be read as it is."""

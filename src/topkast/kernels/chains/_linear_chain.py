@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -71,7 +72,7 @@ class LinearChain:
                 f"a chain needs one flag for each layer and at least one layer, got "
                 f"{len(products)} layers and {len(rectifies)} flags"
             )
-        for first, second in zip(products, products[1:], strict=False):
+        for first, second in itertools.pairwise(products):
             if first.shape[0] != second.shape[1]:
                 raise ValueError(
                     f"a layer of {first.shape[0]} outputs cannot be followed by one of "
@@ -295,7 +296,7 @@ class LinearChain:
     def _packed(self, batch: int) -> int:
         """Entries of a packed feature."""
         width = tile_width(batch, self._dtype)
-        return -(-batch // width) * width
+        return int(-(-batch // width) * width)
 
     def _offsets(self, batch: int, features: Sequence[int]) -> list[int]:
         """Offset in bytes of each of some packed activations that lie in a row."""
@@ -308,5 +309,4 @@ def _numbered(name: str, flags: Sequence[bool]) -> list[str]:
 
 
 def _address(array: Any) -> int:
-    address: int = array.ctypes.data
-    return address
+    return int(array.ctypes.data)
