@@ -83,7 +83,7 @@ def unlink_layers(module: Any) -> None:
     """Turn a :class:`SparseSequential` into a plain ``torch.nn.Sequential``."""
     if type(module) is SparseSequential:
         module.__dict__.pop("_runs", None)
-        module.__class__ = nn.Sequential
+        module.__class__ = nn.Sequential  # type: ignore[assignment]
 
 
 class _Run:

@@ -291,7 +291,7 @@ class LinearChain:
 
     @property
     def _lanes(self) -> int:
-        return VECTOR_BYTES // self._dtype.itemsize
+        return int(VECTOR_BYTES // self._dtype.itemsize)
 
     def _packed(self, batch: int) -> int:
         """Entries of a packed feature."""
