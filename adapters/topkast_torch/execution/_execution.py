@@ -151,8 +151,8 @@ class Execution(ABC):
         """
 
     @abstractmethod
-    def gradient_buffer(self) -> Tensor:
-        """A buffer (|B|,) for the sum of the gradients of loss and penalty."""
+    def gradient_buffer(self) -> Tensor | None:
+        """A buffer (|B|,) for the sum of the gradients of loss and penalty; None for a new one."""
 
     @abstractmethod
     def restore_gradient(self) -> None:
@@ -230,9 +230,8 @@ class Execution(ABC):
             self.momentum.lerp_(whole.detach().to(self.momentum.dtype), 1 - self.method.momentum)
         step = self.step
         if step.penalty or not step.exploring or self.power != 1 or step.noise:
-            buffer = self.gradient_buffer()
-            add_penalty(gradient, self.values.detach().view(-1), self.support, step, buffer)
-            gradient = buffer
+            values, buffer = self.values.detach().view(-1), self.gradient_buffer()
+            gradient = add_penalty(gradient, values, self.support, step, buffer)
         self.values.grad = gradient.view(self.values.shape)
         if not self.step.exploring:
             self._frozen = self._exploring_values().clone()

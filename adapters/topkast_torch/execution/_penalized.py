@@ -10,13 +10,17 @@ from topkast.adapter import Step
 
 
 def add_penalty(
-    gradient: Tensor, values: Tensor, support: Support, step: Step, out: Tensor
-) -> None:
-    """Write a gradient (|B|,) plus the penalty's to `out`, zero on B∖A if that rests.
+    gradient: Tensor, values: Tensor, support: Support, step: Step, out: Tensor | None
+) -> Tensor:
+    """A gradient (|B|,) plus the penalty's, zero on B∖A if that rests; in `out` if given.
 
     `values` (|B|,) are the weights, without gradient.
     """
     split = support.forward_size
+    if out is None:
+        if split == len(values) and step.penalty and step.penalty_kind == "l2" and not step.noise:
+            return torch.add(gradient, values, alpha=step.on_active)
+        out = torch.empty_like(gradient)
     if step.penalty:
         direction = values if step.penalty_kind == "l2" else torch.sgn(values)
         if split == len(values):
@@ -33,3 +37,4 @@ def add_penalty(
         out += step.noise_on(support.entries, out.dtype)
     if not step.exploring:
         out[split:].zero_()
+    return out

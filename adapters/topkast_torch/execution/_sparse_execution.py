@@ -219,9 +219,8 @@ class SparseExecution(Execution):
             int(getattr(layer, "groups", 1)),
         )
 
-    def gradient_buffer(self) -> Tensor:
-        assert self._gradient is not None
-        return torch.empty_like(self._gradient).view(-1)
+    def gradient_buffer(self) -> Tensor | None:
+        return None  # the model keeps its own gradient
 
     def restore_gradient(self) -> None:
         if self._gradient is not None:
