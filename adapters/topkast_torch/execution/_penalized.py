@@ -26,8 +26,8 @@ def add_penalty(
         if split == len(values):
             torch.add(gradient, direction, alpha=step.on_active, out=out)
         else:
-            sizes = split, len(values) - split
-            sections = (vector.split(sizes) for vector in (gradient, direction, out))
+            sizes = [split, len(values) - split]
+            sections = (vector.split_with_sizes(sizes) for vector in (gradient, direction, out))
             coefficients = step.on_active, step.on_exploring
             for own, toward, target, coefficient in zip(*sections, coefficients, strict=True):
                 torch.add(own, toward, alpha=coefficient, out=target)

@@ -99,7 +99,13 @@ class LinearChain:
         """
         self._run((batch, has_bias), self._plan_forward, addresses)
 
-    def backward(self, batch: int, addresses: Sequence[int], *, needed: Needed) -> None:
+    def backward(
+        self,
+        batch: int,
+        addresses: Sequence[int],
+        *,
+        needed: Needed | tuple[bool, tuple[bool, ...], tuple[bool, ...]],
+    ) -> None:
         r"""Write the gradients.
 
         `addresses` are those of the gradient of the output (batch, rows), the packed gradients, the
