@@ -32,8 +32,8 @@ def test_passes_are_those_of_dense_layers(batch: int) -> None:
     grad_output, gradients = rng.standard_normal((batch, 3)), np.empty(chain.gradient_size(batch))
     grad_x, grad_first, grad_second = np.empty((batch, 4)), np.empty((7, 4)), np.empty((3, 7))
     grad_bias = np.empty(7)
-    backward = grad_output, gradients, packed, output, first, second
-    backward = *backward, grad_x, grad_first, grad_second, grad_bias
+    read = grad_output, gradients, packed, output, first, second
+    backward = *read, grad_x, grad_first, grad_second, grad_bias
     needed = True, (True, True), (True, False)
     chain.backward(batch, [array.ctypes.data for array in backward], needed=needed)
     grad_hidden = (grad_output @ second) * (hidden > 0)
