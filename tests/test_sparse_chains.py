@@ -76,17 +76,16 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
     Each input is new, since memory that is used again has the results of the call before.
     """
     chain = topkast_torch.SparseSequential(*make_layers(last_relu=True))
-    inputs = [torch.randn(700, 30, requires_grad=True) for _ in range(40)]
+    inputs = [torch.randn(700, 30, requires_grad=True) for _ in range(20)]
     threads, results = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 5):
+        for count in (1, 3):
             torch.set_num_threads(count)
             results.append([run(chain, x) for x in inputs])
     finally:
         torch.set_num_threads(threads)
-    for one, two, five in zip(*results, strict=True):
-        assert_equal(one, two)
-        assert_equal(one, five)
+    for one, three in zip(*results, strict=True):
+        assert_equal(one, three)
 
 
 def test_only_the_gradients_that_are_needed() -> None:
@@ -235,7 +234,7 @@ def test_two_threads_run_one_chain_at_the_same_time() -> None:
     expected = [run(chain, x) for x in inputs]
 
     def repeat(number: int) -> list[list[Tensor]]:
-        return [run(chain, inputs[number]) for _ in range(50)]
+        return [run(chain, inputs[number]) for _ in range(20)]
 
     with ThreadPoolExecutor(4) as executor:
         for number, results in enumerate(executor.map(repeat, range(4))):
