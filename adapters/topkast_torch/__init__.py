@@ -8,12 +8,14 @@ from topkast_torch.optimizer._optimizer import TopKASTOptimizer, wrap
 from topkast_torch.sparse._export import load_forward, save_forward
 from topkast_torch.sparse._layers import SparseConv2d, SparseLinear
 from topkast_torch.sparse._sparsify import ExecutionReport, LayerExecution, densify, sparsify
+from topkast_torch.sparse.chains._sequential import SparseSequential
 
 __all__ = [
     "ExecutionReport",
     "LayerExecution",
     "SparseConv2d",
     "SparseLinear",
+    "SparseSequential",
     "TopKASTOptimizer",
     "WeightAverage",
     "ddp_comm_hook",

@@ -32,7 +32,9 @@ def sparsify(
 
     ``torch.nn.Linear`` and ``torch.nn.Conv2d`` have a sparse form in float32 and float64. All else
     (``torch.nn.MultiheadAttention``, subclasses, tied weights, blocks of weights, tensors that are
-    ranked together) stays masked, and the report says why.
+    ranked together) stays masked, and the report says why. Linear layers in a row, with or without
+    ``torch.nn.ReLU`` between them, run together: a ``torch.nn.Sequential`` with such layers becomes
+    a ``topkast_torch.SparseSequential``.
 
     Parameters
     ----------

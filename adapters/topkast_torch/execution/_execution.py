@@ -30,6 +30,7 @@ from topkast.adapter import (
 )
 from topkast.reservoirs import Reservoir
 from topkast_torch._reservoirs import STREAMED, all_weights, keep_weights, take_weights
+from topkast_torch.execution._penalized import add_penalty
 from topkast_torch.inner._fresh import class_name
 from topkast_torch.inner._inner_state import (
     Layout,
@@ -39,6 +40,10 @@ from topkast_torch.inner._inner_state import (
     migrate_entries,
 )
 from topkast_torch.inner._young import YoungEntries
+
+# Options of a group that a step is decided from; those of moving averages as `betas_of` reads them.
+_OPTIONS = "penalty", "penalty_kind", "explore_until", "refresh_every", "maximize"
+_DECIDING = *_OPTIONS, "betas", "beta1", "beta2", "b1", "b2"
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Execution(ABC):
     # Changed by a step
     step: Step  # the next step
     awaits_gradient: bool  # whether the refresh after it needs the gradient outside B
+    _decided_from: Any = None  # what `step` was decided from
     _frozen: Tensor | None = None  # values on B∖A, which rest in the step
     _noise_key: Any  # of random words
     _base: tuple[Tensor, Tensor] | None  # during a step under `power`: φ and the weights
@@ -145,8 +151,8 @@ class Execution(ABC):
         """
 
     @abstractmethod
-    def gradient_buffer(self) -> Tensor:
-        """A buffer (|B|,) for the sum of the gradients of loss and penalty."""
+    def gradient_buffer(self) -> Tensor | None:
+        """A buffer (|B|,) for the sum of the gradients of loss and penalty; None for a new one."""
 
     @abstractmethod
     def restore_gradient(self) -> None:
@@ -180,6 +186,17 @@ class Execution(ABC):
 
         `overdue` tells whether the last refresh has failed, so that one follows in any case.
         """
+        counts = (
+            self.method.noise
+            or "gradient" in self.method.needs
+            or self.option(group, "explore_until") is not None
+        )
+        options = [group.get(name) for name in _DECIDING]
+        count = (updates, overdue) if counts else None
+        basis = count, self.method, self.young is None, self.ranked.density, options
+        if basis == self._decided_from:  # as at most steps
+            return
+        self._decided_from = basis
         ascends = group.get("maximize", self.profile.traits.ascends)
         self.step = decide(
             penalty=self.option(group, "penalty"),
@@ -213,10 +230,9 @@ class Execution(ABC):
             self.momentum.lerp_(whole.detach().to(self.momentum.dtype), 1 - self.method.momentum)
         step = self.step
         if step.penalty or not step.exploring or self.power != 1 or step.noise:
-            buffer = self.gradient_buffer()
-            self._add_penalty(gradient, buffer)
-            gradient = buffer
-        self.values.grad = gradient.view(self.ranked.compact_shape)
+            values, buffer = self.values.detach().view(-1), self.gradient_buffer()
+            gradient = add_penalty(gradient, values, self.support, step, buffer)
+        self.values.grad = gradient.view(self.values.shape)
         if not self.step.exploring:
             self._frozen = self._exploring_values().clone()
         if self.power != 1:
@@ -238,23 +254,6 @@ class Execution(ABC):
             values = self.values.detach().view(-1)
             values.copy_(self.step.to_weights(values, *self._base))
             self._base = None
-
-    def _add_penalty(self, gradient: Tensor, out: Tensor) -> None:
-        """Write the gradient (|B|,) plus the penalty's to `out`, zero on B∖A if that rests."""
-        values, split, step = self.values.detach().view(-1), self.support.forward_size, self.step
-        if step.penalty:
-            direction = values if step.penalty_kind == "l2" else torch.sgn(values)
-            sections = (slice(split), step.on_active), (slice(split, None), step.on_exploring)
-            for section, coefficient in sections:
-                torch.add(
-                    gradient[section], direction[section], alpha=coefficient, out=out[section]
-                )
-        elif out is not gradient:
-            out.copy_(gradient)
-        if step.noise:
-            out += step.noise_on(self.support.entries, out.dtype)
-        if not step.exploring:
-            out[split:].zero_()
 
     def _exploring_values(self) -> Tensor:
         return self.values.detach().view(-1)[self.support.forward_size :]

@@ -198,7 +198,8 @@ class SparseExecution(Execution):
         if not isinstance(layer, SparseLayer):
             return  # densify has made it dense
         if not self.awaits_gradient:
-            layer.recording = None
+            if layer.recording is not None:
+                layer.recording = None
         elif layer.recording is None:
             layer.recording = Recording()
 
@@ -214,9 +215,8 @@ class SparseExecution(Execution):
             int(getattr(layer, "groups", 1)),
         )
 
-    def gradient_buffer(self) -> Tensor:
-        assert self._gradient is not None
-        return torch.empty_like(self._gradient).view(-1)
+    def gradient_buffer(self) -> Tensor | None:
+        return None  # the model keeps its own gradient
 
     def restore_gradient(self) -> None:
         if self._gradient is not None:

@@ -76,12 +76,12 @@ class Group:
 
     def inner_params(self) -> list[Parameter]:
         """The inner optimizer's Parameters: compact vectors, and dense Parameters unchanged."""
-        params: dict[int, Parameter] = {}
-        for name, param in zip(self.names, self.params, strict=True):
-            if name in self.execution_by_name:
-                param = self.execution_by_name[name].values
-            params[id(param)] = param
-        return list(params.values())
+        executions = self.execution_by_name
+        params = [
+            executions[name].values if name in executions else param
+            for name, param in zip(self.names, self.params, strict=True)
+        ]
+        return list({id(param): param for param in params}.values())
 
     def stores(self) -> tuple[str, ...]:
         """Attributes in which the inner optimizer keeps entries by Parameter."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from topkast import MismatchError
 from topkast_torch.sparse._convolutions import Convolution
-from topkast_torch.sparse._products import Products
+from topkast_torch.sparse._products import CompiledProducts, Products
 
 Record: TypeAlias = Callable[[Tensor, Tensor], None]
 
@@ -29,6 +29,13 @@ def multiply(
     `products` is called outside of function transforms and compilation. `record` gets x and the
     gradient of the output in each backward pass, outside of function transforms.
     """
+    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        compiled = products()
+        if isinstance(compiled, CompiledProducts) and compiled.passes.accepts(x, [values], [bias]):
+            if not torch.is_grad_enabled():
+                return compiled.passes.forward(x, [values], [bias])[0]
+            output: Tensor = _CompiledProduct.apply(x, values, bias, compiled, record)  # type: ignore[no-untyped-call]
+            return output
     return _apply(_Product, x, values, bias, _LinearOperator(products, record))
 
 
@@ -56,8 +63,12 @@ def _apply(function: Any, x: Tensor, *arguments: Any) -> Tensor:
 
 
 def _without_autocast(function: Any, x: Tensor, *arguments: Any) -> Tensor:
+    output: Tensor
+    if not torch.is_autocast_enabled(x.device.type):  # the context costs as much as a product
+        output = function.apply(x, *arguments)[0]
+        return output
     with torch.autocast(x.device.type, enabled=False):
-        output: Tensor = function.apply(x, *arguments)[0]
+        output = function.apply(x, *arguments)[0]
     return output
 
 
@@ -192,23 +203,79 @@ class _Product(torch.autograd.Function):
         if grad_output is None:
             return None, None, None, None
         x, packed, values = context.saved_tensors
-        operator, needs_grad = context.operator, context.needs_input_grad
-        grad_bias = grad_output.sum(operator.axes) if needs_grad[2] else None
-        if not (needs_grad[0] or needs_grad[1]):
-            return None, None, grad_bias, None
-        in_transform = torch._C._are_functorch_transforms_active()
-        if needs_grad[1] and not in_transform:
-            operator.record(x, grad_output)
-        arguments = grad_output, x, packed, values, _Call(operator, context.shape, needs_grad[:2])
-        if torch.is_grad_enabled() or in_transform:
-            grads = _ProductGradient.apply(*arguments)  # type: ignore[no-untyped-call]
-        else:
-            grads = _gradients(*arguments)
-        return *grads, grad_bias, None
+        arguments = x, packed, values, context.operator, context.shape, context.needs_input_grad
+        return *_differentiate(grad_output, *arguments), None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
         return _vmap_by_loop(_Product, info, in_dims, arguments)
+
+
+class _CompiledProduct(torch.autograd.Function):
+    """:class:`_Product` by compiled products, outside of function transforms and compilation.
+
+    Each pass is one call of compiled code.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        products: CompiledProducts,
+        record: Record,
+    ) -> Tensor:
+        output, packed = products.passes.forward(x, [values], [bias])
+        context.products, context.record, context.shape = products, record, x.shape
+        context.set_materialize_grads(False)
+        needs_values = context.needs_input_grad[1]
+        context.save_for_backward(*((x, packed) if needs_values else (None, None)), values)
+        return output
+
+    @staticmethod
+    def backward(context: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return None, None, None, None, None
+        x, packed, values = context.saved_tensors
+        products, needs_grad = context.products, context.needs_input_grad
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            operator = _LinearOperator(lambda: products, context.record)
+            packed = None if packed is None else packed.view(products.packed_shape(len(x)))
+            arguments = x, packed, values, operator, context.shape, needs_grad[:3]
+            return *_differentiate(grad_output, *arguments), None, None
+        if needs_grad[1]:
+            context.record(x, grad_output)
+        needs = needs_grad[0], (needs_grad[1],), (needs_grad[2],)
+        empty = values if packed is None else packed  # is not read without gradient of the values
+        grads = products.passes.backward(grad_output, empty, None, [values], needs)
+        return grads.x, grads.values[0], grads.biases[0], None, None
+
+
+def _differentiate(
+    grad_output: Tensor,
+    x: Tensor | None,
+    packed: Tensor | None,
+    values: Tensor,
+    operator: Operator,
+    shape: torch.Size,
+    needs_grad: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, values and bias, which can be differentiated again."""
+    grad_bias = grad_output.sum(operator.axes) if needs_grad[2] else None
+    if not (needs_grad[0] or needs_grad[1]):
+        return None, None, grad_bias
+    in_transform = torch._C._are_functorch_transforms_active()
+    if needs_grad[1] and not in_transform:
+        assert x is not None
+        operator.record(x, grad_output)
+    call = _Call(operator, shape, (needs_grad[0], needs_grad[1]))
+    arguments = grad_output, x, packed, values, call
+    if torch.is_grad_enabled() or in_transform:
+        grads = _ProductGradient.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        grads = _gradients(*arguments)
+    return *grads, grad_bias
 
 
 @dataclass(frozen=True, eq=False)

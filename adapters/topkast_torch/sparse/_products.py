@@ -12,6 +12,7 @@ from torch import Tensor
 
 from topkast import Blocks, MismatchError, UnsupportedTensorError
 from topkast.adapter import has_numba
+from topkast_torch.sparse.chains._passes import Passes
 
 _UNIT_ROWS = 2, 4, 8  # of columns of weights that have kernels of their own
 
@@ -74,9 +75,10 @@ def make_products(find_entries: Callable[[], Entries], dtype: torch.dtype) -> Pr
     """Make products for the entries that `find_entries` returns; it may be called again later."""
     entries = find_entries()
     is_compiled = has_kernels(entries.indices.device, dtype)
-    if entries.blocks is None or (is_compiled and unit_kernels("UnitLinearProducts", entries)):
-        products_type = _CompiledProducts if is_compiled else TorchProducts
-        return products_type(entries, find_entries)
+    if is_compiled and (entries.blocks is None or unit_kernels("UnitLinearProducts", entries)):
+        return CompiledProducts(entries, find_entries, dtype)
+    if entries.blocks is None:
+        return TorchProducts(entries, find_entries)
     products: Products = ProductsByWeight(entries, lambda find: make_products(find, dtype))
     return products
 
@@ -126,43 +128,60 @@ class GuardedIndices:
             )
 
 
-class _CompiledProducts:
+class CompiledProducts:
     """Products by ``topkast.kernels``, on the memory of the tensors."""
 
-    def __init__(self, entries: Entries, find_entries: Callable[[], Entries]) -> None:
-        self._find_entries, self._shape = find_entries, entries.shape
+    def __init__(
+        self, entries: Entries, find_entries: Callable[[], Entries], dtype: torch.dtype
+    ) -> None:
+        self._find_entries, self.shape, self.dtype = find_entries, entries.shape, dtype
+        self.block = (1, 1) if entries.blocks is None else (entries.blocks.rows, 1)
+        self.entry_count = len(entries.indices) * self.block[0]
         self._guard = GuardedIndices(entries)
-        self._products = _kernels_for(entries, self._guard.array)
+        self.linear = _kernels_for(entries, self._guard.array)
+        self.passes = Passes([self], [False])
+
+    def check(self) -> None:
+        """Raise an error if the indices were written to."""
+        self._guard.check()
+        self.linear.check()
+
+    def packed_shape(self, batch: int) -> tuple[int, int, int]:
+        """Shape of the packed input."""
+        shape: tuple[int, int, int] = self.linear.packed_shape(
+            (batch, self.shape[1]), numpy_name(self.dtype)
+        )
+        return shape
 
     def pack(self, activations: Tensor) -> Tensor:
         batch, features = activations.shape
-        shape = self._products.packed_shape((batch, features), numpy_name(activations.dtype))
+        shape = self.linear.packed_shape((batch, features), numpy_name(activations.dtype))
         packed = activations.new_empty(shape)
-        self._products.pack(activations.contiguous().numpy(), packed.numpy())
+        self.linear.pack(activations.contiguous().numpy(), packed.numpy())
         return packed
 
     def forward(self, values: Tensor, x: Tensor, bias: Tensor | None, batch: int) -> Tensor:
         self._guard.check()
-        output = x.new_empty(batch, self._shape[0])
+        output = x.new_empty(batch, self.shape[0])
         bias_array = None if bias is None else bias.numpy()
-        self._products.forward(values.numpy(), x.numpy(), output.numpy(), bias=bias_array)
+        self.linear.forward(values.numpy(), x.numpy(), output.numpy(), bias=bias_array)
         return output
 
     def input_gradient(self, values: Tensor, grad_output: Tensor, batch: int) -> Tensor:
-        gradient = grad_output.new_empty(batch, self._shape[1])
-        self._products.input_gradient(values.numpy(), grad_output.numpy(), gradient.numpy())
+        gradient = grad_output.new_empty(batch, self.shape[1])
+        self.linear.input_gradient(values.numpy(), grad_output.numpy(), gradient.numpy())
         return gradient
 
     def weight_gradient(self, grad_output: Tensor, x: Tensor, out: Tensor) -> None:
         self._guard.check()
-        self._products.weight_gradient(grad_output.numpy(), x.numpy(), out.numpy())
+        self.linear.weight_gradient(grad_output.numpy(), x.numpy(), out.numpy())
 
     def on_backward_set(self) -> Products:
         return _products_on_backward_set(self._find_entries)
 
     @property
     def nbytes(self) -> int:
-        nbytes: int = self._products.nbytes
+        nbytes: int = self.linear.nbytes
         return nbytes
 
 

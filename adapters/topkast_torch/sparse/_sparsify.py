@@ -31,6 +31,7 @@ from topkast_torch.sparse._sparse_layer import (
     read_structure,
     replace_data,
 )
+from topkast_torch.sparse.chains._sequential import link_layers, unlink_layers
 
 _ROUNDS = 5
 
@@ -134,6 +135,7 @@ def sparsify(
         if layer.execution == "sparse":
             _make_layer_sparse(optimizer, name, module, execution)
         report.append(layer)
+    link_layers(model)
     return ExecutionReport(tuple(report))
 
 
@@ -146,6 +148,7 @@ def densify(model: Any) -> Any:
         if isinstance(module, SparseLayer):
             # A new Parameter: the old one still belongs to the optimizer.
             make_dense(module, module.weight.detach().clone(), keep_param=False)
+        unlink_layers(module)
     return model
 
 

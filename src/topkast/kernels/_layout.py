@@ -16,7 +16,8 @@ from topkast.kernels._layout_arrays import (
     make_transposed_arrays,
 )
 from topkast.kernels.runtime._arguments import define_record, fill_record
-from topkast.kernels.runtime._vector import PREFETCH_DISTANCE
+from topkast.kernels.runtime._caches import CACHES, max_chunk_rows, panel_columns
+from topkast.kernels.runtime._vector import PREFETCH_DISTANCE, VECTOR_BYTES
 
 Vector = np.ndarray[Any, Any]
 
@@ -37,12 +38,13 @@ LAYOUT = define_record(
     "segment_starts",
 )
 
-_MIN_PANEL = 96  # columns: their rows of a tile of 128 floats fill an L1 cache of 48 KiB
+_TILE_ROW = 8 * VECTOR_BYTES  # bytes of a row of the widest tile
+_MIN_PANEL = panel_columns(CACHES, _TILE_ROW)  # with AVX-512: 96 for 48 KiB, 64 for 32 KiB
 _MAX_PANEL = (1 << 16) - 1  # columns: the length of a segment fits in a uint16
 _MAX_CHUNK = 1 << 16  # rows that a uint16 can number
 _SEGMENT_ENTRIES = 12  # average length of a segment, enough for its loop to pay off
 _ROW_SEGMENT_ENTRIES = 20  # the same for a RowLayout: summed in groups, scattered in memory
-_CHUNK_ROWS = 512  # maximum rows of a chunk: its output stays in the L2 cache
+_CHUNK_ROWS = min(max_chunk_rows(CACHES, _TILE_ROW), 512)  # maximum rows of a chunk
 _CHUNKS_PER_THREAD = 4  # minimum, since chunks differ in work
 
 

@@ -56,6 +56,7 @@ class LinearProducts:
     """
 
     def __init__(self, indices: Vector, forward: int, /, *, shape: tuple[int, int]) -> None:
+        self.shape = shape
         columns, pitch = find_columns(indices, shape=shape)
         self._columns_nbytes = columns.nbytes if columns is not indices else 0
         # With flat indices, the layouts find what does not ascend; columns tell nothing of rows.
@@ -97,6 +98,11 @@ class LinearProducts:
         r"""Write the weight gradient ``gradientᵀ · x`` on B, (\|B\|,), into `out`."""
         other = self._exploring if self._exploring.stop > self._exploring.start else None
         sampled_product(self._active, gradient, x, out, other=other)
+
+    def check(self) -> None:
+        """Raise ValueError if `indices` were overwritten with columns out of range."""
+        self._active.check()
+        self._exploring.check()
 
     @property
     def nbytes(self) -> int:

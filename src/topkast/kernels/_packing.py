@@ -7,13 +7,21 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
-from topkast.kernels.runtime._arguments import Vector, define_arguments, run_transform
+from topkast.kernels.runtime._arguments import (
+    THREAD_COUNTER,
+    Vector,
+    array_at,
+    define_arguments,
+    run_transform,
+)
 from topkast.kernels.runtime._compile import kernel
 from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer, fetch_add, transpose_square
 
 _FEATURES = 128  # features packed at a time: they fit in the L1 and L2 caches
 
-_PACK = define_arguments("source", "target", "count", "batch", "features", "width")
+PACK = define_arguments(
+    "source", "target", "count", "batch", "features", "width", "positive", "scratch"
+)
 
 
 def pack(rows: Vector, tiles: Vector, /, *, threads: int | None = None) -> None:
@@ -52,11 +60,13 @@ def pack(rows: Vector, tiles: Vector, /, *, threads: int | None = None) -> None:
         rows,
         tiles,
         threads,
-        _PACK,
+        PACK,
         count=count,
         batch=batch,
         features=features,
         width=width,
+        positive=0,
+        scratch=0,
     )
 
 
@@ -83,24 +93,57 @@ def transpose(source: Any, target: Any) -> None:
 
 
 @njit  # type: ignore[untyped-decorator]
-def _pack(address: Any, dtype: Any) -> None:
-    arguments = carray(as_pointer(address), 1, _PACK)[0]
+def pack_tiles(address: Any, dtype: Any) -> None:
+    """Pack `source`, with zeros where `positive` (batch, features) is given and not positive."""
+    arguments = carray(as_pointer(address), 1, PACK)[0]
     count, batch = arguments.count, arguments.batch
     features, width = arguments.features, arguments.width
     rows = carray(as_pointer(arguments.source), (batch, features), dtype)
     tiles = carray(as_pointer(arguments.target), (count, features, width), dtype)
+    blocks = (features + _FEATURES - 1) // _FEATURES
+    thread = fetch_add(address + THREAD_COUNTER) if arguments.positive else 0
+    masked = carray(as_pointer(arguments.scratch), (thread + 1, width, _FEATURES), dtype)[thread]
     while True:
-        tile = fetch_add(address)
-        if tile >= count:
+        item = fetch_add(address)
+        if item >= count * blocks:
             break
-        first = tile * width
+        tile, start = item // blocks, item % blocks * _FEATURES
+        first, stop = tile * width, min(features, start + _FEATURES)
         used = min(width, batch - first)
-        for start in range(0, features, _FEATURES):
-            stop = min(features, start + _FEATURES)
-            source = rows[first : first + used, start:stop]
-            transpose(source, tiles[tile][start:stop, :used])
+        source = rows[first : first + used, start:stop]
+        if arguments.positive:
+            for row in range(used):
+                offset = ((first + row) * features + start) * rows.itemsize
+                _copy_positive(
+                    array_at(arguments.source + offset, stop - start, dtype),
+                    array_at(arguments.positive + offset, stop - start, dtype),
+                    masked[row],
+                )
+            source = masked[:used, : stop - start]
+        transpose(source, tiles[tile][start:stop, :used])
         if used < width:
-            tiles[tile][:, used:] = 0
+            tiles[tile][start:stop, used:] = 0
+
+
+@njit  # type: ignore[untyped-decorator]
+def clear_negative(array: Any, positive: Any) -> None:
+    """Set the entries to 0 where `positive` is 0 or less."""
+    zero = array.dtype.type(0)
+    for index in range(len(array)):
+        array[index] = zero if positive[index] <= 0 else array[index]
+
+
+@njit  # type: ignore[untyped-decorator]
+def _copy_positive(source: Any, positive: Any, target: Any) -> None:
+    """Copy `source` where `positive` is greater than 0 or NaN, and write zeros elsewhere."""
+    zero = source.dtype.type(0)
+    for index in range(len(source)):
+        target[index] = zero if positive[index] <= 0 else source[index]
+
+
+def pack_scratch_bytes(width: int, itemsize: int) -> int:
+    """Bytes of `scratch` that each thread needs if `positive` is given."""
+    return width * _FEATURES * itemsize
 
 
 _KERNEL = types.void(types.intp)
@@ -108,9 +151,9 @@ _KERNEL = types.void(types.intp)
 
 @kernel(_KERNEL)
 def _pack_single(address: Any) -> None:
-    _pack(address, np.float32)
+    pack_tiles(address, np.float32)
 
 
 @kernel(_KERNEL)
 def _pack_double(address: Any) -> None:
-    _pack(address, np.float64)
+    pack_tiles(address, np.float64)

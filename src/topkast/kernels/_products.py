@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from numba import carray, njit, types
 
 from topkast.backends._threads import default_threads
 from topkast.kernels._layout import LAYOUT, Layout, RowLayout, Vector
-from topkast.kernels._packing import transpose
+from topkast.kernels._packing import clear_negative, transpose
 from topkast.kernels._sampling import PREFETCH_SEGMENTS, run_sampled
 from topkast.kernels.runtime._arguments import (
     THREAD_COUNTER,
@@ -38,7 +39,7 @@ from topkast.kernels.runtime._vector import (
 _COLUMNS = 16  # columns transposed at a time: each writes to a memory page of its own
 _ENTRY_COST = 3  # fixed cost of an entry in a tile, in units of the cost of a vector
 
-_MULTIPLY = define_arguments(
+MULTIPLY = define_arguments(
     "layout",
     "values",
     "x",
@@ -49,9 +50,13 @@ _MULTIPLY = define_arguments(
     "tiles",
     "registers",
     "batch",
+    "is_packed",
+    "rectifies",
+    "positive",
 )
 
 
+@functools.lru_cache(maxsize=256)
 def tile_width(columns: int, dtype: Any) -> int:
     """Best width of the tiles for a number of columns of activations.
 
@@ -146,7 +151,7 @@ def multiply(
         (_multiply_single, _multiply_double),
         dtype,
         threads,
-        _MULTIPLY,
+        MULTIPLY,
         layout=layout._record,
         values=values,
         x=x,
@@ -155,8 +160,11 @@ def multiply(
         scratch=empty_aligned((threads * layout.max_chunk_rows, width), dtype),
         max_chunk_rows=layout.max_chunk_rows,
         tiles=tiles,
-        registers=_registers(width, dtype),
+        registers=registers_of(width, dtype),
         batch=batch,
+        is_packed=0,
+        rectifies=0,
+        positive=0,
     )
 
 
@@ -212,7 +220,7 @@ def sampled_product(
         ("y", y, (tiles, layout.rows, width)),
         ("out", out, (max(out.size, length),)),
     )
-    registers = _registers(width, out.dtype)
+    registers = registers_of(width, out.dtype)
     for used in (layout,) if other is None else (layout, other):
         if not isinstance(used, RowLayout):
             raise TypeError(
@@ -244,7 +252,7 @@ def _required_length(layout: RowLayout | Layout) -> int:
     return layout.stop if isinstance(layout, RowLayout) else layout.required_length
 
 
-def _registers(width: int, dtype: Any) -> int:
+def registers_of(width: int, dtype: Any) -> int:
     registers, remainder = divmod(width * int(dtype.itemsize), VECTOR_BYTES)
     if remainder or registers not in (1, 2, 4, 8):
         raise ValueError(
@@ -254,8 +262,13 @@ def _registers(width: int, dtype: Any) -> int:
 
 
 @njit  # type: ignore[untyped-decorator]
-def _multiply(address: Any, dtype: Any) -> None:
-    arguments = carray(as_pointer(address), 1, _MULTIPLY)[0]
+def multiply_tiles(address: Any, dtype: Any) -> None:
+    """Multiply; `out` is (batch, rows), or packed if `is_packed`.
+
+    If `rectifies`, negative outputs become 0. Where `positive`, which is packed, is given and not
+    positive, outputs become 0.
+    """
+    arguments = carray(as_pointer(address), 1, MULTIPLY)[0]
     layout = carray(as_pointer(arguments.layout), 1, LAYOUT)[0]
     registers, batch, tiles = arguments.registers, arguments.batch, arguments.tiles
     chunks, rows = layout.chunks, layout.rows
@@ -273,19 +286,29 @@ def _multiply(address: Any, dtype: Any) -> None:
             break
         tile, chunk = item // chunks, item % chunks
         first, last = chunk_rows[chunk], chunk_rows[chunk + 1]
-        transposed = carray(as_pointer(scratch), (last - first, lanes), dtype)
+        offset = (tile * rows + first) * tile_bytes  # of the chunk in packed activations
+        target = arguments.out + offset if arguments.is_packed else scratch
+        transposed = carray(as_pointer(target), (last - first, lanes), dtype)
         for row in range(first, last):
             transposed[row - first] = bias[row] if arguments.bias else dtype(0)
         tile_x = arguments.x + tile * layout.width * tile_bytes
         if layout.value_index:
-            _add_indexed(layout, chunk, arguments.values, tile_x, registers, scratch, dtype)
+            _add_indexed(layout, chunk, arguments.values, tile_x, registers, target, dtype)
         else:
-            _add_rows(layout, chunk, first, arguments.values, tile_x, registers, scratch, dtype)
+            _add_rows(layout, chunk, first, arguments.values, tile_x, registers, target, dtype)
+        count = (last - first) * lanes
+        if arguments.rectifies:
+            clear_negative(array_at(target, count, dtype), array_at(target, count, dtype))
+        if arguments.positive:
+            positive = array_at(arguments.positive + offset, count, dtype)
+            clear_negative(array_at(target, count, dtype), positive)
+        if arguments.is_packed:
+            continue
         used = min(lanes, batch - tile * lanes)
         for column in range(0, used, _COLUMNS):
             stop = min(used, column + _COLUMNS)
-            target = output[tile * lanes + column : tile * lanes + stop, first:last]
-            transpose(transposed[:, column:stop], target)
+            out = output[tile * lanes + column : tile * lanes + stop, first:last]
+            transpose(transposed[:, column:stop], out)
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -357,9 +380,9 @@ _KERNEL = types.void(types.intp)
 
 @kernel(_KERNEL)
 def _multiply_single(address: Any) -> None:
-    _multiply(address, np.float32)
+    multiply_tiles(address, np.float32)
 
 
 @kernel(_KERNEL)
 def _multiply_double(address: Any) -> None:
-    _multiply(address, np.float64)
+    multiply_tiles(address, np.float64)

@@ -23,7 +23,7 @@ from topkast.kernels.runtime._vector import (
 
 PREFETCH_SEGMENTS = 4  # segments: columns and values are prefetched this far ahead
 
-_SAMPLE = define_arguments(
+SAMPLE = define_arguments(
     "layout",
     "other",
     "columns",
@@ -79,7 +79,7 @@ def run_sampled(
         (_sample_single, _sample_double),
         out.dtype,
         threads,
-        _SAMPLE,
+        SAMPLE,
         layout=layout._record,
         other=0 if other is None else other._record,
         out=out,
@@ -88,8 +88,9 @@ def run_sampled(
 
 
 @njit  # type: ignore[untyped-decorator]
-def _sample(address: Any, dtype: Any) -> None:
-    arguments = carray(as_pointer(address), 1, _SAMPLE)[0]
+def sample_entries(address: Any, dtype: Any) -> None:
+    """Compute the dot products of all chunks."""
+    arguments = carray(as_pointer(address), 1, SAMPLE)[0]
     layout = carray(as_pointer(arguments.layout), 1, LAYOUT)[0]
     has_other = arguments.other != 0
     other = carray(as_pointer(arguments.other if has_other else arguments.layout), 1, LAYOUT)[0]
@@ -169,9 +170,9 @@ _KERNEL = types.void(types.intp)
 
 @kernel(_KERNEL)
 def _sample_single(address: Any) -> None:
-    _sample(address, np.float32)
+    sample_entries(address, np.float32)
 
 
 @kernel(_KERNEL)
 def _sample_double(address: Any) -> None:
-    _sample(address, np.float64)
+    sample_entries(address, np.float64)

@@ -87,13 +87,13 @@ class Kernel:
     def _compiled(self) -> Any:
         return numba.cfunc(self._signature, cache=can_cache())(self._function)
 
-    @property
+    @functools.cached_property
     def address(self) -> int:
         """Address of the compiled function."""
         address: int = self._compiled.address
         return address
 
-    @property
+    @functools.cached_property
     def ctypes(self) -> Any:
         """The function as a callable that releases the GIL."""
         return self._compiled.ctypes

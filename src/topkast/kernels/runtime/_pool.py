@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -22,25 +23,45 @@ import numpy as np
 
 from topkast.backends._threads import CORES, default_threads, executor, wait_for
 
+_CACHE_LINE = 64  # bytes
+_SCRATCH = threading.local()  # a call returns before its thread makes another one
+
 _Region = Callable[[int, int, int, int], None]  # function, its argument, threads, flags
 
 
 def run(kernel: Any, arguments: np.ndarray[Any, Any], threads: int | None = None) -> None:
     """Run a compiled ``numba.cfunc`` on `arguments`, whose first entry counts work items."""
     arguments[0] = 0
-    count = threads or default_threads()
+    run_at(kernel, arguments.ctypes.data, threads or default_threads())
+
+
+def run_at(kernel: Any, address: int, threads: int) -> None:
+    """Run a kernel on the arguments at an address, which must stay valid until it returns."""
+    if threads == 1:
+        kernel.ctypes(address)
+        return
     region = _openmp_of_torch() if "torch" in sys.modules else None
-    if count > 1 and region is not None:
-        region(kernel.address, arguments.ctypes.data, count, 0)
+    if region is not None:
+        region(kernel.address, address, threads, 0)
         return
     call = kernel.ctypes  # releases the GIL
     futures: list[Future[None]] = []
     try:
-        for _ in range(min(count, CORES) - 1):
-            futures.append(executor().submit(call, arguments.ctypes.data))
-        call(arguments.ctypes.data)
+        for _ in range(min(threads, CORES) - 1):
+            futures.append(executor().submit(call, address))
+        call(address)
     finally:
         wait_for(futures)
+
+
+def scratch_at(size: int) -> int:
+    """Address of memory for a kernel, aligned to a cache line, until this thread's next call."""
+    memory: np.ndarray[Any, Any] | None = getattr(_SCRATCH, "memory", None)
+    if memory is None or len(memory) < size + _CACHE_LINE:
+        memory = _SCRATCH.memory = np.empty(size + _CACHE_LINE, dtype=np.uint8)
+        _SCRATCH.address = memory.ctypes.data + -memory.ctypes.data % _CACHE_LINE
+    address: int = _SCRATCH.address
+    return address
 
 
 @functools.cache

@@ -341,7 +341,7 @@ def fetch_add(_: Any, address: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = builder.inttoptr(arguments[0], _INT64.as_pointer())
-        return builder.atomic_rmw("add", pointer, ir.Constant(_INT64, 1), "monotonic")
+        return builder.atomic_rmw("add", pointer, ir.Constant(_INT64, 1), "acq_rel")
 
     return types.intp(types.intp), emit
 

@@ -61,7 +61,7 @@ class UnitLinearProducts:
     ) -> None:
         height, width = shape
         check_units(indices, height, rows)
-        self._indices, self._rows, self._shape = indices, rows, shape
+        self._indices, self.rows, self.shape = indices, rows, shape
         units = height // rows, width
         panel_width = panel_width_for(forward, units)
         self._active, self._exploring = (
@@ -73,7 +73,7 @@ class UnitLinearProducts:
         """Shape of packed activations (batch, features): (tiles, features, width)."""
         batch, features = shape
         lanes = lanes_of(dtype)
-        width = lanes * registers_for(self._rows, -(-batch // lanes))
+        width = lanes * registers_for(self.rows, -(-batch // lanes))
         return -(-batch // width), features, width
 
     @staticmethod
@@ -85,27 +85,32 @@ class UnitLinearProducts:
         self, values: Vector, x: Vector, out: Vector, *, bias: Vector | None = None
     ) -> None:
         """Write the output ``x · Wᵀ + bias`` with W on A, (batch, height), into `out`."""
-        height, width = self._shape
+        height, width = self.shape
         self._check(values.dtype, values, (len(out), out, height), ("x", x, width))
         if bias is not None:
             check_arrays(values.dtype, ("bias", bias, (height,)))
         planes = self._planes(x, len(out))
-        multiply_units(self._active, self._rows, self._indices, planes, values, x, out, bias)
+        multiply_units(self._active, self.rows, self._indices, planes, values, x, out, bias)
 
     def input_gradient(self, values: Vector, gradient: Vector, out: Vector) -> None:
         """Write the input gradient ``gradient · W`` with W on A, (batch, width), into `out`."""
-        height, width = self._shape
+        height, width = self.shape
         self._check(values.dtype, values, (len(out), out, width), ("gradient", gradient, height))
         planes = self._planes(gradient, len(out))
-        scatter_units(self._active, self._rows, self._indices, planes, values, gradient, out)
+        scatter_units(self._active, self.rows, self._indices, planes, values, gradient, out)
 
     def weight_gradient(self, gradient: Vector, x: Vector, out: Vector) -> None:
         r"""Write the weight gradient ``gradientᵀ · x`` on B, (\|B\| · r,), into `out`."""
-        height, width = self._shape
+        height, width = self.shape
         self._check(out.dtype, out, None, ("x", x, width), ("gradient", gradient, height))
         other = self._exploring if self._exploring.starts.size else None
-        planes = self._planes(x, x.shape[0] * x.shape[2])
-        sample_units(self._active, other, self._rows, self._indices, planes, gradient, x, out)
+        planes = self._planes(x, 0)
+        sample_units(self._active, other, self.rows, self._indices, planes, gradient, x, out)
+
+    def check(self) -> None:
+        """Raise ValueError if `indices` was overwritten with units out of range."""
+        self._active.check()
+        self._exploring.check()
 
     @property
     def nbytes(self) -> int:
@@ -120,7 +125,7 @@ class UnitLinearProducts:
         *packed: tuple[str, Vector, int],
     ) -> None:
         tiles, _, lanes = packed[0][1].shape
-        arrays: list[Any] = [("values", values, (len(self._indices) * self._rows,))]
+        arrays: list[Any] = [("values", values, (len(self._indices) * self.rows,))]
         arrays += [(name, array, (tiles, features, lanes)) for name, array, features in packed]
         if output is None:
             arrays[0] = ("out", values, arrays[0][2])
@@ -131,7 +136,7 @@ class UnitLinearProducts:
                 raise ValueError(f"{batch} rows of out do not fit {tiles} tiles of width {lanes}")
         check_arrays(dtype, *arrays)
         registers, remainder = divmod(lanes * int(values.dtype.itemsize), VECTOR_BYTES)
-        if remainder or registers_for(self._rows, registers) != registers:
+        if remainder or registers_for(self.rows, registers) != registers:
             raise ValueError(
                 f"a tile cannot have {lanes} columns of {values.dtype}: allocate it with the shape "
                 "of packed_shape"
@@ -140,7 +145,9 @@ class UnitLinearProducts:
     def _planes(self, packed: Vector, batch: int) -> Planes:
         tiles, _, lanes = packed.shape
         registers = lanes * packed.itemsize // VECTOR_BYTES
-        return Planes(tiles, self._shape[1], registers, registers, registers, 0, batch)
+        return Planes(
+            tiles, self.shape[1], registers, registers, registers, is_linear=True, batch=batch
+        )
 
 
 def check_units(indices: Vector, height: int, rows: int) -> None:

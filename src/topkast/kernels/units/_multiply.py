@@ -8,6 +8,7 @@ import numpy as np
 from numba import carray, njit, types
 
 from topkast.backends._threads import default_threads
+from topkast.kernels._packing import clear_negative
 from topkast.kernels.runtime._arguments import THREAD_COUNTER, Vector, array_at
 from topkast.kernels.runtime._compile import kernel
 from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer, fetch_add
@@ -16,8 +17,8 @@ from topkast.kernels.units._sizes import (
     ARGUMENTS,
     ITEMS_PER_THREAD,
     Planes,
+    describe,
     run_units,
-    tile_registers,
     write_transpose,
 )
 from topkast.kernels.units._vector import unit_product
@@ -38,29 +39,33 @@ def multiply_units(
 ) -> None:
     """Output of a linear layer, (batch, rows), or planes of the output of a convolution."""
     threads = threads or default_threads()
-    registers = tile_registers(unit_rows, planes)
-    most = max(1, min(_CHUNK_WEIGHT_ROWS // unit_rows, panels.rows // (ITEMS_PER_THREAD * threads)))
-    scratch_bytes = most * unit_rows * registers * VECTOR_BYTES if planes.batch is not None else 0
-    run_units(
-        (_multiply_single, _multiply_double),
-        panels,
-        unit_rows,
-        columns,
-        planes,
-        registers,
-        threads,
-        values=values,
-        x=x,
-        out=out,
-        bias=np.zeros(panels.rows * unit_rows, out.dtype) if bias is None else bias,
-        out_plane_bytes=planes.positions * VECTOR_BYTES,
-        chunk_rows=most,
-        scratch_bytes=scratch_bytes,
-    )
+    arguments = describe_multiply(panels, unit_rows, columns, planes, threads)
+    if bias is None:
+        bias = np.zeros(panels.rows * unit_rows, out.dtype)
+    kernels = _multiply_single, _multiply_double
+    run_units(kernels, threads, arguments, values=values, x=x, out=out, bias=bias)
+
+
+def describe_multiply(
+    panels: Panels, unit_rows: int, columns: Vector, planes: Planes, threads: int
+) -> dict[str, int]:
+    """The arguments of :func:`multiply_tiles_of_units`, but addresses of activations and values."""
+    arguments = describe(panels, unit_rows, columns, planes)
+    most = min(_CHUNK_WEIGHT_ROWS // unit_rows, panels.rows // (ITEMS_PER_THREAD * threads))
+    arguments["chunk_rows"] = chunk_rows = max(1, most)
+    arguments["out_plane_bytes"] = planes.positions * VECTOR_BYTES
+    if planes.batch:
+        tile_bytes = arguments["registers"] * VECTOR_BYTES
+        arguments["scratch_bytes"] = chunk_rows * unit_rows * tile_bytes
+    return arguments
 
 
 @njit  # type: ignore[untyped-decorator]
-def _multiply(address: Any, dtype: Any) -> None:
+def multiply_tiles_of_units(address: Any, dtype: Any) -> None:
+    """Multiply; `out` is (batch, rows), or planes if `batch` is 0.
+
+    If `rectifies`, negative outputs become 0: with planes, these are one tile long.
+    """
     arguments = carray(as_pointer(address), 1, ARGUMENTS)[0]
     unit_rows, registers = arguments.unit_rows, arguments.registers
     rows, tiles, batch = arguments.rows, arguments.tiles, arguments.batch
@@ -103,6 +108,9 @@ def _multiply(address: Any, dtype: Any) -> None:
                 out + (row - first) * unit_rows * out_stride,
                 out_stride,
             )
+        if arguments.rectifies:
+            results = array_at(out, count * lanes, dtype)
+            clear_negative(results, results)
         if batch:
             output = carray(as_pointer(arguments.out), (batch, height), dtype)
             transposed = carray(as_pointer(scratch), (count, lanes), dtype)
@@ -114,9 +122,9 @@ _KERNEL = types.void(types.intp)
 
 @kernel(_KERNEL)
 def _multiply_single(address: Any) -> None:
-    _multiply(address, np.float32)
+    multiply_tiles_of_units(address, np.float32)
 
 
 @kernel(_KERNEL)
 def _multiply_double(address: Any) -> None:
-    _multiply(address, np.float64)
+    multiply_tiles_of_units(address, np.float64)

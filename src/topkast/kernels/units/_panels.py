@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,24 @@ class Panels:
     starts: Vector
     panel_width: int
     width: int
+
+    @cached_property
+    def start(self) -> int:
+        """Position of the first unit."""
+        return int(self.starts[0, 0]) if self.rows else 0
+
+    @cached_property
+    def stop(self) -> int:
+        """Position after the last unit."""
+        return int(self.starts[-1, -1]) if self.rows else 0
+
+    def check(self) -> None:
+        """Raise ValueError if `units` was overwritten with units out of range."""
+        start, stop, end = self.start, self.stop, self.rows * self.width
+        if stop > start and not (self.units[start] >= 0 and self.units[stop - 1] < end):
+            raise ValueError(
+                "the units of a layout were overwritten: make a new layout for new units"
+            )
 
     @property
     def panels(self) -> int:

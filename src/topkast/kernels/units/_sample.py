@@ -17,9 +17,9 @@ from topkast.kernels.units._sizes import (
     CACHE_BYTES,
     ITEMS_PER_THREAD,
     Planes,
+    describe,
     merge_panels,
     run_units,
-    tile_registers,
 )
 from topkast.kernels.units._vector import unit_dots
 
@@ -39,27 +39,32 @@ def sample_units(
 ) -> None:
     """Weight gradient on the units of A and, in `other`, of B∖A."""
     threads = threads or default_threads()
-    registers = tile_registers(unit_rows, planes)
+    arguments = describe_sample(panels, other, unit_rows, columns, planes, threads)
+    run_units((_sample_single, _sample_double), threads, arguments, x=x, y=y, out=out)
+
+
+def describe_sample(
+    panels: Panels,
+    other: Panels | None,
+    unit_rows: int,
+    columns: Vector,
+    planes: Planes,
+    threads: int,
+) -> dict[str, int]:
+    """The arguments of :func:`sample_units_of_tiles`, but addresses of activations and results."""
+    arguments = describe(panels, unit_rows, columns, planes)
     vectors = min(planes.groups * planes.positions, _DOT_VECTORS) or 1
-    run_units(
-        (_sample_single, _sample_double),
-        panels,
-        unit_rows,
-        columns,
-        planes,
-        registers,
-        threads,
-        other_starts=0 if other is None else other.starts,
-        x=x,
-        y=y,
-        out=out,
-        chunk_rows=max(1, min(64, panels.rows // (ITEMS_PER_THREAD * threads))),
-        merged=merge_panels(panels, CACHE_BYTES // (vectors * VECTOR_BYTES), 1),
-    )
+    arguments["chunk_rows"] = max(1, min(64, panels.rows // (ITEMS_PER_THREAD * threads)))
+    arguments["merged"] = merge_panels(panels, CACHE_BYTES // (vectors * VECTOR_BYTES), 1)
+    arguments["leading_bytes"] = planes.leading_zeros * VECTOR_BYTES
+    if other is not None:
+        arguments["other_starts"] = other.starts.ctypes.data
+    return arguments
 
 
 @njit  # type: ignore[untyped-decorator]
-def _sample(address: Any, dtype: Any) -> None:
+def sample_units_of_tiles(address: Any, dtype: Any) -> None:
+    """Compute the dot products of all rows of units."""
     arguments = carray(as_pointer(address), 1, ARGUMENTS)[0]
     rows, panels, merged = arguments.rows, arguments.panels, arguments.merged
     starts = carray(as_pointer(arguments.starts), (panels + 1, rows), np.int32)
@@ -86,7 +91,7 @@ def _sample(address: Any, dtype: Any) -> None:
                 vectors, is_first = min(step, positions - position), group + position == 0
                 shift = position * VECTOR_BYTES
                 x = arguments.x + group * arguments.x_bytes + shift
-                y = arguments.y + group * arguments.y_bytes + shift
+                y = arguments.y + arguments.leading_bytes + group * arguments.y_bytes + shift
                 sizes = steps, vectors, is_first
                 for panel in range(0, panels, merged):
                     end = min(panel + merged, panels)
@@ -143,9 +148,9 @@ _KERNEL = types.void(types.intp)
 
 @kernel(_KERNEL)
 def _sample_single(address: Any) -> None:
-    _sample(address, np.float32)
+    sample_units_of_tiles(address, np.float32)
 
 
 @kernel(_KERNEL)
 def _sample_double(address: Any) -> None:
-    _sample(address, np.float64)
+    sample_units_of_tiles(address, np.float64)

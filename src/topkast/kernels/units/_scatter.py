@@ -8,6 +8,7 @@ import numpy as np
 from numba import carray, njit, types
 
 from topkast.backends._threads import default_threads
+from topkast.kernels._packing import clear_negative
 from topkast.kernels.runtime._arguments import THREAD_COUNTER, Vector, array_at
 from topkast.kernels.runtime._compile import kernel
 from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer, fetch_add
@@ -17,9 +18,9 @@ from topkast.kernels.units._sizes import (
     CACHE_BYTES,
     ITEMS_PER_THREAD,
     Planes,
+    describe,
     merge_panels,
     run_units,
-    tile_registers,
     write_transpose,
 )
 from topkast.kernels.units._vector import unit_scatter
@@ -42,30 +43,33 @@ def scatter_units(
     if not panels.width:
         return
     threads = threads or default_threads()
-    registers = tile_registers(unit_rows, planes)
+    arguments = describe_scatter(panels, unit_rows, columns, planes, threads)
+    run_units((_scatter_single, _scatter_double), threads, arguments, values=values, y=y, out=out)
+
+
+def describe_scatter(
+    panels: Panels, unit_rows: int, columns: Vector, planes: Planes, threads: int
+) -> dict[str, int]:
+    """The arguments of :func:`scatter_units_of_tiles`, but addresses of activations and values."""
+    arguments = describe(panels, unit_rows, columns, planes)
+    tile_bytes = arguments["registers"] * VECTOR_BYTES
     items = -(-ITEMS_PER_THREAD * threads // max(planes.groups, 1))
-    merged = merge_panels(panels, CACHE_BYTES // (registers * VECTOR_BYTES), items)
-    columns_merged = min(merged * panels.panel_width, panels.width)
-    scratch_bytes = columns_merged * registers * VECTOR_BYTES if planes.batch is not None else 0
-    run_units(
-        (_scatter_single, _scatter_double),
-        panels,
-        unit_rows,
-        columns,
-        planes,
-        registers,
-        threads,
-        values=values,
-        y=y,
-        out=out,
-        out_plane_bytes=planes.length * VECTOR_BYTES,
-        merged=merged,
-        scratch_bytes=scratch_bytes,
-    )
+    merged = merge_panels(panels, CACHE_BYTES // tile_bytes, items)
+    arguments["merged"] = merged
+    arguments["out_plane_bytes"] = planes.length * VECTOR_BYTES
+    arguments["leading_bytes"] = planes.leading_zeros * VECTOR_BYTES
+    if planes.batch:
+        columns_at_once = min(merged * panels.panel_width, panels.width)
+        arguments["scratch_bytes"] = columns_at_once * tile_bytes
+    return arguments
 
 
 @njit  # type: ignore[untyped-decorator]
-def _scatter(address: Any, dtype: Any) -> None:
+def scatter_units_of_tiles(address: Any, dtype: Any) -> None:
+    """Scatter; `out` is (batch, width), or planes if `batch` is 0.
+
+    Where `positive`, packed like `out`, is given and not positive, results become 0.
+    """
     arguments = carray(as_pointer(address), 1, ARGUMENTS)[0]
     rows, width, batch = arguments.rows, arguments.width, arguments.batch
     panels, merged, planes = arguments.panels, arguments.merged, arguments.planes
@@ -82,7 +86,7 @@ def _scatter(address: Any, dtype: Any) -> None:
         group, panel = item // items, item % items * merged
         end = min(panel + merged, panels)
         first, last = panel * panel_width, min(end * panel_width, width)
-        y = arguments.y + group * arguments.y_bytes
+        y = arguments.y + arguments.leading_bytes + group * arguments.y_bytes
         first_plane, last_plane = first * planes // width, last * planes // width
         group_out = arguments.out + group * arguments.x_bytes
         out = scratch - first * tile_bytes if batch else group_out
@@ -93,6 +97,10 @@ def _scatter(address: Any, dtype: Any) -> None:
         for tile in range(arguments.tiles):
             shift = tile * tile_bytes
             _scatter_rows(arguments, starts[panel], starts[end], y + shift, out + shift, dtype)
+        if arguments.positive:
+            count = cleared_bytes // array_at(cleared, 1, dtype).nbytes
+            positive = arguments.positive + (cleared - arguments.out)
+            clear_negative(array_at(cleared, count, dtype), array_at(positive, count, dtype))
         if batch:
             lanes = tile_bytes // array_at(scratch, 1, dtype).itemsize
             output = carray(as_pointer(arguments.out), (batch, width), dtype)
@@ -107,19 +115,20 @@ def _scatter_rows(arguments: Any, starts: Any, stops: Any, y: Any, out: Any, dty
     values, columns, stride = arguments.values, arguments.columns, arguments.stride
     row_bytes, y_stride = arguments.pitch * stride, arguments.y_plane_bytes
     for row in range(arguments.rows):
-        unit_scatter(
-            zero,
-            unit_rows,
-            registers,
-            values,
-            columns,
-            starts[row],
-            stops[row],
-            y + row * unit_rows * y_stride,
-            y_stride,
-            out - row * row_bytes,
-            stride,
-        )
+        if starts[row] < stops[row]:
+            unit_scatter(
+                zero,
+                unit_rows,
+                registers,
+                values,
+                columns,
+                starts[row],
+                stops[row],
+                y + row * unit_rows * y_stride,
+                y_stride,
+                out - row * row_bytes,
+                stride,
+            )
 
 
 _KERNEL = types.void(types.intp)
@@ -127,9 +136,9 @@ _KERNEL = types.void(types.intp)
 
 @kernel(_KERNEL)
 def _scatter_single(address: Any) -> None:
-    _scatter(address, np.float32)
+    scatter_units_of_tiles(address, np.float32)
 
 
 @kernel(_KERNEL)
 def _scatter_double(address: Any) -> None:
-    _scatter(address, np.float64)
+    scatter_units_of_tiles(address, np.float64)

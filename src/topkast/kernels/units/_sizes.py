@@ -49,12 +49,15 @@ ARGUMENTS = define_arguments(
     "x_bytes",
     "y_bytes",
     "y_plane_bytes",
+    "leading_bytes",
     "out_plane_bytes",
     "tiles",
     "chunk_rows",
     "merged",
     "planes",
     "batch",
+    "rectifies",
+    "positive",
 )
 
 
@@ -76,8 +79,10 @@ class Planes:
         Of a plane of the output's gradient.
     leading_zeros
         Before the first position of a plane of the gradient.
+    is_linear
+        Whether these are the tiles of a linear layer.
     batch
-        Number of rows of a linear layer's activations; None for a convolution.
+        Number of rows of the result of a linear layer; 0 if the result has tiles or planes.
     """
 
     groups: int
@@ -86,7 +91,8 @@ class Planes:
     positions: int
     gradient_length: int
     leading_zeros: int = 0
-    batch: int | None = None
+    is_linear: bool = False
+    batch: int = 0
 
 
 def registers_for(unit_rows: int, vectors: int) -> int:
@@ -102,34 +108,22 @@ def tile_registers(unit_rows: int, planes: Planes) -> int:
 
 def merge_panels(panels: Panels, columns: int, items: int) -> int:
     """Panels to process together: at most `columns` wide where that leaves rows some units."""
-    units = int(panels.starts[-1, -1] - panels.starts[0, 0]) if panels.rows else 0
-    worth = _WORTH_UNITS * panels.rows * panels.width // max(units, 1)
+    units = max(panels.stop - panels.start, 1)
+    worth = _WORTH_UNITS * panels.rows * panels.width // units
     merged = max(1, max(columns, worth) // panels.panel_width)
     return max(1, min(merged, panels.panels // items))
 
 
-def run_units(
-    kernels: tuple[Any, Any],
-    panels: Panels,
-    unit_rows: int,
-    columns: Vector,
-    planes: Planes,
-    registers: int,
-    threads: int,
-    **values: Any,
-) -> None:
-    dtype = values["out"].dtype
-    is_linear = planes.batch is not None
-    scratch_bytes = values.get("scratch_bytes", 0)
-    scratch = empty_aligned((threads * scratch_bytes // dtype.itemsize,), dtype)
+def describe(panels: Panels, unit_rows: int, columns: Vector, planes: Planes) -> dict[str, int]:
+    """The arguments that follow from the units and the sizes, by name; all others are 0."""
+    registers = tile_registers(unit_rows, planes)
     known = {
-        "starts": panels.starts,
+        "starts": panels.starts.ctypes.data,
         "panels": panels.panels,
         "panel_width": panels.panel_width,
-        "columns": columns,
-        "pitch": panels.width if is_linear else 0,
-        "stride": registers * VECTOR_BYTES if is_linear else VECTOR_BYTES,
-        "scratch": scratch,
+        "columns": columns.ctypes.data,
+        "pitch": panels.width if planes.is_linear else 0,
+        "stride": registers * VECTOR_BYTES if planes.is_linear else VECTOR_BYTES,
         "unit_rows": unit_rows,
         "rows": panels.rows,
         "width": panels.width,
@@ -140,14 +134,20 @@ def run_units(
         "y_plane_bytes": planes.gradient_length * VECTOR_BYTES,
         "tiles": planes.positions // registers,
         "planes": planes.planes,
-        "batch": planes.batch or 0,
+        "batch": planes.batch,
     }
     absent = dict.fromkeys(ARGUMENTS.names or (), 0)
-    arguments = absent | known | values
-    if "y" in values:  # read from the first position on
-        arguments["y"] = values["y"].ctypes.data + planes.leading_zeros * VECTOR_BYTES
-    del arguments["next_item"], arguments["next_thread"]
-    run_kernel(kernels, dtype, threads, ARGUMENTS, **arguments)
+    del absent["next_item"], absent["next_thread"]
+    return absent | known
+
+
+def run_units(
+    kernels: tuple[Any, Any], threads: int, arguments: dict[str, int], **arrays: Vector
+) -> None:
+    """Run the float32 or float64 kernel with more arguments, the addresses of arrays."""
+    dtype = arrays["out"].dtype
+    scratch = empty_aligned((threads * arguments["scratch_bytes"] // dtype.itemsize,), dtype)
+    run_kernel(kernels, dtype, threads, ARGUMENTS, **arguments | arrays | {"scratch": scratch})
 
 
 @njit  # type: ignore[untyped-decorator]

@@ -1,0 +1,1 @@
+"""Sparse layers in a row, whose products read and write packed activations."""

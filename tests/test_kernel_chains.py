@@ -1,0 +1,58 @@
+"""Chains of products on memory, without a framework."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba")
+
+from topkast.kernels import LinearChain, LinearProducts
+from topkast.kernels.chains._plan import Plan, Slot, Stage
+
+
+def make_products(rows: int, width: int) -> LinearProducts:
+    return LinearProducts(
+        np.arange(rows * width, dtype=np.int32), rows * width, shape=(rows, width)
+    )
+
+
+@pytest.mark.parametrize("batch", [0, 1, 5, 200])
+def test_passes_are_those_of_dense_layers(batch: int) -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.standard_normal((7, 4)), rng.standard_normal((3, 7))
+    bias, x = rng.standard_normal(7), rng.standard_normal((batch, 4))
+    chain = LinearChain([make_products(7, 4), make_products(3, 7)], [True, False], "float64")
+    packed, output = np.empty(chain.packed_size(batch)), np.empty((batch, 3))
+    forward = x, packed, output, first, second, bias
+    chain.forward(batch, [array.ctypes.data for array in forward], has_bias=(True, False))
+    hidden = np.maximum(x @ first.T + bias, 0)
+    np.testing.assert_allclose(output, hidden @ second.T, atol=1e-12)
+
+    grad_output, gradients = rng.standard_normal((batch, 3)), np.empty(chain.gradient_size(batch))
+    grad_x, grad_first, grad_second = np.empty((batch, 4)), np.empty((7, 4)), np.empty((3, 7))
+    grad_bias = np.empty(7)
+    read = grad_output, gradients, packed, output, first, second
+    backward = *read, grad_x, grad_first, grad_second, grad_bias
+    needed = True, (True, True), (True, False)
+    chain.backward(batch, [array.ctypes.data for array in backward], needed=needed)
+    grad_hidden = (grad_output @ second) * (hidden > 0)
+    np.testing.assert_allclose(grad_second, grad_output.T @ hidden, atol=1e-12)
+    np.testing.assert_allclose(grad_first, grad_hidden.T @ x, atol=1e-12)
+    np.testing.assert_allclose(grad_bias, grad_hidden.sum(0), atol=1e-12)
+    np.testing.assert_allclose(grad_x, grad_hidden @ first, atol=1e-12)
+
+
+def test_layers_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="of 7 outputs cannot be followed by one of 4 inputs"):
+        LinearChain([make_products(7, 4)] * 2, [True, True], "float32")
+    with pytest.raises(ValueError, match="got 1 layers and 2 flags"):
+        LinearChain([make_products(7, 4)], [True, True], "float32")
+    with pytest.raises(ValueError, match="at least one layer"):
+        LinearChain([], [], "float32")
+
+
+def test_a_stage_names_the_arguments_that_are_wrong() -> None:
+    stage = Stage("sum", {"source": Slot("x"), "target": Slot("x"), "tiles": 1, "rows": 1}, 1)
+    with pytest.raises(TypeError, match=r"arguments \['out', 'target', 'width'\] of a sum stage"):
+        Plan([stage], ["x"], "float32")
