@@ -126,8 +126,17 @@ def pack_tiles(address: Any, dtype: Any) -> None:
 
 
 @njit  # type: ignore[untyped-decorator]
-def clear_negative(array: Any, positive: Any) -> None:
-    """Set the entries to 0 where `positive` is 0 or less."""
+def clear_negative(array: Any) -> None:
+    """Set negative entries to 0, in a loop of vectors; NaN stays."""
+    zero = array.dtype.type(0)
+    for index in range(len(array)):
+        value = array[index]
+        array[index] = zero if value <= 0 else value
+
+
+@njit  # type: ignore[untyped-decorator]
+def clear_where_not_positive(array: Any, positive: Any) -> None:
+    """Set the entries to 0 where `positive`, which is another array, is 0 or less."""
     zero = array.dtype.type(0)
     for index in range(len(array)):
         array[index] = zero if positive[index] <= 0 else array[index]

@@ -10,7 +10,7 @@ from numba import carray, njit, types
 
 from topkast.backends._threads import default_threads
 from topkast.kernels._layout import LAYOUT, Layout, RowLayout, Vector
-from topkast.kernels._packing import clear_negative, transpose
+from topkast.kernels._packing import clear_negative, clear_where_not_positive, transpose
 from topkast.kernels._sampling import PREFETCH_SEGMENTS, run_sampled
 from topkast.kernels.runtime._arguments import (
     THREAD_COUNTER,
@@ -298,10 +298,10 @@ def multiply_tiles(address: Any, dtype: Any) -> None:
             _add_rows(layout, chunk, first, arguments.values, tile_x, registers, target, dtype)
         count = (last - first) * lanes
         if arguments.rectifies:
-            clear_negative(array_at(target, count, dtype), array_at(target, count, dtype))
+            clear_negative(array_at(target, count, dtype))
         if arguments.positive:
             positive = array_at(arguments.positive + offset, count, dtype)
-            clear_negative(array_at(target, count, dtype), positive)
+            clear_where_not_positive(array_at(target, count, dtype), positive)
         if arguments.is_packed:
             continue
         used = min(lanes, batch - tile * lanes)

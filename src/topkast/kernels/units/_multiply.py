@@ -109,8 +109,7 @@ def multiply_tiles_of_units(address: Any, dtype: Any) -> None:
                 out_stride,
             )
         if arguments.rectifies:
-            results = array_at(out, count * lanes, dtype)
-            clear_negative(results, results)
+            clear_negative(array_at(out, count * lanes, dtype))
         if batch:
             output = carray(as_pointer(arguments.out), (batch, height), dtype)
             transposed = carray(as_pointer(scratch), (count, lanes), dtype)

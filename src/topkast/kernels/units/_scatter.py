@@ -8,7 +8,7 @@ import numpy as np
 from numba import carray, njit, types
 
 from topkast.backends._threads import default_threads
-from topkast.kernels._packing import clear_negative
+from topkast.kernels._packing import clear_where_not_positive
 from topkast.kernels.runtime._arguments import THREAD_COUNTER, Vector, array_at
 from topkast.kernels.runtime._compile import kernel
 from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer, fetch_add
@@ -100,7 +100,8 @@ def scatter_units_of_tiles(address: Any, dtype: Any) -> None:
         if arguments.positive:
             count = cleared_bytes // array_at(cleared, 1, dtype).nbytes
             positive = arguments.positive + (cleared - arguments.out)
-            clear_negative(array_at(cleared, count, dtype), array_at(positive, count, dtype))
+            mask = array_at(positive, count, dtype)
+            clear_where_not_positive(array_at(cleared, count, dtype), mask)
         if batch:
             lanes = tile_bytes // array_at(scratch, 1, dtype).itemsize
             output = carray(as_pointer(arguments.out), (batch, width), dtype)
