@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if arguments.list:
             for study in STUDIES.values():
-                print(f"{study.name:9}{study.title}")
+                print(f"{study.name:12}{study.title}")
             return 0
         if arguments.name is None:
             raise StudyError(f"name a study: one of {', '.join(STUDIES)}")

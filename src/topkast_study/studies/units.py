@@ -48,7 +48,8 @@ def _study(name: str, task: str, metric: str) -> Study:
         name=name,
         title=f"Units of r × 1 on {task}",
         question=(
-            "What do units of 2, 4 or 8 rows cost, which make sparse products several times faster?"
+            "What do units of 2, 4 or 8 rows cost, which sparse execution computes faster than "
+            "single weights?"
         ),
         columns=("fwd", "bwd", "unit"),
         rows=lambda scale: _rows(scale, task),
