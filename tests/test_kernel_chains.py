@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("numba")
 
-from topkast.kernels import LinearChain, LinearProducts
+from topkast.kernels import LinearChain, LinearProducts, UnitLinearProducts
 from topkast.kernels.chains._plan import Plan, Slot, Stage
 
 
@@ -48,6 +48,12 @@ def test_layers_that_do_not_fit_are_refused() -> None:
         LinearChain([make_products(7, 4)] * 2, [True, True], "float32")
     with pytest.raises(ValueError, match="got 1 layers and 2 flags"):
         LinearChain([make_products(7, 4)], [True, True], "float32")
+    units = [
+        UnitLinearProducts(np.arange(2, dtype=np.int32), 2, shape=(4, 4), rows=rows)
+        for rows in (2, 4)
+    ]
+    with pytest.raises(ValueError, match="units of the same size"):
+        LinearChain(units, [True, True], "float32")
     with pytest.raises(ValueError, match="at least one layer"):
         LinearChain([], [], "float32")
 

@@ -22,12 +22,17 @@ WIDTHS = (30, 40, 140, 20)
 
 
 def make_layers(
-    *, bias: bool = True, dtype: torch.dtype = torch.float32, last_relu: bool = False
+    *,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+    last_relu: bool = False,
+    block: tuple[int, int] | None = None,
 ) -> list[nn.Module]:
     """Sparse layers with ReLUs after the first and the third, and after the last if asked for."""
     modules: list[nn.Module] = []
     for number, (width, rows) in enumerate(zip(WIDTHS, (*WIDTHS[1:], 10), strict=True)):
-        modules.append(topkast_torch.SparseLinear(width, rows, bias, fwd=0.8, bwd=0.6, dtype=dtype))
+        options: Any = {"fwd": 0.8, "bwd": 0.6, "dtype": dtype, "block": block}
+        modules.append(topkast_torch.SparseLinear(width, rows, bias, **options))
         if number % 2 == 0 or (last_relu and rows == 10):
             modules.append(nn.ReLU())
     return modules
@@ -58,10 +63,11 @@ def count_chains(model: nn.Module, x: Tensor) -> int:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("last_relu", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("block", [None, (2, 1)], ids=str)
 def test_a_chain_has_the_bits_of_its_layers(
-    shape: tuple[int, ...], bias: bool, last_relu: bool, dtype: torch.dtype
+    shape: tuple[int, ...], bias: bool, last_relu: bool, dtype: torch.dtype, block: Any
 ) -> None:
-    modules = make_layers(bias=bias, dtype=dtype, last_relu=last_relu)
+    modules = make_layers(bias=bias, dtype=dtype, last_relu=last_relu, block=block)
     chain = topkast_torch.SparseSequential(*modules)
     x = torch.randn(shape, dtype=dtype, requires_grad=True)
     assert count_chains(chain, x) == (0 if shape == (30,) else 1) or len(shape) == 1
@@ -70,12 +76,13 @@ def test_a_chain_has_the_bits_of_its_layers(
         assert torch.equal(chain(x), nn.Sequential(*modules)(x))
 
 
-def test_bits_do_not_depend_on_the_number_of_threads() -> None:
+@pytest.mark.parametrize("block", [None, (2, 1)], ids=str)
+def test_bits_do_not_depend_on_the_number_of_threads(block: Any) -> None:
     """Nor on which thread is first: a product waits for what it reads.
 
     Each input is new, since memory that is used again has the results of the call before.
     """
-    chain = topkast_torch.SparseSequential(*make_layers(last_relu=True))
+    chain = topkast_torch.SparseSequential(*make_layers(last_relu=True, block=block))
     inputs = [torch.randn(1500, 30, requires_grad=True) for _ in range(50)]
     threads, results = torch.get_num_threads(), []
     try:
@@ -88,9 +95,10 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
         assert_equal(one, five)
 
 
-def test_only_the_gradients_that_are_needed() -> None:
+@pytest.mark.parametrize("block", [None, (2, 1)], ids=str)
+def test_only_the_gradients_that_are_needed(block: Any) -> None:
     """Frozen values and biases, with an input that has no gradient or has one."""
-    modules = make_layers(last_relu=True)
+    modules = make_layers(last_relu=True, block=block)
     chain, plain = topkast_torch.SparseSequential(*modules), nn.Sequential(*modules)
     params: Any = list(chain.parameters())
     for wanted in ([0], [1], [6], [7], [3, 4], [], range(8)):
@@ -102,8 +110,19 @@ def test_only_the_gradients_that_are_needed() -> None:
                 assert_equal(run(chain, x), run(plain, x))
 
 
-def test_nan_passes_a_relu_as_in_pytorch() -> None:
-    modules = make_layers(last_relu=True)
+def test_layers_of_other_units_do_not_join() -> None:
+    layers = [
+        topkast_torch.SparseLinear(8, 8, fwd=0.5, bwd=0.5, block=block)
+        for block in (None, None, (2, 1), (4, 1), (4, 1), (2, 2), (2, 2))
+    ]
+    chain, x = topkast_torch.SparseSequential(*layers), torch.randn(3, 8, requires_grad=True)
+    assert count_chains(chain, x) == 2
+    assert_equal(run(chain, x), run(nn.Sequential(*layers), x))
+
+
+@pytest.mark.parametrize("block", [None, (2, 1)], ids=str)
+def test_nan_passes_a_relu_as_in_pytorch(block: Any) -> None:
+    modules = make_layers(last_relu=True, block=block)
     x = torch.randn(9, 30)
     x[3, 5] = float("nan")
     results = run(topkast_torch.SparseSequential(*modules), x), run(nn.Sequential(*modules), x)
