@@ -18,6 +18,7 @@ from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer
 from topkast.kernels.xla._build import build, link_build
 from topkast.kernels.xla._frame import (
     BAD_BUFFERS,
+    BAD_INDICES,
     BAD_STRUCTURE,
     DATA,
     DOUBLE,
@@ -121,10 +122,19 @@ def _belongs(structure: Any, indices: Any) -> Any:
     header, count = header_at(structure[DATA]), size_of(indices)
     if header.magic != MAGIC or header.length != size_of(structure) or header.backward != count:
         return False
-    entries, size = array_at(indices[DATA], count, np.int32), header.rows * header.width
-    if header.forward > 0 and not (entries[0] >= 0 and entries[header.forward - 1] < size):
+    return _are_inside(indices, header.forward, header.rows * header.width)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _are_inside(indices: Any, forward: Any, size: Any) -> Any:
+    """Whether the first and the last index of A and of B∖A lie in a weight of this size."""
+    count = size_of(indices)
+    entries = array_at(indices[DATA], count, np.int32)
+    if not 0 <= forward <= count:
         return False
-    return header.forward == count or (entries[header.forward] >= 0 and entries[-1] < size)
+    if forward > 0 and not (entries[0] >= 0 and entries[forward - 1] < size):
+        return False
+    return forward == count or (entries[forward] >= 0 and entries[count - 1] < size)
 
 
 @kernel(types.intp(types.intp))
@@ -276,31 +286,24 @@ def _run_copy(frame: Any, flat: Any, indices: Any, values: Any, is_gather: Any) 
 
 @kernel(types.intp(types.intp))
 def _gather(frame: Any) -> Any:
-    """(structure, indices, weight) -> the weight's values on B."""
+    r"""(indices, \|A\|, weight) -> the weight's values on B."""
     if answer_handshake(frame):
         return 0
-    structure, indices, flat = argument(frame, 0), argument(frame, 1), argument(frame, 2)
-    if not _belongs(structure, indices) or not _is_whole(structure, flat):
-        return fail(frame, BAD_STRUCTURE)
+    indices, forward, flat = argument(frame, 0), argument(frame, 1), argument(frame, 2)
+    if not _are_inside(indices, array_at(forward[DATA], 1, np.int32)[0], size_of(flat)):
+        return fail(frame, BAD_INDICES)
     return _run_copy(frame, flat, indices, result(frame, 0), True)
 
 
 @kernel(types.intp(types.intp))
 def _put(frame: Any) -> Any:
-    """(structure, indices, values, weight) -> the weight with these values on B, in its memory."""
+    r"""(indices, \|A\|, weight, values) -> the weight with these values on B, in its memory."""
     if answer_handshake(frame):
         return 0
-    structure, indices, values = argument(frame, 0), argument(frame, 1), argument(frame, 2)
-    flat, out = argument(frame, 3), result(frame, 0)
-    if not _belongs(structure, indices) or not _is_whole(structure, out):
-        return fail(frame, BAD_STRUCTURE)
+    indices, forward, flat = argument(frame, 0), argument(frame, 1), argument(frame, 2)
+    values, out = argument(frame, 3), result(frame, 0)
     if flat[DATA] != out[DATA]:
         return fail(frame, BAD_BUFFERS)
+    if not _are_inside(indices, array_at(forward[DATA], 1, np.int32)[0], size_of(out)):
+        return fail(frame, BAD_INDICES)
     return _run_copy(frame, out, indices, values, False)
-
-
-@njit  # type: ignore[untyped-decorator]
-def _is_whole(structure: Any, flat: Any) -> Any:
-    """Whether a buffer has the size of the structure's matrix."""
-    header = header_at(structure[DATA])
-    return header.rows * header.width == size_of(flat)
