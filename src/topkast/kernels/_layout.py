@@ -79,7 +79,7 @@ class Segments:
     width: int
 
     @cached_property
-    def maxdivide_rows(self) -> int:
+    def max_chunk_rows(self) -> int:
         """Rows of the largest chunk."""
         return int(self.chunk_rows[1]) if self.rows else 0
 
