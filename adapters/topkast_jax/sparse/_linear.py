@@ -73,9 +73,9 @@ def sparse_linear(
         return output if bias is None else output + bias
     _check(values, structure, x, bias, output_axis)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    output = multiply(
-        values.reshape(1, -1), rows, structure, transposed=output_axis == 1
-    ).reshape(*x.shape[:-1], -1)
+    values = values.reshape(1, values.size)
+    output = multiply(values, rows, structure, transposed=output_axis == 1)
+    output = output.reshape(*x.shape[:-1], output.shape[-1])
     return output if bias is None else output + bias
 
 

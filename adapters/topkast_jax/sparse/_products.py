@@ -168,8 +168,9 @@ def _fold(primitive: Any, operands: Any, axes: Any, **meta: Any) -> Any:
         return _one_by_one(primitive, operands, axes, **meta)
     values, x, *arrays = operands
     x = jnp.moveaxis(x, axes[1], 0)
-    output = primitive.bind(values, x.reshape(-1, x.shape[-1]), *arrays, **meta)
-    return output.reshape(*x.shape[:2], -1), 0
+    rows = x.reshape(x.shape[0] * x.shape[1], x.shape[2])
+    output = primitive.bind(values, rows, *arrays, **meta)
+    return output.reshape(*x.shape[:2], output.shape[-1]), 0
 
 
 def _one_by_one(primitive: Any, operands: Any, axes: Any, **meta: Any) -> Any:
