@@ -15,8 +15,7 @@ from topkast.adapter import Inspection, count_bytes, forward_views, inspection, 
 from topkast_jax._rule import find_key
 from topkast_jax._sharding import has_explicit_axes, is_sharded, layout_of, run_sharded
 from topkast_jax._tree import as_arrays, flatten_weights
-from topkast_jax.sparse._structure import Layouts, Structure
-from topkast_jax.sparse._transform import values_of
+from topkast_jax.sparse._structure import Layouts, Structure, read_forward_values
 
 Arrays = dict[str, jax.Array]
 
@@ -137,7 +136,9 @@ class CheckedState(NamedTuple):
         else:
             masked = {key: support for key, support in supports.items() if key not in self.layouts}
             views = view(weights, masked)
-            views |= {name: values_of(weights[name], supports[name]) for name in self.layouts}
+            for name in self.layouts:
+                support = supports[name]
+                views[name] = read_forward_values(support.forward, support.indices, weights[name])
         return tree.unflatten(views | tree.other_leaves(params))
 
 

@@ -133,8 +133,22 @@ def read_values(forward: int, indices: jax.Array, weight: jax.Array) -> jax.Arra
 @read_values.defjvp
 def _(forward: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     indices, weight = primals
-    tangent = tangents[1].reshape(-1).at[indices].get(mode="promise_in_bounds")
+    tangent = tangents[1].reshape(-1).at[indices].get(unique_indices=True, mode="promise_in_bounds")
     return read_values(forward, indices, weight), tangent.reshape(1, -1)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def read_forward_values(forward: int, indices: jax.Array, weight: jax.Array) -> jax.Array:
+    """:func:`read_values` as a function of the forward view, which does not depend on B∖A."""
+    return read_values(forward, indices, weight)
+
+
+@read_forward_values.defjvp
+def _(forward: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    values, tangent = jax.jvp(
+        functools.partial(read_values, forward, primals[0]), primals[1:], tangents[1:]
+    )
+    return values, jnp.where(jnp.arange(values.shape[1]) < forward, tangent, 0)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -150,5 +164,5 @@ def write_values(
 def _(forward: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     indices, weight, _ = primals
     flat = tangents[1].reshape(-1)
-    flat = flat.at[indices].set(tangents[2].reshape(-1), mode="promise_in_bounds")
+    flat = flat.at[indices].set(tangents[2].reshape(-1), unique_indices=True, mode="promise_in_bounds")
     return write_values(forward, *primals), flat.reshape(weight.shape)
