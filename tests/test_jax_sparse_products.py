@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import topkast_jax
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
+from topkast_jax import Structure, sparse_linear
 
 import topkast
-import topkast_jax
-from topkast_jax import Structure, sparse_linear
 
 Array = np.ndarray[Any, Any]
 KERNELS = ("pack", "multiply", "multiply_transposed", "sample", "gather", "put", "build")
@@ -63,7 +63,8 @@ class Problem:
         return flat.reshape(self.shape)
 
     def on_backward(self, matrix: Any) -> Array:
-        return np.asarray(matrix).reshape(-1)[self.indices]
+        entries: Array = np.asarray(matrix).reshape(-1)[self.indices]
+        return entries
 
     def check(self, tolerance: float = 1e-12) -> None:
         """Compare output and gradients with the dense products at α, in both orientations."""
@@ -168,7 +169,7 @@ def test_batches_of_x_become_rows_of_one_product() -> None:
         rows = jax.vmap(lambda row: sparse_linear(values, problem.structure, row, problem.bias))(x)
         return jnp.sum(jnp.sin(rows))
 
-    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(problem.values, problem.x).compile()
+    compiled: Any = jax.jit(jax.grad(loss, (0, 1))).lower(problem.values, problem.x).compile()
     calls = {name: compiled.as_text().count(f'"topkast_{name}"') for name in KERNELS}
     assert "while" not in compiled.as_text()
     assert calls == dict.fromkeys(KERNELS, 0) | {
@@ -193,7 +194,7 @@ def test_vmap_over_values_and_per_example_gradients() -> None:
 
     outputs = jax.vmap(apply, (0, None))(stacked, problem.x)
     for number, factor in enumerate((1, 2)):
-        expected = factor * (problem.x @ problem.alpha)
+        expected: Any = factor * (problem.x @ problem.alpha)
         np.testing.assert_allclose(outputs[number], expected, atol=1e-12)
     gradients = jax.vmap(jax.grad(lambda values, x: apply(values, x).sum()), (None, 0))(
         problem.values, problem.x
@@ -241,7 +242,7 @@ def test_no_dense_matrix_is_formed() -> None:
         return jnp.sum(sparse_linear(values, problem.structure, x, problem.bias) ** 2)
 
     operands = problem.values, problem.x
-    text = jax.jit(jax.grad(loss, (0, 1))).lower(*operands).compile().as_text()
+    text: Any = jax.jit(jax.grad(loss, (0, 1))).lower(*operands).compile().as_text()
     assert "topkast_sample" in text
     for dimensions in ("96,112", "112,96", str(96 * 112)):
         assert f"[{dimensions}]" not in text
@@ -353,9 +354,7 @@ def test_the_dense_lowering_agrees() -> None:
         )
         np.testing.assert_allclose(dense, by_kernel, atol=1e-12)
     dense = _products._sample_dense(problem.x, problem.y, *arrays)
-    by_kernel = _products.sample_p.bind(
-        problem.x, problem.y, *arrays, transposed=False, **meta
-    )
+    by_kernel = _products.sample_p.bind(problem.x, problem.y, *arrays, transposed=False, **meta)
     np.testing.assert_allclose(dense, by_kernel, atol=1e-12)
 
 

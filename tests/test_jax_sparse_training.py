@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
-import topkast
 import topkast_jax
 from topkast_jax import sparse_linear
 from topkast_jax.sparse import _targets
+
+import topkast
 
 ADAMW = optax.adamw(1e-2)
 COMPILATIONS = "/jax/core/compile/backend_compile_duration"
@@ -58,9 +58,7 @@ def wrap(inner: Any = ADAMW, **options: Any) -> Any:
 
 def make_step(tx: Any, *, fused: bool = True, **jit_options: Any) -> Any:
     def train(params: Any, state: Any, inputs: Any) -> Any:
-        grads = jax.grad(loss)(
-            topkast.forward_params(params, state), state.structures, inputs
-        )
+        grads = jax.grad(loss)(topkast.forward_params(params, state), state.structures, inputs)
         if fused:
             return tx.step(grads, state, params)
         updates, state = tx.update(grads, state, params)
@@ -69,7 +67,9 @@ def make_step(tx: Any, *, fused: bool = True, **jit_options: Any) -> Any:
     return jax.jit(train, **jit_options)
 
 
-def train(tx: Any, params: Any, steps: int, *, sparse: bool, step: Any = None, **options: Any) -> Any:
+def train(
+    tx: Any, params: Any, steps: int, *, sparse: bool, step: Any = None, **options: Any
+) -> Any:
     state = tx.init(params)
     if sparse:
         state = topkast_jax.sparsify(params, state)
@@ -80,7 +80,8 @@ def train(tx: Any, params: Any, steps: int, *, sparse: bool, step: Any = None, *
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (actual, expected)]
+    assert structures[0] == structures[1]
     for leaf, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(leaf, other, rtol=tolerance, atol=tolerance)
 
@@ -136,7 +137,7 @@ def test_a_refresh_recompiles_nothing() -> None:
     batches = [inputs_of(number) for number in range(30)]
     durations: list[str] = []
 
-    def count(event: str, _: float, **__: Any) -> None:
+    def count(event: str, duration_secs: float, **_: Any) -> None:
         durations.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(count)

@@ -16,7 +16,7 @@ from topkast_jax.sparse._structure import Structure
 Model = TypeVar("Model")
 
 
-class SparseLinear(eqx.Module):  # type: ignore[misc]
+class SparseLinear(eqx.Module):
     r"""``equinox.nn.Linear`` with a sparse weight; :func:`with_structures` makes it.
 
     Attributes

@@ -12,7 +12,7 @@ from topkast import MismatchError
 from topkast_jax.sparse._linear import sparse_linear
 from topkast_jax.sparse._structure import Structure
 
-Model = TypeVar("Model")
+Model = TypeVar("Model", bound=nnx.Module)
 
 
 def with_structures(model: Model, structures: Mapping[str, Structure], /) -> Model:

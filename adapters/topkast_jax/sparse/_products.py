@@ -33,7 +33,9 @@ def multiply(
 
     `values` has the shape (1, \|B\|), `x` (batch, features).
     """
-    return multiply_p.bind(values, x, *_arrays(structure), **_meta(structure, transposed))
+    meta = _meta(structure, transposed)
+    output: jax.Array = multiply_p.bind(values, x, *_arrays(structure), **meta)
+    return output
 
 
 def _arrays(structure: Structure) -> tuple[jax.Array, jax.Array]:
@@ -63,7 +65,10 @@ def _pack(x: jax.Array) -> jax.Array:
 
     batch, features = x.shape
     width = tile_width(batch, x.dtype)
-    return target("topkast_pack", like((-(-batch // width), features, width), x.dtype))(x)
+    packed: jax.Array = target(
+        "topkast_pack", like((-(-batch // width), features, width), x.dtype)
+    )(x)
+    return packed
 
 
 def _multiply_by_kernel(
@@ -154,7 +159,7 @@ def _sample_transpose(cotangent: Any, y: Any, x: Any, *arrays: Any, **meta: Any)
 
 def _sum(terms: list[Any], like_output: Any) -> Any:
     if not terms:
-        return ad.Zero.from_primal_value(like_output)
+        return ad.Zero(jax.typeof(like_output))
     return functools.reduce(ad.add_jaxvals, terms)
 
 

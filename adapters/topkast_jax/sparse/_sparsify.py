@@ -83,8 +83,8 @@ def sparsify(
     for name in names:
         is_named = only is None or matches(name, only)
         if is_named and name not in obstacles:
-            support = state.supports[name]
-            layouts[name] = Layouts.of(support, weights[name].shape)
+            support, (height, width) = state.supports[name], weights[name].shape
+            layouts[name] = Layouts.of(support, (height, width))
         elif is_named and only is not None:
             raise UnsupportedTensorError(
                 f"{name} has no kernel for sparse execution: {obstacles[name]}. Take it out of "

@@ -127,7 +127,8 @@ def plan_of(shape: tuple[int, int], forward: int, backward: int) -> np.ndarray[A
 def read_values(forward: int, indices: jax.Array, weight: jax.Array) -> jax.Array:
     r"""The values of a matrix on B, (1, \|B\|); `forward` is \|A\|."""
     read = target("topkast_gather", like((1, indices.shape[0]), weight.dtype))
-    return read(indices, np.asarray([forward], np.int32), weight)
+    values: jax.Array = read(indices, np.asarray([forward], np.int32), weight)
+    return values
 
 
 @read_values.defjvp
@@ -157,12 +158,15 @@ def write_values(
 ) -> jax.Array:
     r"""A matrix with `values` (\|B\| elements) on B, in its own memory if that is donated."""
     write = target("topkast_put", like(weight.shape, weight.dtype), aliases={2: 0})
-    return write(indices, np.asarray([forward], np.int32), weight, values)
+    written: jax.Array = write(indices, np.asarray([forward], np.int32), weight, values)
+    return written
 
 
 @write_values.defjvp
 def _(forward: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     indices, weight, _ = primals
     flat = tangents[1].reshape(-1)
-    flat = flat.at[indices].set(tangents[2].reshape(-1), unique_indices=True, mode="promise_in_bounds")
+    flat = flat.at[indices].set(
+        tangents[2].reshape(-1), unique_indices=True, mode="promise_in_bounds"
+    )
     return write_values(forward, *primals), flat.reshape(weight.shape)

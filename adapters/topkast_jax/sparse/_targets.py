@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,9 @@ def register() -> None:
         version = check_header(header.read_text())
     except (OSError, IncompatibleHeaderError) as error:
         raise UnsupportedTensorError(
-            f"sparse execution reads the call frames of XLA by their offsets, and those of jaxlib "
-            f"{jax.lib.__version__} are not known: {error}. {_REMEDY}, or install a jaxlib that "
-            "this version of topkast supports"
+            "sparse execution reads the call frames of XLA by their offsets, and those of jaxlib "
+            f"{importlib.metadata.version('jaxlib')} are not known: {error}. {_REMEDY}, or install "
+            "a jaxlib that this version of topkast supports"
         ) from None
     for name, function in handlers(version).items():
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")

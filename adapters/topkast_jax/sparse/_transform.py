@@ -114,5 +114,3 @@ def rebuild_layouts(
 
 def _rebuild(old: dict[str, Layouts], supports: dict[str, Support]) -> dict[str, Layouts]:
     return {name: layouts.rebuild(supports[name]) for name, layouts in old.items()}
-
-

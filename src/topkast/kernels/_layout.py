@@ -42,6 +42,7 @@ LAYOUT = define_record(
     "segment_starts",
 )
 
+
 @dataclass(frozen=True, eq=False)
 class Segments:
     """Entries of a sparse matrix (`rows` × `width`), cut into segments for the caches.

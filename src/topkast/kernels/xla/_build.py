@@ -91,7 +91,9 @@ def _fill_arguments(
 
 
 @njit  # type: ignore[untyped-decorator]
-def _finish_counting(arguments: Any, section: Any, counts: Any, chunk_rows: Any, firsts: Any) -> None:
+def _finish_counting(
+    arguments: Any, section: Any, counts: Any, chunk_rows: Any, firsts: Any
+) -> None:
     """Find the first segment of each chunk, once entries are counted."""
     segments = count_segments(counts, chunk_rows, firsts)
     array_at(arguments.panel_segments, section.chunks * section.panels + 1, np.int32)[:] = segments

@@ -212,13 +212,13 @@ def _run_multiply(frame: Any, number: Any) -> Any:
 
 @kernel(types.intp(types.intp))
 def _multiply(frame: Any) -> Any:
-    """x -> x · Wᵀ + bias."""
+    """X -> x · Wᵀ + bias."""
     return 0 if answer_handshake(frame) else _run_multiply(frame, ACTIVE)
 
 
 @kernel(types.intp(types.intp))
 def _multiply_transposed(frame: Any) -> Any:
-    """x -> x · W + bias."""
+    """X -> x · W + bias."""
     return 0 if answer_handshake(frame) else _run_multiply(frame, TRANSPOSED)
 
 

@@ -20,7 +20,7 @@ _linked: list[Any] = []  # objects whose addresses handlers hold
 
 
 def link(symbol: str, value: Any) -> None:
-    """Give a symbol the address of a ctypes object, or the address `value`; before handlers load."""
+    """Give a symbol the address of a ctypes object, or an address, before handlers are loaded."""
     address = value
     if not isinstance(value, int):
         _linked.append(value)
@@ -102,7 +102,7 @@ def release(_: Any, address: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def keep(_: Any, array: Any) -> Any:
-    """Keep an array alive until here: numba releases it after its last use, addresses do not count."""
+    """Keep an array alive: numba releases it after its last use, and its address is no use."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return context.get_dummy_value()

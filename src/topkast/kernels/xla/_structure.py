@@ -93,7 +93,9 @@ def _plan_section(
     size = chunk_size(rows, CORES)
     chunks, panels = -(-rows // size), -(-max(width, 1) // panel_width)
     segments = min(entries, panels * rows)
-    sizes = dict(zip(_SIZES, (rows, width, chunks, size, panels, panel_width, segments), strict=True))
+    sizes = dict(
+        zip(_SIZES, (rows, width, chunks, size, panels, panel_width, segments), strict=True)
+    )
     halves = -(-segments // 2)  # of numbers that take two bytes
     lengths = {
         "chunk_rows": chunks + 1,
