@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 from topkast_jax import Structure, sparse_linear
+from topkast_jax.sparse._transform import find_threshold
 
 import topkast
 
@@ -356,6 +357,31 @@ def test_the_dense_lowering_agrees() -> None:
     dense = _products._sample_dense(problem.x, problem.y, *arrays)
     by_kernel = _products.sample_p.bind(problem.x, problem.y, *arrays, transposed=False, **meta)
     np.testing.assert_allclose(dense, by_kernel, atol=1e-12)
+
+
+@given(
+    size=st.integers(1, 200),
+    count=st.integers(0, 220),
+    spread=st.sampled_from([1, 3, 1 << 10, 1 << 21, (1 << 31) - 1]),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=60)
+def test_thresholds_are_those_of_the_bisection(
+    size: int, count: int, spread: int, seed: int
+) -> None:
+    """The k-th largest key, ties and NaN (-1) among them, and more keys asked for than exist."""
+    from topkast.backends import _xla
+
+    rng = np.random.default_rng(seed)
+    keys = jnp.asarray(rng.integers(-1, spread, size, endpoint=True).astype(np.int32))
+    expected = _xla._kth_largest(_xla._pad(keys, -2), count)
+    assert int(find_threshold(keys, count)) == int(expected)
+
+
+def test_thresholds_of_many_keys() -> None:
+    keys = np.random.default_rng(0).integers(0, 1 << 30, 300_000).astype(np.int32)
+    for count in (1, 1000, 299_999, 300_000):
+        assert int(find_threshold(jnp.asarray(keys), count)) == np.sort(keys)[-count]
 
 
 def test_public_names() -> None:

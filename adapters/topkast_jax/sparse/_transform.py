@@ -6,10 +6,20 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from topkast import MismatchError, Support, TopKASTState, UnsupportedTensorError
-from topkast.adapter import Plan, RankedTensors, TopKASTTransform, cond, is_due, possibly_true
+from topkast.adapter import (
+    Plan,
+    RankedTensors,
+    TopKASTTransform,
+    cond,
+    is_due,
+    possibly_true,
+    threshold_finder,
+)
 from topkast_jax.sparse._structure import Layouts, read_values, write_values
+from topkast_jax.sparse._targets import like, target
 
 Arrays = dict[str, jax.Array]
 
@@ -70,6 +80,14 @@ class SparseTransform(TopKASTTransform):
             compact[name] = values_of(arrays[name], supports[name])
         return compact
 
+    def _refresh_if_due(self, *arguments: Any) -> TopKASTState:
+        """The base class's, with thresholds found by a kernel."""
+        token = threshold_finder.set(find_threshold)
+        try:
+            return super()._refresh_if_due(*arguments)
+        finally:
+            threshold_finder.reset(token)
+
     def write(
         self, ranked: RankedTensors, params: Mapping[str, Any], support: Support, values: Any
     ) -> dict[str, Any]:
@@ -79,6 +97,14 @@ class SparseTransform(TopKASTTransform):
         weight = params[ranked.key]
         written = write_values(support.forward, support.indices, weight, values)
         return {ranked.key: written}
+
+
+def find_threshold(keys: jax.Array, count: Any) -> jax.Array:
+    """The k-th largest of int32 keys (n,)."""
+    count = jnp.reshape(jnp.asarray(count, jnp.int32), 1)
+    find = target("topkast_kth_largest", like((1,), jnp.int32))
+    threshold: jax.Array = find(keys, count)
+    return threshold[0]
 
 
 def values_of(array: Any, support: Support) -> jax.Array:

@@ -45,6 +45,7 @@ from topkast.kernels.xla._structure import (
     section_at,
 )
 from topkast.kernels.xla._threads import link_threads, run, threads_for
+from topkast.kernels.xla._thresholds import kth_largest, link_thresholds
 
 _CHUNK_ENTRIES = 1 << 14  # entries that a thread copies at a time, as in `gather`
 _KERNELS = {
@@ -81,10 +82,12 @@ def handlers(version: tuple[int, int]) -> dict[str, Any]:
     link_frame(version)
     link_threads()
     link_build()
+    link_thresholds()
     for name, function in _KERNELS.items():
         link(name, function.address)
     targets = {
         "topkast_build": build,
+        "topkast_kth_largest": kth_largest,
         "topkast_pack": _pack,
         "topkast_multiply": _multiply,
         "topkast_multiply_transposed": _multiply_transposed,
