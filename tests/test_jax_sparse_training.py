@@ -237,6 +237,26 @@ def test_a_state_resumes_from_plain_arrays() -> None:
     assert_close((params, state), expected, 0.0)
 
 
+def test_layouts_of_another_machine_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from topkast_jax.sparse import _structure
+
+    from topkast.kernels.xla import _structure as structures
+
+    params = {"w": jax.random.normal(jax.random.key(0), (64, 64))}
+    tx = topkast.wrap_optimizer(optax.sgd(0.1), fwd=0.5, bwd=0.25, refresh_every=1)
+    state = topkast_jax.sparsify(params, tx.init(params))
+    monkeypatch.setattr(structures, "CORES", 16 * structures.CORES)
+    _structure.plan_of.cache_clear()
+    try:
+        grads = topkast.forward_params(params, state)
+        with pytest.raises(topkast.MismatchError, match="number of cores"):
+            tx.step(grads, state, params)
+        state = topkast_jax.sparsify(params, topkast_jax.densify(state))
+        tx.step(grads, state, params)
+    finally:
+        _structure.plan_of.cache_clear()
+
+
 def test_only_the_step_writes_into_donated_weights() -> None:
     """Between refreshes a step forms no array of the weight's size beside the weight itself."""
     tx, params = wrap(refresh_every=100), make_params(jnp.float32)

@@ -46,6 +46,14 @@ class Layouts:
 
     def rebuild(self, support: Support) -> Layouts:
         """The layouts of other sets of the same matrix, with the same shapes."""
+        length = int(plan_of(self.shape, self.forward, self.backward)[1])
+        if self.vector.shape != (length,):
+            raise MismatchError(
+                f"layouts have {self.vector.shape[0]} numbers, but on this machine a matrix of "
+                f"shape {self.shape} needs {length}: they depend on the number of cores. After "
+                "loading a checkpoint of another machine, call "
+                "topkast_jax.sparsify(params, topkast_jax.densify(state))"
+            )
         return Layouts.of(support, self.shape)
 
 
