@@ -40,22 +40,23 @@ class SparseTransform(TopKASTTransform):
     def __init__(self, base: TopKASTTransform, sparse: Collection[str]) -> None:
         super().__init__(base.inner, base.options, base._rule)
         self._plans = base._plans
-        self._sparse = sparse
+        self._sparse = frozenset(sparse)
 
     def check(
         self, grads: Mapping[str, Any], params: Mapping[str, Any], state: TopKASTState
     ) -> Plan:
         """See :meth:`topkast.adapter.TopKASTTransform.check`."""
-        for name in self._sparse:
+        for name in self._sparse & grads.keys() & params.keys():
             expected = _compact_shape(state.supports[name], params[name])
-            if name in grads and grads[name].shape != expected:
+            if grads[name].shape != expected:
                 raise MismatchError(
                     f"{name} has sparse execution, so its gradient has the shape {expected}, got "
                     f"{grads[name].shape}: differentiate with respect to "
                     "topkast.forward_params(params, state) of this state"
                 )
         # The base class compares the shapes of gradients with those of the weights.
-        dense = {name: params[name] if name in self._sparse else grads[name] for name in grads}
+        like_weights = self._sparse & params.keys()
+        dense = {name: params[name] if name in like_weights else grads[name] for name in grads}
         plan = super().check(dense, params, state)
         for ranked in plan.tensors:
             method = plan.method(ranked)

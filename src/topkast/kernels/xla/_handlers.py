@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
-from topkast.kernels._gather import _COPY, _gather_double, _gather_single, _put_double, _put_single
 from topkast.kernels._layout import LAYOUT
 from topkast.kernels._packing import _PACK, _pack_double, _pack_single
 from topkast.kernels._products import _MULTIPLY, _multiply_double, _multiply_single
@@ -46,8 +45,16 @@ from topkast.kernels.xla._structure import (
 )
 from topkast.kernels.xla._threads import link_threads, run, threads_for
 from topkast.kernels.xla._thresholds import kth_largest, link_thresholds
+from topkast.kernels.xla._values import (
+    COPY,
+    RANGE,
+    link_values,
+    read_double_address,
+    read_single_address,
+    write_double_address,
+    write_single_address,
+)
 
-_CHUNK_ENTRIES = 1 << 14  # entries that a thread copies at a time, as in `gather`
 _KERNELS = {
     "topkast_xla_pack_single": _pack_single,
     "topkast_xla_pack_double": _pack_double,
@@ -55,19 +62,13 @@ _KERNELS = {
     "topkast_xla_multiply_double": _multiply_double,
     "topkast_xla_sample_single": _sample_single,
     "topkast_xla_sample_double": _sample_double,
-    "topkast_xla_gather_single": _gather_single,
-    "topkast_xla_gather_double": _gather_double,
-    "topkast_xla_put_single": _put_single,
-    "topkast_xla_put_double": _put_double,
 }
 _pack_single_address, _pack_double_address = map(symbol_address, [*_KERNELS][0:2])
 _multiply_single_address, _multiply_double_address = map(symbol_address, [*_KERNELS][2:4])
 _sample_single_address, _sample_double_address = map(symbol_address, [*_KERNELS][4:6])
-_gather_single_address, _gather_double_address = map(symbol_address, [*_KERNELS][6:8])
-_put_single_address, _put_double_address = map(symbol_address, [*_KERNELS][8:10])
 
 _LAYOUT_WORDS = len(LAYOUT.names or ())
-_PACK_WORDS, _COPY_WORDS = len(_PACK.names or ()), len(_COPY.names or ())
+_PACK_WORDS, _COPY_WORDS = len(_PACK.names or ()), len(COPY.names or ())
 _MULTIPLY_WORDS, _SAMPLE_WORDS = len(_MULTIPLY.names or ()), len(_SAMPLE.names or ())
 
 
@@ -83,6 +84,7 @@ def handlers(version: tuple[int, int]) -> dict[str, Any]:
     link_threads()
     link_build()
     link_thresholds()
+    link_values()
     for name, function in _KERNELS.items():
         link(name, function.address)
     targets = {
@@ -269,20 +271,28 @@ def _sample(frame: Any) -> Any:
 
 
 @njit  # type: ignore[untyped-decorator]
-def _run_copy(frame: Any, flat: Any, indices: Any, values: Any, is_gather: Any) -> Any:
+def _run_copy(
+    frame: Any, flat: Any, indices: Any, forward: Any, values: Any, is_reading: Any
+) -> Any:
     """Copy between a weight and its values at ascending indices of A, then of B∖A."""
+    if size_of(forward) != 1:
+        return fail(frame, BAD_BUFFERS)
+    split = array_at(forward[DATA], 1, np.int32)[0]
+    if not _are_inside(indices, split, size_of(flat)):
+        return fail(frame, BAD_INDICES)
     count, size, itemsize = size_of(indices), size_of(flat), _itemsize(flat)
     if itemsize == 0 or dtype_of(flat) != dtype_of(values) or size_of(values) != count:
         return fail(frame, BAD_BUFFERS)
     record = np.zeros(_COPY_WORDS, dtype=np.int64)
-    arguments = carray(as_pointer(record.ctypes.data), 1, _COPY)[0]
+    arguments = carray(as_pointer(record.ctypes.data), 1, COPY)[0]
     arguments.flat, arguments.size = flat[DATA], size
     arguments.indices, arguments.values, arguments.count = indices[DATA], values[DATA], count
+    arguments.forward = split
     if itemsize == 4:
-        address = _gather_single_address() if is_gather else _put_single_address()
+        address = read_single_address() if is_reading else write_single_address()
     else:
-        address = _gather_double_address() if is_gather else _put_double_address()
-    run(frame, address, record.ctypes.data, threads_for(frame, count // _CHUNK_ENTRIES + 1))
+        address = read_double_address() if is_reading else write_double_address()
+    run(frame, address, record.ctypes.data, threads_for(frame, -(-size // RANGE)))
     keep(record)
     return 0
 
@@ -293,9 +303,7 @@ def _gather(frame: Any) -> Any:
     if answer_handshake(frame):
         return 0
     indices, forward, flat = argument(frame, 0), argument(frame, 1), argument(frame, 2)
-    if not _are_inside(indices, array_at(forward[DATA], 1, np.int32)[0], size_of(flat)):
-        return fail(frame, BAD_INDICES)
-    return _run_copy(frame, flat, indices, result(frame, 0), True)
+    return _run_copy(frame, flat, indices, forward, result(frame, 0), True)
 
 
 @kernel(types.intp(types.intp))
@@ -307,6 +315,4 @@ def _put(frame: Any) -> Any:
     values, out = argument(frame, 3), result(frame, 0)
     if flat[DATA] != out[DATA]:
         return fail(frame, BAD_BUFFERS)
-    if not _are_inside(indices, array_at(forward[DATA], 1, np.int32)[0], size_of(out)):
-        return fail(frame, BAD_INDICES)
-    return _run_copy(frame, out, indices, values, False)
+    return _run_copy(frame, out, indices, forward, values, False)
