@@ -240,12 +240,13 @@ def test_a_state_resumes_from_plain_arrays() -> None:
 def test_layouts_of_another_machine_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     from topkast_jax.sparse import _structure
 
+    from topkast.backends import _threads
     from topkast.kernels.xla import _structure as structures
 
     params = {"w": jax.random.normal(jax.random.key(0), (64, 64))}
     tx = topkast.wrap_optimizer(optax.sgd(0.1), fwd=0.5, bwd=0.25, refresh_every=1)
     state = topkast_jax.sparsify(params, tx.init(params))
-    monkeypatch.setattr(structures, "CORES", 16 * structures.CORES)
+    monkeypatch.setattr(structures, "CORES", 16 * _threads.CORES)
     _structure.plan_of.cache_clear()
     try:
         grads = topkast.forward_params(params, state)
