@@ -247,6 +247,7 @@ def bench(session: nox.Session) -> None:
     names = session.posargs or [
         "selection",
         "optimizer_step",
+        "jax_training_step",
         "jax_update",
         "orderings",
         "refreshes",

@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("numba")
 
-from topkast.kernels import LinearProducts, _layout
+from topkast.kernels import LinearProducts
+from topkast.kernels.runtime import _partition
 from topkast.kernels.runtime._caches import Caches, max_chunk_rows, panel_columns, read_caches
 
 
@@ -60,8 +61,8 @@ def test_products_do_not_depend_on_the_caches(monkeypatch: pytest.MonkeyPatch) -
     values, x = rng.standard_normal(9000), rng.standard_normal((40, 300))
     outputs = []
     for panel, rows in ((96, 512), (64, 16), (7, 5)):
-        monkeypatch.setattr(_layout, "_MIN_PANEL", panel)
-        monkeypatch.setattr(_layout, "_CHUNK_ROWS", rows)
+        monkeypatch.setattr(_partition, "_MIN_PANEL", panel)
+        monkeypatch.setattr(_partition, "_CHUNK_ROWS", rows)
         products = LinearProducts(indices, 9000, shape=(90, 300))
         packed = np.empty(products.packed_shape(x.shape, x.dtype))
         products.pack(x, packed)

@@ -27,6 +27,7 @@ from topkast.kernels import (
     pack,
     sampled_product,
 )
+from topkast.kernels.runtime import _partition
 
 problems = st.builds(
     Problem,
@@ -154,7 +155,7 @@ def test_the_size_of_chunks_changes_no_bit() -> None:
 @pytest.mark.parametrize("by_rows", [False, True])
 def test_a_matrix_wider_than_a_panel(by_rows: bool) -> None:
     """A uint16 holds the columns of a panel and the length of a segment."""
-    assert _layout._MAX_PANEL == (1 << 16) - 1
+    assert _partition.MAX_PANEL == (1 << 16) - 1
     columns = np.asarray([5, 70_000, 199_999], np.int32)
     rows = np.zeros(3, np.int32)
     shape = 1, 200_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from topkast.adapter import Inspection, count_bytes, forward_views, inspection, 
 from topkast_jax._rule import find_key
 from topkast_jax._sharding import has_explicit_axes, is_sharded, layout_of, run_sharded
 from topkast_jax._tree import as_arrays, flatten_weights
+from topkast_jax.sparse._structure import Layouts, Structure, read_forward_values
 
 Arrays = dict[str, jax.Array]
 
@@ -33,6 +35,9 @@ class CheckedState(NamedTuple):
         Checksum of the shapes and of the weights on B from which the sets were chosen; 0-d uint32.
     stale_refreshes
         Number of refreshes after which the weights changed before the next update; 0-d int32.
+    layouts
+        For tensors with sparse execution (:func:`topkast_jax.sparsify`), the order in which kernels
+        visit the weights, by name of the tensor. Empty: masked execution.
 
     Examples
     --------
@@ -46,6 +51,18 @@ class CheckedState(NamedTuple):
     core: TopKASTState
     weights_checksum: jax.Array
     stale_refreshes: jax.Array
+    layouts: dict[str, Layouts] = {}  # noqa: RUF012 - never written to
+
+    @property
+    def structures(self) -> dict[str, Structure]:
+        """What :func:`topkast_jax.sparse_linear` needs to know of A and B, by name of the tensor.
+
+        Only tensors with sparse execution have one.
+        """
+        return {
+            name: Structure(self.supports[name].indices, layouts)
+            for name, layouts in self.layouts.items()
+        }
 
     @property
     def updates(self) -> jax.Array:
@@ -88,7 +105,15 @@ class CheckedState(NamedTuple):
             key = find_key(tree.paths, path)
             if key in nbytes:
                 nbytes[key] += count_bytes(entry)
-        return inspection(state, weights, nbytes)
+        data = inspection(state, weights, nbytes)
+        held = {name: dict(parts) for name, parts in data.held.items()}
+        model_bytes = data.model_bytes
+        for name, layouts in self.layouts.items():
+            held[name]["layouts"] = count_bytes(layouts.vector)
+            # The gradient and the forward view are on B.
+            unused = weights[name].size - self.supports[name].backward
+            model_bytes -= 2 * unused * weights[name].dtype.itemsize
+        return replace(data, held=held, model_bytes=model_bytes)
 
     def _check_single(self) -> None:
         if jnp.ndim(self.updates):
@@ -109,7 +134,11 @@ class CheckedState(NamedTuple):
         if is_sharded(weights) or has_explicit_axes(weights):
             views = run_sharded(view, layout_of(weights, weights), weights, supports)
         else:
-            views = view(weights, supports)
+            masked = {key: support for key, support in supports.items() if key not in self.layouts}
+            views = view(weights, masked)
+            for name in self.layouts:
+                support = supports[name]
+                views[name] = read_forward_values(support.forward, support.indices, weights[name])
         return tree.unflatten(views | tree.other_leaves(params))
 
 

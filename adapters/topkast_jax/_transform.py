@@ -33,6 +33,7 @@ from topkast_jax._sharding import (
 from topkast_jax._stale import checksum, compare_at_refreshes
 from topkast_jax._state import CheckedState
 from topkast_jax._tree import Tree, flatten_weights, is_prng_key
+from topkast_jax.sparse._transform import SparseTransform, rebuild_layouts
 
 Arrays = dict[str, jax.Array]
 _CoreTransform: TypeAlias = Any  # a TopKASTTransform, typed for the containers of JAX
@@ -245,8 +246,10 @@ class _Transform:
         """Compute the updates, or the next parameters if `fused`, and the next state."""
         tree, weights = flatten_weights(params)
         transform, rule = self._transform_for(tree)
+        if state.layouts:
+            transform = SparseTransform(transform, state.layouts.keys())
         gradients = tree.weights(grads, "grads")
-        transform.check(gradients, weights, state.core)
+        plan = transform.check(gradients, weights, state.core)
         compact_extra = {
             name: rule.unflatten(transform.compact(tree.weights(value, name), state.supports))
             if tree.is_like(value, weights)
@@ -263,6 +266,9 @@ class _Transform:
             other_leaves = {name: _zero_update(name, leaf) for name, leaf in other_leaves.items()}
         interval = self._common_interval(transform, weights)
         next_state = compare_at_refreshes(transform, interval, state, core, weights, next_weights)
+        if state.layouts:
+            layouts = rebuild_layouts(plan, state.layouts, core)
+            next_state = next_state._replace(layouts=layouts)
         return tree.unflatten(output | other_leaves), next_state
 
     def _transform_for(self, tree: Tree) -> tuple[_CoreTransform, OptaxRule]:

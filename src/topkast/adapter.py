@@ -40,7 +40,7 @@ from topkast._step import Step, decide, is_due, noise_key
 from topkast._table import format_table
 from topkast._tensors import IncrementalRefresh, RankedTensors, Refresh, members, rank_tensors
 from topkast.analysis import Layer
-from topkast.backends import Backend, Ranks
+from topkast.backends import Backend, Ranks, threshold_finder
 from topkast.backends._compiled import has_numba
 from topkast.functional._arrays import apply_updates
 from topkast.functional._plan import Plan, TensorInfo, check_any
@@ -120,5 +120,6 @@ __all__ = [
     "possibly_true",
     "rank_tensors",
     "settled_ages",
+    "threshold_finder",
     "young_limit",
 ]

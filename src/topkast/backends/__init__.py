@@ -6,7 +6,14 @@ packages add backends by an entry point in the group ``topkast.backends``: its n
 package, and its value is a function that returns the backend.
 """
 
-from topkast.backends._base import Backend, Ranks
+from topkast.backends._base import Backend, Ranks, threshold_finder
 from topkast.backends._find import ENTRY_POINTS, backend_of, load_builtin
 
-__all__ = ["ENTRY_POINTS", "Backend", "Ranks", "backend_of", "load_builtin"]
+__all__ = [
+    "ENTRY_POINTS",
+    "Backend",
+    "Ranks",
+    "backend_of",
+    "load_builtin",
+    "threshold_finder",
+]

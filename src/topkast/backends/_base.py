@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from array_api_compat import array_namespace
@@ -13,6 +14,11 @@ from topkast._errors import NonFiniteError
 T = TypeVar("T")
 Array = Any
 Host = Any  # numpy.ndarray
+ThresholdFinder = Callable[[Array, Any], Array]
+
+# How JAX finds the k-th largest of int32 keys (n,), given keys and k: a function of an adapter, or
+# None for a bisection.
+threshold_finder: ContextVar[ThresholdFinder | None] = ContextVar("threshold_finder", default=None)
 
 
 class Ranks(Protocol):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from topkast.backends._base import Array
+from topkast.backends._base import Array, ThresholdFinder
 from topkast.selection._random import Key, random_words
 
 T = TypeVar("T")
@@ -25,14 +25,23 @@ _WORD = 32
 _FEW = 1024  # number of ties up to which only the ties are processed
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def largest_flags(keys: Array, count: int | Array, indices: Array, ties: Key) -> Array:
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def largest_flags(
+    keys: Array,
+    count: int | Array,
+    indices: Array,
+    ties: Key,
+    find_threshold: ThresholdFinder | None,
+) -> Array:
     """Flags (n,) of the `count` largest of integers (n,) of at least -1.
 
     Equal integers rank by the words of their `indices` (n,), which are distinct; the largest comes
-    first.
+    first. `find_threshold` finds the k-th largest of the integers.
     """
-    threshold = _kth_largest(_pad(keys, -2), count)
+    if find_threshold is None:
+        threshold = _kth_largest(_pad(keys, -2), count)
+    else:
+        threshold = find_threshold(keys, count)
     above, equal = keys > threshold, keys == threshold
     remaining, tie_count = count - jnp.sum(above), jnp.sum(equal)
 

@@ -12,7 +12,7 @@ from jax import lax
 from jax.tree_util import register_dataclass
 
 from topkast.backends import _xla
-from topkast.backends._base import Array, Backend, Ranks
+from topkast.backends._base import Array, Backend, Ranks, threshold_finder
 from topkast.selection._support import Support
 
 T = TypeVar("T")
@@ -72,7 +72,8 @@ class JAXBackend(Backend):
         if indices is None:
             indices = jnp.arange(flat.shape[0], device=self.device(flat))
         keys = self.magnitudes(flat)
-        return _xla.largest_flags(keys, count, indices + ranks.first, ranks.key)
+        find_threshold = threshold_finder.get() if keys.dtype == jnp.int32 else None
+        return _xla.largest_flags(keys, count, indices + ranks.first, ranks.key, find_threshold)
 
     def magnitudes(self, flat: Array) -> Array:
         """Bit patterns of magnitudes, NaN lowest: XLA may flush subnormal floats to zero."""

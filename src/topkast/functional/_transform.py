@@ -20,11 +20,7 @@ from array_api_compat import array_namespace
 from topkast._age import grow, scale_young, settled_ages
 from topkast._errors import MismatchError, UnsupportedTensorError
 from topkast._options import Options
-from topkast._primitives import (
-    Array,
-    cond,
-    possibly_true,
-)
+from topkast._primitives import Array, cond, possibly_true
 from topkast._step import Step, is_due
 from topkast._tensors import RankedTensors
 from topkast.backends import backend_of
@@ -175,11 +171,8 @@ class TopKASTTransform:
         compact = apply_updates(advance.values, advance.displacements)
         weights = {name: compact[name] for name in params if name in compact}
         for ranked in advance.plan.tensors:
-            entries = state.supports[ranked.key].entries
-            flat = ranked.flatten(params)
-            values = array_namespace(flat).reshape(compact[ranked.key], (-1,))
-            flat = backend_of(flat).put(flat, entries, values)
-            weights |= ranked.unflatten(flat)
+            support = state.supports[ranked.key]
+            weights |= self.write(ranked, params, support, compact[ranked.key])
         weights = {name: weights[name] for name in params}
         return self._finish_step(advance.plan, advance.next_state, weights, grads)
 
@@ -200,8 +193,8 @@ class TopKASTTransform:
     ) -> _Advance:
         """Update the compact parameters and the state, without a refresh."""
         plan = self.check(grads, params, state)
-        values = to_compact(plan, params, state.supports)
-        gradients = to_compact(plan, grads, state.supports)
+        values = self.read(plan, params, state.supports)
+        gradients = self.read(plan, grads, state.supports)
         steps = plan.decide(state.updates)
         for key, step in steps.items():
             gradients[key] = step.add_penalty(gradients[key], values[key], state.supports[key])
@@ -253,7 +246,21 @@ class TopKASTTransform:
 
     def compact(self, arrays: Mapping[str, Array], supports: Mapping[str, Support]) -> Arrays:
         """Convert arrays like the parameters to the inner rule's: values on B, and dense arrays."""
-        return to_compact(self.plan(arrays), arrays, supports)
+        return self.read(self.plan(arrays), arrays, supports)
+
+    def read(
+        self, plan: Plan, arrays: Mapping[str, Array], supports: Mapping[str, Support]
+    ) -> Arrays:
+        """:meth:`compact` under a plan; an adapter may read otherwise."""
+        return to_compact(plan, arrays, supports)
+
+    def write(
+        self, ranked: RankedTensors, params: Mapping[str, Array], support: Support, values: Array
+    ) -> Arrays:
+        """The members of ranked tensors with `values` on B; an adapter may write otherwise."""
+        flat = ranked.flatten(params)
+        values = array_namespace(flat).reshape(values, (-1,))
+        return ranked.unflatten(backend_of(flat).put(flat, support.entries, values))
 
     def check_finite(self, params: Mapping[str, Array]) -> None:
         """Raise :class:`topkast.NonFiniteError` for NaN or infinity in a sparsified tensor."""
@@ -357,7 +364,7 @@ class TopKASTTransform:
         supports = state.supports | {key: refresh.support for key, refresh in refreshes.items()}
         params = forget_all(plan, state, state._replace(supports=supports), params)
         # Entries that enter B start as the rule initialises them, which is not always zero.
-        fresh = self.inner.init(to_compact(plan, params, supports))
+        fresh = self.inner.init(self.read(plan, params, supports))
         shapes = {ranked.key: ranked.compact_shape for ranked in tensors}
 
         def migrate(key: str, entry: Array, initial: Array) -> Array:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from topkast.backends._threads import default_threads
 from topkast.kernels._layout_arrays import (
     LAYOUT_ARRAYS,
     make_layout_arrays,
@@ -16,8 +15,13 @@ from topkast.kernels._layout_arrays import (
     make_transposed_arrays,
 )
 from topkast.kernels.runtime._arguments import define_record, fill_record
-from topkast.kernels.runtime._caches import CACHES, max_chunk_rows, panel_columns
-from topkast.kernels.runtime._vector import PREFETCH_DISTANCE, VECTOR_BYTES
+from topkast.kernels.runtime._partition import (
+    MAX_PANEL,
+    divide_rows,
+    indexed_panel_width,
+    row_panel_width,
+)
+from topkast.kernels.runtime._vector import PREFETCH_DISTANCE
 
 Vector = np.ndarray[Any, Any]
 
@@ -37,15 +41,6 @@ LAYOUT = define_record(
     "segment_lengths",
     "segment_starts",
 )
-
-_TILE_ROW = 8 * VECTOR_BYTES  # bytes of a row of the widest tile
-_MIN_PANEL = panel_columns(CACHES, _TILE_ROW)  # with AVX-512: 96 for 48 KiB, 64 for 32 KiB
-_MAX_PANEL = (1 << 16) - 1  # columns: the length of a segment fits in a uint16
-_MAX_CHUNK = 1 << 16  # rows that a uint16 can number
-_SEGMENT_ENTRIES = 12  # average length of a segment, enough for its loop to pay off
-_ROW_SEGMENT_ENTRIES = 20  # the same for a RowLayout: summed in groups, scattered in memory
-_CHUNK_ROWS = min(max_chunk_rows(CACHES, _TILE_ROW), 512)  # maximum rows of a chunk
-_CHUNKS_PER_THREAD = 4  # minimum, since chunks differ in work
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,11 +245,11 @@ def make_row_layout(
             f"row_starts must be {height + 1} ascending positions in [0, {len(columns)}]"
         )
     entries = int(starts[-1] - starts[0]) if height else 0
-    chunk_rows = _chunk_rows(height, max_rows)
+    chunk_rows = divide_rows(height, max_rows)
     if panel_width is None:
         panel_width = row_panel_width(entries, shape)
-    if not 1 <= panel_width <= _MAX_PANEL:
-        raise ValueError(f"panel_width must lie in [1, {_MAX_PANEL}], got {panel_width}")
+    if not 1 <= panel_width <= MAX_PANEL:
+        raise ValueError(f"panel_width must lie in [1, {MAX_PANEL}], got {panel_width}")
     is_valid, *arrays = make_row_layout_arrays(
         columns, starts, pitch, width, chunk_rows, panel_width
     )
@@ -324,8 +319,8 @@ def make_layout(
             raise ValueError(f"{name} must lie in [0, {size})")
     if entries and value_index.min() < 0:
         raise ValueError(f"value_index must not be negative, got {value_index.min()}")
-    chunk_rows = _chunk_rows(height, max_rows)
-    panel_width = _panel_width(entries, shape, _SEGMENT_ENTRIES)
+    chunk_rows = divide_rows(height, max_rows)
+    panel_width = indexed_panel_width(entries, shape)
     arrays = make_layout_arrays(
         rows, columns, value_index, chunk_rows, panel_width, width, PREFETCH_DISTANCE
     )
@@ -360,8 +355,8 @@ def make_transposed_layout(
     """
     height, width = shape
     entries = int(row_starts[-1] - row_starts[0])
-    chunk_rows = _chunk_rows(width, None)
-    panel_width = _panel_width(entries, (width, height), _SEGMENT_ENTRIES)
+    chunk_rows = divide_rows(width, None)
+    panel_width = indexed_panel_width(entries, (width, height))
     starts = np.ascontiguousarray(row_starts, dtype=np.int64)
     arrays = make_transposed_arrays(
         columns, starts, pitch, width, chunk_rows, panel_width, PREFETCH_DISTANCE
@@ -374,22 +369,3 @@ def make_transposed_layout(
         required_length=int(row_starts[-1]) if entries else 0,
         **dict(zip(LAYOUT_ARRAYS, arrays, strict=True)),
     )
-
-
-def row_panel_width(entries: int, shape: tuple[int, int]) -> int:
-    """Default width of the panels of a :class:`RowLayout` with `entries` entries."""
-    return _panel_width(entries, shape, _ROW_SEGMENT_ENTRIES)
-
-
-def _panel_width(entries: int, shape: tuple[int, int], segment_entries: int) -> int:
-    height, width = shape
-    panel_width = segment_entries * height * width // entries if entries else width
-    return max(_MIN_PANEL, min(_MAX_PANEL, panel_width))
-
-
-def _chunk_rows(height: int, max_rows: int | None) -> Vector:
-    if max_rows is not None and not 1 <= max_rows <= _MAX_CHUNK:
-        raise ValueError(f"max_rows must lie in [1, {_MAX_CHUNK}], got {max_rows}")
-    max_chunk = min(_CHUNK_ROWS, height // (_CHUNKS_PER_THREAD * default_threads()))
-    step = max_rows or max(1, max_chunk)
-    return np.append(np.arange(0, height, step, dtype=np.int32), np.int32(height))

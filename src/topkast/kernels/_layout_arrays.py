@@ -14,6 +14,7 @@ from topkast.kernels.runtime._arguments import (
     fill_record,
 )
 from topkast.kernels.runtime._compile import compiled, kernel
+from topkast.kernels.runtime._partition import count_entries, count_segments
 from topkast.kernels.runtime._pool import run
 from topkast.kernels.runtime._vector import as_pointer, fetch_add
 
@@ -89,8 +90,8 @@ def make_transposed_arrays(
     inputs = _inputs(columns, row_starts, width, pitch, panel_width, chunk_rows, counts)
     _run(_count_columns, **inputs)
     segments = _empty_segments(counts, chunk_rows)
-    in_chunks = np.add.reduceat(counts.sum(axis=0), chunk_rows[:-1]) if width else counts[:0, 0]
-    chunk_entries = np.append(0, np.cumsum(in_chunks)).astype(np.int32)
+    chunk_entries = np.empty(len(chunk_rows), dtype=np.int32)
+    count_entries(counts, chunk_rows, chunk_entries)
     inputs |= {"chunk_entries": chunk_entries, "entries": entries}
     _run(_sort_columns, **inputs, **segments)
     ordered_index = np.empty(entries + prefetch_distance, dtype=np.int32)
@@ -132,10 +133,8 @@ def _run(kernel: Any, **values: Any) -> None:
 
 def _empty_segments(counts: Vector, chunk_rows: Vector) -> dict[str, Any]:
     """Arrays for the segments of each chunk, given the entries of each panel and row."""
-    by_row = np.count_nonzero(counts, axis=0)
-    in_chunks = np.add.reduceat(by_row, chunk_rows[:-1]) if len(by_row) else by_row
-    first_segments = np.append(0, np.cumsum(in_chunks)).astype(np.int32)
-    segments = int(first_segments[-1])
+    first_segments = np.empty(len(chunk_rows), dtype=np.int32)
+    segments = count_segments(counts, chunk_rows, first_segments)
     chunk_panels = (len(chunk_rows) - 1) * len(counts)
     panel_segments = np.full(chunk_panels + 1, segments, dtype=np.int32)
     rows, lengths = np.empty(segments, dtype=np.uint16), np.empty(segments, dtype=np.uint16)

@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from topkast.kernels._columns import find_columns, find_row_starts, locate_rows
-from topkast.kernels._layout import (
-    make_row_layout,
-    make_transposed_layout,
-    row_panel_width,
-)
+from topkast.kernels._layout import make_row_layout, make_transposed_layout
 from topkast.kernels._packing import pack
 from topkast.kernels._products import multiply, sampled_product, tile_width
 from topkast.kernels.runtime._arguments import Vector
+from topkast.kernels.runtime._partition import row_panel_width
 
 
 class LinearProducts:
