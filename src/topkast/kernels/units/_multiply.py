@@ -23,6 +23,7 @@ from topkast.kernels.units._sizes import (
 )
 from topkast.kernels.units._vector import unit_product
 
+_RUN_TILES = 4  # tiles of a plane that a thread takes at a time, one row of units after the other
 _CHUNK_WEIGHT_ROWS = 512  # maximum rows of a chunk of the output, which stays in the L2 cache
 
 
@@ -77,14 +78,16 @@ def multiply_tiles_of_units(address: Any, dtype: Any) -> None:
     starts = array_at(arguments.starts, rows, np.int32)
     stops = array_at(arguments.starts + arguments.panels * starts.nbytes, rows, np.int32)
     chunks = (rows + arguments.chunk_rows - 1) // arguments.chunk_rows
+    runs = (tiles + _RUN_TILES - 1) // _RUN_TILES
     thread = fetch_add(address + THREAD_COUNTER)
     scratch = arguments.scratch + thread * arguments.scratch_bytes
     while True:
         item = fetch_add(address)
-        if item >= arguments.groups * tiles * chunks:
+        if item >= arguments.groups * runs * chunks:
             break
-        chunk, group_tile = item % chunks, item // chunks
-        group, tile = group_tile // tiles, group_tile % tiles
+        chunk, group_run = item % chunks, item // chunks
+        group, tile = group_run // runs, group_run % runs * _RUN_TILES
+        last_tile = min(tile + _RUN_TILES, tiles)
         first, last = chunk * arguments.chunk_rows, min((chunk + 1) * arguments.chunk_rows, rows)
         first_row, count = first * unit_rows, (last - first) * unit_rows
         x = arguments.x + group * arguments.x_bytes + tile * tile_bytes
@@ -94,20 +97,21 @@ def multiply_tiles_of_units(address: Any, dtype: Any) -> None:
             out_stride = arguments.out_plane_bytes
             out = arguments.out + (group * height + first_row) * out_stride + tile * tile_bytes
         for row in range(first, last):
-            unit_product(
-                dtype(0),
-                unit_rows,
-                registers,
-                values,
-                columns,
-                starts[row],
-                stops[row],
-                x - row * row_bytes,
-                stride,
-                arguments.bias + row * bias_bytes,
-                out + (row - first) * unit_rows * out_stride,
-                out_stride,
-            )
+            for shift in range(0, (last_tile - tile) * tile_bytes, tile_bytes):
+                unit_product(
+                    dtype(0),
+                    unit_rows,
+                    registers,
+                    values,
+                    columns,
+                    starts[row],
+                    stops[row],
+                    x + shift - row * row_bytes,
+                    stride,
+                    arguments.bias + row * bias_bytes,
+                    out + shift + (row - first) * unit_rows * out_stride,
+                    out_stride,
+                )
         if arguments.rectifies:
             clear_negative(array_at(out, count * lanes, dtype))
         if batch:
