@@ -80,6 +80,7 @@ def property(session: nox.Session) -> None:  # noqa: A001 - the name that the RE
         "tests/test_kernel_convolutions.py",
         "tests/test_kernel_gather.py",
         "tests/test_kernel_input.py",
+        "tests/test_kernel_units.py",
         "tests/test_kernels.py",
         "tests/test_methods.py",
         "tests/test_reserve.py",
@@ -113,35 +114,6 @@ def coverage(session: nox.Session) -> None:
     install(session, "-e", ".[cpu,demo,jax,safetensors,testing]", *TEST, "pytest-cov")
     options = ["--cov", "--cov-report", "term:skip-covered", "--cov-fail-under", "95"]
     run_tests(session, *options, *(session.posargs or ["src", "adapters", "tests"]))
-
-
-@nox.session
-def lowest(session: nox.Session) -> None:
-    """All tests with the lowest versions that pyproject.toml allows, PyTorch's excepted.
-
-    Old builds of PyTorch for Linux come with gigabytes of CUDA: `-- torch==2.6.0` takes one anyway.
-    """
-    torch = session.posargs or ["-c", "constraints.txt", "torch"]
-    session.install(*torch)
-    extras = ("cpu", "jax", "safetensors", "testing")
-    optional = PROJECT["project"]["optional-dependencies"]
-    ranges = [
-        *PROJECT["project"]["dependencies"],
-        *(r for extra in extras for r in optional[extra]),
-    ]
-    exact = [text.replace(">=", "==") for text in ranges]
-    jax = next(text for text in exact if text.startswith("jax=="))
-    session.install(*exact, jax.replace("jax", "jaxlib"), *TEST)
-    session.install("--no-deps", "-e", ".")
-    run_tests(session, "tests")
-
-
-@nox.session
-def newest(session: nox.Session) -> None:
-    """All tests with the newest releases of all libraries; on Linux, PyTorch's is that for CUDA."""
-    packages = [*TEST, *session.posargs]
-    session.install("--upgrade", "-e", ".[cpu,demo,jax,safetensors,testing]", *packages)
-    run_tests(session, "src", "adapters", "tests")
 
 
 @nox.session
