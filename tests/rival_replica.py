@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from replica import leave
 from topkast_torch import SparseLinear
 from torch import nn
 from torch._C._distributed_c10d import FileStore
@@ -59,4 +60,4 @@ def run(rank: int, folder: str) -> None:
     with pytest.raises(topkast.OptionError, match=message):
         topkast.wrap_optimizer(inner, fwd=0.8, bwd=0.8, method=RigL())
     torch.save(states, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -83,8 +84,13 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 }
 BLOCKS = [(4, 1), (2, 1), (8, 1), (2, 2), (1, 4)]
 # All models, and one that consists of blocks.
-CASES: list[tuple[str, dict[str, Any]]] = [(model, {}) for model in MODELS] + [
-    ("divisible", {"block": block}) for block in BLOCKS
+CASES: list[Any] = [(model, {}) for model in MODELS] + [
+    pytest.param(
+        "divisible",
+        {"block": block},
+        marks=[] if block in ((4, 1), (2, 2)) else pytest.mark.slow,
+    )
+    for block in BLOCKS
 ]
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda params: torch.optim.SGD(params, 0.05, momentum=0.9, weight_decay=0.01),

@@ -359,6 +359,7 @@ def test_the_dense_lowering_agrees() -> None:
     np.testing.assert_allclose(dense, by_kernel, atol=1e-12)
 
 
+@pytest.mark.slow
 @given(
     size=st.integers(1, 200),
     count=st.integers(0, 220),

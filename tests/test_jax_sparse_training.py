@@ -188,6 +188,7 @@ def test_scan_and_donation() -> None:
     assert_close(actual, expected, 1e-12)
 
 
+@pytest.mark.slow
 def test_seeds_under_vmap() -> None:
     tx = wrap()
     seeds = [make_params(seed=seed) for seed in (0, 1)]
@@ -204,6 +205,7 @@ def test_seeds_under_vmap() -> None:
         assert_close((actual, core), (expected, expected_state.core), 1e-9)
 
 
+@pytest.mark.slow
 def test_a_learning_rate_can_be_learned_through_a_step() -> None:
     """The derivative of an update, in which values are read and written by kernels."""
     params = make_params()

@@ -35,8 +35,14 @@ def test_sparse_replicas_with_different_weights_raise(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("kind", ["magnitude", "rigl"])
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("count", "kind"),
+    [
+        (2, "magnitude"),
+        pytest.param(2, "rigl", marks=pytest.mark.slow),
+        pytest.param(4, "magnitude", marks=pytest.mark.slow),
+    ],
+)
 def test_the_hook_changes_no_bit_and_sends_b_alone(tmp_path: Path, kind: str, count: int) -> None:
     for name in (kind, f"{kind}_hook"):
         spawn(train_with_hook, args=(str(tmp_path), count, name), nprocs=count)
@@ -61,7 +67,7 @@ def test_the_hook_changes_no_bit_and_sends_b_alone(tmp_path: Path, kind: str, co
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("kind", ["hook_bf16", "hook_fp16"])
+@pytest.mark.parametrize("kind", [pytest.param("hook_bf16", marks=pytest.mark.slow), "hook_fp16"])
 def test_the_hook_with_half_precision(tmp_path: Path, kind: str) -> None:
     """In bfloat16 by an option, in float16 by PyTorch's own wrapper around the hook."""
     spawn(train_with_hook, args=(str(tmp_path), 2, kind), nprocs=2)

@@ -74,10 +74,10 @@ def walk(state: Any, path: tuple[Any, ...] = ()) -> Any:
     "options",
     [
         {},
-        {"refresh_every": 3, "penalty_kind": "l1"},
+        pytest.param({"refresh_every": 3, "penalty_kind": "l1"}, marks=pytest.mark.slow),
         {"block": (2, 1)},
         {"block": (2, 2), "block_score": "max"},
-        {"block": (1, 4), "dtype": torch.float64},
+        pytest.param({"block": (1, 4), "dtype": torch.float64}, marks=pytest.mark.slow),
     ],
 )
 def test_trajectories_are_equal(sparse: bool, optimizer: str, options: dict[str, Any]) -> None:
