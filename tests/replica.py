@@ -74,6 +74,8 @@ def train_with_hook(
         nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 40), nn.Linear(40, 4)
     )
     body = body.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    linear: Any = body.get_submodule("3")
+    linear.weight = nn.Parameter((torch.randn(40, 600) / 24)[:, :576])  # with gaps in its memory
     model = DistributedDataParallel(body, bucket_cap_mb=0.05)
     method = topkast.methods.RigL() if "rigl" in kind else None
     optimizer: Any = topkast.wrap_optimizer(

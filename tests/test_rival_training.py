@@ -573,8 +573,8 @@ def penalised(model: nn.Module, opt: Any, update: int) -> None:
     opt.zero_grad()
     inputs = batch(update).requires_grad_()
     output = model(inputs)
-    (slope,) = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)
-    ((output - 1).square().mean() + slope.square().mean()).backward()
+    (gradient,) = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)
+    ((output - 1).square().mean() + gradient.square().mean()).backward()
     opt.step()
 
 

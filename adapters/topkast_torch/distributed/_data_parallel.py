@@ -123,7 +123,8 @@ def _parts_of(params: Iterable[Tensor], buffer: Tensor) -> Iterable[_Part]:
     """The gradients of a bucket, which lie in its buffer one after the other."""
     start = buffer.storage_offset()
     for param in params:
-        gradient = buffer.as_strided(param.shape, param.stride(), start)
+        strides = param.stride() if _is_dense(param) else _rows_first(param.shape)
+        gradient = buffer.as_strided(param.shape, strides, start)
         start += param.numel()
         owner = owner_of(param)
         if not isinstance(owner, MaskedExecution) or owner.awaits_gradient:
@@ -133,6 +134,16 @@ def _parts_of(params: Iterable[Tensor], buffer: Tensor) -> Iterable[_Part]:
             member.entries for member in owner.members.values() if member.param is param
         )
         yield _Part(gradient, sections if owner.step.exploring else sections[:1], is_whole=False)
+
+
+def _is_dense(param: Tensor) -> bool:
+    """Whether a Parameter fills its memory; if not, its gradient is laid out row by row."""
+    last = sum((n - 1) * step for n, step in zip(param.shape, param.stride(), strict=True))
+    return last + 1 == param.numel()
+
+
+def _rows_first(shape: torch.Size) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
 
 
 class _Checksum:

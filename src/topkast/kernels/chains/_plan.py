@@ -20,10 +20,10 @@ from topkast.kernels._products import MULTIPLY, multiply_tiles
 from topkast.kernels._sampling import SAMPLE, sample_entries
 from topkast.kernels.chains._sums import SUM, sum_rows
 from topkast.kernels.runtime._arguments import define_record
-from topkast.kernels.runtime._barrier import enter, leave, wait_until_done
+from topkast.kernels.runtime._barrier import wait_until_done
 from topkast.kernels.runtime._compile import kernel
 from topkast.kernels.runtime._pool import run_at
-from topkast.kernels.runtime._vector import as_pointer
+from topkast.kernels.runtime._vector import as_pointer, fetch_add
 from topkast.kernels.units._multiply import multiply_tiles_of_units
 from topkast.kernels.units._sample import sample_units_of_tiles
 from topkast.kernels.units._scatter import scatter_units_of_tiles
@@ -170,7 +170,7 @@ def _make_run(multiply: Any) -> Any:
             if waits_for:
                 awaited = first + (waits_for - 1) * _STAGE_BYTES
                 wait_until_done(awaited + _ENTERED, awaited + _LEFT)
-            enter(stage + _ENTERED)
+            fetch_add(stage + _ENTERED)  # before it takes an item
             arguments = stage + _HEADER_BYTES
             if kind == _PACK:
                 pack_tiles(arguments, dtype)
@@ -178,7 +178,7 @@ def _make_run(multiply: Any) -> Any:
                 sum_rows(arguments, dtype)
             else:
                 multiply(kind, arguments, dtype)
-            leave(stage + _LEFT)
+            fetch_add(stage + _LEFT)
 
     return run
 

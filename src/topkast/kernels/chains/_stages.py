@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,59 +28,23 @@ class Product(NamedTuple):
     scratch_bytes: int
 
 
-class LayerStages(Protocol):
-    """Makes the stages of one layer; `waits_for` is as for :class:`Stage`."""
-
-    def width(self, batch: int) -> int:
-        """Width of the tiles of packed activations."""
-
-    def forward(
-        self,
-        batch: int,
-        waits_for: int,
-        *,
-        values: Slot,
-        x: Slot,
-        out: Slot,
-        bias: Slot | None,
-        is_packed: bool,
-        rectifies: bool,
-    ) -> Product:
-        """The output, (batch, rows) or packed; negative outputs become 0 if `rectifies`."""
-
-    def input_gradient(
-        self,
-        batch: int,
-        waits_for: int,
-        *,
-        values: Slot,
-        gradient: Slot,
-        out: Slot,
-        is_packed: bool,
-        positive: Slot | None,
-    ) -> Product:
-        """The input gradient, (batch, width) or packed; 0 where `positive`, packed, is not."""
-
-    def weight_gradient(
-        self, batch: int, waits_for: int, *, gradient: Slot, x: Slot, out: Slot
-    ) -> Product:
-        """The weight gradient on B."""
-
-
-def stages_of(products: LinearProducts | UnitLinearProducts, dtype: Any) -> LayerStages:
-    """The stages of a layer, for float32 or float64."""
+def stages_of(
+    products: LinearProducts | UnitLinearProducts, dtype: Any
+) -> WeightStages | UnitStages:
+    """What makes the stages of a layer, for float32 or float64."""
     if isinstance(products, UnitLinearProducts):
-        return _UnitStages(products, np.dtype(dtype))
-    return _WeightStages(products, np.dtype(dtype))
+        return UnitStages(products, np.dtype(dtype))
+    return WeightStages(products, np.dtype(dtype))
 
 
-class _WeightStages:
-    """Products with single weights."""
+class WeightStages:
+    """Products with single weights. In all methods, `waits_for` is as for :class:`Stage`."""
 
     def __init__(self, products: LinearProducts, dtype: Any) -> None:
         self._products, self._dtype = products, dtype
 
     def width(self, batch: int) -> int:
+        """Width of the tiles of packed activations."""
         return tile_width(batch, self._dtype)
 
     def forward(
@@ -95,6 +59,7 @@ class _WeightStages:
         is_packed: bool,
         rectifies: bool,
     ) -> Product:
+        """The output, (batch, rows) or packed; negative outputs become 0 if `rectifies`."""
         arguments: dict[str, Argument] = {"values": values, "x": x, "out": out, "positive": 0}
         arguments |= {"is_packed": int(is_packed), "rectifies": int(rectifies)}
         arguments["bias"] = 0 if bias is None else bias
@@ -111,6 +76,7 @@ class _WeightStages:
         is_packed: bool,
         positive: Slot | None,
     ) -> Product:
+        """The input gradient, (batch, width) or packed; 0 where `positive`, packed, is not."""
         arguments: dict[str, Argument] = {"values": values, "x": gradient, "out": out, "bias": 0}
         arguments |= {"is_packed": int(is_packed), "rectifies": 0}
         arguments["positive"] = 0 if positive is None else positive
@@ -136,6 +102,7 @@ class _WeightStages:
     def weight_gradient(
         self, batch: int, waits_for: int, *, gradient: Slot, x: Slot, out: Slot
     ) -> Product:
+        """The weight gradient on B."""
         active, exploring = self._products._active, self._products._exploring
         width = self.width(batch)
         tiles, registers = -(-batch // width), registers_of(width, self._dtype)
@@ -160,8 +127,8 @@ class _WeightStages:
         return Product(Stage("sample", arguments, exploring.stop * tiles * registers, waits_for), 0)
 
 
-class _UnitStages:
-    """Products with units of r × 1."""
+class UnitStages:
+    """Products with units of r × 1; methods as those of :class:`WeightStages`."""
 
     def __init__(self, products: UnitLinearProducts, dtype: Any) -> None:
         self._products, self._dtype = products, dtype

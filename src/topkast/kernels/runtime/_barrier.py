@@ -3,7 +3,8 @@
 A stage begins with atomic counters: the threads that have entered it, and those that have left it.
 Threads take work items inside, and a thread leaves when it finds no more. So a stage is done once a
 thread has left it and as many have left as had entered: nobody needs to know the number of threads,
-and one thread alone never waits.
+and one thread alone never waits. Both counters are counted by
+:func:`~topkast.kernels.runtime._vector.fetch_add`.
 """
 
 from __future__ import annotations
@@ -22,18 +23,6 @@ _SPINS = 4096  # before a waiting thread offers its core to another thread
 
 
 @njit  # type: ignore[untyped-decorator]
-def enter(entered: Any) -> None:
-    """Count a thread that enters a stage, before it takes an item."""
-    _add_one(entered)
-
-
-@njit  # type: ignore[untyped-decorator]
-def leave(left: Any) -> None:
-    """Count a thread that has found no more items."""
-    _add_one(left)
-
-
-@njit  # type: ignore[untyped-decorator]
 def wait_until_done(entered: Any, left: Any) -> None:
     """Wait until all threads that have entered a stage have left it; the caller has."""
     spins = 0
@@ -46,16 +35,7 @@ def wait_until_done(entered: Any, left: Any) -> None:
         if spins % _SPINS:
             _pause()
         else:
-            _yield_core()
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _add_one(_: Any, address: Any) -> Any:
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = builder.inttoptr(arguments[0], _INT64.as_pointer())
-        return builder.atomic_rmw("add", pointer, ir.Constant(_INT64, 1), "seq_cst")
-
-    return types.intp(types.intp), emit
+            yield_core()
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -82,7 +62,7 @@ def _pause(_: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _yield_core(_: Any) -> Any:
+def yield_core(_: Any) -> Any:
     """Let another thread run, where the system has ``sched_yield``."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -119,9 +118,12 @@ class UnitConvolutionProducts(PlaneShapes):
         planes = empty_aligned(
             (len(packed), self._rows, sizes.positions, packed.shape[3]), packed.dtype
         )
-        self._check(values.dtype, values, ("packed", packed, self._packed_shape(sizes, packed)))
-        if bias is not None:
-            check_arrays(values.dtype, ("bias", bias, (self._rows,)))
+        check_arrays(
+            values.dtype,
+            ("values", values, self._values_shape),
+            ("packed", packed, self._packed_shape(sizes, packed)),
+            *([] if bias is None else [("bias", bias, (self._rows,))]),
+        )
         multiply_units(self._active, self._unit_rows, offsets, sizes, values, packed, planes, bias)
         from_planes(planes, out, geometry.output_layout)
 
@@ -130,8 +132,10 @@ class UnitConvolutionProducts(PlaneShapes):
     ) -> None:
         """Write the gradient of the images, of shape `shape`, with the weight on A into `out`."""
         geometry, sizes, offsets = self._sizes_of(shape, gradient)
-        self._check(
-            values.dtype, values, ("gradient", gradient, self._gradient_shape(sizes, gradient))
+        check_arrays(
+            values.dtype,
+            ("values", values, self._values_shape),
+            ("gradient", gradient, self._gradient_shape(sizes, gradient)),
         )
         planes = empty_aligned(self._packed_shape(sizes, gradient), gradient.dtype)
         scatter_units(self._active, self._unit_rows, offsets, sizes, values, gradient, planes)
@@ -142,9 +146,9 @@ class UnitConvolutionProducts(PlaneShapes):
     ) -> None:
         r"""Write the weight gradient on B, (\|B\| · r,), into `out`; `shape` as for `forward`."""
         _, sizes, offsets = self._sizes_of(shape, gradient)
-        self._check(
+        check_arrays(
             out.dtype,
-            out,
+            ("out", out, self._values_shape),
             ("packed", packed, self._packed_shape(sizes, packed)),
             ("gradient", gradient, self._gradient_shape(sizes, gradient)),
         )
@@ -158,12 +162,9 @@ class UnitConvolutionProducts(PlaneShapes):
         offsets = sum(cached.nbytes for cached in self._offsets.values())
         return self._units_nbytes + self._active.nbytes + self._exploring.nbytes + offsets
 
-    def _check(
-        self, dtype: Any, values: Vector, *packed: tuple[str, Vector, tuple[int, ...]]
-    ) -> None:
-        check_arrays(dtype, ("values", values, (len(self._units) * self._unit_rows,)), *packed)
-        if not values.flags.writeable and packed[-1][0] == "gradient" and len(packed) == 2:
-            raise ValueError("out is read-only: pass a writable array")
+    @property
+    def _values_shape(self) -> tuple[int]:
+        return (len(self._units) * self._unit_rows,)
 
     def _sizes_of(self, shape: Shape, packed: Vector) -> tuple[ConvGeometry, Planes, Vector]:
         geometry = self._geometry_of(shape, packed.dtype)

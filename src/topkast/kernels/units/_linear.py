@@ -13,7 +13,7 @@ from topkast.kernels.units._panels import make_panels, panel_width_for
 from topkast.kernels.units._sample import sample_units
 from topkast.kernels.units._scatter import scatter_units
 from topkast.kernels.units._sizes import Planes, registers_for
-from topkast.kernels.units._vector import ROWS
+from topkast.kernels.units._vector import REGISTERS, ROWS
 
 
 class UnitLinearProducts:
@@ -86,26 +86,40 @@ class UnitLinearProducts:
     ) -> None:
         """Write the output ``x · Wᵀ + bias`` with W on A, (batch, height), into `out`."""
         height, width = self.shape
-        self._check(values.dtype, values, (len(out), out, height), ("x", x, width))
-        if bias is not None:
-            check_arrays(values.dtype, ("bias", bias, (height,)))
         planes = self._planes(x, len(out))
+        check_arrays(
+            values.dtype,
+            ("values", values, (len(self._indices) * self.rows,)),
+            ("x", x, (len(x), width, x.shape[2])),
+            ("out", out, (len(out), height)),
+            *([] if bias is None else [("bias", bias, (height,))]),
+        )
         multiply_units(self._active, self.rows, self._indices, planes, values, x, out, bias)
 
     def input_gradient(self, values: Vector, gradient: Vector, out: Vector) -> None:
         """Write the input gradient ``gradient · W`` with W on A, (batch, width), into `out`."""
         height, width = self.shape
-        self._check(values.dtype, values, (len(out), out, width), ("gradient", gradient, height))
         planes = self._planes(gradient, len(out))
+        check_arrays(
+            values.dtype,
+            ("values", values, (len(self._indices) * self.rows,)),
+            ("gradient", gradient, (len(gradient), height, gradient.shape[2])),
+            ("out", out, (len(out), width)),
+        )
         scatter_units(self._active, self.rows, self._indices, planes, values, gradient, out)
 
     def weight_gradient(self, gradient: Vector, x: Vector, out: Vector) -> None:
         r"""Write the weight gradient ``gradientᵀ · x`` on B, (\|B\| · r,), into `out`."""
         height, width = self.shape
-        self._check(out.dtype, out, None, ("x", x, width), ("gradient", gradient, height))
-        other = self._exploring if self._exploring.starts.size else None
         planes = self._planes(x, 0)
-        sample_units(self._active, other, self.rows, self._indices, planes, gradient, x, out)
+        check_arrays(
+            out.dtype,
+            ("x", x, (len(x), width, x.shape[2])),
+            ("gradient", gradient, (len(x), height, x.shape[2])),
+            ("out", out, (len(self._indices) * self.rows,)),
+        )
+        units = self._active, self._exploring, self.rows, self._indices
+        sample_units(*units, planes, gradient, x, out)
 
     def check(self) -> None:
         """Raise ValueError if `indices` was overwritten with units out of range."""
@@ -117,37 +131,19 @@ class UnitLinearProducts:
         """Bytes held in addition to `indices`."""
         return self._active.nbytes + self._exploring.nbytes
 
-    def _check(
-        self,
-        dtype: Any,
-        values: Vector,
-        output: tuple[int, Vector, int] | None,
-        *packed: tuple[str, Vector, int],
-    ) -> None:
-        tiles, _, lanes = packed[0][1].shape
-        arrays: list[Any] = [("values", values, (len(self._indices) * self.rows,))]
-        arrays += [(name, array, (tiles, features, lanes)) for name, array, features in packed]
-        if output is None:
-            arrays[0] = ("out", values, arrays[0][2])
-        else:
-            batch, out, features = output
-            arrays.append(("out", out, (batch, features)))
-            if batch > tiles * lanes:
-                raise ValueError(f"{batch} rows of out do not fit {tiles} tiles of width {lanes}")
-        check_arrays(dtype, *arrays)
-        registers, remainder = divmod(lanes * int(values.dtype.itemsize), VECTOR_BYTES)
-        if remainder or registers_for(self.rows, registers) != registers:
+    def _planes(self, packed: Vector, batch: int) -> Planes:
+        """Sizes of packed activations, and of a result of `batch` rows, 0 for no rows."""
+        tiles, _, lanes = packed.shape
+        if batch > tiles * lanes:
+            raise ValueError(f"{batch} rows of out do not fit {tiles} tiles of width {lanes}")
+        registers, remainder = divmod(lanes * packed.itemsize, VECTOR_BYTES)
+        if remainder or registers not in REGISTERS[self.rows]:
             raise ValueError(
-                f"a tile cannot have {lanes} columns of {values.dtype}: allocate it with the shape "
+                f"a tile cannot have {lanes} columns of {packed.dtype}: allocate it with the shape "
                 "of packed_shape"
             )
-
-    def _planes(self, packed: Vector, batch: int) -> Planes:
-        tiles, _, lanes = packed.shape
-        registers = lanes * packed.itemsize // VECTOR_BYTES
-        return Planes(
-            tiles, self.shape[1], registers, registers, registers, is_linear=True, batch=batch
-        )
+        sizes = tiles, self.shape[1], registers, registers, registers
+        return Planes(*sizes, is_linear=True, batch=batch)
 
 
 def check_units(indices: Vector, height: int, rows: int) -> None:

@@ -8,11 +8,11 @@ kernel. A helper that finds the record closed leaves at once; whoever is last re
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 from numba import njit, types
 
+from topkast.kernels.runtime._barrier import yield_core
 from topkast.kernels.runtime._compile import kernel
 from topkast.kernels.xla._frame import count_threads, schedule, words
 from topkast.kernels.xla._native import (
@@ -30,22 +30,11 @@ _CLOSED = 1 << 40  # in the state, beside the number of helpers inside the kerne
 _SPINS = 256  # reads of the state before the thread yields to another one
 
 _help_address = symbol_address("topkast_xla_help")
-_yield_address = symbol_address("topkast_xla_yield")
 
 
 def link_threads() -> None:
-    """Link the function that helpers run, and the one that yields the processor."""
+    """Link the function that helpers run."""
     link("topkast_xla_help", _help.address)
-    try:
-        yielding = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value
-    except (AttributeError, TypeError):  # Windows
-        yielding = None
-    link("topkast_xla_yield", yielding or _do_nothing.address)
-
-
-@kernel(types.void(types.intp))
-def _do_nothing(_: Any) -> None:
-    pass
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -87,7 +76,7 @@ def run(frame: Any, function: Any, arguments: Any, threads: Any) -> None:
     while state != _CLOSED:
         spins += 1
         if spins > _SPINS:
-            call_kernel(_yield_address(), 0)
+            yield_core()
         state = add_atomically(record + _STATE, 0)
     _drop(record)
 
