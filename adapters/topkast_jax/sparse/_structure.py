@@ -30,6 +30,15 @@ class Layouts:
         Shape of the matrix.
     forward, backward
         \|A\| and \|B\|.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, topkast, topkast_jax
+    >>> support = topkast.Support.of(
+    ...     active=jnp.asarray([1, 2], "int32"), exploring=jnp.asarray([0], "int32"))
+    >>> layouts = topkast_jax.Layouts.of(support, (2, 2))
+    >>> layouts.shape, layouts.forward, layouts.backward
+    ((2, 2), 2, 3)
     """
 
     vector: jax.Array

@@ -54,12 +54,15 @@ def ddp_comm_hook(optimizer: TopKASTOptimizer, *, dtype: torch.dtype | None = No
 
     Examples
     --------
-    In each process, after ``torch.distributed.init_process_group``::
+    In each process, where `model` is a ``DistributedDataParallel``:
 
-        model = DistributedDataParallel(model)
-        optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
-        optimizer = topkast.wrap_optimizer(optimizer, fwd=0.9, bwd=0.8)
-        model.register_comm_hook(None, topkast_torch.ddp_comm_hook(optimizer))
+    >>> import torch, topkast, topkast_torch
+    >>> model = torch.nn.Linear(20, 30)
+    >>> optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
+    >>> optimizer = topkast.wrap_optimizer(optimizer, fwd=0.9, bwd=0.8)
+    >>> hook = topkast_torch.ddp_comm_hook(optimizer, dtype=torch.bfloat16)
+
+    Then ``model.register_comm_hook(None, hook)``.
     """
     if not isinstance(optimizer, TopKASTOptimizer):
         raise OptionError(
