@@ -35,7 +35,9 @@ def sparse_linear(
         The weight's values on B, (1, …, \|B\|), float32 or float64, as in
         ``topkast.forward_params(params, state)``. Without a structure, the dense α.
     structure
-        ``state.structures.get(name)``. None: the weight is dense or masked, and the product too.
+        ``state.structures.get(name)`` of the state that `values` come from: another state has its
+        values in another order, which cannot be noticed. None: the weight is dense or masked, and
+        the product too.
     x
         Activations (…, features).
     bias
