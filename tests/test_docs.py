@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import memory
@@ -20,6 +23,24 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for example in document.examples():
         example.evaluate()
         memory.release()
+
+
+def test_files_that_the_pages_name_exist() -> None:
+    for page in PAGES:
+        text = page.read_text()
+        for path in re.findall(r"`(?:tests/)?((?:ecosystem/)?test_\w+\.py)", text):
+            assert (ROOT / "tests" / path).is_file(), f"{page.name} names {path}"
+        for path in re.findall(r"`((?:benchmarks|examples|tests)/[\w/]+\.\w+)", text):
+            assert (ROOT / path).is_file(), f"{page.name} names {path}"
+
+
+def test_figures_are_as_their_script_draws_them(tmp_path: Path) -> None:
+    images = ROOT / "docs" / "images"
+    subprocess.run([sys.executable, str(images / "draw.py"), str(tmp_path)], check=True, timeout=60)
+    drawn = sorted(tmp_path.iterdir())
+    assert len(drawn) == 4
+    for file in drawn:
+        assert file.read_bytes() == (images / file.name).read_bytes(), file.name
 
 
 def test_there_are_examples_to_run() -> None:
