@@ -25,6 +25,7 @@ extensions = [
 exclude_patterns = ["_build"]
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = f"topkast {release}"
 html_math_renderer = "mathml"
 html_static_path = ["_static"]

@@ -21,7 +21,7 @@ CORRECTIONS = [
     (r"<mo>([a-z]{2,})</mo>", r'<mi>\1</mi><mspace width="0.17em"/>'),
     (r"<mo>&#x0007C;</mo>", '<mo lspace="0" rspace="0" stretchy="false">|</mo>'),
     # Fonts without the set minus are common.
-    (r"&#x02216;", "&#x0005C;"),
+    (r"<mi>&#x029F5;</mi>", '<mo lspace="0.17em" rspace="0.17em">&#x0005C;</mo>'),
 ]
 
 
