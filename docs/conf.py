@@ -1,8 +1,11 @@
 """Sphinx configuration: ``sphinx-build -W --keep-going -b html docs docs/_build/html``."""
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
+from sphinx.application import Sphinx
 from sphinx.pycode import ModuleAnalyzer
 
 import topkast
@@ -39,6 +42,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_typehints_format = "short"
+autodoc_type_aliases = {"Array": "Array"}
 python_display_short_literal_types = True
 napoleon_attr_annotations = False
 napoleon_google_docstring = False
@@ -49,3 +53,33 @@ for name in ("topkast._wrap",):
     analyzer = ModuleAnalyzer.for_module(name)
     analyzer.analyze()
     analyzer.overloads = {}
+
+
+def shorten_types(app: Sphinx, *_: Any) -> None:
+    """Write no type where it is Any, and the names of aliases inside other types."""
+    for types in app.env.current_document.autodoc_annotations.values():
+        for name, annotation in list(types.items()):
+            if annotation.endswith("typing.Any"):
+                del types[name]  # the text says what the parameter is
+            else:
+                types[name] = re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", annotation)
+
+
+def allow_breaks(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any
+) -> None:
+    """Let names break after a dot, a slash and an underscore, so that tables fit the page."""
+
+    def in_name(match: re.Match[str]) -> str:
+        return re.sub(r"(?<=\w)([._/])(?=\w)(?!py\b)", r"\1<wbr>", match[0])
+
+    def in_cell(match: re.Match[str]) -> str:
+        return re.sub(r'(?<=<span class="pre">)[^<]+', in_name, match[0])
+
+    if "body" in context:
+        context["body"] = re.sub(r"<td>.*?</td>", in_cell, context["body"], flags=re.DOTALL)
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("object-description-transform", shorten_types, priority=400)  # before autodoc
+    app.connect("html-page-context", allow_breaks)
