@@ -41,7 +41,7 @@ class Step:
         The factors of a rule of the Adam family, which scale the displacement of young entries.
     power
         The exponent α of Powerpropagation: the inner rule updates φ, and the weight is
-        φ · |φ|^(α − 1).
+        φ · \|φ\|^(α − 1).
     noise
         Standard deviation of the noise that is added to the gradient on B.
     key, draw

@@ -32,14 +32,14 @@ _JOIN = " + "
 
 @dataclass(frozen=True)
 class RankedTensors:
-    """Tensors that share one compact vector: a single one, or a whole group if ranked globally.
+    r"""Tensors that share one compact vector: a single one, or a whole group if ranked globally.
 
     Attributes
     ----------
     shapes
         Shape of each member, by name. Flat indices number the members in this order.
     forward, backward
-        |A| and |B|, in units.
+        \|A\| and \|B\|, in units.
     density
         The forward density D in the exploration penalty.
     layers
