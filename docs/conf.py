@@ -80,6 +80,13 @@ def allow_breaks(
         context["body"] = re.sub(r"<td>.*?</td>", in_cell, context["body"], flags=re.DOTALL)
 
 
+def skip_fields(app: Sphinx, what: str, name: str, member: Any, *_: Any) -> bool | None:
+    """Leave out the fields of named tuples: their attributes are listed in the docstring."""
+    is_field = (getattr(member, "__doc__", None) or "").startswith("Alias for field number")
+    return True if is_field else None
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("autodoc-skip-member", skip_fields)
     app.connect("object-description-transform", shorten_types, priority=400)  # before autodoc
     app.connect("html-page-context", allow_breaks)

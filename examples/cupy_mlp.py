@@ -1,6 +1,6 @@
 """Top-KAST without a framework: an MLP with a hand-written backward pass, in CuPy or in NumPy.
 
-pip install topkast scikit-learn  # and topkast[cupy] (CUDA 12) or topkast[cupy13] for a GPU
+python3 -m pip install . scikit-learn  # '.[cupy]' (CUDA 12) or '.[cupy13]' for a GPU
 python examples/cupy_mlp.py [FOLDER]
 
 With a folder, on the MNIST digits in the IDX files in it (t10k-images-idx3-ubyte.gz and

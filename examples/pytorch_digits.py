@@ -1,6 +1,6 @@
 """A PyTorch training loop with one line more: scikit-learn's digits, 90 % of the weights zero.
 
-pip install 'topkast[torch]' scikit-learn
+python3 -m pip install '.[torch]' scikit-learn
 python examples/pytorch_digits.py
 """
 

@@ -1,6 +1,6 @@
 """A character transformer with one weight in a hundred, chosen anew at every step.
 
-pip install 'topkast[torch,cpu]' matplotlib
+python3 -m pip install '.[torch,cpu]' matplotlib
 python examples/weight_sparse_transformer.py [--steps 700] [--output FOLDER] [--seed 0]
 
 It learns the source text of Python's standard library. All linear layers have forward sparsity
