@@ -93,7 +93,7 @@ class Layer:
 
     @property
     def flops(self) -> Fraction:
-        """FLOPs of the forward product of one sample, all weights used: f_D of the formulas."""
+        """FLOPs of the forward product of one sample, all weights used (f_D of the formulas)."""
         return self.flops_of(self.size)
 
     def flops_of(self, weights: int | Fraction) -> Fraction:

@@ -69,7 +69,7 @@ class GradualPruning(Method):
             raise OptionError(f"start must lie before end, got {self.start} and {self.end}")
 
     def choose(self, view: View, /) -> Support:
-        """Choose the largest magnitudes, as many as it is time for; keep the last sets."""
+        """Choose the largest magnitudes, as many as the schedule says; keep the last sets."""
         old, update = view.support, updates_of(view, self)
         if old is not None and old.forward == view.forward and update > self.end:
             return old
