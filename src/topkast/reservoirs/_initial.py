@@ -135,7 +135,7 @@ class Generated:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory: none."""
+        """No bytes in memory."""
         return 0
 
     @functools.cached_property

@@ -98,17 +98,17 @@ class Support:
 
     @property
     def forward_size(self) -> int:
-        r"""Number of weights in A: the position at which B∖A begins in vectors over B."""
+        r"""Number of weights in A, and the position at which B∖A begins in vectors over B."""
         return self.forward * self._unit_size
 
     @property
     def backward_size(self) -> int:
-        r"""Number of weights in B: the length of vectors over B."""
+        r"""Number of weights in B, and the length of vectors over B."""
         return self.backward * self._unit_size
 
     @property
     def entries(self) -> Array:
-        """Flat (C-order) indices of the weights in B (backward_size,): unit by unit, A first.
+        """Flat (C-order) indices of the weights in B (backward_size,), unit by unit, A first.
 
         The weights of a block are in row-major order.
         """

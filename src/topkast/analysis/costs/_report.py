@@ -83,7 +83,7 @@ class Cost:
 
     @property
     def dense_training_flops(self) -> float:
-        """FLOPs of a dense training step for one sample: three times those of a forward pass."""
+        """FLOPs of a dense training step for one sample, three times those of a forward pass."""
         return 3 * self.dense_forward_flops
 
     @property

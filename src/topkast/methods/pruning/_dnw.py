@@ -83,6 +83,6 @@ class IHT(DNW):
         check_share("initial", self.initial)
 
     def choose(self, view: View, /) -> Support:
-        """Choose the largest magnitudes, as many as it is time for."""
+        """Choose the largest magnitudes, as many as the schedule says."""
         count = linear_count(view, updates_of(view, self), self.end, self.initial)
         return split_by_magnitude(view, count)
