@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -114,7 +114,7 @@ def costs(
     return root_of(drawn)
 
 
-def _rows_of(costs: Cost | Mapping[str, Cost]) -> list[_Row]:
+def _rows_of(costs: Any) -> list[_Row]:
     named: Mapping[str, Cost | LayerCost]
     if isinstance(costs, Cost):
         named = {layer.name: layer for layer in costs.layers if layer.dense_forward_flops}

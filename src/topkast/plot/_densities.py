@@ -9,7 +9,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import PercentFormatter
 
 from topkast._errors import MismatchError
-from topkast._inspect import Summary, summary
+from topkast._inspect import Summary, TensorSummary, summary
 from topkast.plot._figure import (
     Style,
     add_legend,
@@ -69,23 +69,22 @@ def densities(
     """
     result = x if isinstance(x, Summary) else summary(x, params)
     rows = [
-        (row.name, row.forward, row.backward, math.prod(row.shape))
+        (row.forward, row.backward, math.prod(row.shape))
         for row in result.tensors
-        if math.prod(row.shape)
-        and (len(row.shape) > 1 or row.forward_sparsity or row.backward_sparsity)
+        if _is_drawn(row)
     ]
+    names = [shorten(row.name or "tensor", 40) for row in result.tensors if _is_drawn(row)]
     if not rows:
         raise MismatchError(
             "the summary has no sparsified tensor and none with two axes: there is nothing to draw"
         )
-    sums = (sum(row[column] for row in rows) for column in (1, 2, 3))
-    rows.append(("all", *sums))
-    forward = [row[1] / row[3] for row in rows]
-    backward = [row[2] / row[3] for row in rows]
-    with open_figure(figure, style, height=1.4 + 0.3 * len(rows)) as (drawn, colours):
+    totals = [sum(column) for column in zip(*rows, strict=True)]
+    forward = [row[0] / row[2] for row in (*rows, totals)]
+    backward = [row[1] / row[2] for row in (*rows, totals)]
+    with open_figure(figure, style, height=1.7 + 0.3 * len(rows)) as (drawn, colours):
         axes = drawn.add_subplot()
         prepare_axes(axes, grid="x")
-        positions = range(len(rows))
+        positions = range(len(rows) + 1)
         active = [100 * share for share in forward]
         exploring = [100 * (b - a) for a, b in zip(forward, backward, strict=True)]
         axes.barh(positions, active, 0.7, color=colours.active)
@@ -94,10 +93,10 @@ def densities(
             axes,
             [f"{percent(a)} / {percent(b)}" for a, b in zip(forward, backward, strict=True)],
         )
-        axes.set_yticks(positions, [shorten(row[0] or "tensor", 40) for row in rows])
+        axes.set_yticks(positions, [*names, "all"])
         axes.invert_yaxis()
         axes.set_xlim(left=0)
-        axes.xaxis.set_major_formatter(PercentFormatter())
+        axes.xaxis.set_major_formatter(PercentFormatter(symbol=" %"))
         axes.set_xlabel("share of the weights", fontsize=font_size(1.0))
         handles = [
             patch(colours.active, "A: forward density"),
@@ -105,3 +104,8 @@ def densities(
         ]
         add_legend(drawn, handles, columns=2)
     return root_of(drawn)
+
+
+def _is_drawn(row: TensorSummary) -> bool:
+    is_sparse = row.forward_sparsity or row.backward_sparsity
+    return bool(math.prod(row.shape) and (len(row.shape) > 1 or is_sparse))

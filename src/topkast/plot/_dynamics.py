@@ -110,7 +110,7 @@ def dynamics(
             axes.set_title(title, fontsize=font_size())
             axes.set_xlabel("training step", fontsize=font_size())
             axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(PercentFormatter())
+            axes.yaxis.set_major_formatter(PercentFormatter(symbol=" %"))
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         add_legend(drawn, handles, columns=3)
     return root_of(drawn)

@@ -75,7 +75,7 @@ class _Figure(Figure):
         return buffer.getvalue()
 
 
-def _settings(style: Style | None) -> dict[str, Any]:
+def _settings(style: Style | None) -> Any:  # names are literals to matplotlib's types
     if style is None:
         return {}
     if style not in _STYLES:
@@ -104,7 +104,7 @@ def _colours() -> Colours:
     text = mpl.rcParams["text.color"]
     if sum(to_rgb(text)) < 1.5:
         return Colours("#0072B2", "#E69F00", "#E4E7EB", "#009E73", "#D55E00", text)
-    return Colours("#56B4E9", "#E69F00", "#343A42", "#1FBF92", "#FF7A33", text)
+    return Colours("#3D9BE0", "#E69F00", "#343A42", "#1FBF92", "#FF7A33", text)
 
 
 def font_size(ratio: float = 0.9) -> float:
@@ -118,9 +118,9 @@ def prepare_axes(axes: Axes, *, grid: Literal["both", "x", "y"] | None = "both")
     Ticks are made when a figure is drawn, after the settings of a style: their colours and sizes
     are set here.
     """
+    settings: Any = mpl.rcParams
     for axis in ("x", "y"):
-        colour = mpl.rcParams[f"{axis}tick.color"]
-        label_colour = mpl.rcParams[f"{axis}tick.labelcolor"]
+        colour, label_colour = (settings[f"{axis}tick.{part}"] for part in ("color", "labelcolor"))
         axes.tick_params(
             axis=axis,
             color=colour,
@@ -130,7 +130,7 @@ def prepare_axes(axes: Axes, *, grid: Literal["both", "x", "y"] | None = "both")
     axes.set_axisbelow(True)
     axes.grid(visible=False)
     if grid is not None:
-        axes.grid(axis=grid, color=mpl.rcParams["text.color"], alpha=0.15, linewidth=0.6)
+        axes.grid(axis=grid, color=settings["text.color"], alpha=0.15, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -155,7 +155,7 @@ def patch(colour: str, label: str) -> Patch:
 def percent(share: float) -> str:
     """A share with three digits, such as 12.5 %."""
     value = 100 * share
-    decimals = 0 if value in (0, 100) else 1 if value >= 10 else 2 if value >= 1 else 3
+    decimals = 0 if value == 0 or value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
     return f"{value:.{decimals}f} %"
 
 

@@ -28,7 +28,8 @@ from topkast.plot._picture import draw_cells, draw_weights, legend_of_sets, pict
 
 _MARK: dict[str, Any] = {"linestyle": "none", "markersize": 5, "markeredgewidth": 1.4}
 _LEFT, _DOWN = 0, 3  # markers of Matplotlib: TICKLEFT, TICKDOWN
-_MAX_CELLS = 400  # cells of the picture along an axis; more would be smaller than a pixel
+_MAX_WEIGHTS = 400  # rows or columns of a picture that shows single weights
+_MAX_CELLS = 128  # cells along an axis of the others
 
 
 def mask(
@@ -62,7 +63,7 @@ def mask(
     matplotlib.figure.Figure
         Rows are output units. Columns are input units, and positions of a convolution's kernel.
         Red marks are rows and columns without a weight in A. Tensors with more than 400 rows or
-        columns are drawn as densities of A.
+        columns are drawn as cells of several weights, whose colour is the share in A.
 
     Raises
     ------
@@ -93,13 +94,13 @@ def mask(
         side = drawn.add_subplot(grid[1, 1], sharey=image)
         prepare_axes(image, grid=None)
         handles: list[Any] = []
-        if max(size) > _MAX_CELLS:
+        if max(size) > _MAX_WEIGHTS:
             cells = picture.reduced(_MAX_CELLS)
             bar = drawn.colorbar(
                 draw_cells(image, picture, cells, cells.max() or 1, colours),
                 ax=image,
                 location="left",
-                label="weights in A (%)",
+                label="weights of a cell in A (%)",
                 aspect=30,
                 shrink=0.8,
             )

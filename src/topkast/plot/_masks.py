@@ -103,23 +103,28 @@ def masks(
             if max(picture.shape) > _MAX_WEIGHTS
         }
         maximum = max((cells.max() for cells in reduced.values()), default=0) or 1
-        images, cell_axes = [], []
+        images = []
         for number, (name, picture) in enumerate(pictures.items()):
             axes = drawn.add_subplot(rows, columns, number + 1)
             prepare_axes(axes, grid=None)
             if name in reduced:
                 images.append(draw_cells(axes, picture, reduced[name], maximum, colours))
-                cell_axes.append(axes)
             else:
                 draw_weights(axes, picture, colours)
             axes.set_title(_title(name, picture, 72 // columns), fontsize=font_size())
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_locator(MaxNLocator(4, integer=True))
-        drawn.supxlabel("input unit", fontsize=font_size(1.0))
-        drawn.supylabel("output unit", fontsize=font_size(1.0))
+            if number % columns == 0:
+                axes.set_ylabel("output unit", fontsize=font_size())
+            if number + columns >= len(pictures):
+                axes.set_xlabel("input unit", fontsize=font_size())
         if images:
             bar = drawn.colorbar(
-                images[0], ax=cell_axes, label="weights of a cell in A (%)", pad=0.02
+                images[0],
+                ax=drawn.axes,
+                label="weights of a cell in A (%)",
+                pad=0.02,
+                aspect=20 * rows,
             )
             prepare_axes(bar.ax, grid=None)
         if len(reduced) < len(pictures):

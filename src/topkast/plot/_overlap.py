@@ -115,7 +115,7 @@ def overlap(
         )
         axes.invert_yaxis()
         axes.set_xlim(left=0)
-        axes.xaxis.set_major_formatter(PercentFormatter())
+        axes.xaxis.set_major_formatter(PercentFormatter(symbol=" %"))
         axes.set_xlabel(_MEASURES[measure], fontsize=font_size(1.0))
         add_legend(drawn, [*handles, mark], columns=3)
     return root_of(drawn)
