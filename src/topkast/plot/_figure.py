@@ -49,7 +49,7 @@ def open_figure(
     """
     with mpl.rc_context(_settings(style)):
         if figure is None:
-            figure = _Figure(figsize=(WIDTH, height), layout="constrained")
+            figure = NotebookFigure(figsize=(WIDTH, height), layout="constrained")
         else:
             root = root_of(figure)
             if root.get_layout_engine() is None:
@@ -66,8 +66,8 @@ def root_of(figure: Figure | SubFigure) -> Figure:
     return root
 
 
-class _Figure(Figure):
-    """A figure that notebooks show without pyplot."""
+class NotebookFigure(Figure):
+    """A figure that a notebook shows without pyplot."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -154,9 +154,10 @@ def patch(colour: str, label: str) -> Patch:
 
 def percent(share: float) -> str:
     """A share with three digits, such as 12.5 %."""
-    value = 100 * share
-    decimals = 0 if value == 0 or value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
-    return f"{value:.{decimals}f} %"
+    value = float(f"{100 * share:.3g}")
+    if value == 0 or value >= 100:
+        return f"{value:.0f} %"
+    return f"{value:.1f} %" if value >= 10 else f"{value:.2f} %" if value >= 1 else f"{value:.2g} %"
 
 
 def shorten(name: str, length: int) -> str:
