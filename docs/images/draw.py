@@ -39,7 +39,7 @@ def save(figure: matplotlib.figure.Figure, path: Path) -> None:
     print(f"{os.path.relpath(path)}: {path.stat().st_size:,} bytes")
 
 
-def main() -> None:
+def main(folder: Path = FOLDER) -> None:
     page = run_page()
     for style in ("light", "dark"):
         figures = {
@@ -51,7 +51,7 @@ def main() -> None:
             "overlap": plot.overlap(page["match"], style=style),
         }
         for name, figure in figures.items():
-            save(figure, FOLDER / f"{name}-{style}.png")
+            save(figure, folder / f"{name}-{style}.png")
 
 
 if __name__ == "__main__":

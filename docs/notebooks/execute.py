@@ -37,7 +37,7 @@ def execute(notebook: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(
             notebook,
-            timeout=120,
+            timeout=240,
             kernel_name="python3",
             record_timing=False,
             resources={"metadata": {"path": folder}},

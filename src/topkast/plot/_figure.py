@@ -61,7 +61,7 @@ def open_figure(
 
 def root_of(figure: Figure | SubFigure) -> Figure:
     """The figure that a subfigure belongs to, or the figure itself."""
-    root: Any = figure.get_figure(root=True)
+    root: Any = figure.figure
     assert isinstance(root, Figure)
     return root
 
