@@ -97,7 +97,7 @@ def mask(
         if max(size) > _MAX_WEIGHTS:
             cells = picture.reduced(_MAX_CELLS)
             bar = drawn.colorbar(
-                draw_cells(image, picture, cells, cells.max() or 1, colours),
+                draw_cells(image, cells, size, cells.max() or 1, colours),
                 ax=image,
                 location="left",
                 label="weights of a cell in A (%)",

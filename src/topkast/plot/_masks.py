@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from topkast._errors import MismatchError
 from topkast._patterns import Patterns, check_names_of, check_patterns, matches
@@ -84,39 +86,36 @@ def masks(
         check_names_of("names", names)
         check_patterns(tensors, "names", names)
         tensors = {name: tensor for name, tensor in tensors.items() if matches(name, names)}
-    pictures = {
-        name: picture_of(name, tensor, output_axis)
+    panels = [
+        _make_panel(name, picture_of(name, tensor, output_axis))
         for name, tensor in tensors.items()
         if tensor.size
-    }
-    if not pictures:
+    ]
+    if not panels:
         raise MismatchError(
             f"{', '.join(map(repr, tensors))} have no weights: there is nothing to draw"
         )
-    columns = _count_columns(len(pictures))
-    rows = math.ceil(len(pictures) / columns)
+    columns = _count_columns(len(panels))
+    rows = math.ceil(len(panels) / columns)
     height = (2.1 if columns > 2 else 2.6 if columns > 1 else 3.4) * rows + 0.8
+    maximum = max((panel.cells.max() for panel in panels if panel.cells is not None), default=0)
     with open_figure(figure, style, height=height) as (drawn, colours):
-        reduced = {
-            name: picture.reduced(_MAX_CELLS)
-            for name, picture in pictures.items()
-            if max(picture.shape) > _MAX_WEIGHTS
-        }
-        maximum = max((cells.max() for cells in reduced.values()), default=0) or 1
-        images = []
-        for number, (name, picture) in enumerate(pictures.items()):
+        images, pictures = [], []
+        for number, panel in enumerate(panels):
             axes = drawn.add_subplot(rows, columns, number + 1)
             prepare_axes(axes, grid=None)
-            if name in reduced:
-                images.append(draw_cells(axes, picture, reduced[name], maximum, colours))
-            else:
-                draw_weights(axes, picture, colours)
-            axes.set_title(_title(name, picture, 72 // columns), fontsize=font_size())
+            if panel.cells is not None:
+                images.append(draw_cells(axes, panel.cells, panel.shape, maximum or 1, colours))
+            elif panel.picture is not None:
+                draw_weights(axes, panel.picture, colours)
+                pictures.append(panel.picture)
+            name = shorten(panel.name or "tensor", 72 // columns)
+            axes.set_title(f"{name}\n{panel.shares}", fontsize=font_size())
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_locator(MaxNLocator(4, integer=True))
             if number % columns == 0:
                 axes.set_ylabel("output unit", fontsize=font_size())
-            if number + columns >= len(pictures):
+            if number + columns >= len(panels):
                 axes.set_xlabel("input unit", fontsize=font_size())
         if images:
             bar = drawn.colorbar(
@@ -127,21 +126,33 @@ def masks(
                 aspect=20 * rows,
             )
             prepare_axes(bar.ax, grid=None)
-        if len(reduced) < len(pictures):
-            weights = [picture for name, picture in pictures.items() if name not in reduced]
-            add_legend(drawn, legend_of_sets(weights, colours), columns=3)
+        if pictures:
+            add_legend(drawn, legend_of_sets(pictures, colours), columns=3)
     return root_of(drawn)
+
+
+class _Panel(NamedTuple):
+    """What is drawn for one tensor: its weights, or cells if it is large."""
+
+    name: str
+    shares: str
+    shape: tuple[int, int]
+    picture: Picture | None
+    cells: NDArray[np.float64] | None
+
+
+def _make_panel(name: str, picture: Picture) -> _Panel:
+    active, trained = picture.forward.mean(), picture.backward.mean()
+    shares = f"A {percent(active)}"
+    if trained > active:
+        shares += f", B∖A {percent(trained - active)}"
+    if max(picture.shape) > _MAX_WEIGHTS:
+        # The weights of a large tensor are not kept while the others are read.
+        return _Panel(name, shares, picture.shape, None, picture.reduced(_MAX_CELLS))
+    return _Panel(name, shares, picture.shape, picture, None)
 
 
 def _count_columns(count: int) -> int:
     if count <= 3:
         return count
     return 2 if count == 4 else 3 if count <= 12 else 4
-
-
-def _title(name: str, picture: Picture, length: int) -> str:
-    active, trained = picture.forward.mean(), picture.backward.mean()
-    shares = f"A {percent(active)}"
-    if picture.has_exploring:
-        shares += f", B∖A {percent(trained - active)}"
-    return f"{shorten(name or 'tensor', length)}\n{shares}"

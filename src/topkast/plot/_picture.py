@@ -60,15 +60,19 @@ def draw_weights(axes: Axes, picture: Picture, colours: Colours) -> AxesImage:
     """Draw each weight in the colour of its set: 0 outside B, 1 in B∖A, 2 in A."""
     codes = picture.forward.astype(np.int8) + picture.backward
     colour_map = ListedColormap([colours.resting, colours.exploring, colours.active])
-    return axes.imshow(codes, cmap=colour_map, vmin=0, vmax=2, **_options(picture))
+    return axes.imshow(codes, cmap=colour_map, vmin=0, vmax=2, **_options(picture.shape))
 
 
 def draw_cells(
-    axes: Axes, picture: Picture, cells: NDArray[np.float64], maximum: float, colours: Colours
+    axes: Axes,
+    cells: NDArray[np.float64],
+    shape: tuple[int, int],
+    maximum: float,
+    colours: Colours,
 ) -> AxesImage:
-    """Draw shares of A, in percent, on a scale from 0 to the maximum."""
+    """Draw shares of A, in percent, of a tensor's cells on a scale from 0 to the maximum."""
     colour_map = LinearSegmentedColormap.from_list("share of A", [colours.resting, colours.active])
-    return axes.imshow(cells, cmap=colour_map, vmin=0, vmax=maximum, **_options(picture))
+    return axes.imshow(cells, cmap=colour_map, vmin=0, vmax=maximum, **_options(shape))
 
 
 def legend_of_sets(pictures: Iterable[Picture], colours: Colours) -> list[Any]:
@@ -82,7 +86,7 @@ def legend_of_sets(pictures: Iterable[Picture], colours: Colours) -> list[Any]:
     return [patch(colours.active, "A"), patch(colours.resting, "not in A")]
 
 
-def _options(picture: Picture) -> dict[str, Any]:
-    rows, columns = picture.shape
+def _options(shape: tuple[int, int]) -> dict[str, Any]:
+    rows, columns = shape
     extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
     return {"extent": extent, "aspect": "auto", "interpolation": "nearest"}
