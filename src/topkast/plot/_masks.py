@@ -110,7 +110,8 @@ def masks(
                 draw_weights(axes, panel.picture, colours)
                 pictures.append(panel.picture)
             name = shorten(panel.name or "tensor", 72 // columns)
-            axes.set_title(f"{name}\n{panel.shares}", fontsize=font_size())
+            shares = ("\n" if columns > 3 else ", ").join(panel.shares)
+            axes.set_title(f"{name}\n{shares}", fontsize=font_size())
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_locator(MaxNLocator(4, integer=True))
             if number % columns == 0:
@@ -135,7 +136,7 @@ class _Panel(NamedTuple):
     """What is drawn for one tensor: its weights, or cells if it is large."""
 
     name: str
-    shares: str
+    shares: list[str]
     shape: tuple[int, int]
     picture: Picture | None
     cells: NDArray[np.float64] | None
@@ -143,9 +144,9 @@ class _Panel(NamedTuple):
 
 def _make_panel(name: str, picture: Picture) -> _Panel:
     active, trained = picture.forward.mean(), picture.backward.mean()
-    shares = f"A {percent(active)}"
+    shares = [f"A {percent(active)}"]
     if trained > active:
-        shares += f", B∖A {percent(trained - active)}"
+        shares.append(f"B∖A {percent(trained - active)}")
     if max(picture.shape) > _MAX_WEIGHTS:
         # The weights of a large tensor are not kept while the others are read.
         return _Panel(name, shares, picture.shape, None, picture.reduced(_MAX_CELLS))
