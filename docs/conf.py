@@ -8,12 +8,13 @@ copyright = author  # noqa: A001 - Sphinx's name
 release = topkast.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
 ]
 exclude_patterns = ["_build"]
+nb_execution_mode = "off"  # notebooks are stored with their outputs: docs/notebooks/execute.py
 
 html_theme = "furo"
 html_title = f"topkast {release}"
