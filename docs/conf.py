@@ -19,13 +19,14 @@ release = topkast.__version__
 
 extensions = [
     "mathml",
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
+nb_execution_mode = "off"  # notebooks are stored with their outputs: docs/notebooks/execute.py
 
 html_theme = "furo"
 pygments_dark_style = "github-dark"

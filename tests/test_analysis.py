@@ -516,56 +516,9 @@ def test_invalid_options_are_refused() -> None:
         analysis.unit_counts(W, output_axis=1)
     with pytest.raises(topkast.OptionError, match="chance_draws=-1"):
         analysis.match_units(W, W, [("w", None)], chance_draws=-1)
-    with pytest.raises(topkast.OptionError, match="measure='a': expected one of 'forward'"):
-        analysis.plot_change(record_three(), measure="a")
-    with pytest.raises(topkast.MismatchError, match="pass name="):
-        analysis.plot_mask(W | {"v": BEFORE})
-    with pytest.raises(topkast.MismatchError, match="no tensor 'v', only 'w'"):
-        analysis.plot_mask(W, name="v")
-    with pytest.raises(topkast.MismatchError, match="at least 2"):
-        analysis.plot_change(record_three().records[:1])
 
 
-def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_scipy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(ModuleNotFoundError, match=r"needs scipy: pip install 'topkast\[analysis\]"):
         analysis.match_units(W, W, [("w", None)])
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ModuleNotFoundError, match=r"matplotlib: pip install 'topkast\[analysis\]"):
-        analysis.plot_mask(W)
-
-
-def test_figures_show_the_numbers(tmp_path: Path) -> None:
-    history = record_three()
-    (axes,) = analysis.plot_change(history).axes
-    curve = np.asarray(axes.lines[0].get_xydata())
-    np.testing.assert_allclose(curve, [[10, 100 / 6], [20, 100 * 2 / 7]])
-    left, right = analysis.plot_ever_active(history.records).axes
-    np.testing.assert_allclose(np.asarray(left.lines[0].get_ydata()), [30, 40, 40])  # of 20
-    assert [line.get_label() for line in right.lines] == [
-        "reservoir: has been in A",
-        "A: is in A now",
-    ]
-    np.testing.assert_allclose(np.asarray(right.lines[1].get_ydata()), [100, 100 * 5 / 6, 100])
-    match = analysis.match_units(W, {"w": BEFORE[[1, 0, 2, 3]]}, [("w", None)])
-    (axes,) = analysis.plot_overlap(match).axes
-    widths = [bar.get_window_extent().width for bar in axes.patches]
-    np.testing.assert_allclose(np.divide(widths, widths[-1]), [0.75, 0.75, 1, 1])
-    figures = [
-        analysis.plot_change(history, measure="flipped"),
-        analysis.plot_overlap(analysis.overlap(W, {"w": AFTER}), measure="iou"),
-        analysis.plot_mask({"w": topkast.Masks(BEFORE, WIDE)}),
-        analysis.plot_mask(np.eye(3, 900) > 0),
-        analysis.plot_mask(np.ones((3, 2, 3, 3), dtype=bool)),
-    ]
-    for number, figure in enumerate(figures):
-        figure.savefig(tmp_path / f"{number}.png")  # a layout that does not fit is a warning
-
-
-def test_large_masks_are_drawn_as_densities() -> None:
-    half = np.zeros((1000, 3), dtype=bool)
-    half[500:] = True
-    picture = np.asarray(analysis.plot_mask(half).axes[0].images[0].get_array())
-    assert picture.shape == (400, 3)
-    assert picture[0].tolist() == [0, 0, 0]
-    assert picture[-1].tolist() == [100, 100, 100]

@@ -34,9 +34,9 @@ def test_files_that_the_pages_name_exist() -> None:
             assert (ROOT / path).is_file(), f"{page.name} names {path}"
 
 
-def test_figures_are_as_their_script_draws_them(tmp_path: Path) -> None:
+def test_diagrams_are_as_their_script_draws_them(tmp_path: Path) -> None:
     images = ROOT / "docs" / "images"
-    subprocess.run([sys.executable, str(images / "draw.py"), str(tmp_path)], check=True, timeout=60)
+    subprocess.run([sys.executable, str(images / "diagrams.py"), str(tmp_path)], check=True, timeout=60)
     drawn = sorted(tmp_path.iterdir())
     assert len(drawn) == 4
     for file in drawn:

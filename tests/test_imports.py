@@ -10,6 +10,7 @@ from pathlib import Path
 
 import topkast
 import topkast.analysis
+import topkast.plot
 import topkast.reference
 import topkast.testing
 
@@ -40,6 +41,12 @@ def modules_after(code: str) -> set[str]:
 
 def test_importing_the_package_imports_no_framework() -> None:
     assert not modules_after("import topkast, topkast.analysis").intersection(FRAMEWORKS)
+
+
+def test_figures_import_matplotlib_where_they_are_drawn() -> None:
+    assert "matplotlib" in modules_after("import topkast; topkast.plot.masks")
+    assert "matplotlib" in modules_after("import topkast.plot")
+    modules_after("import topkast.plot, sys; assert 'matplotlib.pyplot' not in sys.modules")
 
 
 def test_training_numpy_arrays_imports_no_framework() -> None:
@@ -77,7 +84,7 @@ def test_importing_costs_only_what_the_project_declares() -> None:
 
 def test_public_names_are_documented() -> None:
     page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
-    for module in (topkast, topkast.analysis, topkast.methods, topkast.testing):
+    for module in (topkast, topkast.analysis, topkast.methods, topkast.plot, topkast.testing):
         is_automatic = f".. automodule:: {module.__name__}\n   :members:" in page
         names = set(re.findall(rf"{re.escape(module.__name__)}\.(\w+)", page))
         missing = [name for name in module.__all__ if name not in names and not is_automatic]
@@ -122,21 +129,16 @@ ADAPTERS = Path(__file__).parent.parent / "adapters"
 def test_the_core_imports_no_framework_and_no_adapter() -> None:
     """Only the files of `backends` import a framework.
 
-    The analysis assigns units by scipy and draws by matplotlib. Both are optional, and are imported
-    when these functions are called.
+    The analysis assigns units by scipy, when that function is called. `topkast.plot` draws by
+    matplotlib, and is imported when it is first used. Both are optional.
     """
-    analysis = {
-        "_matching.py": {"scipy"},
-        "_figures.py": {"matplotlib"},
-        "_mask_figure.py": {"matplotlib"},
-    }
     applications = {"topkast_demo", "topkast_paper", "topkast_study"}
     our_packages = ("topkast_torch", "topkast_jax", "topkast_cupy", *applications)
     for path in ROOT.rglob("*.py"):
         roots = {module.partition(".")[0] for module in _imports(path)}
         allowed = {"jax", "torch"} if path.parent.name == "backends" else set()
-        if path.parent.name == "analysis":
-            allowed |= analysis.get(path.name, set())
+        allowed |= {"scipy"} if path.name == "_matching.py" else set()
+        allowed |= {"matplotlib"} if path.parent == ROOT / "plot" else set()
         allowed |= applications if path.name == "__main__.py" else set()
         assert not roots & {*FRAMEWORKS, *our_packages} - allowed - {"hypothesis"}, path
 

@@ -115,9 +115,17 @@ def test_divide_agrees_with_numpy(vector: Array, data: st.DataObject) -> None:
             (shuffled[magnitudes == backward], 4),
         )
     )
-    limits: Any = {"size": vector.size, "forward": forward, "backward": backward, "bound": bound}
-    indices = np.concatenate(lists[:2])
-    inside = indices, vector[indices]
+    spread = data.draw(st.sampled_from([1, 200]))  # few candidates among many weights, or many
+    lists = [spread * indices for indices in lists]
+    parts = [(indices, values) for indices, (_, values) in zip(lists, parts, strict=True)]
+    ties = tuple(spread * tied for tied in ties)
+    limits: Any = {
+        "size": spread * vector.size,
+        "forward": forward,
+        "backward": backward,
+        "bound": bound,
+    }
+    inside = np.concatenate(lists[:2]), np.concatenate([values for _, values in parts[:2]])
     for tied in (None, ties):
         expected = _candidates.divide(inside, parts[2], split=len(lists[0]), **limits, ties=tied)
         threads = data.draw(st.sampled_from(THREADS))

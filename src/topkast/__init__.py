@@ -1,5 +1,7 @@
 """Top-KAST: networks that are sparse from the first training step to the last, in any framework."""
 
+from typing import TYPE_CHECKING
+
 from topkast import methods
 from topkast._errors import (
     AdapterNotFoundError,
@@ -28,6 +30,19 @@ from topkast.selection._distribution import densities
 from topkast.selection._select import select
 from topkast.selection._support import Support, migrate
 from topkast.selection._units import Blocks
+
+if TYPE_CHECKING:
+    from topkast import plot as plot
+else:
+
+    def __getattr__(name):
+        """Import :mod:`topkast.plot`, which needs matplotlib, where it is first used."""
+        if name == "plot":
+            import importlib
+
+            return importlib.import_module("topkast.plot")
+        raise AttributeError(f"module 'topkast' has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 

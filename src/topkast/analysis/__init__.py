@@ -9,16 +9,14 @@ The functions compare sets of weights from any source. Wherever they take sets, 
   ``params``.
 
 A boolean array is A, of any method; B is then taken to be the same. Arrays may belong to any
-library; results are Python numbers and NumPy arrays. Matching needs scipy, and figures need
-matplotlib: ``pip install 'topkast[analysis]'``.
+library; results are Python numbers and NumPy arrays. Matching needs scipy: ``pip install
+'topkast[analysis]'``. :mod:`topkast.plot` draws the results.
 """
 
 from topkast.analysis._change import Change, ReservoirUse, mask_change, reservoir_use
 from topkast.analysis._ever_active import EverActive
-from topkast.analysis._figures import plot_change, plot_ever_active, plot_overlap
 from topkast.analysis._history import MaskHistory, MaskRecord
 from topkast.analysis._layers import UnitGroup
-from topkast.analysis._mask_figure import plot_mask
 from topkast.analysis._matching import UnitMatch, match_units
 from topkast.analysis._overlap import Overlap, overlap
 from topkast.analysis._sets import ByTensor
@@ -43,10 +41,6 @@ __all__ = [
     "mask_change",
     "match_units",
     "overlap",
-    "plot_change",
-    "plot_ever_active",
-    "plot_mask",
-    "plot_overlap",
     "reservoir_use",
     "unit_counts",
 ]

@@ -17,7 +17,8 @@ from topkast.kernels.runtime._vector import as_pointer, fetch_add
 
 _DTYPES = {np.dtype(np.float32), np.dtype(np.float64)}
 _INDEX_DTYPES = {np.dtype(np.int32), np.dtype(np.int64)}
-_RANGES = 8  # ranges of the tensor for each thread: some have more candidates than others
+_RANGES = 8  # least number of ranges for each thread: some have more candidates than others
+_CANDIDATES = 1 << 12  # of a range: what is known of them stays in the L1 cache
 
 _OUTPUTS = "indices", "values", "source", "survives"
 _DIVIDE = define_arguments(
@@ -30,6 +31,7 @@ _DIVIDE = define_arguments(
     "edges",
     "counts",
     "ranges",
+    "words",
     "writes",
     "forward_key",
     "backward_key",
@@ -97,8 +99,11 @@ def divide(
     _check(inside, reserve)
     index_dtype, dtype = inside[0].dtype, inside[1].dtype
     kernels = _KERNELS if index_dtype == np.int32 else _WIDE_KERNELS
-    ranges = _RANGES * (threads or default_threads())
-    cuts = np.linspace(0, size, ranges + 1).astype(index_dtype)
+    total = len(inside[0]) + len(reserve[0])
+    ranges = max(_RANGES * (threads or default_threads()), total // _CANDIDATES)
+    words = max(1, -(-size // (64 * ranges)))  # of a bitmap of a range
+    cuts = np.append(np.arange(0, size, 64 * words), size).astype(index_dtype)
+    ranges = len(cuts) - 1
     lists = inside[0][:split], inside[0][split:], reserve[0]
     edges = np.asarray([np.searchsorted(indices, cuts) for indices in lists], dtype=np.int64)
     edges[1] += split
@@ -115,6 +120,7 @@ def divide(
         "edges": edges,
         "counts": counts,
         "ranges": ranges,
+        "words": words,
         "forward_key": key_of_magnitude(forward, dtype),
         "backward_key": key_of_magnitude(backward, dtype),
         "bound_key": key_of_magnitude(bound, dtype),
@@ -126,7 +132,6 @@ def divide(
     unused = dict.fromkeys((*_OUTPUTS, "starts"), 0)
     run_kernel(kernels, dtype, threads, _DIVIDE, writes=0, **arguments, **unused)
     in_parts = counts.sum(axis=1)
-    total = len(inside[0]) + len(reserve[0])
     dtypes = index_dtype, dtype, np.int32, np.bool_
     outputs = {name: np.empty(total, one) for name, one in zip(_OUTPUTS, dtypes, strict=True)}
     arguments |= outputs | {"starts": _find_starts(in_parts)}
@@ -197,17 +202,29 @@ def _divide(address: Any, unsigned: Any, integer: Any) -> None:
         number = fetch_add(address)
         if number >= ranges:
             break
-        ends = edges[:, number : number + 2]
+        first, last = edges[:, number], edges[:, number + 1]
+        lists = (
+            (inside[0][first[0] : last[0]], inside[1][first[0] : last[0]]),
+            (inside[0][first[1] : last[1]], inside[1][first[1] : last[1]]),
+            (reserve[0][first[2] : last[2]], reserve[1][first[2] : last[2]]),
+        )
         if arguments.writes:
-            places = starts[number].copy()  # of this thread alone
-            write_parts(inside, reserve, ends, places, keys, ties, outputs, unsigned)
+            words = arguments.words
+            write_parts(
+                lists,
+                (first[0], first[1], np.int64(-1)),
+                integer(64 * words * number),
+                words,
+                starts[number],
+                keys,
+                ties,
+                outputs,
+                unsigned,
+            )
             continue
         for part in range(3):
-            indices, values = reserve if part == 2 else inside
-            entries = slice(ends[part, 0], ends[part, 1])
-            count_parts(
-                indices[entries], values[entries], keys, ties, counts[number, part], unsigned
-            )
+            indices, values = lists[part]
+            count_parts(indices, values, keys, ties, counts[number, part], unsigned)
 
 
 _KERNEL = types.void(types.intp)

@@ -5,7 +5,9 @@ the first three; `ties` are the ascending indices of the entries with the first 
 belong to A and to B.
 
 Many entries change their part, and which ones no processor can predict. So there are no branches
-on values or indices: a block of candidates is merged, divided, and written.
+on values or indices. Each part has a bitmap of the range, with a mark at the index of each of its
+entries: the marks before an entry are its rank. So three ascending lists are merged without a
+comparison of indices. Where candidates are few among many weights, their indices are compared.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import intrinsic
 
 from topkast.kernels.refresh._magnitudes import key_of
 
-_BLOCK = 1 << 9  # candidates merged together: what is known of them stays in the L1 cache
+PARTS = 4
+_WORD = np.uint64(63)  # a bitmap has words of 64 bits
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -59,40 +63,6 @@ def count_parts(
 
 
 @njit  # type: ignore[untyped-decorator]
-def _merge(
-    active: Any, exploring: Any, reserve: Any, positions: Any, order: Any, indices: Any
-) -> None:
-    """Merge ``len(order)`` entries of three lists of ascending indices; no list ends on the way.
-
-    `order` receives the position of each entry: in the vector that holds the first two lists, or
-    the complement of its position in the third. `positions` (3,) are the next ones.
-    """
-    first, second, third = positions[0], positions[1], positions[2]
-    for k in range(len(order)):
-        one, two = active[np.uint64(first)], exploring[np.uint64(second)]
-        three = reserve[np.uint64(third)]
-        one_first, two_first = np.int64(one < two), np.int64(two < three)
-        from_one = one_first & np.int64(one < three)
-        from_two = two_first & (one_first ^ 1)
-        from_three = 1 - from_one - from_two
-        indices[k] = min(one, two, three)
-        order[k] = first & -from_one | second & -from_two | ~third & -from_three
-        first, second, third = first + from_one, second + from_two, third + from_three
-    positions[0], positions[1], positions[2] = first, second, third
-
-
-@njit  # type: ignore[untyped-decorator]
-def _gather(order: Any, inside: Any, reserve: Any, out: Any) -> None:
-    """Read the value at each position of `order`, in the vector that the position counts in."""
-    for k in range(len(order)):
-        position = order[k]
-        from_inside = position >= 0
-        one = inside[np.uint64(position if from_inside else 0)]
-        other = reserve[np.uint64(0 if from_inside else ~position)]
-        out[k] = one if from_inside else other
-
-
-@njit  # type: ignore[untyped-decorator]
 def _count_equal(values: Any, keys: Any, unsigned: Any) -> Any:
     """Number of entries whose key is the smallest one of A or of B."""
     forward, backward, _ = keys
@@ -115,24 +85,93 @@ def _find_parts(indices: Any, values: Any, keys: Any, ties: Any, parts: Any, uns
         parts[k] = np.uint8(key < forward) + np.uint8(key < backward) + np.uint8(key < bound)
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _count_bits(context: Any, word: Any) -> Any:
+    """The number of ones in an unsigned integer of 64 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.uint64(types.uint64), generate
+
+
 @njit  # type: ignore[untyped-decorator]
-def _write(order: Any, indices: Any, values: Any, parts: Any, places: Any, outputs: Any) -> None:
-    """Write each entry at the next place of its part."""
+def _mark(indices: Any, first_index: Any, parts: Any, marks: Any, words: Any) -> None:
+    """Mark the index of each entry in the bitmap of its part."""
+    for k in range(len(indices)):
+        index = np.uint64(indices[k] - first_index)
+        word = np.uint64(parts[k]) * words + (index >> np.uint64(6))
+        marks[word] |= np.uint64(1) << (index & _WORD)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _sum_marks(marks: Any, places: Any, starts: Any, words: Any) -> None:
+    """Write the place of the first mark of each word, given that of each part."""
+    for part in range(PARTS):
+        place = places[part]
+        for word in range(part * words, (part + 1) * words):
+            starts[word] = place
+            place += np.int64(_count_bits(marks[word]))
+
+
+@njit  # type: ignore[untyped-decorator]
+def _write_ranked(
+    entries: Any,
+    first_index: Any,
+    position: Any,
+    parts: Any,
+    marks: Any,
+    starts: Any,
+    words: Any,
+    outputs: Any,
+) -> None:
+    """Write each entry of a list at its rank; the first one has this position in B, or -1."""
+    indices, values = entries
     out_indices, out_values, out_source, out_survives = outputs
-    for k in range(len(order)):
-        part = np.uint64(parts[k])
-        place = np.uint64(places[part])
-        places[part] = place + np.uint64(1)
+    survives = np.uint8(position >= 0)
+    start, step = max(position, 0), np.int64(survives)
+    for k in range(len(indices)):
+        index = np.uint64(indices[k] - first_index)
+        word = np.uint64(parts[k]) * words + (index >> np.uint64(6))
+        before = marks[word] & ((np.uint64(1) << (index & _WORD)) - np.uint64(1))
+        place = np.uint64(starts[word]) + _count_bits(before)
         out_indices[place], out_values[place] = indices[k], values[k]
-        # A maximum, since a conditional expression would become a branch.
-        out_source[place], out_survives[place] = max(order[k], 0), order[k] >= 0
+        out_source[place], out_survives[place] = start + step * k, survives
+
+
+@njit  # type: ignore[untyped-decorator]
+def _write_merged(lists: Any, positions: Any, parts: Any, places: Any, outputs: Any) -> None:
+    """Write the entries of three lists by comparing their indices; `positions` as above."""
+    out_indices, out_values, out_source, out_survives = outputs
+    next_places, heads = places.copy(), np.zeros(3, dtype=np.int64)
+    count = 0
+    for own in parts:
+        count += len(own)
+    for _ in range(count):
+        first = -1
+        for number in range(3):
+            head = heads[number]
+            if head < len(parts[number]) and (
+                first < 0 or lists[number][0][head] < lists[first][0][heads[first]]
+            ):
+                first = number
+        k = heads[first]
+        heads[first] += 1
+        part = parts[first][k]
+        place = next_places[part]
+        next_places[part] += 1
+        out_indices[place], out_values[place] = lists[first][0][k], lists[first][1][k]
+        position = positions[first]
+        out_source[place] = position + k if position >= 0 else 0
+        out_survives[place] = position >= 0
 
 
 @njit  # type: ignore[untyped-decorator]
 def write_parts(
-    inside: Any,
-    reserve: Any,
-    edges: Any,
+    lists: Any,
+    positions: Any,
+    first_index: Any,
+    words: Any,
     places: Any,
     keys: Any,
     ties: Any,
@@ -143,44 +182,40 @@ def write_parts(
 
     Parameters
     ----------
-    inside, reserve
-        Indices and values of A and of B∖A behind each other, and of the reserve.
-    edges
-        First positions in A, B∖A and the reserve, and those behind the last ones; (3, 2).
+    lists
+        Indices and values of the entries of A, of B∖A and of the reserve in this range.
+    positions
+        Positions in B of the first entries of these lists, -1 for the reserve.
+    first_index, words
+        First index of the range, and number of words of a bitmap of it.
     places
-        First place in the outputs for each part (4,); overwritten.
+        First place in the outputs for each part (4,).
     outputs
         Indices, values, positions in B, and whether the entry was in B.
     """
-    integer = inside[0].dtype.type
-    active, exploring, others = inside[0], inside[0], reserve[0]
-    inside_values, reserve_values = inside[1], reserve[1]
-    if not len(inside_values):  # then nothing of it is used, but it is read
-        inside_values = reserve_values
-    if not len(reserve_values):
-        reserve_values = inside_values
-    behind_all = np.full(1, np.iinfo(integer).max, dtype=integer)
-    positions, remaining = edges[:, 0].copy(), edges[:, 1] - edges[:, 0]
-    order, indices = np.empty(_BLOCK, dtype=np.int32), np.empty(_BLOCK, dtype=integer)
-    values, parts = np.empty(_BLOCK, dtype=unsigned), np.empty(_BLOCK, dtype=np.uint8)
-    while remaining[0] + remaining[1] + remaining[2] > 0:
-        count = np.int64(_BLOCK)
-        # A list that has ended is replaced by an index that is larger than all others.
-        if remaining[0]:
-            count = min(count, remaining[0])
-        else:
-            active, positions[0] = behind_all, 0
-        if remaining[1]:
-            count = min(count, remaining[1])
-        else:
-            exploring, positions[1] = behind_all, 0
-        if remaining[2]:
-            count = min(count, remaining[2])
-        else:
-            others, positions[2] = behind_all, 0
-        remaining += positions
-        _merge(active, exploring, others, positions, order[:count], indices)
-        remaining -= positions
-        _gather(order[:count], inside_values, reserve_values, values)
-        _find_parts(indices, values[:count], keys, ties, parts, unsigned)
-        _write(order[:count], indices, values, parts, places, outputs)
+    one, two = len(lists[0][0]), len(lists[0][0]) + len(lists[1][0])
+    every = np.empty(two + len(lists[2][0]), dtype=np.uint8)
+    parts = every[:one], every[one:two], every[two:]
+    for number in range(3):
+        indices, values = lists[number]
+        _find_parts(indices, values, keys, ties, parts[number], unsigned)
+    if len(every) < words:  # bitmaps would be read for longer than entries are
+        _write_merged(lists, positions, parts, places, outputs)
+        return
+    marks = np.zeros(PARTS * words, dtype=np.uint64)
+    starts = np.empty(PARTS * words, dtype=np.int64)
+    words_of_part = np.uint64(words)
+    for number in range(3):
+        _mark(lists[number][0], first_index, parts[number], marks, words_of_part)
+    _sum_marks(marks, places, starts, words)
+    for number in range(3):
+        _write_ranked(
+            lists[number],
+            first_index,
+            positions[number],
+            parts[number],
+            marks,
+            starts,
+            words_of_part,
+            outputs,
+        )
