@@ -36,7 +36,8 @@ def test_files_that_the_pages_name_exist() -> None:
 
 def test_diagrams_are_as_their_script_draws_them(tmp_path: Path) -> None:
     images = ROOT / "docs" / "images"
-    subprocess.run([sys.executable, str(images / "diagrams.py"), str(tmp_path)], check=True, timeout=60)
+    command = [sys.executable, str(images / "diagrams.py"), str(tmp_path)]
+    subprocess.run(command, check=True, timeout=60)
     drawn = sorted(tmp_path.iterdir())
     assert len(drawn) == 4
     for file in drawn:

@@ -248,7 +248,7 @@ class ConvGeometry:
 
     @property
     def length(self) -> int:
-        """Vectors in a plane of the input, for its pixels, and those that the last positions read."""
+        """Vectors in a plane of the input, including those that only the last positions read."""
         return _avoid_set_conflicts(max(self.pixels, self.positions + self.max_offset))
 
     @property
