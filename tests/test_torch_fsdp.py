@@ -218,6 +218,26 @@ def test_dense_layers_are_sharded_beside_sparse_ones(group: Any) -> None:
     torch.testing.assert_close(moved.abs(), torch.full((2, 8), 0.1), rtol=0.02, atol=0.0)
 
 
+def test_layers_in_a_row_run_together_in_a_sharded_module(group: Any) -> None:
+    """On the mesh of all processes, the default; gradients of two passes are added up."""
+    runs = []
+    for is_sharded in (True, False):
+        torch.manual_seed(0)
+        layers = [topkast_torch.SparseLinear(6, 6, **SPARSITIES) for _ in range(2)]
+        model: Any = topkast_torch.SparseSequential(layers[0], nn.ReLU(), layers[1])
+        if is_sharded:
+            model = topkast_torch.fully_shard(model)
+        opt = topkast.wrap_optimizer(adamw(model), **SPARSITIES, refresh_every=2)
+        for step in range(5):
+            opt.zero_grad()
+            for part in range(2):
+                generator = torch.Generator().manual_seed(10 * step + part)
+                model(torch.randn(2, 3, 6, generator=generator)).square().mean().backward()
+            opt.step()
+        runs.append(report(opt))
+    assert_same(runs[0], runs[1])
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
