@@ -4,6 +4,7 @@ from topkast_torch._averages import WeightAverage
 from topkast_torch._generate_weights import generate_weights
 from topkast_torch._measure_layers import measure_layers
 from topkast_torch.distributed._data_parallel import ddp_comm_hook
+from topkast_torch.distributed._fully_shard import fully_shard
 from topkast_torch.optimizer._optimizer import TopKASTOptimizer, wrap
 from topkast_torch.sparse._export import load_forward, save_forward
 from topkast_torch.sparse._layers import SparseConv2d, SparseLinear
@@ -20,6 +21,7 @@ __all__ = [
     "WeightAverage",
     "ddp_comm_hook",
     "densify",
+    "fully_shard",
     "generate_weights",
     "load_forward",
     "measure_layers",

@@ -59,6 +59,12 @@ class WeightAverage:
                 "WeightAverage needs the optimizer that topkast.wrap_optimizer returned, got "
                 f"{type(optimizer).__name__}"
             )
+        if any(group.sharded_names() for group in optimizer._wrapper_state.groups):
+            raise OptionError(
+                "WeightAverage selects from whole tensors, but Parameters of this optimizer are "
+                "sharded over processes: average the weights of checkpoints in one process, or "
+                "wrap an optimizer that averages itself"
+            )
         if decay is not None and not 0 <= decay < 1:
             raise OptionError(f"decay must be None or lie in [0, 1), got {decay!r}")
         self._optimizer, self._decay = optimizer, decay

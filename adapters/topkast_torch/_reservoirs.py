@@ -134,7 +134,8 @@ def check_convertible(reservoir: Reservoir, dtype: torch.dtype) -> None:
 def convert(reservoir: Reservoir, values: Tensor) -> Reservoir:
     """The reservoir of a layer whose values on B were moved or converted."""
     if isinstance(reservoir, TensorReservoir):
-        return TensorReservoir(reservoir.tensor.to(values), reservoir.kind)
+        moved = reservoir.tensor.to(device=values.device, dtype=values.dtype)
+        return TensorReservoir(moved, reservoir.kind)
     return reservoir
 
 

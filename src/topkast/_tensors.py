@@ -18,6 +18,7 @@ from topkast._primitives import Array, device, take
 from topkast.backends import backend_of
 from topkast.methods._chosen import check_chosen, method_of
 from topkast.reservoirs._reservoir import Reservoir
+from topkast.selection._across import Chosen, Pieces, Total, choose_across
 from topkast.selection._distribution import Shape, exact_densities, exact_fraction, kept_count
 from topkast.selection._groups import group_size_of, pattern_densities
 from topkast.selection._incremental import choose_next
@@ -200,6 +201,18 @@ class RankedTensors:
         entered = migration.entered_forward(old, new)
         counts = self._count_members(new, entered)
         return IncrementalRefresh(new, migration, counts, exchange.values, exchange.left, following)
+
+    def refresh_across(
+        self, values: Array, indices: Array, outside: Pieces, options: Options, total: Total
+    ) -> Chosen:
+        """Choose new sets of a tensor whose weights are spread over processes.
+
+        See :func:`choose_across` for the arguments, and :func:`change_sets` for the new sets.
+        """
+        with _naming(self.key):
+            ranks = Ranks(make_key(options.seed, self.key, "ties"))
+            counts = self.forward, self.backward
+            return choose_across(values, indices, outside, counts, ranks, total)
 
     def no_change(self, like: Array) -> Array:
         """Return the `entered_active` of a :class:`Refresh` that changed nothing."""

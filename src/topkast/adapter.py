@@ -49,6 +49,7 @@ from topkast.functional._state import Arrays, TopKASTState, count_bytes, forward
 from topkast.functional._transform import TopKASTTransform
 from topkast.functional._wrapped_rule import WrappedRule
 from topkast.methods._chosen import method_of
+from topkast.selection._across import change_sets
 from topkast.selection._distribution import Shape, exact_fraction, kept_count
 from topkast.selection._groups import group_size_of, pattern_densities
 from topkast.selection._incremental import choose_first, choose_next
@@ -86,6 +87,7 @@ __all__ = [
     "apply_updates",
     "beta_pairs",
     "bias_correction",
+    "change_sets",
     "check_any",
     "check_block",
     "check_joint",

@@ -174,14 +174,17 @@ def _check_group(
             raise StateDictError(f"{name}: its state must be a dictionary, got {entries!r}")
         by_name[name] = decode(dict(entries))
     on_device = bool(saved.get("capturable") or saved.get("fused"))
-    for name, param in zip(group.names, group.params, strict=True):
+    for name, param, inner_param in group.inner_params_by_name():
         if name in group.execution_by_name:
             continue
         extra = by_name[name].pop(TOPKAST_KEY, {})
         if extra.get("started"):
             stores = _read_stores(extra, known_stores)
-            copied = _to_device(by_name[name], stores, param.device, on_device)
-            loaded.entries.append((param, copied))
+            entries = {"state": by_name[name]} | stores
+            if name in group.locals:
+                entries = group.locals[name].load_entries(entries)
+            copied = _to_device(entries, param.device, on_device)
+            loaded.entries.append((inner_param, copied))
     for execution in group.executions:
         extras = {name: by_name[name].pop(TOPKAST_KEY, None) for name in execution.ranked.shapes}
         for name, extra in extras.items():
@@ -194,8 +197,8 @@ def _check_group(
         if extras[first]["started"]:
             stores = _read_stores(extras[first], known_stores)
             checked = _check_entries(execution, {"state": by_name[first]} | stores)
-            entries = checked.pop("state")
-            copied = _to_device(entries, checked, execution.values.device, on_device)
+            checked = execution.saved_form.load_entries(checked)
+            copied = _to_device(checked, execution.values.device, on_device)
             loaded.entries.append((execution.values, copied))
 
 
@@ -257,7 +260,7 @@ def _check_sets(execution: Execution, extras: Mapping[str, Any], folder: Any) ->
     if execution.young is not None:
         expected = ((ranked.backward_size,), torch.int16)
         expect(f"ages of {key}", expected, _shape_and_dtype(shared["ages"]))
-        ages = shared["ages"].to(device, copy=True)
+        ages = execution.saved_form.load_vector(shared["ages"]).to(device, copy=True)
     momentum = None
     if execution.momentum is not None:
         expected = ((ranked.size,), execution.momentum.dtype)
@@ -302,9 +305,7 @@ def _check_entries(execution: Execution, stores: dict[str, Any]) -> dict[str, An
     return dict(map_tree(check_entry, stores))
 
 
-def _to_device(
-    entries: Any, stores: dict[str, Any], device: torch.device, on_device: bool
-) -> dict[str, Any]:
+def _to_device(stores: Mapping[str, Any], device: torch.device, on_device: bool) -> dict[str, Any]:
     """Copies on a device, which share no memory with the state dict."""
 
     def copy_to_device(path: Any, entry: Any) -> Any:
@@ -316,8 +317,7 @@ def _to_device(
             )
         return entry.to(device, copy=True)
 
-    all_stores = {"state": entries} | stores
-    return {name: map_tree(copy_to_device, tree) for name, tree in all_stores.items()}
+    return {name: map_tree(copy_to_device, tree) for name, tree in stores.items()}
 
 
 def _shape_and_dtype(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from topkast import StateDictError, Support
 from topkast.reservoirs import FileBase, LayeredReservoir, Reservoir
 from topkast_torch._reservoirs import TensorReservoir
+from topkast_torch.distributed._sharded_execution import ShardedExecution
 from topkast_torch.execution._execution import Execution
 
 
@@ -26,11 +27,33 @@ def load_weights(
 ) -> tuple[Tensor, Reservoir]:
     """The saved values on B (|B|,) and a reservoir of the kind that the execution has."""
     shared = extras[next(iter(execution.ranked.shapes))]
+    if isinstance(execution, ShardedExecution):
+        return _load_parts(execution, support, shared)
     if "reservoir" in shared:
         return _load_layered(execution, shared, folder)
     theta = _join(execution, extras)
     values = theta.index_select(0, support.entries)
     return values, _make_reservoir(execution, theta, folder)
+
+
+def _load_parts(
+    execution: ShardedExecution, support: Support, shared: Mapping[str, Any]
+) -> tuple[Tensor, Reservoir]:
+    """The values that this process holds, and its rows of the weights."""
+    ((name, shape),) = execution.ranked.shapes.items()
+    if "params" not in shared:
+        raise StateDictError(
+            f"{name}: the state dict generates its weights from a seed or reads them from a file, "
+            "but sharded layers load all weights: load it in one process with reservoir='device', "
+            "and save it again"
+        )
+    theta = shared["params"]
+    expect(f"shape of {name}", tuple(shape), tuple(theta.shape))
+    expect(f"dtype of {name}", execution.values.dtype, theta.dtype)
+    rows, bad_count = execution.rows_of(theta)
+    if bad_count:
+        raise StateDictError(f"{name}: a saved weight is NaN or infinite")
+    return execution.values_of(rows, support), TensorReservoir(rows, execution.reservoir.kind)
 
 
 def _join(execution: Execution, extras: Mapping[str, Any]) -> Tensor:

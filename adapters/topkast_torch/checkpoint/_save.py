@@ -95,6 +95,7 @@ def _save_group(
     for execution in group.executions:
         key = id(execution.values)
         shared: Any = {"state": starts[key]} if key in starts else copy_tree(stores_by_id[key])
+        shared = execution.saved_form.save_entries(shared)
         extras = _save_execution(execution)
         # Tensors ranked together share one vector per entry. It is saved with the first tensor,
         # since some libraries load only into tensors of the same size, and only the total is fixed.
@@ -103,11 +104,13 @@ def _save_group(
         for name in execution.ranked.shapes:
             stores = shared if shared and name == first else {"state": {}}
             _save_entries(saved, numbers[id(params[name])], stores, extras[name])
-    for name, param in params.items():
+    for name, param, inner_param in group.inner_params_by_name():
         if name not in group.execution_by_name:
-            key = id(param)
+            key = id(inner_param)
             stores = {"state": starts[key]} if key in starts else copy_tree(stores_by_id[key])
-            _save_entries(saved, numbers[key], stores, {"started": key not in starts})
+            if name in group.locals:
+                stores = group.locals[name].save_entries(stores)
+            _save_entries(saved, numbers[id(param)], stores, {"started": key not in starts})
 
 
 def _save_entries(
@@ -137,7 +140,7 @@ def _save_execution(execution: Execution) -> dict[str, dict[str, Any]]:
         shared["left_indices"], shared["left_weights"] = changes
         shared["values"] = execution.values.detach().view(-1).clone()
     else:
-        for name, theta in ranked.unflatten(execution.theta().clone()).items():
+        for name, theta in execution.dense_weights().items():
             saved[name]["params"] = theta
     shared["indices"] = execution.support.indices.clone()
     shared["active_count"] = execution.support.forward
@@ -147,7 +150,8 @@ def _save_execution(execution: Execution) -> dict[str, dict[str, Any]]:
         shared["group_size"] = ranked.group_size
     shared["steps"] = execution.steps
     if execution.young is not None:
-        shared["ages"] = execution.young.current_ages().clone()
+        ages = execution.young.current_ages().clone()
+        shared["ages"] = execution.saved_form.save_vector(ages)
     if execution.momentum is not None:
         shared["momentum"] = execution.momentum.clone()
     if others:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 from zlib import crc32
 
@@ -28,20 +29,11 @@ def _check_replicas(parent: nn.Module, name: str, model: Any) -> None:
     layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
     if not layers or not dist.is_initialized():
         return
-    checksum = 0
     for layer in layers:
         execution = owner_of(layer.values)
         if execution is not None:
             check_processes(execution.ranked.key, execution.method)
-        reservoir = layer.reservoir if execution is None else execution.reservoir
-        checksum = crc32(f"{layer.active_count} {layer.block}".encode(), checksum)
-        for tensor in (layer.indices, *_tensors_of(reservoir)):
-            checksum = crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), checksum)
-        if isinstance(reservoir, LayeredReservoir):
-            described = reservoir.describe()
-            for base in described["bases"]:
-                base.pop("path", None)  # processes may have their own copies of a file
-            checksum = crc32(repr(described).encode(), checksum)
+    checksum = checksum_of(layers)
     group = getattr(parent, "process_group", None)
     device = layers[0].values.device
     extremes = torch.tensor([checksum, -checksum], dtype=torch.int64, device=device)
@@ -52,6 +44,23 @@ def _check_replicas(parent: nn.Module, name: str, model: Any) -> None:
             "and only values on B are sent: start all processes with the same weights, or load "
             "the same state dict in each"
         )
+
+
+def checksum_of(layers: Iterable[SparseLayer], *others: Tensor) -> int:
+    """A number that differs for other sets of sparse layers, or other weights outside B."""
+    checksum = 0
+    for layer in layers:
+        execution = owner_of(layer.values)
+        reservoir = layer.reservoir if execution is None else execution.reservoir
+        checksum = crc32(f"{layer.active_count} {layer.block}".encode(), checksum)
+        for tensor in (layer.indices, *_tensors_of(reservoir), *others):
+            checksum = crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), checksum)
+        if isinstance(reservoir, LayeredReservoir):
+            described = reservoir.describe()
+            for base in described["bases"]:
+                base.pop("path", None)  # processes may have their own copies of a file
+            checksum = crc32(repr(described).encode(), checksum)
+    return checksum
 
 
 def hash_sets(support: Support) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from topkast.adapter import (
     RankedTensors,
     Refresh,
     Step,
-    Traits,
     decide,
     is_due,
     method_of,
@@ -31,9 +29,10 @@ from topkast.adapter import (
 from topkast.reservoirs import Reservoir
 from topkast_torch._reservoirs import STREAMED, all_weights, keep_weights, take_weights
 from topkast_torch.execution._penalized import add_penalty
+from topkast_torch.execution._profile import InnerProfile
+from topkast_torch.execution._saved_form import SavedForm
 from topkast_torch.inner._fresh import class_name
 from topkast_torch.inner._inner_state import (
-    Layout,
     Start,
     check_migratable,
     entries_of,
@@ -44,19 +43,6 @@ from topkast_torch.inner._young import YoungEntries
 # Options of a group that a step is decided from; those of moving averages as `betas_of` reads them.
 _OPTIONS = "penalty", "penalty_kind", "explore_until", "refresh_every", "maximize"
 _DECIDING = *_OPTIONS, "betas", "beta1", "beta2", "b1", "b2"
-
-
-@dataclass(frozen=True)
-class InnerProfile:
-    """What trials found about the inner optimizer, for tensors of one number of dimensions."""
-
-    layout: Layout
-    traits: Traits
-
-    @property
-    def needs_ages(self) -> bool:
-        """Whether the step of an entry depends on how long it has been in B."""
-        return self.traits.betas is not None or not self.layout.starts_suffice
 
 
 class Execution(ABC):
@@ -73,6 +59,7 @@ class Execution(ABC):
     overrides: dict[str, Any]  # options set for these tensors only
     power: float
     method: Method
+    saved_form: SavedForm = SavedForm()
     # Changed by a refresh
     support: Support
     entered_active: Tensor  # number of entries new to A, by member
@@ -106,9 +93,14 @@ class Execution(ABC):
             self.momentum = self.values.new_zeros(self.ranked.size, requires_grad=False)
         if profile.needs_ages:
             self.young = YoungEntries(
-                settled_ages(self.support.backward_size, self.support.indices), profile
+                settled_ages(self.values.numel(), self.support.indices), profile
             )
         self.decide(options.for_group(), updates)
+
+    @property
+    def held(self) -> Support:
+        """The entries of the sets whose values this process holds: all, unless they are sharded."""
+        return self.support
 
     @property
     def refreshes(self) -> bool:
@@ -231,7 +223,7 @@ class Execution(ABC):
         step = self.step
         if step.penalty or not step.exploring or self.power != 1 or step.noise:
             values, buffer = self.values.detach().view(-1), self.gradient_buffer()
-            gradient = add_penalty(gradient, values, self.support, step, buffer)
+            gradient = add_penalty(gradient, values, self.held, step, buffer)
         self.values.grad = gradient.view(self.values.shape)
         if not self.step.exploring:
             self._frozen = self._exploring_values().clone()
@@ -256,7 +248,7 @@ class Execution(ABC):
             self._base = None
 
     def _exploring_values(self) -> Tensor:
-        return self.values.detach().view(-1)[self.support.forward_size :]
+        return self.values.detach().view(-1)[self.held.forward_size :]
 
     def finish_step(
         self, inner: torch.optim.Optimizer, group: Mapping[str, Any], *, stepped: bool
@@ -296,6 +288,11 @@ class Execution(ABC):
     def theta(self) -> Tensor:
         """All weights as one vector, which may be the reservoir's own memory."""
         return all_weights(self.reservoir, self.support, self.values)
+
+    def dense_weights(self) -> dict[str, Tensor]:
+        """Copies of all weights, by member."""
+        weights: dict[str, Tensor] = self.ranked.unflatten(self.theta().clone())
+        return weights
 
     def choose_sets(self, options: Options, updates: int) -> Refresh | IncrementalRefresh:
         """Choose the next sets from the current weights, without applying them."""

@@ -15,8 +15,9 @@ from torch.utils.hooks import RemovableHandle
 from topkast import MismatchError, UnsupportedTensorError
 from topkast.adapter import Options, RankedTensors
 from topkast_torch._reservoirs import make_reservoir
-from topkast_torch.execution._execution import Execution, InnerProfile
+from topkast_torch.execution._execution import Execution
 from topkast_torch.execution._flat import FlatEntries, compress
+from topkast_torch.execution._profile import InnerProfile
 from topkast_torch.inner._inner_state import join_entries, restrict_entries
 from topkast_torch.optimizer._ownership import claim, release
 

@@ -23,8 +23,9 @@ from topkast.adapter import (
     pattern_densities,
 )
 from topkast_torch._reservoirs import take_over
-from topkast_torch.execution._execution import Execution, InnerProfile
+from topkast_torch.execution._execution import Execution
 from topkast_torch.execution._masked_execution import MaskedExecution
+from topkast_torch.execution._profile import InnerProfile
 from topkast_torch.execution._recorded import RecordedGradient, Recording
 from topkast_torch.optimizer._ownership import claim, release
 from topkast_torch.sparse._conversion import make_dense
@@ -90,10 +91,8 @@ class SparseExecution(Execution):
             blocks=blocks,
             group_size=_group_size(name, layer, own_options),
         )
-        execution.reservoir = take_over(
-            layer.reservoir, layer.values, execution.ranked, own_options
-        )
-        execution.values, execution.layer = layer.values, layer
+        execution.layer = layer
+        execution._take_over(own_options)
         execution.support = support.in_groups(execution.ranked.group_size)
         execution._begin()
         execution.set_up(profile, options, updates, steps)
@@ -113,6 +112,11 @@ class SparseExecution(Execution):
         execution._connect()
         execution._record_if_awaited()
         return execution
+
+    def _take_over(self, options: Options) -> None:
+        """Take over the values of the layer, and the weights outside B."""
+        self.values = self.layer.values
+        self.reservoir = take_over(self.layer.reservoir, self.values, self.ranked, options)
 
     def _begin(self) -> None:
         self._gradient, self._replaced, self._dtype = None, False, self.values.dtype

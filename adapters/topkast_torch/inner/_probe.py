@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.nn import Parameter
 
+from topkast import UnsupportedOptimizerError
 from topkast.adapter import (
     HostArray,
     HostArrays,
@@ -48,6 +49,20 @@ def probe(
         check_permutation(start_trial, {"": shape}, class_name(optimizer))
     if joint:
         check_joint(start_trial, ["first", "second"], "joint", class_name(optimizer))
+
+
+def probe_parts(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> None:
+    """Raise :class:`UnsupportedOptimizerError` unless parts of a tensor may be stepped alone."""
+    name = class_name(optimizer)
+    try:
+        check_joint(
+            lambda params: Trial(optimizer, group, params), ["first", "second"], "joint", name
+        )
+    except UnsupportedOptimizerError:
+        raise UnsupportedOptimizerError(
+            f"{name} steps a tensor by norms or other numbers of the whole tensor, but each "
+            "process holds a part of the sharded ones: choose an elementwise optimizer, as AdamW"
+        ) from None
 
 
 def find_traits(

@@ -18,7 +18,7 @@ from topkast_torch.inner._probe import betas_of
 from topkast_torch.sparse._products import has_kernels
 
 if TYPE_CHECKING:
-    from topkast_torch.execution._execution import InnerProfile
+    from topkast_torch.execution._profile import InnerProfile
 
 _KERNEL_MIN_ENTRIES = 1 << 14  # below which a call of a kernel costs more than it saves
 

@@ -28,7 +28,8 @@ def check_inner(inner: torch.optim.Optimizer) -> None:
         raise UnsupportedOptimizerError(
             "in ZeroRedundancyOptimizer each process steps some of the Parameters, and only that "
             f"process would see their forward views: wrap the {name} itself, without "
-            "ZeroRedundancyOptimizer, in every process. Its state has the size of B anyway"
+            "ZeroRedundancyOptimizer, in every process. Its state has the size of B anyway; to "
+            "divide it too, shard sparse layers by topkast_torch.fully_shard"
         )
     if hasattr(inner.step, "_wrapped_by_lr_sched"):
         raise UnsupportedOptimizerError(
@@ -37,10 +38,17 @@ def check_inner(inner: torch.optim.Optimizer) -> None:
         )
     for attribute, value in attributes_of(inner).items():
         if isinstance(value, torch.optim.Optimizer):
+            if name == "ZeroRedundancyOptimizer":
+                raise UnsupportedOptimizerError(
+                    f"{name} holds another optimizer, {class_name(value)}, which steps some of the "
+                    f"Parameters in each process: wrap a {class_name(value)} of all Parameters in "
+                    "every process, whose state has the size of B. To divide that too, shard "
+                    "sparse layers by topkast_torch.fully_shard"
+                )
             raise UnsupportedOptimizerError(
                 f"{name} holds another optimizer, {class_name(value)}, in its attribute "
                 f"{attribute}: wrap the {class_name(value)} itself. If a library put {name} around "
-                "it (Accelerate, ZeroRedundancyOptimizer), call topkast.wrap_optimizer before the "
+                "it (Accelerate), call topkast.wrap_optimizer before the "
                 "library prepares the optimizer"
             )
     clash = sorted(set(GROUP_OPTIONS) & set(inner.defaults))

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,16 +24,20 @@ from topkast.adapter import (
     kept_dense,
     rank_tensors,
 )
-from topkast_torch.execution._execution import Execution, InnerProfile
+from topkast_torch.distributed._local_param import LocalParam
+from topkast_torch.distributed._sharded_execution import ShardedExecution
+from topkast_torch.distributed._sharding import is_sharded
+from topkast_torch.execution._execution import Execution
 from topkast_torch.execution._masked_execution import MaskedExecution
+from topkast_torch.execution._profile import InnerProfile
 from topkast_torch.execution._sparse_execution import SparseExecution
-from topkast_torch.inner._inner_state import count_steps
+from topkast_torch.inner._inner_state import Layout, count_steps
 from topkast_torch.inner._learn_layout import learn_layout
-from topkast_torch.inner._probe import find_traits, probe
+from topkast_torch.inner._probe import find_traits, probe, probe_parts
 from topkast_torch.optimizer._inner_optimizer import InnerOptimizer
 from topkast_torch.optimizer._ownership import check_free
 from topkast_torch.sparse._parametrizations import check_parametrizations
-from topkast_torch.sparse._sparse_layer import layer_of
+from topkast_torch.sparse._sparse_layer import SparseLayer, layer_of
 
 
 @dataclass
@@ -44,6 +48,7 @@ class Group:
     params: list[Parameter]
     executions: list[Execution]
     execution_by_name: dict[str, Execution]  # of each sparse Parameter
+    locals: dict[str, LocalParam]  # of each dense Parameter that is a DTensor
     profiles: dict[int, InnerProfile]  # of the inner optimizer, by number of dimensions
     fixed: dict[str, Any]  # options that must not change
     method: Method | None
@@ -76,12 +81,22 @@ class Group:
 
     def inner_params(self) -> list[Parameter]:
         """The inner optimizer's Parameters: compact vectors, and dense Parameters unchanged."""
-        executions = self.execution_by_name
-        params = [
-            executions[name].values if name in executions else param
-            for name, param in zip(self.names, self.params, strict=True)
-        ]
+        params = (inner for _, _, inner in self.inner_params_by_name())
         return list({id(param): param for param in params}.values())
+
+    def inner_params_by_name(self) -> Iterator[tuple[str, Parameter, Parameter]]:
+        """Name of each Parameter of the model, it, and the inner optimizer's in its place."""
+        for name, param in zip(self.names, self.params, strict=True):
+            execution, local = self.execution_by_name.get(name), self.locals.get(name)
+            if execution is not None:
+                yield name, param, execution.values
+            else:
+                yield name, param, param if local is None else local.part
+
+    def sharded_names(self) -> list[str]:
+        """Names of the Parameters of which this process holds a part."""
+        pairs = zip(self.names, self.params, strict=True)
+        return [name for name, param in pairs if is_sharded(param)]
 
     def stores(self) -> tuple[str, ...]:
         """Attributes in which the inner optimizer keeps entries by Parameter."""
@@ -136,9 +151,13 @@ class WrapperState:
     def param_pairs(self) -> Iterator[tuple[Parameter, Parameter]]:
         """Each Parameter of the model with the inner optimizer's Parameter in its place."""
         for group in self.groups:
-            for name, param in zip(group.names, group.params, strict=True):
-                execution = group.execution_by_name.get(name)
-                yield param, param if execution is None else execution.values
+            for _, param, inner in group.inner_params_by_name():
+                yield param, inner
+
+    @property
+    def locals(self) -> Iterator[LocalParam]:
+        """The dense Parameters that are DTensors, and of which this process steps a part."""
+        return (local for group in self.groups for local in group.locals.values())
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"inner": None, "options": self.options.without_functions()}
@@ -160,6 +179,9 @@ def prepare_group(state: WrapperState, param_group: Mapping[str, Any], options: 
             tensors, "dense", None if callable(options.dense) else _dense_patterns(options)
         )
     layers = {name: layer_of(param) for name, param in tensors.items()}
+    for name, layer in layers.items():
+        if layer is not None and layer.sharding is None and is_sharded(tensors[name]):
+            _refuse_placement(name, layer, tensors[name])
     weights = {
         name: tensors[name] if layer is None else TensorInfo(layer.weight_shape, layer.values.dtype)
         for name, layer in layers.items()
@@ -195,12 +217,19 @@ def prepare_group(state: WrapperState, param_group: Mapping[str, Any], options: 
             if layer is not None:
                 steps = count_steps(state.inner, param_group, [tensors[name]])
                 profile = profiles[len(layer.weight_shape)]
+                execution_type = SparseExecution if layer.sharding is None else ShardedExecution
                 executions.append(
-                    SparseExecution.of_layer(name, layer, options, profile, state.updates, steps)
+                    execution_type.of_layer(name, layer, options, profile, state.updates, steps)
                 )
     by_name = {name: execution for execution in executions for name in execution.ranked.shapes}
     fixed = {name: getattr(options, name) for name in FIXED_OPTIONS}
-    return Group(names, params, executions, by_name, profiles, fixed, options.method)
+    others = {name: param for name, param in tensors.items() if name not in by_name}
+    locals_ = {
+        name: LocalParam(name, param, _find_layout(state.inner, param_group, param.dim(), profiles))
+        for name, param in others.items()
+        if is_sharded(param)
+    }
+    return Group(names, params, executions, by_name, locals_, profiles, fixed, options.method)
 
 
 @contextmanager
@@ -221,6 +250,8 @@ def _find_profiles(
     options: Options,
 ) -> dict[int, InnerProfile]:
     """Profiles of the inner optimizer from trials, by number of dimensions of a tensor."""
+    if options.probe and any(map(is_sharded, param_group["params"])):
+        probe_parts(inner, param_group)
     if options.probe:
         joint = options.distribution == "global" and len(shapes) > 1
         probe(inner, param_group, shapes, joint=joint)
@@ -230,6 +261,18 @@ def _find_profiles(
         traits = find_traits(inner, param_group, layout, dimensions)
         profiles[dimensions] = InnerProfile(layout, traits)
     return profiles
+
+
+def _find_layout(
+    inner: torch.optim.Optimizer,
+    param_group: Mapping[str, Any],
+    dimensions: int,
+    profiles: Mapping[int, InnerProfile],
+) -> Layout:
+    """The layout of the inner optimizer's entries for tensors of some number of dimensions."""
+    if dimensions in profiles:
+        return profiles[dimensions].layout
+    return learn_layout(inner, param_group, dimensions)
 
 
 def restrict_state(
@@ -250,7 +293,11 @@ def restrict_state(
             restricted[execution.values] = entries["state"]
     for name, param in zip(group.names, params, strict=True):
         if name not in group.execution_by_name and name in by_name:
-            restricted[param] = by_name[name]
+            local = group.locals.get(name)
+            key, entries = (
+                (param, by_name[name]) if local is None else local.take_state(by_name[name])
+            )
+            restricted[key] = entries
     return restricted
 
 
@@ -274,15 +321,30 @@ def _check_initialised(name: str, param: Tensor) -> None:
         )
     if type(param).__name__ == "FlatParameter":
         raise UnsupportedTensorError(
-            f"{name} is a FlatParameter of FSDP, which has no rows and columns: sharded parameters "
-            "are not supported yet"
+            f"{name} is a FlatParameter of FSDP, which has no rows and columns: use FSDP2, by "
+            "topkast_torch.fully_shard and layers built as topkast_torch.SparseLinear"
         )
 
 
-def _check_tensor(name: str, param: Tensor) -> None:
+def _refuse_placement(name: str, layer: SparseLayer, param: Any) -> NoReturn:
+    raise UnsupportedTensorError(
+        f"{name} is a DTensor, placed {tuple(param.placements)}, of a {type(layer).__name__}, "
+        "which only topkast_torch.fully_shard can shard: call it instead of PyTorch's fully_shard, "
+        "and leave sparse layers out of tensor parallelism (parallelize_module, distribute_module)"
+    )
+
+
+def _check_tensor(name: str, param: Any) -> None:
     problem = None
+    if is_sharded(param):
+        raise UnsupportedTensorError(
+            f"{name} cannot be kept sparse: it is a DTensor, placed {tuple(param.placements)}, "
+            "but masked execution needs whole tensors. For FSDP2, build the layer as "
+            "topkast_torch.SparseLinear and shard it by topkast_torch.fully_shard; for tensor "
+            "parallelism, keep it dense (dense=...), or use fully_shard instead"
+        )
     if _is_wrapper(param):
-        problem = f"a {type(param).__name__} (sharded or wrapped: not supported yet)"
+        problem = f"a {type(param).__name__} (wrapped: not supported yet)"
     elif param.layout != torch.strided or param.is_meta or param.is_quantized:
         problem = f"of layout {param.layout} on {param.device}, but must be a strided tensor"
     elif not (param.is_floating_point() or param.is_complex()):
@@ -296,7 +358,7 @@ def _check_tensor(name: str, param: Tensor) -> None:
 
 
 def _is_wrapper(tensor: Tensor) -> bool:
-    return bool(is_traceable_wrapper_subclass(tensor))  # DTensor is one
+    return bool(is_traceable_wrapper_subclass(tensor))
 
 
 def check_overlap(groups: list[Group]) -> None:
@@ -305,7 +367,10 @@ def check_overlap(groups: list[Group]) -> None:
         (param.data_ptr(), param.data_ptr() + param.numel() * param.element_size(), name)
         for group in groups
         for name, param in zip(group.names, group.params, strict=True)
-        if name in group.execution_by_name and param.numel() and _is_packed(param)
+        if name in group.execution_by_name
+        and not is_sharded(param)
+        and param.numel()
+        and _is_packed(param)
     )
     for (_, stop, first), (start, _, second) in itertools.pairwise(spans):
         if start < stop:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from topkast.adapter import Inspection
+from topkast_torch.distributed._sharding import local_part
 from topkast_torch.inner._inner_state import entries_of, walk
 from topkast_torch.optimizer._groups import WrapperState
 from topkast_torch.sparse._sparse_layer import layer_of
@@ -17,14 +18,14 @@ def inspect(state: WrapperState) -> Inspection:
     held: dict[str, dict[str, int]] = {}
     model_bytes = 0
     for group in state.groups:
-        for name, param in zip(group.names, group.params, strict=True):
-            is_sparse = name in group.execution_by_name
+        for name, param, inner_param in group.inner_params_by_name():
+            is_sparse, nbytes = name in group.execution_by_name, local_part(param).nbytes
             shapes[name] = tuple(param.shape)
             if layer_of(param) is None:  # `held` counts sparse layers in full
-                model_bytes += 2 * param.nbytes if is_sparse else param.nbytes
+                model_bytes += 2 * nbytes if is_sparse else nbytes
             if not is_sparse:
-                entry_bytes = sum(entry.nbytes for entry in _entries(state, param))
-                held[name] = {"values": param.nbytes, "state": entry_bytes}
+                entry_bytes = sum(entry.nbytes for entry in _entries(state, inner_param))
+                held[name] = {"values": nbytes, "state": entry_bytes}
         for execution in group.executions:
             shapes |= execution.ranked.shapes
             entries = _entries(state, execution.values)
@@ -53,7 +54,7 @@ def _copy_weights(state: WrapperState) -> dict[str, Tensor]:
             if name not in group.execution_by_name:
                 theta[name] = theta[name].clone()
         for execution in group.executions:
-            theta |= execution.ranked.unflatten(execution.theta().clone())
+            theta |= execution.dense_weights()
     return theta
 
 

@@ -25,9 +25,13 @@ def step(state: WrapperState, pairs: Pairs) -> None:
         for execution, param_group in pairs:
             loaded.append((execution, param_group))
             execution.load_gradient(state.inner, param_group)
+        for local in state.locals:
+            local.load_gradient()
         state.handle.step()
         stepped = True
     finally:
+        for local in state.locals:
+            local.part.grad = None
         for execution, param_group in loaded:
             execution.finish_step(state.inner, param_group, stepped=stepped)
     if has_gradient:

@@ -24,6 +24,12 @@ def unwrap(optimizer: TopKASTOptimizer, weights: Weights) -> torch.optim.Optimiz
     if weights not in ("forward", "dense"):
         raise OptionError(f"weights must be 'forward' or 'dense', got {weights!r}")
     state = optimizer._wrapper_state
+    sharded = [name for group in state.groups for name in group.sharded_names()]
+    if sharded:
+        raise OptionError(
+            f"unwrap needs whole tensors, but {sharded[0]} is sharded over processes: save the run "
+            "with torch.distributed.checkpoint, load it in one process, and unwrap there"
+        )
     with torch.no_grad():
         for execution in state.executions:
             execution.accept_external_writes()

@@ -32,6 +32,7 @@ _OF_SPARSE_LAYERS = (
     "_is_drawn",
     "_recipe",
     "recording",
+    "sharding",
 )
 
 

@@ -15,6 +15,7 @@ from topkast_torch.sparse._products import (
     GuardedIndices,
     ProductsByWeight,
     TorchProducts,
+    array_of_param,
     has_kernels,
     numpy_name,
     unit_kernels,
@@ -126,9 +127,9 @@ class _CompiledConvolution:
     ) -> Tensor:
         self._guard.check()
         output = packed.new_empty(self._products.output_shape(shape))
-        bias_array = None if bias is None else bias.numpy()
+        bias_array = None if bias is None else array_of_param(bias)
         self._products.forward(
-            values.numpy(), packed.numpy(), output.numpy(), shape=shape, bias=bias_array
+            array_of_param(values), packed.numpy(), output.numpy(), shape=shape, bias=bias_array
         )
         return output
 
@@ -136,7 +137,7 @@ class _CompiledConvolution:
         self._guard.check()
         gradient = grad_output.new_empty(shape)
         self._products.input_gradient(
-            values.numpy(), grad_output.numpy(), gradient.numpy(), shape=shape
+            array_of_param(values), grad_output.numpy(), gradient.numpy(), shape=shape
         )
         return gradient
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from topkast import MismatchError
-from topkast_torch.sparse._sparse_layer import BLOCK, STRUCTURE, SparseLayer
+from topkast_torch.sparse._sparse_layer import SparseLayer
+from topkast_torch.sparse._structure import BLOCK, STRUCTURE
 
 _FORMAT = "topkast-forward-1"
 _INDICES = (torch.int32, torch.int64)

@@ -6,7 +6,7 @@ differentiated again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias
@@ -37,6 +37,14 @@ def multiply(
             output: Tensor = _CompiledProduct.apply(x, values, bias, compiled, record)  # type: ignore[no-untyped-call]
             return output
     return _apply(_Product, x, values, bias, _LinearOperator(products, record))
+
+
+def unflatten(rows: Tensor, leading: Sequence[int]) -> Tensor:
+    """Rows (batch, features) as (*leading, features); not a view, which FSDP2 warns of."""
+    if len(leading) == 1:
+        return rows
+    shaped: Tensor = torch.ops.aten._unsafe_view(rows, [*leading, rows.shape[1]])
+    return shaped
 
 
 def convolve(

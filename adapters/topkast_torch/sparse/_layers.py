@@ -18,9 +18,10 @@ from topkast_torch._reservoirs import STREAMED
 from topkast_torch.optimizer._ownership import owner_of
 from topkast_torch.sparse._convolutions import Convolution, Window, make_convolution
 from topkast_torch.sparse._drawing import draw_dense, draw_streamed, set_undrawn
-from topkast_torch.sparse._functions import convolve, multiply
+from topkast_torch.sparse._functions import convolve, multiply, unflatten
 from topkast_torch.sparse._products import Entries, Products, make_products, numpy_name
-from topkast_torch.sparse._sparse_layer import SparseLayer, blocks_of_weight
+from topkast_torch.sparse._sparse_layer import SparseLayer
+from topkast_torch.sparse._structure import blocks_of_weight
 
 
 class SparseLinear(SparseLayer):
@@ -138,6 +139,7 @@ class SparseLinear(SparseLayer):
         Raises :class:`topkast.MismatchError` for a layer that an optimizer trains, or that
         :func:`topkast.sparsify` made.
         """
+        self._check_whole("reset_parameters")
         recipe = self.__dict__.get("_recipe")
         if recipe is None or owner_of(self.values) is not None:
             raise MismatchError(
@@ -163,7 +165,7 @@ class SparseLinear(SparseLayer):
             )
         rows = inputs.reshape(math.prod(leading), features)
         output: Tensor = multiply(rows, self.values, self.bias, lambda: self.products, self.record)
-        return output.view(*leading, self.out_features)
+        return unflatten(output, leading)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

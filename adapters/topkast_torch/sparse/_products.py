@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,6 +107,14 @@ def numpy_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def array_of_param(param: Tensor) -> Any:
+    """The memory of a Parameter as a NumPy array, for one call.
+
+    After ``param.numpy()``, FSDP could no longer free the memory.
+    """
+    return np.from_dlpack(param.detach())
+
+
 class GuardedIndices:
     """Indices that kernels read at each product, guarded against writes in between."""
 
@@ -163,13 +172,13 @@ class CompiledProducts:
     def forward(self, values: Tensor, x: Tensor, bias: Tensor | None, batch: int) -> Tensor:
         self._guard.check()
         output = x.new_empty(batch, self.shape[0])
-        bias_array = None if bias is None else bias.numpy()
-        self.linear.forward(values.numpy(), x.numpy(), output.numpy(), bias=bias_array)
+        bias_array = None if bias is None else array_of_param(bias)
+        self.linear.forward(array_of_param(values), x.numpy(), output.numpy(), bias=bias_array)
         return output
 
     def input_gradient(self, values: Tensor, grad_output: Tensor, batch: int) -> Tensor:
         gradient = grad_output.new_empty(batch, self.shape[1])
-        self.linear.input_gradient(values.numpy(), grad_output.numpy(), gradient.numpy())
+        self.linear.input_gradient(array_of_param(values), grad_output.numpy(), gradient.numpy())
         return gradient
 
     def weight_gradient(self, grad_output: Tensor, x: Tensor, out: Tensor) -> None:

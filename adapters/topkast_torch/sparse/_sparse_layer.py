@@ -14,16 +14,21 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from topkast import Blocks, MismatchError, OptionError, SparseExportWarning, Support
+from topkast import Blocks, MismatchError, SparseExportWarning, Support
 from topkast.adapter import IncrementalSelection
 from topkast.reservoirs import Reservoir
 from topkast_torch._reservoirs import check_convertible, convert, forget_changes
+from topkast_torch.distributed._sharding import is_sharded
 from topkast_torch.optimizer._ownership import owner_of
 from topkast_torch.sparse._dense_weight import dense_weight, read_only
 from topkast_torch.sparse._products import Entries
-
-STRUCTURE = ("indices", "active_count", "shape")  # entries of a state dict besides the values
-BLOCK = "block"  # another one, of layers whose units are blocks
+from topkast_torch.sparse._structure import (
+    BLOCK,
+    STRUCTURE,
+    check_sets,
+    describe_units,
+    read_structure,
+)
 
 # Inputs of a layer and gradients of its outputs, by backward pass.
 Passes: TypeAlias = list[tuple[Tensor, Tensor]]
@@ -88,6 +93,7 @@ class SparseLayer(nn.Module):
     _assignment_count: int = 0  # how often `indices`, `active_count` or `blocks` were assigned
     _is_drawn: bool = True  # whether the weights have values: not on the meta device
     recording: Any = None  # of backward passes, while an optimizer needs it
+    sharding: Any = None  # the division of values and reservoir, after topkast_torch.fully_shard
 
     def set_sparse(self, values: Parameter, support: Support, shape: tuple[int, ...]) -> None:
         """Set the values, the support and the weight's shape."""
@@ -110,6 +116,11 @@ class SparseLayer(nn.Module):
         return Support(self.indices, self.active_count, self.blocks)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape, under its name in the state dict, which PyTorch looks up."""
+        return self.weight_shape
+
+    @property
     def block(self) -> tuple[int, int] | None:
         """Rows and columns of a unit; None if units are single weights."""
         return None if self.blocks is None else (self.blocks.rows, self.blocks.columns)
@@ -128,7 +139,17 @@ class SparseLayer(nn.Module):
 
         Writing to the copy would not change the layer, and raises :class:`topkast.MismatchError`.
         """
+        self._check_whole("weight")
         return read_only(dense_weight(self.values, self.support, self.weight_shape))
+
+    def _check_whole(self, what: str) -> None:
+        """Raise :class:`topkast.MismatchError` if the values are divided among processes."""
+        if is_sharded(self.values):
+            raise MismatchError(
+                f"{what} needs all values of a {type(self).__name__}, which are divided among "
+                "processes: gather a full state dict (get_model_state_dict with full_state_dict) "
+                "and pass it to topkast.densify, or load it into a model that is not sharded"
+            )
 
     @property
     def products(self) -> Any:
@@ -186,16 +207,20 @@ class SparseLayer(nn.Module):
             f"{self.values.dtype}: convert the input (torch.autocast does so)"
         )
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "values":
-            layer = layer_of(value)
+    def register_parameter(self, name: str, param: Parameter | None) -> None:
+        """As of ``torch.nn.Module``; the layer is found by its values."""
+        if name == "values" and param is not None:
+            layer = layer_of(param)
             if layer is not None and layer is not self:
                 raise MismatchError(
                     "the values belong to another sparse layer: tie weights by using one layer "
                     "twice"
                 )
-            _LAYERS[value] = weakref.ref(self)
-        elif name in ("indices", "active_count", "blocks") and value is not self.__dict__.get(name):
+            _LAYERS[param] = weakref.ref(self)
+        super().register_parameter(name, param)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("indices", "active_count", "blocks") and value is not self.__dict__.get(name):
             self._assignment_count += 1
         super().__setattr__(name, value)
 
@@ -255,7 +280,10 @@ class SparseLayer(nn.Module):
             if not torch.equal(indices, self.indices) or support.forward != self.active_count:
                 # Clone: an optimizer that shares the old tensor must detect the change.
                 self.set_support(Support(indices.clone(), support.forward, self.blocks))
+            if isinstance(merged[prefix + "values"], Tensor):
+                merged[prefix + "values"] = self._fit_values(merged[prefix + "values"])
         elif dense is not None:
+            self._check_whole(f"loading {prefix}weight")
             merged[prefix + "values"] = self._gather_values(prefix + "weight", dense)
         self.reservoir = None if self.reservoir is None else forget_changes(self.reservoir)
         self.selection = None
@@ -284,10 +312,10 @@ class SparseLayer(nn.Module):
             )
         if support.blocks != self.blocks:
             raise MismatchError(
-                f"{layer}: the state dict has {_describe_units(support.blocks)}, the layer "
-                f"{_describe_units(self.blocks)}: build the layer with the same block"
+                f"{layer}: the state dict has {describe_units(support.blocks)}, the layer "
+                f"{describe_units(self.blocks)}: build the layer with the same block"
             )
-        if values.shape != self.values.shape:
+        if values.shape not in (self.values.shape, self.values.shape[::-1]):
             raise MismatchError(
                 f"{layer}: the state dict has values of shape {tuple(values.shape)}, the layer "
                 f"{tuple(self.values.shape)}"
@@ -299,6 +327,14 @@ class SparseLayer(nn.Module):
                 f"{self.active_count}"
             )
         return support
+
+    def _fit_values(self, values: Tensor) -> Tensor:
+        """Values in the form of this layer's: sharded layers have another shape, and DTensors."""
+        if self.sharding is not None and not is_sharded(values):
+            whole = values.reshape(self.values.shape)
+            part = self.sharding.part_of(whole, 0)
+            return self.sharding.wrap(part, tuple(whole.shape), 0)  # type: ignore[no-any-return]
+        return values if values.shape == self.values.shape else values.reshape(self.values.shape)
 
     def _is_scheduled(self) -> bool:
         """Whether an optimizer changes the size of A in training."""
@@ -322,61 +358,3 @@ class SparseLayer(nn.Module):
             )
         values[: support.forward_size] = current.to(values.dtype)
         return values.view(self.values.shape)
-
-
-def blocks_of_weight(
-    layer: str, shape: tuple[int, ...], block: tuple[int, int] | None
-) -> Blocks | None:
-    """Divide a weight into blocks; raises :class:`topkast.OptionError` if that is not possible."""
-    if block in (None, (1, 1)):
-        return None
-    rows, *others = shape
-    try:
-        return Blocks(*block, rows, math.prod(others))
-    except OptionError as error:
-        raise OptionError(f"{layer}: {error}") from None
-
-
-def read_structure(
-    layer: str, state_dict: Mapping[str, Any], prefix: str
-) -> tuple[Support, tuple[int, ...]]:
-    """The sets and the shape of a weight in a state dict; raises if their types are wrong."""
-    names = [name for name in (*STRUCTURE, BLOCK) if name != BLOCK or prefix + BLOCK in state_dict]
-    for name in names:
-        entry = state_dict[prefix + name]
-        if not isinstance(entry, Tensor):
-            raise MismatchError(f"{prefix + name} must be a tensor, got {type(entry).__name__}")
-        if entry.is_floating_point():
-            raise MismatchError(f"{prefix + name} must have an integer dtype, got {entry.dtype}")
-    indices, count, lengths, *sides = (state_dict[prefix + name] for name in names)
-    if (count.dim(), lengths.dim()) != (0, 1):
-        raise MismatchError(
-            f"{layer}: active_count and shape must be a number and a vector, but the state dict "
-            f"has tensors of shape {tuple(count.shape)} and {tuple(lengths.shape)}"
-        )
-    shape, blocks = tuple(lengths.tolist()), None
-    for block in sides:
-        if block.shape != (2,):
-            raise MismatchError(
-                f"{layer}: block must be two numbers, but the state dict has a tensor of shape "
-                f"{tuple(block.shape)}"
-            )
-        try:
-            blocks = blocks_of_weight("a block that does not fit", shape, tuple(block.tolist()))
-        except OptionError as error:
-            raise MismatchError(f"{layer}: the state dict has {error}") from None
-    return Support(indices, int(count), blocks), shape
-
-
-def check_sets(name: str, support: Support, shape: tuple[int, ...], count: int) -> None:
-    """Raise :class:`topkast.MismatchError` unless the sets fit a weight and its values."""
-    support.check(math.prod(shape), name)
-    if support.backward_size != count:
-        raise MismatchError(
-            f"{name} has {support.backward} indices of {_describe_units(support.blocks)} for "
-            f"{count} values"
-        )
-
-
-def _describe_units(blocks: Blocks | None) -> str:
-    return "single weights" if blocks is None else f"blocks of {blocks.rows} × {blocks.columns}"

@@ -23,14 +23,8 @@ from topkast_torch.optimizer._callers import is_called_by
 from topkast_torch.optimizer._optimizer import TopKASTOptimizer
 from topkast_torch.sparse._conversion import SPARSE_FORMS, make_dense, make_sparse
 from topkast_torch.sparse._dense_weight import to_dense
-from topkast_torch.sparse._sparse_layer import (
-    BLOCK,
-    STRUCTURE,
-    SparseLayer,
-    check_sets,
-    read_structure,
-    replace_data,
-)
+from topkast_torch.sparse._sparse_layer import SparseLayer, replace_data
+from topkast_torch.sparse._structure import BLOCK, STRUCTURE, check_sets, read_structure
 from topkast_torch.sparse.chains._sequential import link_layers, unlink_layers
 
 _ROUNDS = 5
@@ -146,6 +140,7 @@ def densify(model: Any) -> Any:
     _check_module(model)
     for module in model.modules():
         if isinstance(module, SparseLayer):
+            module._check_whole("topkast.densify")
             # A new Parameter: the old one still belongs to the optimizer.
             make_dense(module, module.weight.detach().clone(), keep_param=False)
         unlink_layers(module)

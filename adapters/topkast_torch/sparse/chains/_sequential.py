@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
+from topkast_torch.sparse._functions import unflatten
 from topkast_torch.sparse._layers import SparseLinear
 from topkast_torch.sparse._products import CompiledProducts
 from topkast_torch.sparse.chains._chain import run_chain
@@ -117,7 +118,7 @@ class _Run:
             return None
         rows = x if len(leading) == 1 else x.reshape(math.prod(leading), features)
         output = run_chain(rows, passes, values, biases)
-        return output if len(leading) == 1 else output.view(*leading, output.shape[1])
+        return unflatten(output, leading)
 
     def _is_observed(self) -> bool:
         """Whether something may read or change what lies between the modules."""
