@@ -188,7 +188,7 @@ class TestRefusals:
             callbacks.mask_average(AveragedModel(model), unnamed)
 
     def test_a_mismatch_changes_nothing(self) -> None:
-        model, optimizer = prepare()
+        _, optimizer = prepare()
         average = {"0.weight": torch.ones(16, 12), "2.weight": torch.ones(3)}
         with pytest.raises(topkast.MismatchError):
             callbacks.mask_average(average, optimizer)

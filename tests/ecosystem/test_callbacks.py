@@ -60,14 +60,14 @@ class TestPlainLoop:
         model = make_model()
         inner = torch.optim.AdamW(model.named_parameters(), 0.02)
         optimizer = topkast.wrap_optimizer(inner, **OPTIONS)
-        writer = SummaryWriter(tmp_path)  # type: ignore[no-untyped-call]
+        writer = SummaryWriter(tmp_path)
         monitor = callbacks.Monitor(optimizer, writer=writer, every=2, draw_every=4)
         for inputs in BATCHES:
             optimizer.zero_grad()
             (model(inputs) - inputs[:, :4]).square().mean().backward()
             optimizer.step()
             monitor.step()
-        writer.close()  # type: ignore[no-untyped-call]
+        writer.close()
         events = read_events(tmp_path)
         updates = events.Scalars("topkast/updates")
         assert [(event.step, event.value) for event in updates] == [(n, n) for n in range(2, 11, 2)]
@@ -195,7 +195,7 @@ class TestLightning:
 
     @pytest.mark.parametrize("sparse", [False, True])
     def test_its_own_average_is_resumed_bit_for_bit(self, tmp_path: Path, sparse: bool) -> None:
-        averages = []
+        averages: list[Any] = []
         for epochs in ([2], [1, 2]):
             path = None
             for count in epochs:
@@ -203,8 +203,9 @@ class TestLightning:
                 trainer = fit(tmp_path, Module(sparse), callback, epochs=count, ckpt_path=path)
                 path = tmp_path / "run.ckpt"
                 trainer.save_checkpoint(path)
+            assert callback.average is not None
             averages.append(callback.average.forward_params())
-        assert_same_bits(*averages)
+        assert_same_bits(averages[0], averages[1])
         assert int(torch.count_nonzero(averages[0]["model.0.weight"])) == 39
 
     def test_a_run_without_a_wrapped_optimizer_is_refused(self, tmp_path: Path) -> None:
@@ -317,10 +318,8 @@ def test_accelerate_logs_to_its_trackers() -> None:
             average.update_parameters(model)
         monitor.step()
     monitor.finish()
-    assert [(entry["topkast/updates"], step) for entry, step in recorder.entries] == [
-        (2, 2),
-        (4, 4),
-    ]
+    logged = [(entry["topkast/updates"], step) for entry, step in recorder.entries]
+    assert logged == [(2, 2), (4, 4)]
     assert 0 < torch.count_nonzero(average.module.get_parameter("0.weight")) <= 39
     AcceleratorState._reset_state(True)
     GradientState._reset_state()

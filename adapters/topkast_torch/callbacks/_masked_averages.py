@@ -99,8 +99,9 @@ def find_averaged(
     check_averageable(optimizer, type(average).__name__)
     by_name, by_param = _read_average(average)
     names_in_model: dict[int, list[str]] = {}
-    for name, param in model.named_parameters(remove_duplicate=False) if model is not None else ():
-        names_in_model.setdefault(id(param), []).append(name)
+    named = [] if model is None else model.named_parameters(remove_duplicate=False)
+    for name_in_model, model_param in named:
+        names_in_model.setdefault(id(model_param), []).append(name_in_model)
     averaged: dict[str, Tensor] = {}
     for name, param in _masked_params(optimizer):
         candidates = (by_name.get(key) for key in (name, *names_in_model.get(id(param), [])))
