@@ -120,6 +120,29 @@ def test_dense_tensors_are_stored_in_the_smaller_form(tmp_path: Path, share: flo
         assert torch.equal(loaded, model.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("head_first", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tied_embeddings_stay_dense(tmp_path: Path, device: str, head_first: bool) -> None:
+    def make() -> nn.Module:
+        pairs = [("head", nn.Linear(8, 30, bias=False)), ("embedding", nn.Embedding(30, 8))]
+        model = nn.Module()
+        for name, module in pairs if head_first else reversed(pairs):
+            model.add_module(name, module)
+        tied: Any = model
+        tied.embedding.weight = tied.head.weight
+        return model
+
+    model = make()
+    adam = torch.optim.Adam(model.named_parameters())
+    topkast.wrap_optimizer(adam, fwd=0.8, bwd=0.6)
+    topkast_torch.save_forward(model, tmp_path / "file")
+    with torch.device(device):
+        loaded = make()
+    topkast_torch.load_sparse(loaded, tmp_path / "file")
+    for name in ("head.weight", "embedding.weight"):
+        assert torch.equal(loaded.get_parameter(name), model.get_parameter(name))
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("change", "message"),

@@ -89,19 +89,25 @@ def load_sparse(model: nn.Module, path: str | PathLike[str]) -> None:
         name: (tensors.pop(name + ".values"), tensors.pop(name + ".indices"), shape)
         for name, shape in contents.shapes.items()
     }
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if (f"{name}.weight" if name else "weight") in entries and _can_be_sparse(module)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    # A weight that two modules share, such as tied embeddings, stays dense.
+    tied = {
+        saved
+        for name, saved in contents.same.items()
+        if modules.get(name.rpartition(".")[0]) is not modules.get(saved.rpartition(".")[0])
     }
-    weights = {f"{name}.weight" if name else "weight": name for name in layers}
+    layers = {
+        _join(name, "weight"): module
+        for name, module in model.named_modules()
+        if _join(name, "weight") in entries.keys() - tied and _can_be_sparse(module)
+    }
     for name, entry in entries.items():
-        if name not in weights:
+        if name not in layers:
             tensors[name] = _to_dense(*entry)
     _check_names(model, path, tensors, entries, contents)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in weights:
-        if name in expected and expected[name] != entries[name][2]:
+    for name in layers:
+        if expected[name] != entries[name][2]:
             raise MismatchError(
                 f"{path} has {name} of shape {entries[name][2]}, the model {expected[name]}"
             )
@@ -111,10 +117,10 @@ def load_sparse(model: nn.Module, path: str | PathLike[str]) -> None:
             raise MismatchError(
                 f"{path} has {name} of shape {tuple(tensor.shape)}, the model {expected[name]}"
             )
-    missing = {name: tensors[saved] for name, saved in contents.same.items() if saved in tensors}
-    model.load_state_dict(tensors | missing, strict=False, assign=is_meta)
+    shared = {name: tensors[saved] for name, saved in contents.same.items() if saved in tensors}
+    model.load_state_dict(tensors | shared, strict=False, assign=is_meta)
     for name, module in layers.items():
-        values, indices, shape = entries[f"{name}.weight" if name else "weight"]
+        values, indices, shape = entries[name]
         weight: Any = module.weight
         device = values.device if weight.is_meta else weight.device
         param = Parameter(values.to(device, weight.dtype).view(1, -1), requires_grad=False)
@@ -169,6 +175,10 @@ def _read_tensors(file: Any, contents: FileContents) -> tuple[dict[str, Tensor],
         if saved not in tensors and saved not in contents.shapes:
             raise ValueError(f"it names a tensor {saved} that it lacks")
     return tensors, contents
+
+
+def _join(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name
 
 
 def _to_dense(values: Tensor, indices: Tensor, shape: tuple[int, ...]) -> Tensor:
