@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
+import itertools
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from _harness import describe_environment, make_parser, markdown_table, write_js
 SPARSITIES = (0.9, 0.98)
 SIDES = ("dense PyTorch", "ONNX Runtime", "sparse layers", "kernels alone")
 CASES = {"mlp": ((784,), (1, 16, 256)), "convolutions": ((3, 32, 32), (1, 32))}
-TARGET_SECONDS = 0.2  # of one batch of calls
+TARGET_SECONDS = 0.1  # of one batch of calls
 
 
 def build(case: str) -> Any:
@@ -37,12 +38,12 @@ def build(case: str) -> Any:
     if case == "mlp":
         widths = (784, 2048, 2048, 2048)
         layers: list[Any] = []
-        for width, rows in zip(widths, widths[1:], strict=False):
+        for width, rows in itertools.pairwise(widths):
             layers += [nn.Linear(width, rows), nn.ReLU()]
         return nn.Sequential(*layers, nn.Linear(2048, 10))
     channels, strides = (3, 64, 128, 128, 256), (1, 2, 1, 2)
     layers = []
-    for width, rows, stride in zip(channels, channels[1:], strides, strict=False):
+    for (width, rows), stride in zip(itertools.pairwise(channels), strides, strict=True):
         layers += [nn.Conv2d(width, rows, 3, stride=stride, padding=1), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10))
 
@@ -63,6 +64,7 @@ def write_models(case: str, fwd: float, folder: Path) -> dict[str, int]:
     topkast_torch.save_forward(model, folder / "sparse")
     save_file(model.state_dict(), folder / "dense")
     if importlib.util.find_spec("onnxruntime") is not None:
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of the older exporter
         x = torch.ones(1, *CASES[case][0])
         axes: Any = {"x": {0: "batch"}}
         torch.onnx.export(
@@ -141,7 +143,9 @@ def measure(case: str, fwd: float, threads: int, rounds: int) -> list[dict[str, 
         command = [sys.executable, __file__, "--case", case, "--folder", name]
         command += ["--threads", str(threads), "--side"]
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        children = {side: subprocess.Popen([*command, side], env=env, **pipes) for side in sides}
+        children: dict[str, Any] = {
+            side: subprocess.Popen([*command, side], env=env, **pipes) for side in sides
+        }
         held = {side: int(_answer(child)) for side, child in children.items()}
         rows = []
         for batch in CASES[case][1]:

@@ -37,9 +37,8 @@ def prepare(**options: Any) -> tuple[nn.Module, Any, Tensor]:
     torch.manual_seed(0)
     model, x = Network(), torch.randn(5, 4, 6, 6)
     adam = torch.optim.Adam(model.named_parameters())
-    wrapped: Any = topkast.wrap_optimizer(
-        adam, **{"fwd": 0.75, "bwd": 0.5, "dense": "head*"} | options
-    )
+    options = {"fwd": 0.75, "bwd": 0.5, "dense": "head*"} | options
+    wrapped: Any = topkast.wrap_optimizer(adam, **options)
     for _ in range(3):
         wrapped.zero_grad()
         model(x).square().mean().backward()
@@ -64,9 +63,9 @@ def test_a_file_becomes_sparse_layers(
         loaded = Network().eval()
     topkast_torch.load_sparse(loaded, tmp_path / "file")
     torch.testing.assert_close(loaded(x), expected)
-    assert type(loaded.conv) is topkast_torch.SparseConv2d
-    assert type(loaded.body) is topkast_torch.SparseSequential
-    assert type(loaded.head) is nn.Linear
+    assert type(loaded.get_submodule("conv")) is topkast_torch.SparseConv2d
+    assert type(loaded.get_submodule("body")) is topkast_torch.SparseSequential
+    assert type(loaded.get_submodule("head")) is nn.Linear
     assert loaded.shared is loaded.body[2]
     values = loaded.get_parameter("conv.values")
     assert values.shape == (1, 72)
@@ -87,7 +86,7 @@ def test_the_dtype_is_that_of_the_model(tmp_path: Path) -> None:
     torch.testing.assert_close(double(x.double()).float(), model(x))
     assert double.get_parameter("conv.values").dtype == torch.float64
     topkast_torch.load_sparse(low, tmp_path / "file")  # bfloat16 has no sparse products
-    assert type(low.conv) is nn.Conv2d
+    assert type(low.get_submodule("conv")) is nn.Conv2d
     assert int(torch.count_nonzero(low.get_parameter("conv.weight"))) == 72
 
 

@@ -333,10 +333,10 @@ class TestFiles:
             (torch.bfloat16, "BF16, which NumPy does not have: save model.float"),
             (torch.float16, "float16, but the kernels need float32 or float64"),
         ):
-            model = nn.Sequential(nn.Linear(24, 24)).to(dtype)
+            layer = nn.Linear(24, 24).to(dtype)
             with torch.no_grad():
-                model[0].weight[1:] = 0
-            topkast_torch.save_forward(model, tmp_path / "file")
+                layer.weight[1:] = 0
+            topkast_torch.save_forward(layer, tmp_path / "file")
             with pytest.raises(topkast.MismatchError, match=message):
                 topkast.inference.load(tmp_path / "file")
 
