@@ -37,8 +37,8 @@ def prepare(**options: Any) -> tuple[nn.Module, Any, Tensor]:
     torch.manual_seed(0)
     model, x = Network(), torch.randn(5, 4, 6, 6)
     adam = torch.optim.Adam(model.named_parameters())
-    options = {"fwd": 0.75, "bwd": 0.5, "dense": "head*"} | options
-    wrapped: Any = topkast.wrap_optimizer(adam, **options)
+    defaults: dict[str, Any] = {"fwd": 0.75, "bwd": 0.5, "dense": "head*"}
+    wrapped: Any = topkast.wrap_optimizer(adam, **defaults | options)
     for _ in range(3):
         wrapped.zero_grad()
         model(x).square().mean().backward()
