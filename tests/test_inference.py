@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -80,6 +81,18 @@ def test_linear_layers(tmp_path: Path, dtype: torch.dtype, block: Any) -> None:
     last: Any = loaded["7"]
     assert not last.is_sparse
     assert last.active == 6 * 16
+
+
+def test_neighbours_of_other_units_do_not_join(tmp_path: Path) -> None:
+    widths, blocks = (24, 40, 32, 32, 8), (None, (2, 1), (2, 1), (4, 1))
+    layers = [
+        topkast_torch.SparseLinear(width, rows, fwd=0.8, bwd=0.8, block=block)
+        for (width, rows), block in zip(itertools.pairwise(widths), blocks, strict=True)
+    ]
+    model = nn.Sequential(*layers[:2], nn.ReLU(), nn.ReLU(), *layers[2:], nn.Tanh(), nn.ReLU())
+    loaded = round_trip(model, tmp_path)
+    assert_same(loaded, model, torch.randn(7, 24))
+    assert [loaded[name].rows for name in ("0", "1", "4", "5")] == [1, 2, 2, 4]  # type: ignore[attr-defined]
 
 
 def make_convolutional(dtype: torch.dtype) -> nn.Sequential:

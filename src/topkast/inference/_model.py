@@ -242,7 +242,7 @@ def _join(layers: Sequence[Layer]) -> list[Layer]:
                 end_run()
             run.append(layer)
             rectifies.append(False)
-        elif layer is relu and run and not rectifies[-1]:
+        elif layer is relu and run:
             rectifies[-1] = True
         else:
             end_run()
