@@ -221,6 +221,7 @@ def bench(session: nox.Session) -> None:
         "optimizer_step",
         "jax_training_step",
         "jax_update",
+        "inference",
         "orderings",
         "refreshes",
         "sparse_kernels",

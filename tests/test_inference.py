@@ -293,6 +293,15 @@ class TestInputs:
         np.testing.assert_array_equal(loaded(x.T), loaded(read_only))
 
 
+CONVOLUTION: dict[str, Any] = {
+    "type": "Conv2d",
+    "stride": [1, 1],
+    "padding": [[0, 0], [0, 0]],
+    "dilation": [1, 1],
+    "groups": 1,
+}
+
+
 class TestFiles:
     def write(self, path: Path, tensors: dict[str, Any], **metadata: Any) -> Path:
         from safetensors.numpy import save_file
@@ -311,6 +320,15 @@ class TestFiles:
             ({"layers": {"fc": {}}}, "file is not a valid file .*'type'"),
             ({"layers": {"fc": 3}}, "file is not a valid file"),
             ({"layers": {"fc": {"type": "Conv2d"}}}, "needs a weight with 4 axes"),
+            ({"layers": {"fc": {"type": "BatchNorm", "epsilon": 1}}}, "needs running_mean"),
+            ({"layers": {"conv": CONVOLUTION | {"groups": 0}}}, "must divide 4 channels, got 0"),
+            ({"layers": {"conv": CONVOLUTION | {"stride": [0, 1]}}}, r"at least 1, got \[0, 1\]"),
+            ({"layers": {"conv": CONVOLUTION | {"padding": []}}}, "file is not a valid file"),
+            (
+                {"layers": {"conv": CONVOLUTION | {"padding": [[0, 0], [-1, 0]]}}},
+                r"at least 0, got \[-1, 0\]",
+            ),
+            ({"layers": {"conv": CONVOLUTION | {"groups": 3}}}, "must divide 4 channels, got 3"),
             ({"layers": {"other": {"type": "Linear"}}}, "needs a weight with 2 axes, got None"),
             ({"sequence": ["fc"]}, "names layers that it lacks"),
             ({"format": "topkast-forward-9"}, "its format is 'topkast-forward-9', expected"),
@@ -323,6 +341,7 @@ class TestFiles:
         tensors = {
             "fc.weight.values": np.ones(2, "float32"),
             "fc.weight.indices": np.asarray([0, 3], "int32"),
+            "conv.weight": np.ones((4, 2, 3, 3), "float32"),
         }
         path = self.write(tmp_path, tensors, **{"shapes": {"fc.weight": [2, 3]}} | metadata)
         with pytest.raises(topkast.MismatchError, match=message):

@@ -13,6 +13,7 @@ from topkast import MismatchError, OptionError
 from topkast_torch.execution._masked_execution import MaskedExecution
 from topkast_torch.optimizer._optimizer import TopKASTOptimizer
 
+_MAX_HOLDERS = 8  # optimizers around each other
 _PREFIXES = ("module.", "_orig_mod.", "ema_model.")  # of models inside of averages
 
 
@@ -22,14 +23,14 @@ def find_wrapper(optimizer: Any) -> TopKASTOptimizer:
     Raises :class:`topkast.OptionError` if there is none.
     """
     current = optimizer
-    while current is not None and not isinstance(current, TopKASTOptimizer):
+    for _ in range(_MAX_HOLDERS):
+        if isinstance(current, TopKASTOptimizer):
+            return current
         current = getattr(current, "optimizer", None)
-    if current is None:
-        raise OptionError(
-            f"expected the optimizer that topkast.wrap_optimizer returned, or one that holds it, "
-            f"got {type(optimizer).__name__}"
-        )
-    return current
+    raise OptionError(
+        "expected the optimizer that topkast.wrap_optimizer returned, or one that holds it, got "
+        f"{type(optimizer).__name__}"
+    )
 
 
 def mask_average(average: Any, optimizer: Any, *, model: nn.Module | None = None) -> None:

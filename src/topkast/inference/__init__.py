@@ -4,7 +4,7 @@
 ``safetensors``: ``pip install 'topkast[cpu,safetensors]'``. PyTorch is neither needed nor imported.
 """
 
-from topkast.inference._layers import BatchNorm, Convolution, Layer, Linear
+from topkast.inference._layers import BatchNorm, Convolution, Linear
 from topkast.inference._model import Model, load
 
-__all__ = ["BatchNorm", "Convolution", "Layer", "Linear", "Model", "load"]
+__all__ = ["BatchNorm", "Convolution", "Linear", "Model", "load"]

@@ -61,7 +61,7 @@ def read_file(path: Any, framework: str, read: Callable[[Any, FileContents], T])
             f"{path} is damaged, or no safetensors file: {error}. Write it again with "
             "topkast_torch.save_forward"
         ) from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise MismatchError(
             f"{path} is not a valid file of topkast_torch.save_forward: {error}"
         ) from error

@@ -12,19 +12,18 @@ from topkast._errors import MismatchError
 from topkast.inference._layers import Layer
 from topkast.inference._weights import Array
 
-_POOL = ("size", "stride", "padding")
 
-
-def make_function(description: Mapping[str, Any]) -> Layer | None:
-    """The function of a description; None if its type is not one of these."""
-    name = description["type"]
-    if name == "Flatten":
+def make_function(name: str, description: Mapping[str, Any]) -> Layer | None:
+    """The function of a layer's description; None if its type is not one of these."""
+    layer_type = description["type"]
+    if layer_type == "Flatten":
         start, end = int(description["start"]), int(description["end"])
         return lambda x: flatten(x, start, end)
-    if name == "MaxPool2d":
-        size, stride, padding = (_pair(description[option]) for option in _POOL)
+    if layer_type == "MaxPool2d":
+        size, stride = (read_pair(name, description[option]) for option in ("size", "stride"))
+        padding = read_pair(name, description["padding"], min=0)
         return lambda x: max_pool(x, size, stride, padding)
-    return _FUNCTIONS.get(name)
+    return _FUNCTIONS.get(layer_type)
 
 
 def relu(x: Array) -> Array:
@@ -80,6 +79,15 @@ _FUNCTIONS: dict[str, Layer] = {
 }
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def read_pair(name: str, value: Any, *, min: int = 1) -> tuple[int, int]:  # noqa: A002
+    """Two integers of a layer's description; raises ValueError if they are below `min`."""
+    if (
+        not isinstance(value, list)
+        or len(value) != 2
+        or not all(isinstance(number, int) and number >= min for number in value)
+    ):
+        raise ValueError(
+            f"an option of the layer {name} must be two integers of at least {min}, got {value!r}"
+        )
     first, second = value
-    return int(first), int(second)
+    return first, second

@@ -10,7 +10,7 @@ import numpy as np
 
 from topkast._errors import MismatchError
 from topkast.inference._format import FileContents, check_entries, read_file
-from topkast.inference._functions import make_function, relu
+from topkast.inference._functions import make_function, read_pair, relu
 from topkast.inference._layers import BatchNorm, Chain, Convolution, Layer, Linear
 from topkast.inference._weights import Array, Weight, make_weight
 
@@ -145,16 +145,13 @@ def _make_model(file: Any, contents: FileContents) -> Model:
     for name, description in contents.layers.items():
         prefix = f"{name}." if name else ""
         own = {key: tensors.get(prefix + key) for key in ("weight", "bias", *_STATISTICS)}
+        own |= {key: _dense(entry) for key, entry in own.items() if key != "weight"}
         used.update(prefix + key for key in own)
         key = id(own["weight"]), repr(description)
         if own["weight"] is None or key not in made:
             made[key] = _make_layer(name or "model", description, own)
         layers[name] = made[key]
-    arrays = {
-        name: entry.to_dense() if isinstance(entry, _Entries) else entry
-        for name, entry in tensors.items()
-        if name not in used
-    }
+    arrays = {name: _dense(entry) for name, entry in tensors.items() if name not in used}
     return Model(layers, contents.sequence, arrays)
 
 
@@ -173,8 +170,12 @@ class _Entries:
         return dense
 
 
+def _dense(entry: Any) -> Any:
+    return entry.to_dense() if isinstance(entry, _Entries) else entry
+
+
 def _make_layer(name: str, description: Mapping[str, Any], tensors: Mapping[str, Any]) -> Layer:
-    function = make_function(description)
+    function = make_function(name, description)
     if function is not None:
         return function
     weight, bias = tensors["weight"], tensors["bias"]
@@ -184,20 +185,31 @@ def _make_layer(name: str, description: Mapping[str, Any], tensors: Mapping[str,
         return Linear(name, _read_weight(name, weight), bias)
     if layer_type == "Conv2d":
         _check_axes(name, weight, 4)
-        groups = int(description["groups"])
+        stride, dilation = (
+            read_pair(name, description[option]) for option in ("stride", "dilation")
+        )
+        vertical, horizontal = description["padding"]
+        margins = read_pair(name, vertical, min=0), read_pair(name, horizontal, min=0)
+        groups = description["groups"]
+        if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
+            raise ValueError(
+                f"the groups of the layer {name} must divide {weight.shape[0]} channels, got "
+                f"{groups!r}"
+            )
         if isinstance(weight, np.ndarray):
             flat = np.arange(weight.size, dtype=np.int32)
             weight = _Entries(weight.shape, flat, weight.reshape(-1))
-        pairs: dict[str, Any] = {
-            option: tuple(description[option]) for option in ("stride", "dilation")
-        }
-        margins: Any = tuple(tuple(zeros) for zeros in description["padding"])
         entries = _read_weight(name, weight, groups=groups)
         assert isinstance(entries, Weight)
-        return Convolution(name, entries, bias, margins=margins, groups=groups, **pairs)
+        return Convolution(
+            name, entries, bias, stride=stride, margins=margins, dilation=dilation, groups=groups
+        )
     if layer_type == "BatchNorm":
         mean, variance = tensors["running_mean"], tensors["running_var"]
-        return BatchNorm(name, mean, variance, weight, bias, float(description["epsilon"]))
+        if mean is None or variance is None:
+            raise ValueError(f"the layer {name} needs running_mean and running_var")
+        epsilon = float(description["epsilon"])
+        return BatchNorm(name, mean, variance, _dense(weight), bias, epsilon)
     raise ValueError(
         f"the layer {name} has the type {layer_type!r}, which this version does not know"
     )
