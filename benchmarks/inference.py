@@ -3,7 +3,8 @@
 Each side runs in a process of its own, so that no pool of threads disturbs another; the processes
 take turns, one batch of calls each. Weights are those at initialization, since values do not
 matter for the time. Bytes are of the safetensors file that a side loads, and of the weights,
-indices and layouts that it holds. ONNX Runtime, dense, is measured if it is installed.
+indices and layouts that it holds, where that is known. ONNX Runtime, dense, is measured if it is
+installed.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ def make_side(side: str, case: str, folder: Path, threads: int) -> tuple[Callabl
         import topkast.inference
 
         loaded = topkast.inference.load(folder / "sparse")
+        loaded(np.zeros((1, *CASES[case][0]), np.float32))  # layouts are made in the first call
         return loaded, loaded.nbytes
     if side == "ONNX Runtime":
         import onnxruntime
@@ -88,7 +90,7 @@ def make_side(side: str, case: str, folder: Path, threads: int) -> tuple[Callabl
         options.intra_op_num_threads = threads
         providers = ["CPUExecutionProvider"]
         session = onnxruntime.InferenceSession(folder / "onnx", options, providers=providers)
-        return lambda x: session.run(None, {"x": x})[0], (folder / "onnx").stat().st_size
+        return lambda x: session.run(None, {"x": x})[0], 0  # unknown
     import topkast_torch
     import torch
     from safetensors.torch import load_file
@@ -196,7 +198,8 @@ def print_tables(rows: Sequence[dict[str, Any]]) -> None:
     head = ("network", "fwd", "side", "file, MB", "held, MB", "batch: ms (times dense)")
     lines: dict[tuple[Any, ...], list[str]] = {}
     for row in rows:
-        megabytes = (f"{row[name] / 1e6:.2f}" for name in ("file_bytes", "held_bytes"))
+        sizes = (row["file_bytes"], row["held_bytes"])
+        megabytes = (f"{size / 1e6:.2f}" if size else "" for size in sizes)
         key = row["network"], str(row["fwd"]), row["side"], *megabytes
         lines.setdefault(key, []).append(
             f"{row['batch']}: {row['ms']:.3g} ({row['times_dense']:.2f} ×)"
