@@ -101,7 +101,7 @@ def property(session: nox.Session) -> None:  # noqa: A001 - the name that the RE
 @nox.session
 def ecosystem(session: nox.Session) -> None:
     """Other people's optimizers and trainers around the library."""
-    install(session, "-e", ".[cpu,jax,safetensors,testing,torch]", *TEST, *ECOSYSTEM)
+    install(session, "-e", ".[analysis,cpu,jax,safetensors,testing,torch]", *TEST, *ECOSYSTEM)
     paths = session.posargs or ["tests/ecosystem"]
     # Nothing is fetched: models are made from scratch.
     env = {**SINGLE_THREADED, "HF_HUB_OFFLINE": "1"}
@@ -221,6 +221,7 @@ def bench(session: nox.Session) -> None:
         "optimizer_step",
         "jax_training_step",
         "jax_update",
+        "inference",
         "orderings",
         "refreshes",
         "sparse_kernels",

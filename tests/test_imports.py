@@ -10,6 +10,7 @@ from pathlib import Path
 
 import topkast
 import topkast.analysis
+import topkast.inference
 import topkast.plot
 import topkast.reference
 import topkast.testing
@@ -84,7 +85,15 @@ def test_importing_costs_only_what_the_project_declares() -> None:
 
 def test_public_names_are_documented() -> None:
     page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
-    for module in (topkast, topkast.analysis, topkast.methods, topkast.plot, topkast.testing):
+    modules = (
+        topkast,
+        topkast.analysis,
+        topkast.inference,
+        topkast.methods,
+        topkast.plot,
+        topkast.testing,
+    )
+    for module in modules:
         is_automatic = f".. automodule:: {module.__name__}\n   :members:" in page
         names = set(re.findall(rf"{re.escape(module.__name__)}\.(\w+)", page))
         missing = [name for name in module.__all__ if name not in names and not is_automatic]

@@ -5,8 +5,9 @@ from topkast_torch._generate_weights import generate_weights
 from topkast_torch._measure_layers import measure_layers
 from topkast_torch.distributed._data_parallel import ddp_comm_hook
 from topkast_torch.distributed._fully_shard import fully_shard
+from topkast_torch.export._load import load_forward, load_sparse
+from topkast_torch.export._save import save_forward
 from topkast_torch.optimizer._optimizer import TopKASTOptimizer, wrap
-from topkast_torch.sparse._export import load_forward, save_forward
 from topkast_torch.sparse._layers import SparseConv2d, SparseLinear
 from topkast_torch.sparse._sparsify import ExecutionReport, LayerExecution, densify, sparsify
 from topkast_torch.sparse.chains._sequential import SparseSequential
@@ -24,6 +25,7 @@ __all__ = [
     "fully_shard",
     "generate_weights",
     "load_forward",
+    "load_sparse",
     "measure_layers",
     "save_forward",
     "sparsify",

@@ -11,6 +11,7 @@ containers; this interface decides.
 - :class:`Step` describes one update of one tensor (:func:`decide`, :func:`is_due`).
 - :class:`Inspection` is the result of ``__topkast_inspect__``, which :func:`topkast.summary` reads.
 - :class:`Layer` describes a tensor of a model to :func:`topkast.cost`.
+- :func:`read_file` and :func:`check_entries` read files of the forward set.
 - :class:`Backend` adds operations that the array-API standard lacks, for one array library.
 - :func:`check_permutation`, :func:`check_joint` and :func:`observe` probe the inner optimizer.
 """
@@ -48,6 +49,14 @@ from topkast.functional._rules import bias_correction, learning_rate
 from topkast.functional._state import Arrays, TopKASTState, count_bytes, forward_views, inspection
 from topkast.functional._transform import TopKASTTransform
 from topkast.functional._wrapped_rule import WrappedRule
+from topkast.inference._format import (
+    FILE_FORMAT,
+    MAX_ENTRIES_PER_VALUE,
+    FileContents,
+    check_entries,
+    import_safetensors,
+    read_file,
+)
 from topkast.methods._chosen import method_of
 from topkast.selection._across import change_sets
 from topkast.selection._distribution import Shape, exact_fraction, kept_count
@@ -57,13 +66,16 @@ from topkast.selection._reserve import IncrementalSelection
 from topkast.selection._support import Migration
 
 __all__ = [
+    "FILE_FORMAT",
     "FIXED_OPTIONS",
     "GROUP_OPTIONS",
+    "MAX_ENTRIES_PER_VALUE",
     "SETTLED",
     "Array",
     "Arrays",
     "Backend",
     "Betas",
+    "FileContents",
     "HostArray",
     "HostArrays",
     "IncrementalRefresh",
@@ -90,6 +102,7 @@ __all__ = [
     "change_sets",
     "check_any",
     "check_block",
+    "check_entries",
     "check_joint",
     "check_patterns",
     "check_permutation",
@@ -106,6 +119,7 @@ __all__ = [
     "group_size_of",
     "grow",
     "has_numba",
+    "import_safetensors",
     "inspection",
     "is_due",
     "is_traced",
@@ -121,6 +135,7 @@ __all__ = [
     "pattern_densities",
     "possibly_true",
     "rank_tensors",
+    "read_file",
     "settled_ages",
     "threshold_finder",
     "young_limit",

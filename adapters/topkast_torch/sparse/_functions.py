@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -60,14 +60,19 @@ def convolve(
 
 def _apply(function: Any, x: Tensor, *arguments: Any) -> Tensor:
     if torch.compiler.is_exporting():
-        raise MismatchError(
-            "a sparse layer cannot be exported, because its products are not PyTorch operators: "
-            "export topkast.densify(copy.deepcopy(model))"
-        )
+        refuse_export()
     if torch.compiler.is_compiling():
         compiled: Tensor = _apply_untraced(function, x, *arguments)
         return compiled
     return _without_autocast(function, x, *arguments)
+
+
+def refuse_export() -> NoReturn:
+    """Raise :class:`topkast.MismatchError`: an export would lack the products of the layer."""
+    raise MismatchError(
+        "a sparse layer cannot be exported, because its products are not PyTorch operators: "
+        "export topkast.densify(copy.deepcopy(model))"
+    )
 
 
 def _without_autocast(function: Any, x: Tensor, *arguments: Any) -> Tensor:

@@ -21,6 +21,7 @@ from topkast_torch._reservoirs import check_convertible, convert, forget_changes
 from topkast_torch.distributed._sharding import is_sharded
 from topkast_torch.optimizer._ownership import owner_of
 from topkast_torch.sparse._dense_weight import dense_weight, read_only
+from topkast_torch.sparse._functions import refuse_export
 from topkast_torch.sparse._products import Entries
 from topkast_torch.sparse._structure import (
     BLOCK,
@@ -193,6 +194,8 @@ class SparseLayer(nn.Module):
         return rows, math.prod(others)
 
     def _check_input(self, inputs: Tensor) -> Tensor:
+        if torch._C._get_tracing_state() is not None:  # a trace would hold the output as a constant
+            refuse_export()
         if self.values.dtype not in (torch.float32, torch.float64):
             raise MismatchError(
                 f"sparse layers need dtype float32 or float64, but this {type(self).__name__} was "

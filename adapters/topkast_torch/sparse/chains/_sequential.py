@@ -45,7 +45,11 @@ class SparseSequential(nn.Sequential):
 
     def forward(self, input: Any) -> Any:  # noqa: A002 - as torch.nn.Sequential has it
         """What the last module returns; each gets what the one before it returned."""
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._get_tracing_state() is not None
+        ):
             return super().forward(input)  # type: ignore[no-untyped-call]
         current = input
         for run in self._find_runs():
