@@ -155,13 +155,13 @@ class Monitor:
                 self._writer.add_scalar(name, value, step)
 
     def draw(self, step: int) -> None:
-        """Draw the masks now, with :func:`topkast.analysis.plot_mask`."""
-        from topkast import analysis
+        """Draw the masks now, with :func:`topkast.plot.mask`."""
+        from topkast import plot
 
         self._has_drawn = True
         for name, masks in topkast.masks(self._optimizer).items():
             if self._draw is None or matches(name, self._draw):
-                figure = analysis.plot_mask(_on_host({name: masks}), name=name)
+                figure = plot.mask(_on_host({name: masks}), name=name)
                 self._writer.add_figure(f"{self._prefix}mask/{name}", figure, step)
 
     def finish(self) -> None:
