@@ -42,7 +42,7 @@ _KINDS = {name: number for number, name in enumerate(_ARGUMENTS)}
 _PACK, _SUM, _MULTIPLY = (_KINDS[name] for name in ("pack", "sum", "multiply"))
 _UNIT_MULTIPLY, _UNIT_SCATTER = _KINDS["unit multiply"], _KINDS["unit scatter"]
 
-_HEADER = define_record("kind", "waits_for", "entered", "left")
+_HEADER = define_record("kind", "waits_for", "also_waits_for", "entered", "left")
 _WORDS = max(len(dtype.names or ()) for dtype in _ARGUMENTS.values())  # of a stage's arguments
 _STAGE_BYTES = 8 * (len(_HEADER.names or ()) + _WORDS)
 _HEADER_BYTES = _HEADER.itemsize
@@ -72,14 +72,14 @@ class Stage(NamedTuple):
     work
         Number of vectors that are multiplied or moved, roughly.
     waits_for
-        Number of the earlier stage, counted from 0, that must be done before; None if there is
-        none. All stages before that one are done then too, if they are waited for in turn.
+        Numbers of the earlier stages, counted from 0, that must be done before; two at most. What
+        these waited for is done then too.
     """
 
     kernel: str
     arguments: dict[str, int | Slot]
     work: int
-    waits_for: int | None = None
+    waits_for: tuple[int, ...] = ()
 
 
 class Plan:
@@ -98,14 +98,21 @@ class Plan:
     ------
     TypeError
         If the arguments of a stage lack a name, or have one that its kernel does not know.
+    ValueError
+        If a stage waits for more than two others, or for one that does not come before it.
     """
 
     def __init__(self, stages: Sequence[Stage], slots: Sequence[str], dtype: Any) -> None:
         numbers = [len(stages)]
         self._slots: list[tuple[int, int, int]] = []  # position, number of the slot, offset
-        for stage in stages:
-            waits_for = 0 if stage.waits_for is None else stage.waits_for + 1
-            numbers += [_KINDS[stage.kernel], waits_for, 0, 0]
+        for position, stage in enumerate(stages):
+            if len(stage.waits_for) > 2 or not all(0 <= n < position for n in stage.waits_for):
+                raise ValueError(
+                    f"stage {position} can wait for at most two earlier stages, got "
+                    f"{stage.waits_for}"
+                )
+            first, second = (*(number + 1 for number in stage.waits_for), 0, 0)[:2]
+            numbers += [_KINDS[stage.kernel], first, second, 0, 0]
             names = _ARGUMENTS[stage.kernel].names or ()
             arguments = {"next_item": 0, "next_thread": 0, **stage.arguments}
             if arguments.keys() != set(names):
@@ -166,10 +173,11 @@ def _make_run(multiply: Any) -> Any:
         for number in range(count):
             stage = first + number * _STAGE_BYTES
             header = carray(as_pointer(stage), 1, _HEADER)[0]
-            kind, waits_for = header.kind, header.waits_for
-            if waits_for:
-                awaited = first + (waits_for - 1) * _STAGE_BYTES
-                wait_until_done(awaited + _ENTERED, awaited + _LEFT)
+            kind = header.kind
+            for awaited_number in (header.waits_for, header.also_waits_for):
+                if awaited_number:
+                    awaited = first + (awaited_number - 1) * _STAGE_BYTES
+                    wait_until_done(awaited + _ENTERED, awaited + _LEFT)
             fetch_add(stage + _ENTERED)  # before it takes an item
             arguments = stage + _HEADER_BYTES
             if kind == _PACK:
