@@ -8,6 +8,7 @@ from topkast_torch.optimizer._optimizer import TopKASTOptimizer, wrap
 from topkast_torch.sparse._export import load_forward, save_forward
 from topkast_torch.sparse._layers import SparseConv2d, SparseLinear
 from topkast_torch.sparse._sparsify import ExecutionReport, LayerExecution, densify, sparsify
+from topkast_torch.sparse.chains._parallel import SparseParallel
 from topkast_torch.sparse.chains._sequential import SparseSequential
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "LayerExecution",
     "SparseConv2d",
     "SparseLinear",
+    "SparseParallel",
     "SparseSequential",
     "TopKASTOptimizer",
     "WeightAverage",
