@@ -23,9 +23,11 @@ class SparseParallel(nn.Module):
     The query, key and value of attention are an example, or the gate and the values of a gated
     feed-forward network. Once :func:`topkast.sparsify` has made the layers sparse, all of them are
     one call of compiled code in the forward pass and one in the backward pass: the input is packed
-    once, and the input gradient is summed where it is computed. Outputs and gradients have the same
-    bits as those of the layers one by one; of three layers or more, the input gradient is added up
-    from the last layer to the first, as autograd does for layers that are called in a row.
+    once and kept once, and the input gradients are added up where they are computed. Outputs and
+    gradients of Parameters have the same bits as those of the layers one by one. So has the
+    gradient of the input: it is added up from the last layer to the first, as autograd does for
+    layers that are called in this order. Where something else reads the input, a residual
+    connection for example, autograd adds its gradient to the sum of the layers' gradients.
 
     Layers run one by one as long as they are dense, and where something may read what goes in or
     out: a layer with hooks, a function transform, ``torch.compile``, or a method that needs the
