@@ -123,9 +123,13 @@ def test_any_layers_outputs_and_gradients(data: st.DataObject) -> None:
 
 
 @UNITS
-def test_bits_do_not_depend_on_the_number_of_threads(block: Any) -> None:
-    """Each input is new, since memory that is used again has the results of the call before."""
-    parallel = SparseParallel(*make_layers(block=block))
+@pytest.mark.parametrize("freezes", [False, True])
+def test_bits_do_not_depend_on_the_number_of_threads(block: Any, freezes: bool) -> None:
+    """Also where there is nothing but the sum of the input gradients, each of which waits.
+
+    Each input is new, since memory that is used again has the results of the call before.
+    """
+    parallel = SparseParallel(*make_layers(block=block)).requires_grad_(not freezes)
     inputs = [torch.randn(700, WIDTH, requires_grad=True) for _ in range(30)]
     threads, results = torch.get_num_threads(), []
     try:

@@ -134,18 +134,19 @@ class ParallelLinear(ProductGroup):
         # From the last layer to the first, as autograd adds gradients of layers called in a row.
         order = [number for number in reversed(range(len(self._layers))) if has_gradient[number]]
         gradients = {number: Slot("gradients", offsets[number]) for number in order}
-        stages = [
+        packs = [
             self._pack(batch, self._rows[number], Slot(f"grad_output {number}"), gradients[number])
             for number in order
         ]
-        scratch_bytes = 0
+        stages, scratch_bytes = packs[:1], 0
+        written = 0  # the stage that writes the packed gradient
         summed: tuple[int, ...] = ()  # the stage that writes the sum over the layers so far
         for position, number in enumerate(order):
             if needed.x:
                 is_last = position == len(order) - 1
                 product = self._layers[number].input_gradient(
                     batch,
-                    (position, *summed),
+                    (written, *summed),
                     values=Slot(f"values {number}"),
                     gradient=gradients[number],
                     out=Slot("grad_x") if is_last else sums[position % 2],
@@ -155,7 +156,13 @@ class ParallelLinear(ProductGroup):
                 summed = (len(stages),)
                 stages.append(product.stage)
                 scratch_bytes = max(scratch_bytes, product.scratch_bytes)
-            stages += self._parameter_gradients(
-                batch, number, position, needed, gradients[number], Slot("packed")
+            of_parameters = self._parameter_gradients(
+                batch, number, written, needed, gradients[number], Slot("packed")
             )
+            # The next gradient is packed after the large products that read this one, which stays
+            # in the caches for them, and before the last stage, so that threads need not wait.
+            stages += of_parameters[:1]
+            written = len(stages)
+            stages += packs[position + 1 : position + 2]
+            stages += of_parameters[1:]
         return Layout.of(Plan(stages, names, self._dtype), [scratch_bytes])
