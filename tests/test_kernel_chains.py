@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -85,6 +86,20 @@ def test_layers_of_the_same_activations_are_dense_layers(
     np.testing.assert_allclose(grad_x, total, atol=1e-12)
     if used[1]:
         np.testing.assert_allclose(grad_bias, grads[1].sum(0), atol=1e-12)
+
+
+def test_products_that_may_run_at_the_same_time_have_scratch_memory_of_their_own() -> None:
+    batch, rows, threads = 16, 32, 3
+    parallel = ParallelLinear([make_products(rows, 4)] * 3, "float64")
+    with patch.object(Plan, "run") as run, patch.object(Plan, "threads", return_value=threads):
+        parallel.forward(batch, [64] * 8, has_bias=(False,) * 3)
+    (first, second, third, *_), used = run.call_args.args
+    assert used == threads
+    # A thread computes some rows of a tile in scratch memory.
+    (width,) = {products.packed_shape((batch, 4), "float64")[2] for products in parallel.products}
+    bytes_of_a_row = width * 8 * threads
+    assert second - first == third - second
+    assert bytes_of_a_row <= second - first <= rows * bytes_of_a_row
 
 
 def test_layers_that_cannot_read_the_same_activations_are_refused() -> None:
