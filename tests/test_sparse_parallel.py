@@ -238,6 +238,23 @@ def test_transforms_compilation_and_checkpoints() -> None:
     torch.testing.assert_close(*results)
 
 
+def test_the_input_is_kept_once() -> None:
+    """And not at all if only the input and biases need gradients."""
+    parallel, x = SparseParallel(*make_layers()), torch.randn(128, WIDTH, requires_grad=True)
+    for expected in (2, 0):  # the input as it is, for second derivatives, and packed
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, kept=kept: kept.append(tensor.numel()) or tensor,  # type: ignore[misc]
+            lambda tensor: tensor,
+        ):
+            outputs = parallel(x)
+        assert sum(numel == x.numel() for numel in kept) == expected
+        assert max(kept) == (x.numel() if expected else parallel[2].values.numel())
+        assert outputs[0].requires_grad
+        for layer in parallel:
+            layer.values.requires_grad_(False)
+
+
 def test_autocast() -> None:
     layers = make_layers()
     x = torch.randn(16, WIDTH)
