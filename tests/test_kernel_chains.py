@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -89,17 +88,17 @@ def test_layers_of_the_same_activations_are_dense_layers(
 
 
 def test_products_that_may_run_at_the_same_time_have_scratch_memory_of_their_own() -> None:
-    batch, rows, threads = 16, 32, 3
-    parallel = ParallelLinear([make_products(rows, 4)] * 3, "float64")
-    with patch.object(Plan, "run") as run, patch.object(Plan, "threads", return_value=threads):
-        parallel.forward(batch, [64] * 8, has_bias=(False,) * 3)
-    (first, second, third, *_), used = run.call_args.args
-    assert used == threads
-    # A thread computes some rows of a tile in scratch memory.
-    (width,) = {products.packed_shape((batch, 4), "float64")[2] for products in parallel.products}
-    bytes_of_a_row = width * 8 * threads
-    assert second - first == third - second
-    assert bytes_of_a_row <= second - first <= rows * bytes_of_a_row
+    parallel = ParallelLinear([make_products(rows, 4) for rows in (8, 8, 16)], "float64")
+    plan = parallel._plan_forward(5, (False,) * 3)
+    offsets = [offset for _, offset in plan._scratch]
+    assert len(set(offsets)) == 3
+    (width,) = {products.packed_shape((5, 4), "float64")[2] for products in parallel.products}
+    bytes_of_layers = [  # a chunk of rows of a tile
+        products._active.max_chunk_rows * 8 * width  # type: ignore[union-attr]
+        for products in parallel.products
+    ]
+    assert offsets == [0, *np.cumsum(bytes_of_layers)[:-1]]
+    assert plan._scratch_bytes == sum(bytes_of_layers)
 
 
 def test_layers_that_cannot_read_the_same_activations_are_refused() -> None:

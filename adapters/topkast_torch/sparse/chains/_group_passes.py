@@ -75,15 +75,19 @@ class GroupPasses:
     ) -> Gradients:
         """Memory for the gradients that are needed."""
         needs_x, needs_values, needs_biases = needs
+        dtype, rows = self._dtype, [products.shape[0] for products in self.products]
+        grad_x = None
+        if needs_x:
+            grad_x = torch.empty(batch, self.products[0].shape[1], dtype=dtype, device="cpu")
         return Gradients(
-            self.empty(batch, self.products[0].shape[1]) if needs_x else None,
+            grad_x,
             [
                 torch.empty_like(entries) if needed else None
                 for entries, needed in zip(values, needs_values, strict=True)
             ],
             [
-                self.empty(products.shape[0]) if needed else None
-                for products, needed in zip(self.products, needs_biases, strict=True)
+                torch.empty(count, dtype=dtype, device="cpu") if needed else None
+                for count, needed in zip(rows, needs_biases, strict=True)
             ],
         )
 

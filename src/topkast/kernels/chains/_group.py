@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,6 @@ import numpy as np
 from topkast.kernels._linear import LinearProducts
 from topkast.kernels.chains._plan import Plan, Slot, Stage
 from topkast.kernels.chains._stages import stages_of
-from topkast.kernels.runtime._pool import scratch_at
 from topkast.kernels.runtime._vector import VECTOR_BYTES
 from topkast.kernels.units._linear import UnitLinearProducts
 
@@ -24,24 +22,6 @@ class Needed(NamedTuple):
     x: bool
     values: tuple[bool, ...]
     biases: tuple[bool, ...]
-
-
-class Layout(NamedTuple):
-    """A plan, and the scratch memory that each thread needs, in bytes.
-
-    The plan's first slots are for scratch memory. Stages that may run at the same time have slots
-    of their own, which start at `scratch_starts`.
-    """
-
-    plan: Plan
-    scratch_starts: tuple[int, ...]
-    scratch_bytes: int
-
-    @classmethod
-    def of(cls, plan: Plan, scratch_bytes: Sequence[int]) -> Layout:
-        """A layout from the bytes of each slot of scratch memory."""
-        *starts, total = itertools.accumulate(scratch_bytes, initial=0)
-        return cls(plan, tuple(starts), total)
 
 
 class ProductGroup:
@@ -69,24 +49,21 @@ class ProductGroup:
         self.products = tuple(products)
         self._dtype = np.dtype(dtype)
         self._layers = [stages_of(layer, dtype) for layer in products]
-        self._layouts: dict[Any, Layout] = {}
+        self._plans: dict[Any, Plan] = {}
 
     def check(self) -> None:
         """Raise ValueError if the columns of a layer were overwritten."""
         for products in self.products:
             products.check()
 
-    def _run(self, key: Any, lay_out: Callable[..., Layout], addresses: Sequence[int]) -> None:
-        """Run the plan that `lay_out` makes from `key`; plans are kept."""
-        layout = self._layouts.get(key)
-        if layout is None:
-            if len(self._layouts) >= _MAX_PLANS:
-                self._layouts.clear()
-            layout = self._layouts[key] = lay_out(*key)
-        threads = layout.plan.threads()
-        scratch = scratch_at(threads * layout.scratch_bytes)
-        starts = [scratch + threads * start for start in layout.scratch_starts]
-        layout.plan.run((*starts, *addresses), threads)
+    def _run(self, key: Any, make_plan: Callable[..., Plan], addresses: Sequence[int]) -> None:
+        """Run the plan that `make_plan` makes from `key`; plans are kept."""
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = make_plan(*key)
+        plan.run(addresses)
 
     def _pack(
         self, batch: int, features: int, source: Slot, target: Slot, positive: Slot | int = 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from topkast.kernels._linear import LinearProducts
 from topkast.kernels._packing import pack_scratch_bytes
-from topkast.kernels.chains._group import Layout, Needed, ProductGroup, numbered
+from topkast.kernels.chains._group import Needed, ProductGroup, numbered
 from topkast.kernels.chains._plan import Plan, Slot
 from topkast.kernels.units._linear import UnitLinearProducts
 
@@ -105,9 +105,9 @@ class LinearChain(ProductGroup):
         """
         self._run((batch, needed), self._plan_backward, addresses)
 
-    def _plan_forward(self, batch: int, has_bias: Sequence[bool]) -> Layout:
+    def _plan_forward(self, batch: int, has_bias: Sequence[bool]) -> Plan:
         last = len(self.products) - 1
-        names = ["scratch", "x", "packed", "out", *numbered("values", [True] * (last + 1))]
+        names = ["x", "packed", "out", *numbered("values", [True] * (last + 1))]
         names += numbered("bias", has_bias)
         offsets = self._offsets(batch, self._features[:-1])
         stages, scratch_bytes = [self._pack(batch, self._features[0], Slot("x"), Slot("packed"))], 0
@@ -125,12 +125,12 @@ class LinearChain(ProductGroup):
             )
             stages.append(stage)
             scratch_bytes = max(scratch_bytes, needed_bytes)
-        return Layout.of(Plan(stages, names, self._dtype), [scratch_bytes])
+        return Plan(stages, names, self._dtype, scratch_bytes=scratch_bytes)
 
-    def _plan_backward(self, batch: int, flags: Needed) -> Layout:
+    def _plan_backward(self, batch: int, flags: Needed) -> Plan:
         needed = Needed(*flags)
         count = len(self.products)
-        names = ["scratch", "grad_output", "gradients", "packed", "out"]
+        names = ["grad_output", "gradients", "packed", "out"]
         names += numbered("values", [True] * count)
         names += ["grad_x"] if needed.x else []
         names += [*numbered("grad_values", needed.values), *numbered("grad_bias", needed.biases)]
@@ -171,4 +171,4 @@ class LinearChain(ProductGroup):
                 gradient = Slot("gradients", outputs[number - 1])
             if not goes_on:
                 break
-        return Layout.of(Plan(stages, names, self._dtype), [scratch_bytes])
+        return Plan(stages, names, self._dtype, scratch_bytes=scratch_bytes)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from topkast.kernels._linear import LinearProducts
-from topkast.kernels.chains._group import Layout, Needed, ProductGroup, numbered
+from topkast.kernels.chains._group import Needed, ProductGroup, numbered
 from topkast.kernels.chains._plan import Plan, Slot
 from topkast.kernels.units._linear import UnitLinearProducts
 
@@ -94,12 +94,11 @@ class ParallelLinear(ProductGroup):
         """
         self._run((batch, has_gradient, needed), self._plan_backward, addresses)
 
-    def _plan_forward(self, batch: int, has_bias: Sequence[bool]) -> Layout:
+    def _plan_forward(self, batch: int, has_bias: Sequence[bool]) -> Plan:
         every = [True] * len(self._layers)
-        # Products may run at the same time: each has scratch memory of its own.
-        names = [*numbered("scratch", every), "x", "packed", *numbered("out", every)]
+        names = ["x", "packed", *numbered("out", every)]
         names += [*numbered("values", every), *numbered("bias", has_bias)]
-        stages, scratch_bytes = [self._pack(batch, self._features, Slot("x"), Slot("packed"))], []
+        stages, scratch_bytes = [self._pack(batch, self._features, Slot("x"), Slot("packed"))], 0
         for number, layer in enumerate(self._layers):
             product = layer.forward(
                 batch,
@@ -110,20 +109,20 @@ class ParallelLinear(ProductGroup):
                 bias=Slot(f"bias {number}") if has_bias[number] else None,
                 is_packed=False,
                 rectifies=False,
-                scratch=Slot(f"scratch {number}"),
+                scratch=Slot("scratch", scratch_bytes),  # products may run at the same time
             )
             stages.append(product.stage)
-            scratch_bytes.append(product.scratch_bytes)
-        return Layout.of(Plan(stages, names, self._dtype), scratch_bytes)
+            scratch_bytes += product.scratch_bytes
+        return Plan(stages, names, self._dtype, scratch_bytes=scratch_bytes)
 
-    def _plan_backward(self, batch: int, has_gradient: Sequence[bool], flags: Needed) -> Layout:
+    def _plan_backward(self, batch: int, has_gradient: Sequence[bool], flags: Needed) -> Plan:
         needed = Needed(*flags)
         for number, has_one in enumerate(has_gradient):
             if not has_one and (needed.values[number] or needed.biases[number]):
                 raise ValueError(f"the output of layer {number} has no gradient, but its need one")
         if not any(has_gradient):
             raise ValueError("no output has a gradient")
-        names = ["scratch", *numbered("grad_output", has_gradient), "gradients", "packed"]
+        names = [*numbered("grad_output", has_gradient), "gradients", "packed"]
         names += numbered("values", [True] * len(self._layers))
         names += ["grad_x"] if needed.x else []
         names += [*numbered("grad_values", needed.values), *numbered("grad_bias", needed.biases)]
@@ -165,4 +164,4 @@ class ParallelLinear(ProductGroup):
             written = len(stages)
             stages += packs[position + 1 : position + 2]
             stages += of_parameters[1:]
-        return Layout.of(Plan(stages, names, self._dtype), [scratch_bytes])
+        return Plan(stages, names, self._dtype, scratch_bytes=scratch_bytes)

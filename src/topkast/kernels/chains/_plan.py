@@ -22,7 +22,7 @@ from topkast.kernels.chains._sums import SUM, sum_rows
 from topkast.kernels.runtime._arguments import define_record
 from topkast.kernels.runtime._barrier import wait_until_done
 from topkast.kernels.runtime._compile import kernel
-from topkast.kernels.runtime._pool import run_at
+from topkast.kernels.runtime._pool import run_at, scratch_at
 from topkast.kernels.runtime._vector import as_pointer, fetch_add
 from topkast.kernels.units._multiply import multiply_tiles_of_units
 from topkast.kernels.units._sample import sample_units_of_tiles
@@ -53,7 +53,11 @@ _MIN_WORK = 1 << 13
 
 
 class Slot(NamedTuple):
-    """An address that each call passes, by name, plus a constant number of bytes."""
+    """An address that each call passes, by name, plus a constant number of bytes.
+
+    ``"scratch"`` is the name of scratch memory, which :meth:`Plan.run` provides: `offset` bytes for
+    each thread lie before it. Stages that may run at the same time need offsets of their own.
+    """
 
     name: str
     offset: int = 0
@@ -93,6 +97,8 @@ class Plan:
         Names of the addresses that :meth:`run` takes, in order.
     dtype
         float32 or float64.
+    scratch_bytes
+        Bytes of scratch memory that each thread needs.
 
     Raises
     ------
@@ -102,9 +108,13 @@ class Plan:
         If a stage waits for more than two others, or for one that does not come before it.
     """
 
-    def __init__(self, stages: Sequence[Stage], slots: Sequence[str], dtype: Any) -> None:
+    def __init__(
+        self, stages: Sequence[Stage], slots: Sequence[str], dtype: Any, *, scratch_bytes: int = 0
+    ) -> None:
         numbers = [len(stages)]
         self._slots: list[tuple[int, int, int]] = []  # position, number of the slot, offset
+        self._scratch: list[tuple[int, int]] = []  # position and offset
+        self._scratch_bytes = scratch_bytes
         for position, stage in enumerate(stages):
             if len(stage.waits_for) > 2 or not all(0 <= n < position for n in stage.waits_for):
                 raise ValueError(
@@ -121,7 +131,11 @@ class Plan:
             for name in names:
                 argument = arguments[name]
                 if isinstance(argument, Slot):
-                    self._slots.append((len(numbers), slots.index(argument.name), argument.offset))
+                    slot, offset = argument
+                    if slot == "scratch":
+                        self._scratch.append((len(numbers), offset))
+                    else:
+                        self._slots.append((len(numbers), slots.index(slot), offset))
                     argument = 0
                 numbers.append(argument)
             numbers += [0] * (_WORDS - len(names))
@@ -133,13 +147,14 @@ class Plan:
         )
         self._kernel = kernels[0] if np.dtype(dtype) == np.float32 else kernels[1]
 
-    def threads(self) -> int:
-        """The number of threads that the next call of :meth:`run` should use."""
-        return 1 if self._is_small else default_threads()
-
-    def run(self, addresses: Sequence[int], threads: int) -> None:
+    def run(self, addresses: Sequence[int]) -> None:
         """Run all stages with the addresses of the slots, in the order of their names."""
+        threads = 1 if self._is_small else default_threads()
         numbers = self._numbers[:]
+        if self._scratch:
+            scratch = scratch_at(threads * self._scratch_bytes)
+            for position, offset in self._scratch:
+                numbers[position] = scratch + threads * offset
         for position, slot, offset in self._slots:
             numbers[position] = addresses[slot] + offset
         run_at(self._kernel, numbers.buffer_info()[0], threads)
