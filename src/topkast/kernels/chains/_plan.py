@@ -181,7 +181,6 @@ def _multiply_units(kind: Any, arguments: Any, dtype: Any) -> None:
 def _make_run(multiply: Any) -> Any:
     """A function that runs all stages, those of products by `multiply`."""
 
-    @njit  # type: ignore[untyped-decorator]
     def run(address: Any, dtype: Any) -> None:
         count = carray(as_pointer(address), 1, np.int64)[0]
         first = address + 8
@@ -203,7 +202,10 @@ def _make_run(multiply: Any) -> Any:
                 multiply(kind, arguments, dtype)
             fetch_add(stage + _LEFT)
 
-    return run
+    # numba links compiled code by the function's name: of two cached functions that share one, a
+    # process may run the wrong one.
+    run.__qualname__ = f"_run_{multiply.__name__}"
+    return njit(run)
 
 
 _run_weights, _run_units = _make_run(_multiply_weights), _make_run(_multiply_units)
