@@ -226,6 +226,7 @@ def bench(session: nox.Session) -> None:
         "refreshes",
         "sparse_kernels",
         "training_step",
+        "parallel_layers",
     ]
     for name in names:
         session.run("python", os.path.join("benchmarks", f"{name}.py"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -11,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numba.core.dispatcher import Dispatcher
 
 import topkast
+import topkast.kernels
 from topkast.backends import _threads
 from topkast.kernels import (
     _gather,
@@ -143,6 +147,17 @@ def test_entry_points_are_cached_by_the_hash_of_the_folder() -> None:
     compiled += [value for value in entries if hasattr(getattr(value, "_cache", None), "_impl")]
     assert {"_single", "_double"} <= {function.__name__[-7:] for function in compiled}
     assert all(isinstance(function._cache._impl.locator, FolderLocator) for function in compiled)
+
+
+def test_no_two_compiled_functions_share_a_name() -> None:
+    """Of cached functions of one name, a process may run the other one: numba links by name."""
+    functions = {}
+    for info in pkgutil.walk_packages(topkast.kernels.__path__, "topkast.kernels."):
+        for entry in vars(importlib.import_module(info.name)).values():
+            if isinstance(entry, Dispatcher):
+                functions[entry.py_func] = f"{entry.__module__}.{entry.py_func.__qualname__}"
+    assert len(functions) > 30
+    assert len(set(functions.values())) == len(functions)
 
 
 def test_kernels_are_compiled_when_they_are_needed() -> None:

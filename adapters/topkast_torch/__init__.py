@@ -10,6 +10,7 @@ from topkast_torch.export._save import save_forward
 from topkast_torch.optimizer._optimizer import TopKASTOptimizer, wrap
 from topkast_torch.sparse._layers import SparseConv2d, SparseLinear
 from topkast_torch.sparse._sparsify import ExecutionReport, LayerExecution, densify, sparsify
+from topkast_torch.sparse.chains._parallel import SparseParallel
 from topkast_torch.sparse.chains._sequential import SparseSequential
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LayerExecution",
     "SparseConv2d",
     "SparseLinear",
+    "SparseParallel",
     "SparseSequential",
     "TopKASTOptimizer",
     "WeightAverage",

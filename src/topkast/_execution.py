@@ -34,7 +34,8 @@ def sparsify(
     (``torch.nn.MultiheadAttention``, subclasses, tied weights, blocks of weights, tensors that are
     ranked together) stays masked, and the report says why. Linear layers in a row, with or without
     ``torch.nn.ReLU`` between them, run together: a ``torch.nn.Sequential`` with such layers becomes
-    a ``topkast_torch.SparseSequential``.
+    a ``topkast_torch.SparseSequential``. So do layers that read the same activations, in a
+    ``topkast_torch.SparseParallel``.
 
     Parameters
     ----------

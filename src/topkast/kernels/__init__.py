@@ -47,7 +47,9 @@ from topkast.kernels._packing import pack
 from topkast.kernels._plane_products import OffsetLayout, convolve, sampled_correlation, shift
 from topkast.kernels._planes import from_planes, lanes_of, to_planes
 from topkast.kernels._products import multiply, sampled_product, tile_width
-from topkast.kernels.chains._linear_chain import LinearChain, Needed
+from topkast.kernels.chains._group import Needed
+from topkast.kernels.chains._linear_chain import LinearChain
+from topkast.kernels.chains._parallel_linear import ParallelLinear
 from topkast.kernels.refresh._divide import divide
 from topkast.kernels.refresh._generate import generate
 from topkast.kernels.refresh._magnitudes import collect
@@ -67,6 +69,7 @@ __all__ = [
     "LinearProducts",
     "Needed",
     "OffsetLayout",
+    "ParallelLinear",
     "PlaneLayout",
     "RowLayout",
     "Threshold",

@@ -143,6 +143,13 @@ def clear_where_not_positive(array: Any, positive: Any) -> None:
 
 
 @njit  # type: ignore[untyped-decorator]
+def add_entries(array: Any, addend: Any) -> None:
+    """Add `addend`, which is another array of the same length."""
+    for index in range(len(array)):
+        array[index] += addend[index]
+
+
+@njit  # type: ignore[untyped-decorator]
 def _copy_positive(source: Any, positive: Any, target: Any) -> None:
     """Copy `source` where `positive` is greater than 0 or NaN, and write zeros elsewhere."""
     zero = source.dtype.type(0)

@@ -10,7 +10,12 @@ from numba import carray, njit, types
 
 from topkast.backends._threads import default_threads
 from topkast.kernels._layout import LAYOUT, Layout, RowLayout, Vector
-from topkast.kernels._packing import clear_negative, clear_where_not_positive, transpose
+from topkast.kernels._packing import (
+    add_entries,
+    clear_negative,
+    clear_where_not_positive,
+    transpose,
+)
 from topkast.kernels._sampling import PREFETCH_SEGMENTS, run_sampled
 from topkast.kernels.runtime._arguments import (
     THREAD_COUNTER,
@@ -53,6 +58,7 @@ MULTIPLY = define_arguments(
     "is_packed",
     "rectifies",
     "positive",
+    "addend",
 )
 
 
@@ -165,6 +171,7 @@ def multiply(
         is_packed=0,
         rectifies=0,
         positive=0,
+        addend=0,
     )
 
 
@@ -266,7 +273,7 @@ def multiply_tiles(address: Any, dtype: Any) -> None:
     """Multiply; `out` is (batch, rows), or packed if `is_packed`.
 
     If `rectifies`, negative outputs become 0. Where `positive`, which is packed, is given and not
-    positive, outputs become 0.
+    positive, outputs become 0. `addend`, also packed, is added to outputs if it is given.
     """
     arguments = carray(as_pointer(address), 1, MULTIPLY)[0]
     layout = carray(as_pointer(arguments.layout), 1, LAYOUT)[0]
@@ -302,6 +309,9 @@ def multiply_tiles(address: Any, dtype: Any) -> None:
         if arguments.positive:
             positive = array_at(arguments.positive + offset, count, dtype)
             clear_where_not_positive(array_at(target, count, dtype), positive)
+        if arguments.addend:
+            addend = array_at(arguments.addend + offset, count, dtype)
+            add_entries(array_at(target, count, dtype), addend)
         if arguments.is_packed:
             continue
         used = min(lanes, batch - tile * lanes)

@@ -1,1 +1,1 @@
-"""Sparse layers in a row, whose products read and write packed activations."""
+"""Sparse layers in a row or with the same input, which run together on packed activations."""

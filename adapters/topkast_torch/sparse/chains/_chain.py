@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from topkast_torch.sparse._functions import multiply
+from topkast_torch.sparse.chains._differentiate import differentiate, multiply_unrecorded
 from topkast_torch.sparse.chains._passes import Passes
 
 
@@ -40,8 +41,9 @@ class _Chain(torch.autograd.Function):
             return (None,) * len(needs)
         x, packed, output, *params = context.saved_tensors
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            grad_x, *grads = _differentiate(
-                grad_output, passes, [x, *params], [needs[0], *needs[2:]]
+            compute = partial(_compute, passes=passes)
+            grad_x, *grads = differentiate(
+                compute, [x, *params], [needs[0], *needs[2:]], [grad_output]
             )
             return grad_x, None, *grads
         count = len(passes.products)
@@ -50,22 +52,13 @@ class _Chain(torch.autograd.Function):
         return grads.x, None, *grads.values, *grads.biases
 
 
-def _differentiate(
-    grad_output: Tensor, passes: Passes, inputs: list[Any], needs: list[bool]
-) -> list[Tensor | None]:
-    """Gradients that can be differentiated again: those of the layers one by one."""
-    hidden, count = inputs[0], len(passes.products)
-    with torch.enable_grad():
-        for number, products in enumerate(passes.products):
-            values, bias = inputs[1 + number], inputs[1 + count + number]
-            hidden = multiply(hidden, values, bias, lambda products=products: products, _ignore)  # type: ignore[misc]
-            if passes.rectifies[number]:
-                hidden = hidden.relu()
-    wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
-    create_graph = torch.is_grad_enabled()
-    grads = iter(torch.autograd.grad(hidden, wanted, grad_output, create_graph=create_graph))
-    return [next(grads) if needed else None for needed in needs]
-
-
-def _ignore(x: Tensor, grad_output: Tensor) -> None:
-    """Chains do not run while products are recorded."""
+def _compute(inputs: list[Any], passes: Passes) -> list[Tensor]:
+    """The output, by the layers one by one."""
+    hidden, *params = inputs
+    count = len(passes.products)
+    for number, products in enumerate(passes.products):
+        values, bias = params[number], params[count + number]
+        hidden = multiply_unrecorded(hidden, values, bias, products)
+        if passes.rectifies[number]:
+            hidden = hidden.relu()
+    return [hidden]

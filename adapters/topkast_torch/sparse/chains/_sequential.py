@@ -5,18 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 
 from topkast_torch.sparse._functions import unflatten
 from topkast_torch.sparse._layers import SparseLinear
 from topkast_torch.sparse._products import CompiledProducts
 from topkast_torch.sparse.chains._chain import run_chain
+from topkast_torch.sparse.chains._observers import is_observed, is_transformed
 from topkast_torch.sparse.chains._passes import Passes
-
-# What would see, or change, what lies between the modules of a chain.
-_OBSERVERS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class SparseSequential(nn.Sequential):
@@ -45,11 +41,7 @@ class SparseSequential(nn.Sequential):
 
     def forward(self, input: Any) -> Any:  # noqa: A002 - as torch.nn.Sequential has it
         """What the last module returns; each gets what the one before it returned."""
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._get_tracing_state() is not None
-        ):
+        if is_transformed():
             return super().forward(input)  # type: ignore[no-untyped-call]
         current = input
         for run in self._find_runs():
@@ -106,7 +98,7 @@ class _Run:
 
     def __call__(self, x: Any) -> Tensor | None:
         """The output of all modules; None if they have to be called one by one."""
-        if len(self.modules) == 1 or not isinstance(x, Tensor) or self._is_observed():
+        if len(self.modules) == 1 or not isinstance(x, Tensor) or is_observed(self.modules):
             return None
         products = [layer.products for layer in self._layers]
         passes = self._passes
@@ -123,21 +115,6 @@ class _Run:
         rows = x if len(leading) == 1 else x.reshape(math.prod(leading), features)
         output = run_chain(rows, passes, values, biases)
         return unflatten(output, leading)
-
-    def _is_observed(self) -> bool:
-        """Whether something may read or change what lies between the modules."""
-        if (
-            hooks._global_forward_hooks
-            or hooks._global_forward_pre_hooks
-            or hooks._global_backward_hooks
-            or hooks._global_backward_pre_hooks
-        ):
-            return True
-        for module in self.modules:
-            state = module.__dict__
-            if "forward" in state or any(map(state.__getitem__, _OBSERVERS)):
-                return True
-        return any(layer.recording is not None for layer in self._layers)
 
 
 def _group(modules: tuple[Any, ...]) -> list[list[Any]]:

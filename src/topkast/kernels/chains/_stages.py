@@ -20,6 +20,8 @@ from topkast.kernels.units._sizes import Planes
 
 Argument = int | Slot
 
+_SCRATCH = Slot("scratch")
+
 
 class Product(NamedTuple):
     """A stage, and the bytes of scratch memory that each thread needs for it."""
@@ -50,7 +52,7 @@ class WeightStages:
     def forward(
         self,
         batch: int,
-        waits_for: int,
+        waits_for: tuple[int, ...],
         *,
         values: Slot,
         x: Slot,
@@ -58,9 +60,11 @@ class WeightStages:
         bias: Slot | None,
         is_packed: bool,
         rectifies: bool,
+        scratch: Slot = _SCRATCH,
     ) -> Product:
         """The output, (batch, rows) or packed; negative outputs become 0 if `rectifies`."""
         arguments: dict[str, Argument] = {"values": values, "x": x, "out": out, "positive": 0}
+        arguments |= {"addend": 0, "scratch": scratch}
         arguments |= {"is_packed": int(is_packed), "rectifies": int(rectifies)}
         arguments["bias"] = 0 if bias is None else bias
         return self._multiply(self._products._active, batch, waits_for, arguments)
@@ -68,28 +72,32 @@ class WeightStages:
     def input_gradient(
         self,
         batch: int,
-        waits_for: int,
+        waits_for: tuple[int, ...],
         *,
         values: Slot,
         gradient: Slot,
         out: Slot,
         is_packed: bool,
-        positive: Slot | None,
+        positive: Slot | None = None,
+        addend: Slot | None = None,
     ) -> Product:
-        """The input gradient, (batch, width) or packed; 0 where `positive`, packed, is not."""
+        """The input gradient, (batch, width) or packed.
+
+        It is 0 where `positive`, packed, is not positive. `addend`, packed, is added.
+        """
         arguments: dict[str, Argument] = {"values": values, "x": gradient, "out": out, "bias": 0}
         arguments |= {"is_packed": int(is_packed), "rectifies": 0}
         arguments["positive"] = 0 if positive is None else positive
+        arguments |= {"addend": 0 if addend is None else addend, "scratch": _SCRATCH}
         return self._multiply(self._products._transposed, batch, waits_for, arguments)
 
     def _multiply(
-        self, layout: Any, batch: int, waits_for: int, arguments: dict[str, Argument]
+        self, layout: Any, batch: int, waits_for: tuple[int, ...], arguments: dict[str, Argument]
     ) -> Product:
         width = self.width(batch)
         tiles, registers = -(-batch // width), registers_of(width, self._dtype)
         complete = arguments | {
             "layout": _address(layout._record),
-            "scratch": Slot("scratch"),
             "max_chunk_rows": layout.max_chunk_rows,
             "tiles": tiles,
             "registers": registers,
@@ -100,7 +108,7 @@ class WeightStages:
         return Product(Stage("multiply", complete, work, waits_for), scratch * self._dtype.itemsize)
 
     def weight_gradient(
-        self, batch: int, waits_for: int, *, gradient: Slot, x: Slot, out: Slot
+        self, batch: int, waits_for: tuple[int, ...], *, gradient: Slot, x: Slot, out: Slot
     ) -> Product:
         """The weight gradient on B."""
         active, exploring = self._products._active, self._products._exploring
@@ -141,7 +149,7 @@ class UnitStages:
     def forward(
         self,
         batch: int,
-        waits_for: int,
+        waits_for: tuple[int, ...],
         *,
         values: Slot,
         x: Slot,
@@ -149,6 +157,7 @@ class UnitStages:
         bias: Slot | None,
         is_packed: bool,
         rectifies: bool,
+        scratch: Slot = _SCRATCH,
     ) -> Product:
         products = self._products
         if bias is None and self._zeros is None:
@@ -160,7 +169,7 @@ class UnitStages:
             self._planes(batch, is_packed),
             default_threads(),
         )
-        slots = {"values": values, "x": x, "out": out, "scratch": Slot("scratch")}
+        slots = {"values": values, "x": x, "out": out, "scratch": scratch}
         start = bias if self._zeros is None or bias is not None else _address(self._zeros)
         return self._product(
             "unit multiply",
@@ -172,13 +181,14 @@ class UnitStages:
     def input_gradient(
         self,
         batch: int,
-        waits_for: int,
+        waits_for: tuple[int, ...],
         *,
         values: Slot,
         gradient: Slot,
         out: Slot,
         is_packed: bool,
-        positive: Slot | None,
+        positive: Slot | None = None,
+        addend: Slot | None = None,
     ) -> Product:
         active = self._products._active
         arguments: dict[str, Any] = describe_scatter(
@@ -188,13 +198,16 @@ class UnitStages:
             self._planes(batch, is_packed),
             default_threads(),
         )
-        slots = {"values": values, "y": gradient, "out": out, "scratch": Slot("scratch")}
-        mask = {"positive": 0 if positive is None else positive}
+        slots = {"values": values, "y": gradient, "out": out, "scratch": _SCRATCH}
+        others = {
+            "positive": 0 if positive is None else positive,
+            "addend": 0 if addend is None else addend,
+        }
         units = active.stop - active.start
-        return self._product("unit scatter", arguments | slots | mask, units, waits_for)
+        return self._product("unit scatter", arguments | slots | others, units, waits_for)
 
     def weight_gradient(
-        self, batch: int, waits_for: int, *, gradient: Slot, x: Slot, out: Slot
+        self, batch: int, waits_for: tuple[int, ...], *, gradient: Slot, x: Slot, out: Slot
     ) -> Product:
         products = self._products
         arguments: dict[str, Any] = describe_sample(
@@ -216,7 +229,7 @@ class UnitStages:
         return Planes(*sizes, is_linear=True, batch=0 if is_packed else batch)
 
     def _product(
-        self, kernel: str, arguments: dict[str, Any], units: int, waits_for: int
+        self, kernel: str, arguments: dict[str, Any], units: int, waits_for: tuple[int, ...]
     ) -> Product:
         vectors = arguments["groups"] * arguments["registers"] * self._rows
         stage = Stage(kernel, arguments, units * vectors, waits_for)

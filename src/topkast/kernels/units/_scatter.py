@@ -8,7 +8,7 @@ import numpy as np
 from numba import carray, njit, types
 
 from topkast.backends._threads import default_threads
-from topkast.kernels._packing import clear_where_not_positive
+from topkast.kernels._packing import add_entries, clear_where_not_positive
 from topkast.kernels.runtime._arguments import THREAD_COUNTER, Vector, array_at
 from topkast.kernels.runtime._compile import kernel
 from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer, fetch_add
@@ -68,7 +68,8 @@ def describe_scatter(
 def scatter_units_of_tiles(address: Any, dtype: Any) -> None:
     """Scatter; `out` is (batch, width), or planes if `batch` is 0.
 
-    Where `positive`, packed like `out`, is given and not positive, results become 0.
+    Where `positive`, packed like `out`, is given and not positive, results become 0. `addend` of a
+    linear layer, packed, is added to results if it is given.
     """
     arguments = carray(as_pointer(address), 1, ARGUMENTS)[0]
     rows, width, batch = arguments.rows, arguments.width, arguments.batch
@@ -102,6 +103,10 @@ def scatter_units_of_tiles(address: Any, dtype: Any) -> None:
             positive = arguments.positive + (cleared - arguments.out)
             mask = array_at(positive, count, dtype)
             clear_where_not_positive(array_at(cleared, count, dtype), mask)
+        if arguments.addend:
+            count = cleared_bytes // array_at(cleared, 1, dtype).nbytes
+            addend = arguments.addend + group * arguments.x_bytes + first * tile_bytes
+            add_entries(array_at(cleared, count, dtype), array_at(addend, count, dtype))
         if batch:
             lanes = tile_bytes // array_at(scratch, 1, dtype).itemsize
             output = carray(as_pointer(arguments.out), (batch, width), dtype)

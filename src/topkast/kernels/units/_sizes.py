@@ -58,6 +58,7 @@ ARGUMENTS = define_arguments(
     "batch",
     "rectifies",
     "positive",
+    "addend",
 )
 
 
