@@ -6,6 +6,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,16 @@ def loss(alpha: Any, inputs: jax.Array, outputs: jax.Array) -> jax.Array:
     return product + sum(jnp.sum((leaf - 0.1) ** 2) for leaf in alpha.values()) / 2
 
 
-def make_step(tx: Any, layout: Any) -> Any:
+@cache
+def make_step(tx: Any, treedef: Any, shardings: tuple[Any, ...]) -> Any:
+    """Compile a step whose results have the given shardings; JAX chooses them if there are none."""
+
     def step(params: Any, state: Any, inputs: jax.Array, outputs: jax.Array) -> Any:
         alpha = topkast.forward_params(params, state)
         grads = jax.grad(loss)(alpha, inputs, outputs)
         return tx.step(grads, state, params)
 
+    layout = treedef.unflatten(shardings) if shardings else None
     return jax.jit(step, out_shardings=layout)
 
 
@@ -97,18 +102,18 @@ def batch(number: int) -> Any:
 
 def run(tx: Any, params: Any, state: Any, mesh: Any, updates: range) -> tuple[Any, Any]:
     """Train on batches that are cut over the devices of the first mesh axis."""
-    sharded = mesh is not None
-    layout = None
-    if sharded and AxisType.Explicit not in mesh.axis_types:
-        layout = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
-    step = make_step(tx, layout)
-    for number in updates:
-        inputs = batch(number)
-        if sharded:
-            # With explicit axes, the product of a cut batch would need a sharding of its own.
-            is_cut = AxisType.Explicit not in mesh.axis_types
-            inputs = shard(inputs, mesh, P("x") if is_cut else P())
-        params, state = step(params, state, *inputs)
+    leaves, treedef = jax.tree.flatten((params, state))
+    # With explicit axes, results have shardings of their own, and the product of a cut batch would
+    # have to be given one.
+    is_automatic = mesh is not None and AxisType.Explicit not in mesh.axis_types
+    shardings = tuple(leaf.sharding for leaf in leaves) if is_automatic else ()
+    step = make_step(tx, treedef, shardings)
+    with nullcontext() if mesh is None else jax.set_mesh(mesh):
+        for number in updates:
+            inputs = batch(number)
+            if mesh is not None:
+                inputs = shard(inputs, mesh, P("x") if is_automatic else P())
+            params, state = step(params, state, *inputs)
     return params, state
 
 
@@ -118,7 +123,8 @@ def train(case: str, devices: Any) -> tuple[Any, Any, Any]:
     tx, mesh = wrap(kind, int(refresh_every)), make_mesh(axes, spec, devices)
     params = shard(values(), mesh, SPECS[spec])
     with jax.set_mesh(mesh):
-        return mesh, *run(tx, params, tx.init(params), mesh, range(UPDATES))
+        state = tx.init(params)
+    return mesh, *run(tx, params, state, mesh, range(UPDATES))
 
 
 def replicate(tree: Any, mesh: Any) -> Any:
@@ -162,9 +168,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     unreadable = topkast.UnsupportedTensorError
     seen["summary"] = message_of(unreadable, lambda: topkast.summary(state, params))
     seen["masks"] = message_of(unreadable, lambda: topkast.masks(state, params))
-    seen["sparsify"] = message_of(
-        unreadable, lambda: topkast_jax.sparsify(params, state, only="w")
-    )
+    seen["sparsify"] = message_of(unreadable, lambda: topkast_jax.sparsify(params, state, only="w"))
     assert not topkast_jax.sparsify(params, state).layouts
     assert topkast.dense_params(state, params)["w"] is params["w"]
     masks = replicate(jax.jit(topkast.masks)(state, params), mesh)["w"]

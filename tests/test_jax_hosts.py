@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import hosts
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -52,9 +54,7 @@ def run_processes(folder: Path, cases: list[str]) -> None:
             arguments = [str(rank), str(port), str(folder), *cases]
             with log.open("w") as output:
                 processes.append(
-                    subprocess.Popen(
-                        [*command, *arguments], env=env, stdout=output, stderr=output
-                    )
+                    subprocess.Popen([*command, *arguments], env=env, stdout=output, stderr=output)
                 )
         end = time.monotonic() + 240
         for process in processes:
@@ -72,16 +72,21 @@ def run_processes(folder: Path, cases: list[str]) -> None:
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes left the results of all cases that are selected."""
     selected = [
-        item.callspec.params["case"]
+        str(item.callspec.params["case"])
         for item in request.session.items
-        if isinstance(item, pytest.Function)
-        and item.path == request.path
-        and hasattr(item, "callspec")
-        and not any(mark.name == "skip" for mark in item.iter_markers())
+        if isinstance(item, pytest.Function) and item.path == request.path
+        if "case" in item.fixturenames and not item.get_closest_marker("skip")
     ]
     folder = tmp_path_factory.mktemp("hosts")
-    run_processes(folder, [*dict.fromkeys(selected), "inspect"])
+    run_processes(folder, [*selected, "inspect"])
     return folder
+
+
+@cache
+def train(case: str) -> dict[str, Any]:
+    """Train in this process."""
+    _, *trained = hosts.train(case, jax.devices())
+    return hosts.as_dict(trained)
 
 
 def load(folder: Path, name: str) -> Iterator[dict[str, Any]]:
@@ -100,13 +105,12 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(folder: Path, case: str) -> None:
-    _, *trained = hosts.train(case, jax.devices())
-    expected = hosts.as_dict(trained)
+    expected = train(case)
     for actual in load(folder, case):
         assert_same(actual, expected)
 
     _, _, kind, refresh_every = case.split("-")
-    tx, params = hosts.wrap(kind, int(refresh_every)), jax.tree.map(jax.numpy.asarray, hosts.values())
+    tx, params = hosts.wrap(kind, int(refresh_every)), jax.tree.map(jnp.asarray, hosts.values())
     unsharded = hosts.run(tx, params, tx.init(params), None, range(hosts.UPDATES))
     start = topkast.masks(tx.init(params), params)["w"].forward
     assert not np.array_equal(topkast.masks(unsharded[1], unsharded[0])["w"].forward, start)
@@ -125,12 +129,14 @@ def seen(folder: Path) -> list[dict[str, str]]:
 def test_what_no_process_reads_alone_is_refused(seen: list[dict[str, str]]) -> None:
     for rank, messages in enumerate(seen):
         for name in ("summary", "masks"):
-            assert f"the sets of w lie on devices of several processes, and process {rank}" in (
-                messages[name]
+            assert (
+                f"the sets of w lie on devices of several processes, and process {rank}"
+                in (messages[name])
             )
             assert "jax.device_put((state, params), NamedSharding(mesh," in messages[name]
-        assert "w has no kernel for sparse execution: it lies on several devices" in (
-            messages["sparsify"]
+        assert (
+            "w has no kernel for sparse execution: it lies on several devices"
+            in (messages["sparsify"])
         )
     assert "5,200 weights, 592 active" in seen[0]["table"]
 
@@ -146,8 +152,7 @@ def test_all_processes_raise(seen: list[dict[str, str]]) -> None:
 
 @pytest.mark.filterwarnings("default:::orbax", "default::DeprecationWarning")
 def test_a_checkpoint_of_two_processes_continues_in_two_and_in_one(folder: Path) -> None:
-    _, *uninterrupted = hosts.train("auto-rows-magnitude-1", jax.devices())
-    expected = hosts.as_dict(uninterrupted)
+    expected = train("auto-rows-magnitude-1")
     for resumed in load(folder, "resumed"):
         assert_same(resumed, expected)
 

@@ -40,17 +40,17 @@ def check_agreement(weights: Arrays, options: Options, mesh: Any) -> None:
         for name, leaf in weights.items()
     ]
     program = zlib.crc32(f"{_describe(options)} {tensors}".encode())
-    programs = _gather([program], mesh)
+    programs = _gather([dict.fromkeys(mesh.devices.flat, program)], mesh)
     if len({int(values[0]) for values in programs.values()}) > 1:
         raise MismatchError(
             "the processes call init with different options of wrap_optimizer, or with params of "
             "different names, shapes, dtypes or shardings: run the same program in all of them, "
             "with one seed"
         )
-    held = {name: _holders(leaf, mesh) for name, leaf in weights.items()}
-    checksums = _gather([_checksum_of(weights[name], held[name]) for name in weights], mesh)
+    holders = {name: _holders(leaf, mesh) for name, leaf in weights.items()}
+    checksums = _gather([_checksums(weights[name], holders[name]) for name in weights], mesh)
     for column, name in enumerate(weights):
-        for devices in held[name].values():
+        for devices in holders[name].values():
             first, *others = sorted(devices, key=lambda device: device.process_index)
             for other in others:
                 if checksums[first][column] != checksums[other][column]:
@@ -103,42 +103,27 @@ def _holders(array: jax.Array, mesh: Any) -> dict[str, list[Any]]:
     }
 
 
-def _checksum_of(array: jax.Array, holders: Mapping[str, list[Any]]) -> dict[Any, int]:
-    """The checksums of the parts that several processes hold, by device of this process."""
+def _checksums(array: jax.Array, holders: Mapping[str, list[Any]]) -> dict[Any, int]:
+    """The checksum of the part that each device of this process holds, unless it alone does."""
     if array.is_fully_addressable:
-        checksum = _checksum(array)
-        return {device: checksum for devices in holders.values() for device in devices}
-    parts = {str(shard.index): shard.data for shard in array.addressable_shards}
-    return {
-        device: checksum
-        for index, devices in holders.items()
-        if index in parts
-        for checksum in [_checksum(parts[index])]
-        for device in devices
-    }
+        parts = dict.fromkeys(holders, array)
+    else:
+        parts = {str(shard.index): shard.data for shard in array.addressable_shards}
+    checksums: dict[Any, int] = {}
+    for index in holders.keys() & parts.keys():
+        part = np.ascontiguousarray(parts[index]).reshape(-1).view(np.uint8)
+        checksums |= dict.fromkeys(holders[index], zlib.crc32(part.data))
+    return checksums
 
 
-def _checksum(array: jax.Array) -> int:
-    return zlib.crc32(np.ascontiguousarray(np.asarray(array)).reshape(-1).view(np.uint8))
-
-
-def _gather(columns: list[int | dict[Any, int]], mesh: Any) -> dict[Any, np.ndarray[Any, Any]]:
-    """Collect a row of uint32 from each device of a mesh, in every process.
-
-    A column has one value for all devices of this process, or values by device, 0 if missing.
-    """
+def _gather(columns: list[dict[Any, int]], mesh: Any) -> dict[Any, np.ndarray[Any, Any]]:
+    """Collect a row of uint32 from each device of a mesh in all processes; missing values are 0."""
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     shape = (mesh.devices.size, len(columns))
-    rows = [
-        jax.device_put(
-            np.asarray(
-                [[column if isinstance(column, int) else column.get(device, 0) for column in columns]],
-                np.uint32,
-            ),
-            device,
-        )
-        for device in sharding.addressable_devices_indices_map(shape)
-    ]
+    rows = []
+    for device in sharding.addressable_devices_indices_map(shape):
+        row = np.asarray([[column.get(device, 0) for column in columns]], np.uint32)
+        rows.append(jax.device_put(row, device))
     array = jax.make_array_from_single_device_arrays(shape, sharding, rows)
     gathered = np.asarray(jax.device_put(array, NamedSharding(mesh, PartitionSpec())))
     return {
@@ -157,5 +142,6 @@ def _describe(value: Any) -> str:
         return str([_describe(entry) for entry in value])
     name = type(value).__qualname__
     if is_dataclass(value):
-        return name + str({field.name: _describe(getattr(value, field.name)) for field in fields(value)})
+        entries = {field.name: _describe(getattr(value, field.name)) for field in fields(value)}
+        return f"{name}{entries}"
     return name

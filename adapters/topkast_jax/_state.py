@@ -177,5 +177,6 @@ def _to_one_device(array: jax.Array) -> jax.Array:
         sharding = jax.typeof(array).sharding
         if sharding.mesh.empty:
             return array
-        return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec()))
+        replicated = NamedSharding(sharding.mesh, PartitionSpec())
+        return jax.sharding.reshard(array, replicated)  # type: ignore[no-any-return]
     return jnp.asarray(jax.device_get(array))
