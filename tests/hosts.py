@@ -21,6 +21,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import topkast
+from topkast.backends import backend_of
 
 UPDATES = 20
 AXES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
@@ -171,6 +172,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     seen["sparsify"] = message_of(unreadable, lambda: topkast_jax.sparsify(params, state, only="w"))
     assert not topkast_jax.sparsify(params, state).layouts
     assert topkast.dense_params(state, params)["w"] is params["w"]
+    assert backend_of(params["w"]).host(params["w"]) is None
     masks = replicate(jax.jit(topkast.masks)(state, params), mesh)["w"]
     copies, copied_state = replicate((params, state), mesh)
     if rank == 0:  # no process waits for another: the others do not call these

@@ -41,9 +41,7 @@ def run_sharded(function: Callable[..., Any], layout: Any, *arguments: Any) -> A
     }
     if axes:
         function = jax.sharding.auto_axes(function, axes=tuple(axes), out_sharding=layout)
-        if spans_processes(
-            arguments
-        ):  # which cannot read values, as the selection outside jit does
+        if spans_processes(arguments):  # outside jit, processes would wait at each operation
             function = jax.jit(function)
         return function(*arguments)
     return jax.jit(function, out_shardings=layout)(*arguments)
