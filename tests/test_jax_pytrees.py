@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import pytest
+
+pytest.importorskip("equinox", reason="needs Equinox, whose modules are pytrees")
+pytest.importorskip("flax", reason="needs Flax, whose states are pytrees")
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-import pytest
 from flax import nnx
 from jax_training import ADAMW, Pytree, assert_equal, avals, make_params, structure, wrap
 
