@@ -56,7 +56,7 @@ def run_processes(folder: Path, cases: list[str]) -> None:
                 processes.append(
                     subprocess.Popen([*command, *arguments], env=env, stdout=output, stderr=output)
                 )
-        end = time.monotonic() + 240
+        end = time.monotonic() + 45 * (len(cases) + 1)
         for process in processes:
             process.wait(max(end - time.monotonic(), 1))
     finally:
@@ -102,7 +102,6 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
         assert array.tobytes() == expected[name].tobytes(), name
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(folder: Path, case: str) -> None:
     expected = train(case)
