@@ -100,7 +100,7 @@ def property(session: nox.Session) -> None:  # noqa: A001 - the name that the RE
 
 
 # Short, and of all that depends on versions: selection with arrays of each library, transformations
-# and shardings of JAX, kernels under numba and inside XLA, state dicts of PyTorch.
+# and shardings of JAX, kernels under numba and inside XLA, checkpoints.
 VERSIONS = [
     "tests/test_selection.py",
     "tests/test_compact.py",
@@ -108,6 +108,7 @@ VERSIONS = [
     "tests/test_jax_transform.py",
     "tests/test_jax_sharding.py",
     "tests/test_jax_pytrees.py",
+    "tests/test_jax_checkpoint.py",
     "tests/test_jax_sparse_products.py",
     "tests/test_kernels.py",
     "tests/test_torch_state.py",
@@ -121,14 +122,16 @@ def lowest(session: nox.Session) -> None:
     requirements = [*PROJECT["project"]["dependencies"]]
     for extra in extras:
         requirements += PROJECT["project"]["optional-dependencies"][extra]
+    companions = "equinox", "orbax-checkpoint"
+    requirements += [one for one in TEST if Requirement(one).name in companions]
     folder = Path(session.create_tmp()).resolve()
     bounds = folder / "lowest.txt"
     bounds.write_text("\n".join(lower_bounds(requirements)) + "\n")
     # PyTorch keeps its pinned version: the old builds on PyPI bring gigabytes of CUDA. So the lower
     # bound of the extra `torch` is not tested.
     session.install("-c", "constraints.txt", "torch")
-    # Without Equinox, Flax and Orbax, which users install beside the library: their tests skip.
-    tools = ["array-api-strict", "pytest", "pytest-timeout", "pytest-xdist"]
+    # Flax, which asks for a newer JAX, is left out; its tests skip.
+    tools = [*companions, "array-api-strict", "pytest", "pytest-timeout", "pytest-xdist"]
     session.install("-c", str(bounds), "-e", f".[{','.join(extras)}]", *tools)
     run_tests(session, *(session.posargs or VERSIONS))
 
@@ -138,10 +141,8 @@ def lower_bounds(requirements: list[str]) -> list[str]:
     bounds = []
     for requirement in map(Requirement, requirements):
         if requirement.name not in ("topkast", "torch"):
-            (version,) = (
-                bound.version for bound in requirement.specifier if bound.operator == ">="
-            )
-            bounds.append(f"{requirement.name}=={version}")
+            (bound,) = (part for part in requirement.specifier if part.operator == ">=")
+            bounds.append(f"{requirement.name}=={bound.version}")
     return bounds
 
 
