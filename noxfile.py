@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nox
 import nox.virtualenv
+from packaging.requirements import Requirement
 
 nox.needs_version = ">=2025.2"
 nox.options.sessions = ["tests", "lint", "docs"]
@@ -96,6 +97,66 @@ def property(session: nox.Session) -> None:  # noqa: A001 - the name that the RE
     session.run(*run, *paths, env=env)
     if not session.posargs:
         session.run(*run, "-m", "slow", "tests", env=env)
+
+
+# Short, and of all that depends on versions: selection with arrays of each library, transformations
+# and shardings of JAX, kernels under numba and inside XLA, checkpoints.
+VERSIONS = [
+    "tests/test_selection.py",
+    "tests/test_compact.py",
+    "tests/test_inspect.py",
+    "tests/test_jax_transform.py",
+    "tests/test_jax_sharding.py",
+    "tests/test_jax_pytrees.py",
+    "tests/test_jax_checkpoint.py",
+    "tests/test_jax_sparse_products.py",
+    "tests/test_kernels.py",
+    "tests/test_torch_state.py",
+]
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """Some tests with the lowest versions that pyproject.toml allows, PyTorch excepted."""
+    extras = "analysis", "cpu", "demo", "jax", "safetensors", "testing"
+    requirements = [*PROJECT["project"]["dependencies"]]
+    for extra in extras:
+        requirements += PROJECT["project"]["optional-dependencies"][extra]
+    companions = "equinox", "orbax-checkpoint"
+    requirements += [one for one in TEST if Requirement(one).name in companions]
+    folder = Path(session.create_tmp()).resolve()
+    bounds = folder / "lowest.txt"
+    bounds.write_text("\n".join(lower_bounds(requirements)) + "\n")
+    # PyTorch keeps its pinned version: the old builds on PyPI bring gigabytes of CUDA. So the lower
+    # bound of the extra `torch` is not tested.
+    session.install("-c", "constraints.txt", "torch")
+    # Flax, which asks for a newer JAX, is left out; its tests skip.
+    tools = [*companions, "array-api-strict", "pytest", "pytest-timeout", "pytest-xdist"]
+    session.install("-c", str(bounds), "-e", f".[{','.join(extras)}]", *tools)
+    run_tests(session, *(session.posargs or VERSIONS))
+
+
+def lower_bounds(requirements: list[str]) -> list[str]:
+    """The lowest version that each requirement allows, as constraints of pip."""
+    bounds = []
+    for requirement in map(Requirement, requirements):
+        if requirement.name not in ("topkast", "torch"):
+            (bound,) = (part for part in requirement.specifier if part.operator == ">=")
+            bounds.append(f"{requirement.name}=={bound.version}")
+    return bounds
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """The same tests with the newest versions for this Python, PyTorch excepted."""
+    session.install("-c", "constraints.txt", "torch")
+    pinned = Path(session.create_tmp()).resolve() / "torch.txt"
+    lines = Path("constraints.txt").read_text().splitlines()
+    pinned.write_text("".join(f"{line}\n" for line in lines if line.startswith("torch==")))
+    upgrade = "--upgrade", "--upgrade-strategy", "eager"  # dependencies too, in an old environment
+    packages = "-e", ".[analysis,cpu,demo,jax,safetensors,testing]", *TEST
+    session.install("-c", str(pinned), *upgrade, *packages)
+    run_tests(session, *(session.posargs or VERSIONS))
 
 
 @nox.session

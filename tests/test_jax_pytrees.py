@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from flax import nnx
 from jax_training import ADAMW, Pytree, assert_equal, avals, make_params, structure, wrap
 
 import topkast
@@ -81,6 +80,9 @@ class TestPytrees:
         assert int(jnp.sum(alpha.layers[1].weight != 0)) == 26
 
     def test_flax_nnx_optimizer(self) -> None:
+        pytest.importorskip("flax", reason="needs Flax, which asks for a newer JAX")
+        from flax import nnx
+
         class Net(nnx.Module):
             def __init__(self, rngs: nnx.Rngs) -> None:
                 self.hidden = nnx.Linear(6, 16, rngs=rngs)

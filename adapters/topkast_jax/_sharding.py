@@ -13,6 +13,7 @@ from jax.tree_util import tree_map_with_path
 
 from topkast import UnsupportedTensorError
 from topkast.adapter import is_traced, members
+from topkast_jax._hosts import spans_processes
 from topkast_jax._rule import find_key
 from topkast_jax._tree import Tree
 
@@ -40,13 +41,15 @@ def run_sharded(function: Callable[..., Any], layout: Any, *arguments: Any) -> A
     }
     if axes:
         function = jax.sharding.auto_axes(function, axes=tuple(axes), out_sharding=layout)
+        if spans_processes(arguments):  # outside jit, processes would wait at each operation
+            function = jax.jit(function)
         return function(*arguments)
     return jax.jit(function, out_shardings=layout)(*arguments)
 
 
 def layout_of(tree: Any, weights: Mapping[str, jax.Array]) -> Any:
     """Return the sharding of each array of `tree`; leaves without one are replicated."""
-    replicated = NamedSharding(_mesh_of(weights), PartitionSpec())
+    replicated = NamedSharding(mesh_of(weights), PartitionSpec())
 
     def choose_sharding(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array) or _sharding_of(leaf).mesh.empty:
@@ -80,12 +83,19 @@ def check_layout(weights: Mapping[str, jax.Array]) -> None:
         mesh = array.sharding.mesh
 
 
+def mesh_of(weights: Mapping[str, jax.Array]) -> Any:
+    """The mesh that parameters lie on; some of them may lie on none."""
+    return next(
+        _sharding_of(array).mesh for array in weights.values() if not _sharding_of(array).mesh.empty
+    )
+
+
 def layout_of_state(shapes: Any, tree: Tree, weights: Mapping[str, jax.Array]) -> Any:
     """Return shardings for a state with these `shapes`; its entries follow their tensors.
 
     Vectors on B are sharded over all mesh axes that their tensor is sharded over.
     """
-    mesh = _mesh_of(weights)
+    mesh = mesh_of(weights)
     axes = {
         key: _axes_of(key, support.backward, weights, mesh)
         for key, support in shapes.supports.items()
@@ -135,12 +145,6 @@ def _axes_of(
         )
         return None
     return axes or None
-
-
-def _mesh_of(weights: Mapping[str, jax.Array]) -> Any:
-    return next(
-        _sharding_of(array).mesh for array in weights.values() if not _sharding_of(array).mesh.empty
-    )
 
 
 def _is_explicit(array: Any) -> bool:

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import tree_flatten_with_path
 
 from topkast import MismatchError, Support, TopKASTState, WeightsMovedWarning
 from topkast.adapter import Inspection, count_bytes, forward_views, inspection, is_traced
+from topkast_jax._hosts import UnreadableSupports
 from topkast_jax._rule import find_key
 from topkast_jax._sharding import has_explicit_axes, is_sharded, layout_of, run_sharded
 from topkast_jax._tree import as_arrays, flatten_weights
@@ -98,8 +100,13 @@ class CheckedState(NamedTuple):
         warn_if_stale(self.stale_refreshes)
         tree, weights = flatten_weights(params, strict=False)
         state = self.core
-        if is_sharded(weights) or has_explicit_axes(weights):
-            state = state._replace(supports=jax.tree.map(_to_one_device, state.supports))
+        is_readable = all(map(_is_readable, jax.tree.leaves(state.supports)))
+        if is_readable and (is_sharded(weights) or has_explicit_axes(weights)):
+            state = state._replace(
+                updates=_to_one_device(state.updates),
+                supports=jax.tree.map(_to_one_device, state.supports),
+                entered_active=jax.tree.map(_to_one_device, state.entered_active),
+            )
         nbytes = dict.fromkeys({*weights, *self.supports}, 0)
         for path, entry in tree_flatten_with_path(self.inner)[0]:
             key = find_key(tree.paths, path)
@@ -113,7 +120,8 @@ class CheckedState(NamedTuple):
             # The gradient and the forward view are on B.
             unused = weights[name].size - self.supports[name].backward
             model_bytes -= 2 * unused * weights[name].dtype.itemsize
-        return replace(data, held=held, model_bytes=model_bytes)
+        supports = data.supports if is_readable else UnreadableSupports(iter(self.supports))
+        return replace(data, held=held, model_bytes=model_bytes, supports=supports)
 
     def _check_single(self) -> None:
         if jnp.ndim(self.updates):
@@ -148,7 +156,7 @@ def warn_if_stale(stale_refreshes: jax.Array) -> None:
     A compiled function does not warn: a callback can deadlock with a thread that waits for it on a
     CPU, and keeps the function out of JAX's persistent compilation cache.
     """
-    if not is_traced(stale_refreshes) and stale_refreshes > 0:
+    if not is_traced(stale_refreshes) and jax.device_get(stale_refreshes) > 0:
         warnings.warn(
             "the weights are not those from which the last refresh chose A and B. If another "
             "transformation changes the updates, as in optax.chain(wrapped, other), put it inside "
@@ -159,5 +167,16 @@ def warn_if_stale(stale_refreshes: jax.Array) -> None:
         )
 
 
+def _is_readable(array: jax.Array) -> bool:
+    """Whether this process can read all of an array, or the array is traced."""
+    return is_traced(array) or array.is_fully_addressable or array.is_fully_replicated
+
+
 def _to_one_device(array: jax.Array) -> jax.Array:
+    if is_traced(array):
+        sharding = jax.typeof(array).sharding
+        if sharding.mesh.empty:
+            return array
+        replicated = NamedSharding(sharding.mesh, PartitionSpec())
+        return jax.sharding.reshard(array, replicated)  # type: ignore[no-any-return]
     return jnp.asarray(jax.device_get(array))

@@ -19,6 +19,7 @@ from topkast import (
     UnsupportedTensorError,
 )
 from topkast.adapter import Options, TensorInfo, TopKASTTransform, apply_updates, kept_dense
+from topkast_jax._hosts import check_agreement, spans_processes
 from topkast_jax._probe import NotProbedError, ProbedRule, describe, refuse_skipping
 from topkast_jax._rule import OptaxRule
 from topkast_jax._sharding import (
@@ -28,6 +29,7 @@ from topkast_jax._sharding import (
     is_sharded,
     layout_of,
     layout_of_state,
+    mesh_of,
     run_sharded,
 )
 from topkast_jax._stale import checksum, compare_at_refreshes
@@ -52,7 +54,9 @@ class TopKASTGradientTransformation(optax.GradientTransformationExtraArgs):  # t
     ``init(params)`` raises :class:`topkast.NonFiniteError` for NaN or infinity in a sparsified
     tensor, :class:`topkast.UnsupportedTensorError` for leaves that are not arrays and for shardings
     that the state cannot follow, and :class:`topkast.UnsupportedOptimizerError` if the state of the
-    wrapped transformation cannot be migrated when B changes. ``update(grads, state, params)``
+    wrapped transformation cannot be migrated when B changes. On devices of several processes,
+    it raises :class:`topkast.MismatchError` unless all of them pass the same options and the same
+    values of what they hold copies of. ``update(grads, state, params)``
     raises :class:`topkast.MismatchError` without `params`, and if the trees, shapes or dtypes of
     `grads` and `params` are not those of ``init``.
 
@@ -174,6 +178,8 @@ class _Transform:
         if not (is_sharded(weights) or has_explicit_axes(weights)):
             return self._init(params)
         check_layout(weights)
+        if spans_processes(weights):
+            check_agreement(weights, self.options, mesh_of(weights))
         transform, _ = self._transform_for(tree)
         transform.check_finite(weights)
         shapes = jax.eval_shape(self._init, jax.tree.map(_shape_of, params))

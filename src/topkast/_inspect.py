@@ -86,7 +86,7 @@ class Masks(NamedTuple):
 class Inspection:
     """The data of an optimizer that the functions of this module report."""
 
-    updates: int
+    updates: Any  # int, or traced
     shapes: Mapping[str, Shape]  # by name, dense tensors included
     params: Callable[[], Mapping[str, Array]]  # makes θ by name, dense tensors included
     ranked: Mapping[str, RankedTensors]  # by key, as are supports and entered_active

@@ -34,6 +34,8 @@ class JAXBackend(Backend):
     def host(self, array: Array) -> np.ndarray[Any, Any] | None:
         if self.is_traced(array) or {device.platform for device in array.devices()} != {"cpu"}:
             return None
+        if not array.is_fully_addressable:  # parts of it are in other processes
+            return None
         view = np.asarray(array)
         return view.astype(np.float32) if view.dtype.itemsize <= 2 else view
 

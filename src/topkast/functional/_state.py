@@ -9,7 +9,7 @@ from array_api_compat import array_namespace, is_jax_array
 
 from topkast._errors import MismatchError
 from topkast._inspect import Inspection, find_states
-from topkast._primitives import Array, where
+from topkast._primitives import Array, is_traced, where
 from topkast._tensors import RankedTensors, members
 from topkast.selection._compact import forward_view, gather, scatter
 from topkast.selection._distribution import Shape
@@ -87,7 +87,7 @@ def inspection(state: Any, params: Arrays, nbytes: Mapping[str, int]) -> Inspect
         (3 if name in sparsified else 2) * count_bytes(array) for name, array in params.items()
     )
     return Inspection(
-        int(state.updates),
+        state.updates if is_traced(state.updates) else int(state.updates),
         {name: tuple(array.shape) for name, array in params.items()},
         lambda: params,
         ranked,
