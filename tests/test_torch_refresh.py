@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import reservoir_training
 import torch
+from products import star
 from reservoir_training import train
 from torch import Tensor
 
@@ -72,26 +73,24 @@ def walk(state: Any, path: tuple[Any, ...] = ()) -> Any:
 @pytest.mark.parametrize(
     ("optimizer", "options"),
     [
-        # With AdamW all options, with the others one: the rest of the product takes long.
-        pytest.param(
-            optimizer,
-            options,
-            marks=[] if optimizer == "adamw" or options == {} else pytest.mark.slow,
-        )
-        for optimizer in OPTIMIZERS
-        for options in (
-            {},
-            {"refresh_every": 3, "penalty_kind": "l1"},
-            {"block": (2, 1)},
-            {"block": (2, 2), "block_score": "max"},
-            {"block": (1, 4), "dtype": torch.float64},
-        )
+        *star(
+            ["adamw", "adagrad", "momentum"],
+            [{}, {"block": (2, 1)}, {"block": (2, 2), "block_score": "max"}],
+        ),
+        *(
+            pytest.param(optimizer, options, marks=pytest.mark.slow)
+            for optimizer in OPTIMIZERS
+            for options in (
+                {"refresh_every": 3, "penalty_kind": "l1"},
+                {"block": (1, 4), "dtype": torch.float64},
+            )
+        ),
     ],
 )
 def test_trajectories_are_equal(optimizer: str, options: dict[str, Any], sparse: bool) -> None:
     model, opt = build(optimizer, sparse=sparse, **options)
     other, other_opt = build(optimizer, sparse=sparse, method=ReadsAll(), **options)
-    for _ in range(6):
+    for _ in range(4):
         train(model, opt, 4)
         train(other, other_opt, 4)
         assert_same(opt, other_opt)

@@ -144,7 +144,8 @@ def _changes(node: Any, field: str) -> Iterator[ast.AST]:
     change = _CHANGES.get(type(node))
     if change is not None:
         yield from change(node)
-    if field == "test":  # of if, while and the conditional expression
+    # The test of if, while and the conditional expression; others are negated by their operators.
+    if field == "test" and not isinstance(node, (ast.Compare, ast.UnaryOp)):
         yield ast.UnaryOp(ast.Not(), node)
 
 
