@@ -47,7 +47,7 @@ class Mutant:
     line
         Line of the change in the original source.
     before, after
-        The changed node as source text.
+        The first line of the statement, as source text.
     source
         The whole module with the change.
     """
@@ -67,34 +67,39 @@ def mutants(source: str) -> list[Mutant]:
 
     >>> for mutant in mutants("def last(n: int | None):\\n    return n is None or n - 1 >= 0"):
     ...     print(mutant.function, mutant.line, mutant.before, "->", mutant.after)
-    last 2 n is None or n - 1 >= 0 -> n is None and n - 1 >= 0
-    last 2 n is None -> n is not None
-    last 2 n - 1 >= 0 -> n - 1 > 0
-    last 2 n - 1 >= 0 -> n - 1 < 0
-    last 2 n - 1 -> n + 1
-    last 2 1 -> 2
-    last 2 0 -> 1
+    last 2 return n is None or n - 1 >= 0 -> return n is None and n - 1 >= 0
+    last 2 return n is None or n - 1 >= 0 -> return n is not None or n - 1 >= 0
+    last 2 return n is None or n - 1 >= 0 -> return n is None or n - 1 > 0
+    last 2 return n is None or n - 1 >= 0 -> return n is None or n - 1 < 0
+    last 2 return n is None or n - 1 >= 0 -> return n is None or n + 1 >= 0
+    last 2 return n is None or n - 1 >= 0 -> return n is None or n - 2 >= 0
+    last 2 return n is None or n - 1 >= 0 -> return n is None or n - 1 >= 1
     """
     tree = ast.parse(source)
     found = []
-    for function, parent, field, index in _walk(tree, ""):
+    for function, statement, parent, field, index in _walk(tree, "", tree):
         original = _get(parent, field, index)
         for changed in _changes(original, field):
+            before = _text(statement)
             _set(parent, field, index, changed)
             text = ast.unparse(ast.fix_missing_locations(tree))
+            after = _text(changed if statement is original else statement)
             _set(parent, field, index, original)
-            before, after = _text(original), _text(changed)
             found.append(Mutant(function, original.lineno, before, after, text))
     return found
 
 
 def _text(node: ast.AST) -> str:
-    """The node as source text; of a statement with a body, the first line."""
+    """The first line of a statement, without its decorators."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        node = _replaced(node, decorator_list=[])
     return ast.unparse(node).partition("\n")[0]
 
 
-def _walk(node: ast.AST, function: str) -> Iterator[tuple[str, ast.AST, str, int | None]]:
-    """Where the nodes below `node` are: function, parent, field, and index in a list or None."""
+def _walk(
+    node: ast.AST, function: str, statement: ast.AST
+) -> Iterator[tuple[str, ast.AST, ast.AST, str, int | None]]:
+    """Where the nodes below `node` are: function, statement, parent, field, and index or None."""
     for field, value in ast.iter_fields(node):
         if field in {"annotation", "returns", "decorator_list"}:
             continue
@@ -105,15 +110,16 @@ def _walk(node: ast.AST, function: str) -> Iterator[tuple[str, ast.AST, str, int
             ) or isinstance(entry, (ast.Assert, ast.Import, ast.ImportFrom)):
                 # What remains holds no expression, save comprehensions and handlers of exceptions.
                 if isinstance(entry, (ast.comprehension, ast.ExceptHandler)):
-                    yield from _walk(entry, function)
+                    yield from _walk(entry, function, statement)
                 continue
             inner = function
+            lowest = entry if isinstance(entry, ast.stmt) else statement
             if isinstance(entry, (ast.FunctionDef, ast.ClassDef)):
                 inner = f"{function}.{entry.name}".strip(".")
             elif isinstance(entry, (ast.expr, ast.stmt)):
-                yield function, node, field, index if isinstance(value, list) else None
+                yield function, lowest, node, field, index if isinstance(value, list) else None
             if not _is_negative(entry):  # as a number: -1 is mutated to 1
-                yield from _walk(entry, inner)
+                yield from _walk(entry, inner, lowest)
 
 
 def _is_negative(node: ast.AST) -> bool:
