@@ -55,25 +55,35 @@ TESTS: dict[str, list[str]] = {
 }
 
 
-class Replacement(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
+class ChangedSource(importlib.machinery.SourceFileLoader):
+    """Loads a module from a changed source, and no bytecode of the real one."""
+
+    def __init__(self, name: str, path: Path, source: str) -> None:
+        super().__init__(name, str(path))
+        self._source = source.encode()
+
+    def path_stats(self, path: Any) -> Any:
+        raise OSError("no bytecode")
+
+    def get_data(self, path: Any) -> bytes:
+        return self._source
+
+
+class Replacement(importlib.abc.MetaPathFinder):
     """Imports one module from a changed source."""
 
     def __init__(self, path: Path, source: str) -> None:
         parts = path.relative_to(ROOT / "src").with_suffix("").parts
-        self.name, self.path, self.source = ".".join(parts), path, source
+        self._loader = ChangedSource(".".join(parts), path, source)
 
     def find_spec(
         self, fullname: str, path: Any, target: Any = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self._loader.name:
             return None
-        return importlib.util.spec_from_file_location(fullname, self.path, loader=self)
-
-    def get_filename(self, fullname: str) -> str:
-        return str(self.path)
-
-    def get_data(self, path: str | bytes | os.PathLike[Any]) -> bytes:
-        return self.source.encode()
+        return importlib.util.spec_from_file_location(
+            fullname, self._loader.path, loader=self._loader
+        )
 
 
 @dataclass
