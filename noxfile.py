@@ -17,6 +17,7 @@ nox.options.reuse_existing_virtualenvs = True
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 TEST = nox.project.dependency_groups(PROJECT, "test")
+COVERAGE = nox.project.dependency_groups(PROJECT, "coverage")
 ECOSYSTEM = nox.project.dependency_groups(PROJECT, "ecosystem")
 LINT = nox.project.dependency_groups(PROJECT, "lint")
 
@@ -172,9 +173,19 @@ def ecosystem(session: nox.Session) -> None:
 @nox.session
 def coverage(session: nox.Session) -> None:
     """The lines of src and adapters that the tests run, without a GPU: at least 95 %."""
-    install(session, "-e", ".[cpu,demo,jax,safetensors,testing]", *TEST, "pytest-cov")
-    options = ["--cov", "--cov-report", "term:skip-covered", "--cov-fail-under", "95"]
+    install(session, "-e", ".[cpu,demo,jax,safetensors,testing]", *TEST, *COVERAGE)
+    # No test is slower than its limit of time only because its lines are counted.
+    options = ["--timeout", "900"]
+    options += ["--cov", "--cov-report", "term:skip-covered", "--cov-fail-under", "95"]
     run_tests(session, *options, *(session.posargs or ["src", "adapters", "tests"]))
+
+
+@nox.session
+def mutation(session: nox.Session) -> None:
+    """Which mistakes in the code that chooses sets no test notices: `-- --sample 0` makes all."""
+    install(session, "-e", ".[cpu,demo,jax,safetensors,testing]", *TEST)
+    env = {**SINGLE_THREADED, "PYTHONPATH": "tests"}
+    session.run("python", "-m", "mutation.run", *session.posargs, env=env)
 
 
 @nox.session

@@ -65,7 +65,15 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None if any(ECOSYSTEM in (path, *path.parents) for path in named) else True
 
 
+def compiles_kernels(item: pytest.Item) -> bool:
+    """Whether a test is one of those that compile the most kernels."""
+    path = item.path.relative_to(Path(__file__).parents[1]).as_posix()
+    return "kernel" in path or "sparse" in path
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Of two workers, one starts with the first half: it compiles the kernels for both.
+    items.sort(key=lambda item: not compiles_kernels(item))
     if PROFILE != "thorough":
         slow = pytest.mark.skip(reason="takes long: nox -s property runs it")
         for item in items:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import topkast_torch
 import torch
@@ -25,19 +28,35 @@ def leave() -> None:
     os._exit(0)
 
 
+# PyTorch's hook for gradients may still run while a model is destructed: they live as long as the
+# process does.
+MODELS: list[nn.Module] = []
+
+
+def run(rank: int, folder: str, count: int, names: list[str]) -> None:
+    """Train by each name in turn, with one group of processes, and save what came of it."""
+    torch.set_num_threads(1)
+    store = FileStore(f"{folder}/store_{names[0]}", count)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
+    for name in names:
+        try:
+            state = RUNS[name](rank)
+        except (topkast.MismatchError, RuntimeError) as error:  # the latter from a callback
+            state = {"error": str(error)}
+        torch.save(state, f"{folder}/{name}_{rank}.pt")
+    leave()
+
+
 def train(
     rank: int,
-    folder: str,
-    explore: Any,
+    explore: Any = "magnitude",
     seeds: tuple[int, int] | None = None,
     block: tuple[int, int] | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Train in masked execution, or in sparse execution if `seeds` of the weights are given."""
-    torch.set_num_threads(1)
-    store = FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     torch.manual_seed(rank if seeds is None else seeds[rank])
     model: nn.Module = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4))
+    MODELS.append(model)
     if seeds is None:
         model = DistributedDataParallel(model)
     optimizer = topkast.wrap_optimizer(
@@ -52,23 +71,17 @@ def train(
         topkast.sparsify(model, optimizer)
         model = DistributedDataParallel(model)
         torch.manual_seed(rank)
+    MODELS.append(model)
     for _ in range(7):
         optimizer.zero_grad()
         inputs = torch.randn(8, 12)  # differs between processes
         (model(inputs) - inputs[:, :4]).square().mean().backward()
         optimizer.step()
-    state = {"theta": topkast.dense_params(optimizer), "masks": dict(topkast.masks(optimizer))}
-    torch.save(state, f"{folder}/{rank}.pt")
-    leave()
+    return {"theta": topkast.dense_params(optimizer), "masks": dict(topkast.masks(optimizer))}
 
 
-def train_with_hook(
-    rank: int, folder: str, count: int, kind: str, wrong_seed: bool = False
-) -> None:
+def train_with_hook(rank: int, kind: str, wrong_seed: bool = False) -> dict[str, Any]:
     """Train masked tensors by whole gradients, or by `ddp_comm_hook`, and count what is sent."""
-    torch.set_num_threads(1)
-    store = FileStore(f"{folder}/store_{kind}", count)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
     torch.manual_seed(0)
     body: nn.Module = nn.Sequential(
         nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 40), nn.Linear(40, 4)
@@ -77,6 +90,7 @@ def train_with_hook(
     linear: Any = body.get_submodule("3")
     linear.weight = nn.Parameter((torch.randn(40, 600) / 24)[:, :576])  # with gaps in its memory
     model = DistributedDataParallel(body, bucket_cap_mb=0.05)
+    MODELS.append(model)
     method = topkast.methods.RigL() if "rigl" in kind else None
     optimizer: Any = topkast.wrap_optimizer(
         torch.optim.AdamW(model.named_parameters(), 0.01),
@@ -89,34 +103,45 @@ def train_with_hook(
         explore="random" if wrong_seed else "magnitude",
     )
     sent: list[int] = []
+    original = dist.all_reduce
+
+    def counting(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        sent.append(tensor.nbytes)
+        return original(tensor, *arguments, **options)
+
     if "hook" in kind:
         dtype = torch.bfloat16 if "bf16" in kind else None
         hook: Any = topkast_torch.ddp_comm_hook(optimizer, dtype=dtype)
         if "fp16" in kind:
             hook = fp16_compress_wrapper(hook)
         model.register_comm_hook(None, hook)
-        original = dist.all_reduce
-
-        def counting(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-            sent.append(tensor.nbytes)
-            return original(tensor, *arguments, **options)
-
-        dist.all_reduce = counting
     torch.manual_seed(100 + rank)
     bytes_of_steps, grads = [], []
     for _ in range(9):
         optimizer.zero_grad()
         inputs = torch.randn(6, 3, 8, 8)  # differs between processes
         sent.clear()
-        model(inputs).square().mean().backward()
+        with mock.patch.object(dist, "all_reduce", counting):
+            model(inputs).square().mean().backward()
         bytes_of_steps.append(sum(sent))
         grads.append([param.grad.clone() for param in model.parameters() if param.grad is not None])
         optimizer.step()
-    state = {
+    return {
         "theta": topkast.dense_params(optimizer),
         "masks": dict(topkast.masks(optimizer)),
         "grads": grads,
         "bytes": bytes_of_steps,
     }
-    torch.save(state, f"{folder}/{kind}_{rank}.pt")
-    leave()
+
+
+RUNS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "masked": train,
+    "random": lambda rank: train(rank, "random"),
+    "sparse": lambda rank: train(rank, seeds=(3, 3)),
+    "blocks": lambda rank: train(rank, seeds=(3, 3), block=(4, 1)),
+    "other weights": lambda rank: train(rank, seeds=(3, 4)),
+    "other sets": lambda rank: train_with_hook(rank, "hook", wrong_seed=True),
+} | {
+    kind: functools.partial(train_with_hook, kind=kind)
+    for kind in ("magnitude", "magnitude_hook", "rigl", "rigl_hook", "hook_bf16", "hook_fp16")
+}

@@ -19,6 +19,7 @@ import topkast_cupy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from products import star
 from topkast_cupy._backend import CuPyBackend
 from topkast_cupy._module import options, source
 
@@ -191,8 +192,7 @@ def test_other_rules_are_not_fused(in_core: pytest.MonkeyPatch) -> None:
         np.testing.assert_allclose(params[name], param, rtol=1e-12)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize(("rule", "options"), star(RULES, OPTIONS))
 def test_training_equals_numpys(
     in_core: pytest.MonkeyPatch, rule: Any, options: Mapping[str, Any]
 ) -> None:

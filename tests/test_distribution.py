@@ -81,3 +81,10 @@ def test_empty_tensor_keeps_nothing() -> None:
 def test_global_has_no_density_per_tensor() -> None:
     with pytest.raises(topkast.OptionError, match="only in total"):
         topkast.densities({"a": (3, 3)}, 0.5, distribution="global")
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, math.nan])
+@pytest.mark.parametrize("distribution", ["uniform", "erk"])
+def test_a_sparsity_out_of_range_is_refused(distribution: Any, sparsity: float) -> None:
+    with pytest.raises(topkast.OptionError, match="must lie in"):
+        topkast.densities({"a": (3, 3)}, sparsity, distribution=distribution)

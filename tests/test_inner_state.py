@@ -50,7 +50,15 @@ def test_without_sparsity_the_wrapper_equals_the_inner_optimizer(build: Any) -> 
         assert plain.param_groups[0][name] == wrapped.param_groups[0][name]
 
 
-@pytest.mark.parametrize("options", [OPTIONS, DENSE, OPTIONS | {"distribution": "global"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        OPTIONS,
+        pytest.param(DENSE, marks=pytest.mark.slow),
+        OPTIONS | {"distribution": "global"},
+    ],
+    ids=str,
+)
 def test_a_resumed_run_equals_the_uninterrupted_one(build: Any, options: dict[str, Any]) -> None:
     model = make_model()
     optimizer = topkast.wrap_optimizer(build(model.parameters()), **options)
@@ -322,7 +330,11 @@ class TestStateDict:
             optimizer.load_state_dict(state)
         assert_same_bits(optimizer.state_dict(), before)
 
-    @pytest.mark.parametrize("options", [OPTIONS, OPTIONS | {"distribution": "global"}], ids=str)
+    @pytest.mark.parametrize(
+        "options",
+        [OPTIONS, pytest.param(OPTIONS | {"distribution": "global"}, marks=pytest.mark.slow)],
+        ids=str,
+    )
     def test_a_state_dict_from_before_the_first_step_loads_no_state(
         self, build: Any, options: dict[str, Any]
     ) -> None:

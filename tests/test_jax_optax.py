@@ -41,8 +41,10 @@ INSIDE = {
     "polyak_sgd": optax.polyak_sgd(),
     "reduce_on_plateau": optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau()),
 }
-# The default session runs only these: each of the others is similar to one of them.
+# The default session runs only these: each of the others is similar to one of them. The state of
+# most is that of the chain.
 FAST = {"chain", "decay of matrices", "inject_hyperparams", "lamb", "schedule_free"}
+FAST_STATES = {"chain", "decay of matrices", "schedule_free"}
 NEED_LOSS = {"polyak_sgd", "reduce_on_plateau"}
 
 
@@ -84,11 +86,16 @@ def train_on_b(inner: Any, params: Pytree, steps: int, *, needs_loss: bool) -> P
     return params
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] if name not in FAST else []) for name in INSIDE],
-)
+def inside(fast: set[str]) -> pytest.MarkDecorator:
+    """All transformations, of which the others are slow."""
+    return pytest.mark.parametrize(
+        "name",
+        [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in INSIDE],
+    )
+
+
 class TestInside:
+    @inside(FAST)
     def test_updates_equal_those_of_training_on_b_alone(self, name: str) -> None:
         tx = wrap(INSIDE[name], refresh_every=1000, penalty=0.0)
         params = make_params()
@@ -104,6 +111,7 @@ class TestInside:
         assert_close(params, expected)
         assert not np.array_equal(params["head"]["w"], make_params()["head"]["w"])
 
+    @inside(FAST_STATES)
     def test_survivors_keep_their_state_and_entrants_start_anew(self, name: str) -> None:
         tx, params = wrap(INSIDE[name], refresh_every=5), make_params()
         extra = {"value": jnp.float32(0.5)} if name in NEED_LOSS else {}

@@ -148,10 +148,11 @@ class TestDtypes:
         for inner in (optax.sgd(0.1, momentum=0.9), optax.adam(0.01)):
             tx, state = wrap(inner, fwd=0.0, bwd=0.0, penalty=0.0), None
             state, plain = tx.init(params), inner.init(params)
+            update, plain_update = jax.jit(tx.update), jax.jit(inner.update)
             grads = jax.tree.map(lambda leaf: jnp.ones_like(leaf, jnp.bfloat16) * 0.1, params)
             for _ in range(3):
-                updates, state = tx.update(grads, state, params)
-                expected, plain = inner.update(grads, plain, params)
+                updates, state = update(grads, state, params)
+                expected, plain = plain_update(grads, plain, params)
                 updated, plain_updated = (
                     optax.apply_updates(params, tree) for tree in (updates, expected)
                 )
@@ -165,10 +166,10 @@ class TestDtypes:
     def test_gradients_wider_than_parameters(self) -> None:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), make_params())
         tx = wrap()
-        state = tx.init(params)
+        state, step = tx.init(params), jax.jit(tx.step)
         for _ in range(3):
             grads = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, jnp.float32), params)
-            params, state = tx.step(grads, state, params)
+            params, state = step(grads, state, params)
         assert params["body"]["w"].dtype == jnp.bfloat16
 
     def test_a_global_ranking_needs_one_dtype(self) -> None:
@@ -248,7 +249,7 @@ class TestLeaves:
         ):
             tx.update(grads, state, params)
 
-    @pytest.mark.parametrize("jit", [False, True])
+    @pytest.mark.parametrize("jit", [False, pytest.param(True, marks=pytest.mark.slow)])
     def test_a_state_of_numpy_arrays(self, jit: bool) -> None:
         params, tx = make_params(), wrap()
         state = tx.init(params)
@@ -295,8 +296,10 @@ class TestNormsOfTensors:
         "inner",
         [
             optax.lamb(0.01),
-            optax.lars(0.01),
-            optax.chain(optax.clip_by_block_rms(0.1), optax.sgd(0.1)),
+            pytest.param(optax.lars(0.01), marks=pytest.mark.slow),
+            pytest.param(
+                optax.chain(optax.clip_by_block_rms(0.1), optax.sgd(0.1)), marks=pytest.mark.slow
+            ),
         ],
         ids=["lamb", "lars", "clip_by_block_rms"],
     )

@@ -22,6 +22,7 @@ import pytest
 import rival_replica
 import topkast_torch
 import torch
+from products import star
 from sparse_training import assert_agree
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
@@ -250,9 +251,9 @@ def assert_same_run(first: History, second: History) -> None:
 
 
 class TestExecutionsAgree:
-    @pytest.mark.parametrize("name", CASES)
-    @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-    @pytest.mark.parametrize("layer", PROBLEMS)
+    @pytest.mark.parametrize(
+        ("layer", "optimizer", "name"), star(list(PROBLEMS), list(OPTIMIZERS), list(CASES))
+    )
     def test_torch_agrees_with_numpy(self, layer: str, optimizer: str, name: str) -> None:
         method, problem, (make, rule, _) = CASES[name], PROBLEMS[layer], OPTIMIZERS[optimizer]
         expected = train_rule(method, problem, rule)

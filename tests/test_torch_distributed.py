@@ -8,48 +8,60 @@ from typing import Any
 import pytest
 import topkast_torch
 import torch
-from replica import train, train_with_hook
-from torch.multiprocessing.spawn import ProcessRaisedException, spawn
+from replica import run
+from torch.multiprocessing.spawn import spawn
 
 import topkast
 
-
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("explore", ["magnitude", "random"])
-def test_replicas_agree(tmp_path: Path, explore: str) -> None:
-    spawn(train, args=(str(tmp_path), explore), nprocs=2)
-    assert_equal(tmp_path)
+pytestmark = pytest.mark.timeout(120)
+QUICK = ["masked", "random", "sparse", "blocks", "magnitude", "magnitude_hook", "hook_fp16"]
+REFUSED = ["other weights", "other sets"]  # the last ones: they leave a step unfinished
+SLOW = ["rigl", "rigl_hook", "hook_bf16"]
 
 
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("block", [None, (4, 1)])
-def test_sparse_replicas_agree(tmp_path: Path, block: tuple[int, int] | None) -> None:
-    spawn(train, args=(str(tmp_path), "magnitude", (3, 3), block), nprocs=2)
-    assert_equal(tmp_path)
+def train(folder: Path, names: list[str], count: int = 2) -> None:
+    spawn(run, args=(str(folder), count, names), nprocs=count)
 
 
-@pytest.mark.timeout(120)
-def test_sparse_replicas_with_different_weights_raise(tmp_path: Path) -> None:
-    with pytest.raises(ProcessRaisedException, match="start all processes with the same weights"):
-        spawn(train, args=(str(tmp_path), "magnitude", (3, 4)), nprocs=2)
+def states(folder: Path, name: str, count: int = 2) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"{name}_{rank}.pt", weights_only=False) for rank in range(count)]
 
 
-@pytest.mark.timeout(120)
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One start of two processes serves all tests: it takes longer than the training."""
+    folder = tmp_path_factory.mktemp("replicas")
+    train(folder, QUICK + REFUSED)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("more")
+    train(folder, SLOW)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["masked", "random", "sparse", "blocks"])
+def test_replicas_agree(quick: Path, name: str) -> None:
+    assert_same(*states(quick, name))
+
+
 @pytest.mark.parametrize(
-    ("count", "kind"),
+    ("name", "message"),
     [
-        (2, "magnitude"),
-        pytest.param(2, "rigl", marks=pytest.mark.slow),
-        pytest.param(4, "magnitude", marks=pytest.mark.slow),
+        ("other weights", "start all processes with the same weights"),
+        ("other sets", "the sets A and B differ between"),
     ],
 )
-def test_the_hook_changes_nothing_and_sends_b_alone(tmp_path: Path, kind: str, count: int) -> None:
-    for name in (kind, f"{kind}_hook"):
-        spawn(train_with_hook, args=(str(tmp_path), count, name), nprocs=count)
-    plain, *hooked = (
-        torch.load(tmp_path / f"{name}.pt", weights_only=False)
-        for name in (f"{kind}_0", *(f"{kind}_hook_{rank}" for rank in range(count)))
-    )
+def test_replicas_that_differ_raise(quick: Path, name: str, message: str) -> None:
+    for state in states(quick, name):
+        assert message in state["error"]
+
+
+def check_hook(folder: Path, kind: str, count: int = 2) -> None:
+    """The hook gives the gradients of whole tensors, and sends those on B alone."""
+    plain, *hooked = states(folder, kind, count)[:1] + states(folder, f"{kind}_hook", count)
     for state in hooked:
         assert_same(state, hooked[0])
         # Two numbers have one sum. Four are added in an order that depends on their place.
@@ -72,33 +84,43 @@ def test_the_hook_changes_nothing_and_sends_b_alone(tmp_path: Path, kind: str, c
     assert hooked[0]["bytes"] == [whole if is_due else expected for is_due in due]
 
 
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("kind", [pytest.param("hook_bf16", marks=pytest.mark.slow), "hook_fp16"])
-def test_the_hook_with_half_precision(tmp_path: Path, kind: str) -> None:
-    """In bfloat16 by an option, in float16 by PyTorch's own wrapper around the hook."""
-    spawn(train_with_hook, args=(str(tmp_path), 2, kind), nprocs=2)
-    first, second = (
-        torch.load(tmp_path / f"{kind}_{rank}.pt", weights_only=False) for rank in (0, 1)
-    )
+def test_the_hook_changes_nothing_and_sends_b_alone(quick: Path) -> None:
+    check_hook(quick, "magnitude")
+
+
+@pytest.mark.slow
+def test_the_hook_of_four_processes(tmp_path: Path) -> None:
+    train(tmp_path, ["magnitude", "magnitude_hook"], 4)
+    check_hook(tmp_path, "magnitude", 4)
+
+
+@pytest.mark.slow
+def test_the_hook_sends_all_before_a_refresh_of_rigl(slow: Path) -> None:
+    check_hook(slow, "rigl")
+
+
+def check_half_precision(folder: Path, kind: str) -> None:
+    first, second = states(folder, kind)
     assert_same(first, second)
     on_b = sum(int(masks.backward.sum()) for masks in first["masks"].values())
     assert first["bytes"] == [2 * (on_b + 220) + 16] * 9
 
 
-@pytest.mark.timeout(120)
-def test_replicas_with_other_sets_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(ProcessRaisedException, match="the sets A and B differ between"):
-        spawn(train_with_hook, args=(str(tmp_path), 2, "hook", True), nprocs=2)
+def test_the_hook_in_float16(quick: Path) -> None:
+    """By PyTorch's own wrapper around the hook."""
+    check_half_precision(quick, "hook_fp16")
+
+
+@pytest.mark.slow
+def test_the_hook_in_bfloat16(slow: Path) -> None:
+    """By an option of the hook."""
+    check_half_precision(slow, "hook_bf16")
 
 
 def test_the_hook_needs_a_wrapped_optimizer() -> None:
     optimizer: Any = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2, 2))], 0.1)
     with pytest.raises(topkast.OptionError, match="needs an optimizer of topkast"):
         topkast_torch.ddp_comm_hook(optimizer)
-
-
-def assert_equal(tmp_path: Path) -> None:
-    assert_same(*(torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)))
 
 
 def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:

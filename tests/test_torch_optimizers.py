@@ -55,8 +55,17 @@ class Case:
         return "-".join([self.name, *(f"{key}={value}" for key, value in self.options.items())])
 
 
+# The default session tries the other implementations of these alone.
+IMPLEMENTED = {"Adam", "SGD"}
+
 CASES = [
-    Case(name, options | implementation)
+    pytest.param(
+        Case(name, options | implementation),
+        id=str(Case(name, options | implementation)),
+        marks=[]
+        if implementation == {"foreach": False} or name in IMPLEMENTED
+        else pytest.mark.slow,
+    )
     for name, variants in OPTIONS.items()
     for options in variants
     for implementation in (
@@ -67,7 +76,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=CASES, ids=str)
+@pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     selected: Case = request.param
     return selected

@@ -11,6 +11,7 @@ import pytest
 import topkast_torch
 import torch
 import torch.distributed as dist
+from products import star
 from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.checkpoint.state_dict import (
@@ -76,19 +77,20 @@ class TestDistributedCheckpoint:
         train(other_model, other, range(3))
         assert_equal(opt.state_dict(), other.state_dict())
 
-    @pytest.mark.parametrize("distribution", ["uniform", "global"])
     @pytest.mark.parametrize(
-        "build",
-        [
-            lambda params: torch.optim.AdamW(params, 0.02),
-            lambda params: torch.optim.SGD(params, 0.1),
-            lambda params: torch.optim.SGD(params, 0.1, momentum=0.9),
-            lambda params: torch.optim.Rprop(params, 0.01),
-            lambda params: CountsInGroups(params, 0.01),
-        ],
-        ids=["AdamW", "SGD", "momentum", "Rprop", "counts in groups"],
+        ("distribution", "build", "stepped"),
+        star(
+            ["uniform", "global"],
+            {
+                "AdamW": lambda params: torch.optim.AdamW(params, 0.02),
+                "SGD": lambda params: torch.optim.SGD(params, 0.1),
+                "momentum": lambda params: torch.optim.SGD(params, 0.1, momentum=0.9),
+                "Rprop": lambda params: torch.optim.Rprop(params, 0.01),
+                "counts in groups": lambda params: CountsInGroups(params, 0.01),
+            },
+            {"into a fresh one": False, "into a used one": True},
+        ),
     )
-    @pytest.mark.parametrize("stepped", [False, True], ids=["into a fresh one", "into a used one"])
     def test_a_run_is_resumed_bit_for_bit(
         self, tmp_path: Path, build: Any, stepped: bool, distribution: Any
     ) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from products import star
 from torch import Tensor, nn
 
 import topkast
@@ -89,8 +90,7 @@ def assert_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
             assert value == other, key
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-@pytest.mark.parametrize("build", BUILD)
+@pytest.mark.parametrize(("build", "variant"), star(list(BUILD), VARIANTS))
 def test_resumed_run_equals_the_uninterrupted_one(build: str, variant: dict[str, Any]) -> None:
     model, optimizer = make(build, **variant)
     train(model, optimizer, range(10))
@@ -304,6 +304,7 @@ MUTATIONS: dict[str, Mutation] = {
 }
 
 
+@settings(max_examples=settings().max_examples // 2)
 @given(names=st.lists(st.sampled_from(sorted(MUTATIONS)), min_size=1, max_size=2, unique=True))
 def test_corrupt_state_is_refused_and_changes_nothing(names: list[str]) -> None:
     model, optimizer = make()
