@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -102,12 +103,18 @@ class TestDerivatives:
 
 
 class TestCompileAndExport:
+    @pytest.fixture(autouse=True)
+    def reset_compiler(self) -> Iterator[None]:
+        """Forget which functions other tests have compiled or failed to compile."""
+        torch.compiler.reset()
+        yield
+        torch.compiler.reset()
+
     def test_fullgraph_is_refused_by_name(self) -> None:
         layer, x = make_layer("linear")
         function: Any = torch.compile(layer, fullgraph=True, backend="eager")
         with pytest.raises(Exception, match="topkast's sparse products are not traced"):
             function(x)
-        torch.compiler.reset()
 
     def test_export_is_refused_and_works_after_densify(self) -> None:
         layer, x = make_layer("linear")
