@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 
 # Bytes of memory that a process may use, and by which it may grow, before it lets go.
-LIMIT = 1.15e9
-GROWTH = 0.18e9
+LIMIT = 3e9
+GROWTH = 0.5e9
 resident_after_release = 0
 
 
