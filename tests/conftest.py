@@ -38,7 +38,7 @@ from libraries import LIBRARIES, Library
 settings.register_profile(
     "fast",
     deadline=None,
-    max_examples=25,
+    max_examples=20,
     derandomize="CI" in os.environ,  # as Hypothesis itself does: a red build can be repeated
     # The fixtures are libraries: they hold no state that an example could change.
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

@@ -59,6 +59,7 @@ def test_the_weight_sparse_transformer(
     assert (tmp_path / "weight_sparse_transformer.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_weight_sparse_transformer_without_matplotlib(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,15 +17,26 @@ import topkast
 from topkast.methods import Mixed, Static
 
 
-@pytest.mark.parametrize(("model", "options"), CASES)
+def slow_but_for_adamw(case: Any) -> list[Any]:
+    """One case with each rule: by default all with AdamW in float64, the first with SGD too."""
+    (model, options), marks = (case.values, case.marks) if hasattr(case, "marks") else (case, ())
+    is_first = (model, options) == CASES[0]
+    rules = [("adamw", torch.float64), ("sgd", torch.float32)]
+    rules += [("adamw", torch.float32), ("sgd", torch.float64)]
+    return [
+        pytest.param(
+            model,
+            options,
+            *rule,
+            marks=[*marks, *([] if number <= is_first else [pytest.mark.slow])],
+        )
+        for number, rule in enumerate(rules)
+    ]
+
+
 @pytest.mark.parametrize(
-    ("optimizer", "dtype"),
-    [
-        ("adamw", torch.float64),
-        ("sgd", torch.float32),
-        pytest.param("adamw", torch.float32, marks=pytest.mark.slow),
-        pytest.param("sgd", torch.float64, marks=pytest.mark.slow),
-    ],
+    ("model", "options", "optimizer", "dtype"),
+    [param for case in CASES for param in slow_but_for_adamw(case)],
 )
 def test_sparse_and_masked_execution_agree(
     backend: str, model: str, options: dict[str, Any], optimizer: str, dtype: torch.dtype
