@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import GeneralTracker, on_main_process
 from ecosystem.models import TOKENS, llama, wrap
+from ecosystem.quiet import QUIET_LIGHTNING
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from optimizer_runs import OPTIONS, assert_same_bits, make_model
@@ -29,17 +29,7 @@ from transformers import Trainer, TrainingArguments
 
 import topkast
 
-# The libraries warn of how they were called, and of calls among themselves.
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore::{kind}")
-    for kind in (
-        "DeprecationWarning",
-        "FutureWarning",
-        "lightning.fabric.utilities.warnings.PossibleUserWarning",
-        "lightning.fabric.utilities.rank_zero.LightningDeprecationWarning",
-    )
-]
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+pytestmark = QUIET_LIGHTNING
 
 BATCHES = torch.randn(10, 4, 12, generator=torch.Generator().manual_seed(0))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import lightning
 import pytest
 import topkast_torch
 import torch
+from ecosystem.quiet import QUIET_LIGHTNING
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     EMAWeightAveraging,
@@ -24,17 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import topkast
 
-# Lightning warns of how it was called, and of its own calls of PyTorch.
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore::{kind}")
-    for kind in (
-        "DeprecationWarning",
-        "FutureWarning",
-        "lightning.fabric.utilities.warnings.PossibleUserWarning",
-        "lightning.fabric.utilities.rank_zero.LightningDeprecationWarning",
-    )
-]
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+pytestmark = QUIET_LIGHTNING
 
 BATCHES = torch.randn(10, 4, 12, generator=torch.Generator().manual_seed(0))
 

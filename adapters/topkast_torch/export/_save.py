@@ -25,8 +25,8 @@ def save_forward(model: nn.Module, path: str | PathLike[str]) -> None:
     A sparse weight ``name.weight`` becomes ``name.weight.values``, shape (\|A\|,), and
     ``name.weight.indices``, their flat C-order indices, ascending, int32 where they fit and int64
     otherwise. The weight's shape is in the metadata. Weights of sparse layers are stored so, and
-    dense tensors with so many zeros that this is smaller: those of masked execution, and of models
-    that were made dense again. All other entries of the state dict are saved unchanged.
+    dense tensors where this takes fewer bytes: those of masked execution, and of models that were
+    made dense again. All other entries of the state dict are saved unchanged.
 
     The metadata also describes the layers that :mod:`topkast.inference` knows, and the order of
     their calls if the model is a ``torch.nn.Sequential`` of such layers alone.

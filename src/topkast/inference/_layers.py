@@ -28,6 +28,10 @@ class Linear:
         float32 or float64, of W and of the inputs.
     nbytes
         Bytes that the layer holds.
+
+    Examples
+    --------
+    See :func:`load`.
     """
 
     def __init__(self, name: str, weight: Weight | Array, bias: Array | None) -> None:
@@ -113,6 +117,10 @@ class Convolution:
         float32 or float64, of the weight and of the images.
     nbytes
         Bytes that the layer holds.
+
+    Examples
+    --------
+    See :func:`load`.
     """
 
     def __init__(
@@ -182,6 +190,10 @@ class BatchNorm:
     ----------
     scale, shift
         (channels,): the factor and the addend of each channel.
+
+    Examples
+    --------
+    See :func:`load`.
     """
 
     def __init__(
