@@ -146,15 +146,17 @@ def check_equal(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("size", [0, 1, 5, 40_000])
 def test_migrate_agrees_with_numpy(dtype: str, size: int) -> None:
     rng = np.random.default_rng(size)
-    entry = rng.integers(-9, 9, size + 3).astype(dtype)
+    entry, other = rng.integers(-9, 9, size + 3).astype(dtype), rng.standard_normal(size + 5)
     source = rng.integers(0, size + 3, size).astype(np.int32)
     survives = rng.random(size) < 0.7
     for fresh in (np.asarray([5], dtype), rng.integers(-9, 9, size).astype(dtype)):
         if len(fresh) not in (1, size):
             continue
-        out = np.zeros(size, dtype)
-        migrate(entry, source, survives, fresh, out)
+        out, other_out = np.zeros(size, dtype), np.zeros(size)
+        # Vectors of other lengths and dtypes are moved in the same call.
+        migrate(source, survives, (entry, fresh, out), (other, np.full(1, 7.0), other_out))
         np.testing.assert_array_equal(out, np.where(survives, entry[source], fresh))
+        np.testing.assert_array_equal(other_out, np.where(survives, other[source], 7))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -190,11 +192,18 @@ def test_bad_input_is_refused() -> None:
         find_thresholds([values], [3])
     with pytest.raises(TypeError, match="float32 or float64"):
         collect(indices, 1.0)
+    stays, zero = np.ones(2, bool), np.zeros(1)
     with pytest.raises(TypeError, match="2, 4 or 8 bytes"):
-        migrate(np.ones(2, bool), indices, np.ones(2, bool), np.ones(1, bool), np.ones(2, bool))
+        migrate(indices, stays, (stays, stays[:1], stays))
+    with pytest.raises(TypeError, match="2, 4 or 8 bytes"):
+        migrate(indices, stays, (values, zero.astype(np.float32), values))
     with pytest.raises(TypeError, match="int32"):
-        migrate(values, indices.astype(np.int64), np.ones(2, bool), np.ones(1), np.ones(2))
+        migrate(indices.astype(np.int64), stays, (values, zero, values))
     with pytest.raises(ValueError, match="must have 2 entries"):
-        migrate(values, indices[:1], np.ones(2, bool), np.ones(1), np.ones(2))
+        migrate(indices, stays[:1], (values, zero, values))
+    with pytest.raises(ValueError, match="must have 2 entries"):
+        migrate(indices, stays, (values, zero, values), (values, zero, np.ones(3)))
+    with pytest.raises(ValueError, match="contiguous vector"):
+        migrate(indices, stays, (values, zero, np.ones((2, 2))[:, 0]))
     with pytest.raises(ValueError, match="ages must be contiguous int16"):
         scale_displacement(values, values, np.zeros(2, np.int32), np.ones(1), since=0)

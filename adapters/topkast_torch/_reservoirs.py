@@ -34,7 +34,10 @@ class TensorReservoir(Reservoir):
         return self.tensor.index_select(0, positions).cpu().numpy()
 
     def write(self, indices: Any, weights: Any, inside: Any = ()) -> None:
-        keep_weights(self, torch.from_numpy(indices), torch.from_numpy(weights))
+        if self.tensor.device.type == "cpu" and weights.dtype.name == numpy_name(self.tensor.dtype):
+            self.tensor.numpy()[indices] = weights  # index_copy_ would make int64 positions
+        else:
+            keep_weights(self, torch.from_numpy(indices), torch.from_numpy(weights))
 
     def copy(self) -> TensorReservoir:
         return TensorReservoir(self.tensor.clone(), self.kind)

@@ -54,3 +54,11 @@ def where(flags: Array, array: Array, other: float) -> Array:
     """`array` where `flags` are true, and `other` in the array's dtype elsewhere."""
     xp = array_namespace(array)
     return xp.where(flags, array, xp.full((), other, dtype=array.dtype, device=device(array)))
+
+
+def fill_like(entry: Array, fresh: Array | float) -> Array:
+    """A number as an array (), or an array as a vector, of the dtype of `entry`."""
+    xp = array_namespace(entry)
+    if isinstance(fresh, (int, float)):
+        return xp.full((), fresh, dtype=entry.dtype, device=device(entry))
+    return xp.astype(xp.reshape(fresh, (-1,)), entry.dtype)

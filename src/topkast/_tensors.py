@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from topkast._errors import NonFiniteError, OptionError
@@ -198,8 +199,11 @@ class RankedTensors:
             return None
         exchange, following = outcome
         new, migration = exchange.support, exchange.migration
-        entered = migration.entered_forward(old, new)
-        counts = self._count_members(new, entered)
+        if len(self.shapes) == 1:
+            entered = exchange.entered * (1 if self.blocks is None else self.blocks.size)
+            counts = np.asarray([entered], dtype=np.int32)
+        else:
+            counts = self._count_members(new, migration.entered_forward(old, new))
         return IncrementalRefresh(new, migration, counts, exchange.values, exchange.left, following)
 
     def refresh_across(

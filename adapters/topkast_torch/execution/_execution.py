@@ -33,10 +33,12 @@ from topkast_torch.execution._profile import InnerProfile
 from topkast_torch.execution._saved_form import SavedForm
 from topkast_torch.inner._fresh import class_name
 from topkast_torch.inner._inner_state import (
+    Moving,
     Start,
+    add_entries,
     check_migratable,
     entries_of,
-    migrate_entries,
+    is_identity,
 )
 from topkast_torch.inner._young import YoungEntries
 
@@ -150,7 +152,7 @@ class Execution(ABC):
     def restore_gradient(self) -> None:
         """Restore the model's gradient, which the inner optimizer saw with the penalty added."""
 
-    def migrate_gradient(self, migration: Migration) -> None:  # noqa: B027
+    def move_gradient(self, moving: Moving) -> None:  # noqa: B027
         """Move a gradient that the model holds from the old B to the new B."""
 
     @abstractmethod
@@ -342,16 +344,19 @@ class Execution(ABC):
         else:
             values, entered_active = self._exchange(new, migration), refresh.entered_active
             self.selection = IncrementalSelection(loss=self.selection.loss)
-        self.migrate_gradient(migration)
+        moving = Moving(migration)
+        self.move_gradient(moving)
         self.values.detach().view(-1).copy_(values)
         if self.method.forgets:
             self.values.detach().view(-1)[new.forward_size :].zero_()
         self._switch_to(new)
         self.entered_active = entered_active
         entries = entries_of(inner, self.values, self.profile.layout.stores)
-        migrate_entries(entries, self.profile.layout, self.values, migration)
-        if self.young is not None:
-            self.young.migrate(migration, group)
+        if not is_identity(migration):
+            add_entries(moving, entries, self.profile.layout, self.values)
+        if (young := self.young) is not None:
+            moving.add(*young.move(), lambda ages: young.take(ages, group))
+        moving.run()
 
     def _to_device(self, host: Any) -> Tensor:
         return torch.from_numpy(host).to(self.values.device)

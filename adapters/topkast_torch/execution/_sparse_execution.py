@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Mapping
@@ -15,7 +16,6 @@ from torch import Tensor
 from topkast import MismatchError, OptionError
 from topkast.adapter import (
     Method,
-    Migration,
     Options,
     RankedTensors,
     group_size_of,
@@ -27,6 +27,7 @@ from topkast_torch.execution._execution import Execution
 from topkast_torch.execution._masked_execution import MaskedExecution
 from topkast_torch.execution._profile import InnerProfile
 from topkast_torch.execution._recorded import RecordedGradient, Recording
+from topkast_torch.inner._inner_state import Moving
 from topkast_torch.optimizer._ownership import claim, release
 from topkast_torch.sparse._conversion import make_dense
 from topkast_torch.sparse._sparse_layer import SparseLayer
@@ -227,9 +228,9 @@ class SparseExecution(Execution):
             self.values.grad = self._gradient
             self._gradient = None
 
-    def migrate_gradient(self, migration: Migration) -> None:
+    def move_gradient(self, moving: Moving) -> None:
         if self.values.grad is not None:  # the next backward may add to it
-            self.values.grad = migration.apply(self.values.grad)
+            moving.add(self.values.grad, 0.0, functools.partial(setattr, self.values, "grad"))
 
     def write_forward_view(self, *, everywhere: bool = False) -> None:
         pass  # the inner optimizer updated the model's Parameter itself

@@ -169,15 +169,31 @@ def reset_entries(
             entry.index_copy_(axis, index, fresh)
 
 
-def migrate_entries(
-    entries: Mapping[str, Any], layout: Layout, values: Tensor, migration: Migration
-) -> None:
-    """Migrate entries to the new B, in place: survivors keep their bits, others start anew.
+class Moving:
+    """Vectors over B that are moved to the next B in one pass over its positions."""
+
+    def __init__(self, migration: Migration) -> None:
+        self.migration = migration
+        self._moves: list[tuple[Tensor, Tensor | float]] = []
+        self._takers: list[Callable[[Tensor], object]] = []
+
+    def add(self, entry: Tensor, fresh: Tensor | float, take: Callable[[Tensor], object]) -> None:
+        """Move `entry`; entries that enter B get `fresh`. Then `take` gets the result."""
+        self._moves.append((entry, fresh))
+        self._takers.append(take)
+
+    def run(self) -> None:
+        """Move all vectors."""
+        moved = self.migration.apply_all(self._moves)
+        for take, vector in zip(self._takers, moved, strict=True):
+            take(vector)
+
+
+def add_entries(moving: Moving, entries: Mapping[str, Any], layout: Layout, values: Tensor) -> None:
+    """Let entries move to the new B, in place: survivors keep their bits, others start anew.
 
     `values` (1, …, |B|) are the weights on the new B.
     """
-    if bool(migration.survives.all()) and _is_identity(migration.source):
-        return
     for path, entry in walk(entries):
         spec = layout.specs.get(path)
         if spec is None:
@@ -186,12 +202,12 @@ def migrate_entries(
         start = layout.starts[path]
         if entry.numel() == values.numel() and entry.is_contiguous():
             fresh = values.detach() if isinstance(start, Start) else start
-            entry.copy_(migration.apply(entry, fresh))
+            moving.add(entry, fresh, entry.copy_)
             continue
-        moved = entry.index_select(axis, migration.source)
+        moved = entry.index_select(axis, moving.migration.source)
         shape = [1] * entry.dim()
         shape[axis] = -1
-        survives = migration.survives.view(shape)
+        survives = moving.migration.survives.view(shape)
         if isinstance(start, Start):
             fresh = values.detach().to(entry.dtype).view(shape).expand_as(entry)
             entry.copy_(torch.where(survives, moved, fresh))
@@ -212,10 +228,14 @@ def check_migratable(entries: Mapping[str, Any], layout: Layout, count: int, nam
             )
 
 
-def _is_identity(source: Tensor) -> bool:
-    """Whether `source` is 0, 1, …, len(source) − 1."""
-    return bool((source[1:] > source[:-1]).all()) and (
-        not len(source) or int(source[-1]) == len(source) - 1
+def is_identity(migration: Migration) -> bool:
+    """Whether each entry stays where it is."""
+    source, survives = migration
+    # NumPy stops at the first entry that does not survive.
+    stays = survives.numpy() if survives.device.type == "cpu" else survives
+    return bool(stays.all()) and (
+        not len(source)
+        or (bool((source[1:] > source[:-1]).all()) and int(source[-1]) == len(source) - 1)
     )
 
 

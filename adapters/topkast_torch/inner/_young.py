@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from topkast_torch.execution._profile import InnerProfile
 
 _KERNEL_MIN_ENTRIES = 1 << 14  # below which a call of a kernel costs more than it saves
+_MAX_UPDATES = 1 << 14  # since the ages were counted; an entrant's age then still fits in int16
 
 
 class YoungEntries:
@@ -29,9 +30,9 @@ class YoungEntries:
     Attributes
     ----------
     ages
-        Updates from each weight's entry into B to the last refresh, int16.
+        The ages `updates_since` updates ago, int16: negative for what entered B since then.
     updates_since
-        Updates since the last refresh.
+        Updates since the time of `ages`.
     """
 
     def __init__(self, ages: Tensor, profile: InnerProfile) -> None:
@@ -39,7 +40,7 @@ class YoungEntries:
         self._find_young(None)
 
     def current_ages(self) -> Tensor:
-        """The ages now, int16."""
+        """The ages now, int16: updates from each weight's entry into B."""
         since = min(self.updates_since, SETTLED)
         return self.ages.clamp(max=SETTLED - since).add_(since)  # settled entries stay settled
 
@@ -50,26 +51,38 @@ class YoungEntries:
 
     def migrate(self, migration: Migration, group: Mapping[str, Any]) -> None:
         """Migrate the ages to the new B; entrants have age 0."""
-        self.restore(migration.apply(self.current_ages()), group)
+        self.take(migration.apply(*self.move()), group)
+
+    def move(self) -> tuple[Tensor, int]:
+        """The ages, and what entrants get, to be migrated to the new B."""
+        if self.updates_since > _MAX_UPDATES:
+            self.ages, self.updates_since = self.current_ages(), 0
+        return self.ages, -self.updates_since
+
+    def take(self, ages: Tensor, group: Mapping[str, Any]) -> None:
+        """Take the migrated ages."""
+        self.ages = ages
+        self._find_young(group)
 
     def count_step(self) -> None:
         """Count an update."""
         self.updates_since += 1
 
-    def _find_young(self, group: Mapping[str, Any] | None) -> None:
+    def _find_young(self, group: Mapping[str, Any] | None, *, has_entrants: bool = False) -> None:
         """Find the positions of young entries, and of entrants that have not been stepped."""
-        betas = self.betas(group or {})
-        self._limit = 1 if betas is None else young_limit(betas)
+        betas, since = self.betas(group or {}), self.updates_since
+        self._refreshed_at = since
+        self._limit = (1 if betas is None else young_limit(betas)) - since  # of `ages`
         # On CPUs, each step finds them anew, to save memory; an accelerator would synchronise.
         self._positions = None
         if self.ages.device.type == "cpu":
-            self._any_young = bool(self.ages.numel()) and int(self.ages.min()) < self._limit
+            self._any_young = self.ages.numel() > 0 and int(self.ages.numpy().min()) < self._limit
         else:
             self._positions = _true_positions(self.ages < self._limit)
             self._any_young = len(self._positions) > 0
         self._entrants = self.ages.new_empty(0, dtype=torch.int32)
         if not self._profile.layout.starts_suffice:
-            self._entrants = _true_positions(self.ages == 0)
+            self._entrants = _true_positions(self.ages == -since)
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +115,7 @@ class YoungEntries:
             self._before = self._save_young(self._moving_tensors(inner, values))
         if (
             not self._profile.layout.starts_suffice
-            and not self.updates_since
+            and self.updates_since == self._refreshed_at
             and self._entrants.numel()
         ):
             self._first_steps = self._step_entrants(inner, group, values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -205,10 +205,15 @@ class Backend:
                 is_found = is_found | is_match
         return source, is_found
 
-    def migrate(self, flat: Array, source: Array, survives: Array, fresh: Array) -> Array:
-        """Entries (k,) at the positions `source`; `fresh`, 0-d or (k,), where not `survives`."""
-        xp = array_namespace(flat)
-        return xp.where(survives, xp.take(flat, source), fresh)
+    def migrate(
+        self, moves: Sequence[tuple[Array, Array]], source: Array, survives: Array
+    ) -> list[Array]:
+        """Entries (k,) at the positions `source`; `fresh`, 0-d or (k,), where not `survives`.
+
+        `moves` are pairs of a vector and of its `fresh` entries.
+        """
+        xp = array_namespace(source)
+        return [xp.where(survives, xp.take(flat, source), fresh) for flat, fresh in moves]
 
     def for_each_layer(
         self, choose: Callable[[Array, Any], Array], flat: Array, layers: int

@@ -41,6 +41,8 @@ class Division(NamedTuple):
         Whether each was in the old B.
     sizes
         Lengths of the four parts.
+    entered
+        Number of entries of the next A that were not in the old A.
     """
 
     indices: Vector
@@ -48,6 +50,7 @@ class Division(NamedTuple):
     source: Vector
     survives: Vector
     sizes: tuple[int, ...]
+    entered: int
 
 
 def find_thresholds(
@@ -83,9 +86,10 @@ def put(flat: Vector, indices: Vector, values: Vector, /) -> None:
     flat[indices] = values
 
 
-def migrate(entry: Vector, source: Vector, survives: Vector, fresh: Vector, out: Vector, /) -> None:
-    """Write ``where(survives, entry[source], fresh)`` into `out`."""
-    out[:] = np.where(survives, entry.take(source), fresh)
+def migrate(source: Vector, survives: Vector, /, *moves: tuple[Vector, Vector, Vector]) -> None:
+    """Write ``where(survives, entry[source], fresh)`` into `out`, for each (entry, fresh, out)."""
+    for entry, fresh, out in moves:
+        out[:] = np.where(survives, entry.take(source), fresh)
 
 
 def divide(
@@ -117,4 +121,8 @@ def divide(
     number = np.sum(below, axis=0, dtype=np.int8)
     order = np.argsort(number, kind="stable")
     sizes = tuple(np.bincount(number, minlength=4).tolist())
-    return Division(indices[order], values[order], source[order], survives[order], sizes)
+    columns = (array[order] for array in (indices, values, source, survives))
+    indices, values, source, survives = columns
+    stays = survives[: sizes[0]] & (source[: sizes[0]] < split)
+    entered = sizes[0] - int(np.count_nonzero(stays))
+    return Division(indices, values, source, survives, sizes, entered)

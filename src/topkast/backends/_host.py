@@ -9,7 +9,7 @@ Sampling affects speed, never the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -93,15 +93,21 @@ def _smallest(ranks: Vector, count: int) -> Vector:
     return np.argpartition(ranks, count - 1)[:count]
 
 
-def migrate(flat: Vector, source: Vector, survives: Vector, fresh: Vector) -> Vector:
+def migrate(
+    moves: Sequence[tuple[Vector, Vector]], source: Vector, survives: Vector
+) -> list[Vector]:
     """Entries (k,) at the positions `source`; `fresh`, 0-d or (k,), where not `survives`."""
+    triples = [
+        (flat, fresh.reshape(-1), np.empty(source.size, dtype=flat.dtype)) for flat, fresh in moves
+    ]
     use = functions(source.size)
-    contiguous = all(array.flags.c_contiguous for array in (flat, source, survives, fresh))
-    if not (contiguous and source.dtype == np.int32 and flat.dtype.itemsize in (2, 4, 8)):
+    vectors = [source, survives, *(vector for triple in triples for vector in triple)]
+    contiguous = all(vector.flags.c_contiguous for vector in vectors)
+    has_words = all(flat.dtype.itemsize in (2, 4, 8) for flat, _ in moves)
+    if not (contiguous and has_words and source.dtype == np.int32):
         use = _candidates
-    out = np.empty(source.size, dtype=flat.dtype)
-    use.migrate(flat, source, survives, fresh.reshape(-1), out)
-    return out
+    use.migrate(source, survives, *triples)
+    return [out for *_, out in triples]
 
 
 def common_positions(

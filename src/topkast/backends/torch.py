@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,14 +58,30 @@ class TorchBackend(Backend):
         source = table.index_copy_(0, old.long(), positions).index_select(0, new)
         return source.clamp(min=0), source >= 0
 
-    def migrate(self, flat: Tensor, source: Tensor, survives: Tensor, fresh: Tensor) -> Tensor:
-        words = _WORDS.get(flat.dtype.itemsize)
-        if flat.device.type != "cpu" or words is None or flat.is_conj() or flat.is_neg():
-            return torch.where(survives, flat.index_select(0, source), fresh)
-        flat, fresh = flat.detach(), fresh.detach()
-        arrays = (flat.view(words), source, survives, fresh.view(words))
-        moved = _host.migrate(*(array.numpy() for array in arrays))
-        return torch.from_numpy(moved).view(flat.dtype)
+    def migrate(
+        self, moves: Sequence[tuple[Tensor, Tensor]], source: Tensor, survives: Tensor
+    ) -> list[Tensor]:
+        if not all(_can_view(flat) for flat, _ in moves):
+            return [
+                torch.where(survives, flat.index_select(0, source), fresh) for flat, fresh in moves
+            ]
+        pairs = [(_view(flat), _view(fresh)) for flat, fresh in moves]
+        moved = _host.migrate(pairs, source.numpy(), survives.numpy())
+        return [
+            torch.from_numpy(out).view(flat.dtype)
+            for out, (flat, _) in zip(moved, moves, strict=True)
+        ]
+
+
+def _view(vector: Tensor) -> np.ndarray[Any, Any]:
+    """The bits of the entries as integers."""
+    return vector.detach().view(_WORDS[vector.dtype.itemsize]).numpy()
+
+
+def _can_view(flat: Tensor) -> bool:
+    """Whether NumPy can carry the bits of the entries."""
+    has_words = flat.dtype.itemsize in _WORDS and not (flat.is_conj() or flat.is_neg())
+    return flat.device.type == "cpu" and has_words
 
 
 # Integers that carry the bits of entries, whatever NumPy knows of their dtype.

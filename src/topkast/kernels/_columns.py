@@ -5,9 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import carray, njit, types
 
-from topkast.kernels.runtime._arguments import Vector
-from topkast.kernels.runtime._compile import compiled
+from topkast.kernels.runtime._arguments import Vector, array_at, define_arguments, fill_record
+from topkast.kernels.runtime._compile import compiled, kernel
+from topkast.kernels.runtime._pool import run
+from topkast.kernels.runtime._vector import as_pointer, fetch_add
+
+_ROWS = 1 << 8  # rows that a thread takes at a time
+_LOCATE = define_arguments("flat", "size", "height", "width", "first", "starts")
 
 
 def find_columns(
@@ -91,17 +97,42 @@ def locate_rows(indices: Vector, entries: slice, /, *, shape: tuple[int, int]) -
     """:func:`find_row_starts` of one group, unchecked."""
     height, width = shape
     start, stop, _ = entries.indices(len(indices))
-    starts: Vector = _locate_rows(indices[start:stop], height, width)
-    starts += start
+    starts = np.empty(height + 1, dtype=np.int64)
+    flat = np.ascontiguousarray(indices[start:stop])
+    if flat.dtype != np.int32:
+        found: Vector = _locate_rows(flat, height, width)
+        return found + start
+    record = fill_record(
+        _LOCATE,
+        next_item=0,
+        next_thread=0,
+        flat=flat,
+        size=len(flat),
+        height=height,
+        width=width,
+        first=start,
+        starts=starts,
+    )
+    run(_locate, record)
     return starts
 
 
 @compiled
 def _locate_rows(flat: Vector, height: int, width: int) -> Vector:
-    """Search the first entry of each row, from that of the row before on."""
-    starts, low = np.empty(height + 1, dtype=np.int64), 0
-    for row in range(height):
-        edge, step, high = row * width, 1, low
+    """Position of the first entry of each row, and the end (height + 1,)."""
+    starts = np.empty(height + 1, dtype=np.int64)
+    _locate_some(flat, 0, height, height, width, starts)
+    starts[height] = len(flat)
+    return starts
+
+
+@njit  # type: ignore[untyped-decorator]
+def _locate_some(flat: Any, first: Any, stop: Any, height: Any, width: Any, starts: Any) -> None:
+    """Search the first entry of some rows, from that of the row before on."""
+    low = 0
+    row_length = len(flat) // height + 1
+    for row in range(first, stop):
+        edge, step, high = np.int64(row) * width, row_length, low
         while high < len(flat) and flat[high] < edge:
             low, high, step = high + 1, high + step, 2 * step
         high = min(high, len(flat))
@@ -112,8 +143,24 @@ def _locate_rows(flat: Vector, height: int, width: int) -> Vector:
             else:
                 high = middle
         starts[row] = low
-    starts[height] = len(flat)
-    return starts
+
+
+@kernel(types.void(types.intp))
+def _locate(address: Any) -> None:
+    arguments = carray(as_pointer(address), 1, _LOCATE)[0]
+    height = arguments.height
+    flat = array_at(arguments.flat, arguments.size, np.int32)
+    starts = array_at(arguments.starts, height + 1, np.int64)
+    while True:
+        first = fetch_add(address) * _ROWS
+        if first > height:
+            break
+        stop = min(first + _ROWS, height)
+        _locate_some(flat, first, stop, height, arguments.width, starts)
+        for row in range(first, stop):
+            starts[row] += arguments.first
+        if stop == height:
+            starts[height] = arguments.first + len(flat)
 
 
 def rows_and_columns(columns: Vector, pitch: int, row_starts: Vector) -> tuple[Vector, Vector]:

@@ -26,13 +26,14 @@ from topkast.selection._units import BlockScore
 
 Vector = np.ndarray[Any, Any]
 
-_SAMPLE = 1 << 15  # entries
+_SAMPLE, _RUN = 1 << 15, 1 << 4  # entries of a sample, and of a run of consecutive ones
 _SPREAD = 4.0  # standard deviations of a sampled quantile, by which the bound is lowered
 _MIN_RESERVE = 1 << 10  # entries
 _FIRST_SHARE, _MAX_SHARE = 1 / 8, 1 / 2  # of |B|
 _MAX_SLOTS = 4  # times the entries of a reserve: then those that left are removed
-_BRACKET = 1.0  # times the last change of a threshold, by which the next one may differ from it
-_MIN_BRACKET = 1 / 4096  # of the threshold
+_HISTORY = 3  # refreshes whose thresholds predict the next ones
+_BRACKET = 2.0  # times the error of the last prediction, by which the next one may be wrong
+_MIN_BRACKET = 1 / 2048  # of the threshold
 
 
 class Reserve(NamedTuple):
@@ -90,6 +91,8 @@ class Exchange(NamedTuple):
         Indices and weights of the entries that left B.
     smallest
         The smallest magnitudes in the next A and B.
+    entered
+        Number of units of the next A that were not in the present one.
     """
 
     support: Support
@@ -98,6 +101,7 @@ class Exchange(NamedTuple):
     reserve: Reserve
     left: tuple[Vector, Vector]
     smallest: tuple[float, float]
+    entered: int
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class IncrementalSelection:
     loss
         Entries that the reserves lost at each refresh; None before the first one ran short.
     smallest
-        The smallest magnitudes in A and B, at the last refresh and at the one before.
+        The smallest magnitudes in A and B, at the last three refreshes.
     block_score
         The score by which blocks were ranked, if units are blocks.
     """
@@ -193,14 +197,14 @@ class IncrementalSelection:
         """
         counts = (support.forward, support.backward) if counts is None else counts
         loss, known = self.loss, 0  # entries outside B above the present bound
+        brackets = self._expect_smallest()
         missing = counts[1] - support.backward
         if self.reserve is not None:
-            brackets = self._expect_smallest()
             outcome = exchange(
                 support, values, self.reserve, reservoir.size, ranks, counts, brackets
             )
             if isinstance(outcome, Exchange):
-                smallest = *self.smallest[-1:], outcome.smallest
+                smallest = *self.smallest[1 - _HISTORY :], outcome.smallest
                 following = replace(
                     self, reserve=outcome.reserve, age=self.age + 1, smallest=smallest
                 )
@@ -212,9 +216,9 @@ class IncrementalSelection:
             reserve = fill_reserve(reservoir, support, count, name=name)
             if reserve is None:
                 return None
-            outcome = exchange(support, values, reserve, reservoir.size, ranks, counts)
+            outcome = exchange(support, values, reserve, reservoir.size, ranks, counts, brackets)
             if isinstance(outcome, Exchange):
-                smallest = *self.smallest[-1:], outcome.smallest
+                smallest = *self.smallest[1 - _HISTORY :], outcome.smallest
                 return outcome, IncrementalSelection(
                     outcome.reserve, outcome.reserve.size, loss=loss, smallest=smallest
                 )
@@ -222,11 +226,12 @@ class IncrementalSelection:
 
     def _expect_smallest(self) -> list[tuple[float, float]] | None:
         """Bounds of the next smallest magnitudes, if they move about as they did before."""
-        if len(self.smallest) < 2:
+        if len(self.smallest) < _HISTORY:
             return None
         brackets = []
-        for before, now in zip(*self.smallest, strict=True):
-            width = _BRACKET * abs(now - before) + _MIN_BRACKET * now
+        for first, before, now in zip(*self.smallest, strict=True):
+            error = abs(now - (2 * before - first))
+            width = _BRACKET * error + _MIN_BRACKET * now
             center = 2 * now - before
             brackets.append((max(center - width, 0.0), max(center + width, 0.0)))
         return brackets
@@ -275,7 +280,7 @@ def exchange(
     # Of the reserve, only what reaches the next B has to be put in order.
     positions, entering = use.collect(reserve.values, backward.magnitude)
     indices = reserve.indices.take(positions)
-    order = np.argsort(indices)
+    order = _ascending(indices)
     division = use.divide(
         (support.indices, values),
         (indices[order], entering[order]),
@@ -296,7 +301,19 @@ def exchange(
         reserve.exchange(positions, (division.indices[outside], division.values[outside])),
         (division.indices.take(left), division.values.take(left)),
         (forward.magnitude, backward.magnitude),
+        division.entered,
     )
+
+
+def _ascending(indices: Vector) -> Vector:
+    """Positions of the indices in ascending order; they differ, and are below 2³² or few."""
+    if indices.dtype != np.int32:
+        return np.argsort(indices)
+    # One integer holds an index and its position. NumPy sorts integers faster than positions.
+    keys = indices.astype(np.int64) << 32
+    keys |= np.arange(len(indices))
+    keys.sort()
+    return keys & 0xFFFFFFFF
 
 
 def _count_reaching(values: Vector, bound: float) -> int:
@@ -344,7 +361,9 @@ def fill_reserve(
 def _estimate_bound(reservoir: Reservoir, support: Support, count: int) -> float:
     """A magnitude that most likely more than `count` entries outside B reach, from a sample."""
     dtype = support.indices.dtype
-    indices = np.arange(0, reservoir.size, max(1, reservoir.size // _SAMPLE), dtype=dtype)
+    step = _RUN * max(1, reservoir.size // _SAMPLE)
+    firsts = np.arange(0, reservoir.size - _RUN + 1, step, dtype=dtype)
+    indices = (firsts[:, None] + np.arange(_RUN, dtype=dtype)).ravel()
     sample = np.abs(reservoir.take(indices))
     for run in (support.active, support.exploring):
         if len(run):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace, is_jax_array
 
 from topkast._errors import MismatchError
-from topkast._primitives import Array, Namespace, device, is_traced
+from topkast._primitives import Array, Namespace, device, fill_like, is_traced
 from topkast.backends import backend_of, load_builtin
 from topkast.selection._units import Blocks
 
@@ -333,14 +333,14 @@ class Migration(NamedTuple):
 
     def apply(self, entry: Array, fresh: Array | float = 0.0) -> Array:
         r"""Move `entry` (1, …, \|B\|) of any dtype to the new B; entries that enter get `fresh`."""
-        xp = array_namespace(entry)
-        flat = xp.reshape(entry, (-1,))
-        if isinstance(fresh, (int, float)):
-            fresh = xp.full((), fresh, dtype=entry.dtype, device=device(entry))
-        else:
-            fresh = xp.astype(xp.reshape(fresh, (-1,)), entry.dtype)
-        moved = backend_of(entry).migrate(flat, self.source, self.survives, fresh)
-        return xp.reshape(moved, entry.shape)
+        return self.apply_all([(entry, fresh)])[0]
+
+    def apply_all(self, moves: Sequence[tuple[Array, Array | float]]) -> list[Array]:
+        """Move several arrays at once: pairs of `entry` and `fresh`, as for :meth:`apply`."""
+        xp = array_namespace(self.source)
+        pairs = [(xp.reshape(entry, (-1,)), fill_like(entry, fresh)) for entry, fresh in moves]
+        moved = backend_of(self.source).migrate(pairs, self.source, self.survives)
+        return [xp.reshape(out, entry.shape) for out, (entry, _) in zip(moved, moves, strict=True)]
 
     def entered_forward(self, old: Support, new: Support) -> Array:
         """Flags (forward_size,) of the weights in the new A that were not in the old A."""

@@ -18,6 +18,7 @@ from topkast.kernels.runtime._vector import as_pointer, fetch_add
 _DTYPES = {np.dtype(np.float32), np.dtype(np.float64)}
 _INDEX_DTYPES = {np.dtype(np.int32), np.dtype(np.int64)}
 _RANGES = 8  # least number of ranges for each thread: some have more candidates than others
+_SPANS = 4  # of consecutive ranges, for each thread: threads that write side by side wait
 _CANDIDATES = 1 << 12  # of a range: what is known of them stays in the L1 cache
 
 _OUTPUTS = "indices", "values", "source", "survives"
@@ -31,7 +32,10 @@ _DIVIDE = define_arguments(
     "edges",
     "counts",
     "ranges",
+    "span",
     "words",
+    "size",
+    "split",
     "writes",
     "forward_key",
     "backward_key",
@@ -99,14 +103,11 @@ def divide(
     _check(inside, reserve)
     index_dtype, dtype = inside[0].dtype, inside[1].dtype
     kernels = _KERNELS if index_dtype == np.int32 else _WIDE_KERNELS
-    total = len(inside[0]) + len(reserve[0])
-    ranges = max(_RANGES * (threads or default_threads()), total // _CANDIDATES)
+    total, threads = len(inside[0]) + len(reserve[0]), threads or default_threads()
+    ranges = max(_RANGES * threads, total // _CANDIDATES)
     words = max(1, -(-size // (64 * ranges)))  # of a bitmap of a range
-    cuts = np.append(np.arange(0, size, 64 * words), size).astype(index_dtype)
-    ranges = len(cuts) - 1
-    lists = inside[0][:split], inside[0][split:], reserve[0]
-    edges = np.asarray([np.searchsorted(indices, cuts) for indices in lists], dtype=np.int64)
-    edges[1] += split
+    ranges = -(-size // (64 * words))
+    edges = np.empty((ranges, 3, 2), dtype=np.int64)  # first entry and end, by range and list
     none = np.zeros(0, dtype=np.int64)
     forward_ties, backward_ties = ties or (none, none)
     counts = np.zeros((ranges, 3, 4), dtype=np.int64)  # entries, by range, list and next part
@@ -120,7 +121,10 @@ def divide(
         "edges": edges,
         "counts": counts,
         "ranges": ranges,
+        "span": -(-ranges // (_SPANS * threads)),
         "words": words,
+        "size": size,
+        "split": split,
         "forward_key": key_of_magnitude(forward, dtype),
         "backward_key": key_of_magnitude(backward, dtype),
         "bound_key": key_of_magnitude(bound, dtype),
@@ -136,7 +140,8 @@ def divide(
     outputs = {name: np.empty(total, one) for name, one in zip(_OUTPUTS, dtypes, strict=True)}
     arguments |= outputs | {"starts": _find_starts(in_parts)}
     run_kernel(kernels, dtype, threads, _DIVIDE, writes=1, **arguments)
-    return Division(sizes=tuple(in_parts.sum(axis=0).tolist()), **outputs)
+    entered = int(counts[:, 1:, 0].sum())
+    return Division(sizes=tuple(in_parts.sum(axis=0).tolist()), entered=entered, **outputs)
 
 
 def _check(inside: tuple[Vector, Vector], reserve: tuple[Vector, Vector]) -> None:
@@ -194,26 +199,38 @@ def _divide(address: Any, unsigned: Any, integer: Any) -> None:
         array_at(arguments.source, size, np.int32),
         array_at(arguments.survives, size, np.uint8),
     )
-    ranges = arguments.ranges
-    edges = carray(as_pointer(arguments.edges), (3, ranges + 1), np.int64)
+    lists = (
+        (inside[0][: arguments.split], inside[1][: arguments.split]),
+        (inside[0][arguments.split :], inside[1][arguments.split :]),
+        reserve,
+    )
+    ranges, words, span = arguments.ranges, arguments.words, arguments.span
+    edges = carray(as_pointer(arguments.edges), (ranges, 3, 2), np.int64)
     counts = carray(as_pointer(arguments.counts), (ranges, 3, 4), np.int64)
     starts = carray(as_pointer(arguments.starts), (ranges, 4), np.int64)
     while True:
-        number = fetch_add(address)
-        if number >= ranges:
+        start = fetch_add(address) * span
+        if start >= ranges:
             break
-        first, last = edges[:, number], edges[:, number + 1]
-        lists = (
-            (inside[0][first[0] : last[0]], inside[1][first[0] : last[0]]),
-            (inside[0][first[1] : last[1]], inside[1][first[1] : last[1]]),
-            (reserve[0][first[2] : last[2]], reserve[1][first[2] : last[2]]),
-        )
-        if arguments.writes:
-            words = arguments.words
+        for number in range(start, min(start + span, ranges)):
+            first, edge = 64 * words * number, edges[number]
+            if arguments.writes == 0:
+                stop = min(first + 64 * words, arguments.size)
+                for part in range(3):
+                    indices, values = lists[part]
+                    edge[part, 0] = np.searchsorted(indices, integer(first))
+                    edge[part, 1] = len(indices)
+                    if stop < arguments.size:
+                        edge[part, 1] = np.searchsorted(indices, integer(stop))
+                    own = slice(edge[part, 0], edge[part, 1])
+                    count_parts(
+                        indices[own], values[own], keys, ties, counts[number, part], unsigned
+                    )
+                continue
             write_parts(
-                lists,
-                (first[0], first[1], np.int64(-1)),
-                integer(64 * words * number),
+                _entries_between(lists, edge),
+                (edge[0, 0], arguments.split + edge[1, 0], np.int64(-1)),
+                integer(first),
                 words,
                 starts[number],
                 keys,
@@ -221,10 +238,16 @@ def _divide(address: Any, unsigned: Any, integer: Any) -> None:
                 outputs,
                 unsigned,
             )
-            continue
-        for part in range(3):
-            indices, values = lists[part]
-            count_parts(indices, values, keys, ties, counts[number, part], unsigned)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _entries_between(lists: Any, edge: Any) -> Any:
+    """The entries of the three lists from one edge to the next."""
+    return (
+        (lists[0][0][edge[0, 0] : edge[0, 1]], lists[0][1][edge[0, 0] : edge[0, 1]]),
+        (lists[1][0][edge[1, 0] : edge[1, 1]], lists[1][1][edge[1, 0] : edge[1, 1]]),
+        (lists[2][0][edge[2, 0] : edge[2, 1]], lists[2][1][edge[2, 0] : edge[2, 1]]),
+    )
 
 
 _KERNEL = types.void(types.intp)
