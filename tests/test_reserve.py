@@ -16,14 +16,14 @@ import topkast.adapter
 from topkast.adapter import IncrementalSelection, Migration, choose_next
 from topkast.backends import _candidates, _compiled
 from topkast.reservoirs import ArrayReservoir
+from topkast.reservoirs._outside import largest_outside
 from topkast.selection import _incremental
 from topkast.selection._incremental import BlockScores
 from topkast.selection._random import Ranks, make_key
 from topkast.selection._reserve import (
-    Exchange,
+    Ranking,
     Reserve,
-    exchange,
-    fill_reserve,
+    rank,
     reserve_size,
 )
 from topkast.selection._units import unit_scores
@@ -204,25 +204,29 @@ def assert_reserve(reserve: Reserve, support: topkast.Support, theta: Array) -> 
     np.testing.assert_array_equal(values[order], theta[expected])
 
 
+def reserve_of(theta: Any, support: topkast.Support, count: int) -> Reserve:
+    largest = largest_outside(ArrayReservoir(theta), support, count)
+    assert largest is not None
+    return Reserve(*largest, size=len(largest.indices))
+
+
 def test_a_reserve_that_does_not_reach_far_enough_is_filled_again() -> None:
     theta = np.random.default_rng(0).standard_normal(20_000)
     support = select(theta, (0.9, 0.8))
     values, counts = theta[support.indices], (2_000, 4_000)
-    reserve = fill_reserve(ArrayReservoir(theta), support, 1_024)
-    assert reserve is not None
+    reserve = reserve_of(theta, support, 1_024)
     assert 1_024 <= len(reserve.indices) < 2_048
     arguments: Any = (reserve, theta.size, RANKS, counts)
-    assert isinstance(exchange(support, values, *arguments), Exchange)
-    missing = exchange(support, values * 0.7, *arguments)
+    assert isinstance(rank(support, values, *arguments), Ranking)
+    missing = rank(support, values * 0.7, *arguments)
     assert isinstance(missing, int)
     reaching = np.count_nonzero(np.abs(values * 0.7) >= reserve.bound) + len(reserve.indices)
     assert missing == 4_000 - reaching > 0
     # With the missing entries it is large enough.
     count = len(reserve.indices) + missing
-    second = fill_reserve(ArrayReservoir(theta), support, count)
-    assert second is not None
+    second = reserve_of(theta, support, count)
     assert count <= len(second.indices) < 1.5 * count
-    assert isinstance(exchange(support, values * 0.7, second, *arguments[1:]), Exchange)
+    assert isinstance(rank(support, values * 0.7, second, *arguments[1:]), Ranking)
     selection = IncrementalSelection(reserve)
     outcome = selection.choose(support, values / 2, ArrayReservoir(theta), RANKS)
     assert outcome is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tracemalloc
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -168,6 +169,28 @@ def test_summary_counts_the_reserve() -> None:
         execution.restore(execution.support, values, execution.reservoir)
     after = [row.held_bytes for row in topkast.summary(opt).tensors if row.forward_sparsity]
     assert [one - two for one, two in zip(before, after, strict=True)] == sizes
+
+
+def test_one_tensor_after_the_other_takes_memory_for_its_new_sets() -> None:
+    def memory_of_a_refresh(layers: int) -> int:
+        """Bytes of temporary arrays at the peak of a step with a refresh."""
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(layers)))
+        inner = torch.optim.Adam(model.named_parameters(), lr=0.01)
+        opt = topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.8)
+        topkast.sparsify(model, opt)
+        peaks = []
+        for _ in range(4):
+            opt.zero_grad()
+            model(torch.randn(8, 256)).square().mean().backward()
+            tracemalloc.start()
+            opt.step()
+            held, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            peaks.append(peak - held)
+        return min(peaks[1:])  # the first fills the reserve
+
+    assert memory_of_a_refresh(8) < 1.5 * memory_of_a_refresh(2)
 
 
 def test_another_score_of_blocks() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -22,9 +23,9 @@ from topkast.reservoirs._reservoir import Reservoir
 from topkast.selection._across import Chosen, Pieces, Total, choose_across
 from topkast.selection._distribution import Shape, exact_densities, exact_fraction, kept_count
 from topkast.selection._groups import group_size_of, pattern_densities
-from topkast.selection._incremental import choose_next
+from topkast.selection._incremental import prepare_next
 from topkast.selection._random import Ranks, make_key
-from topkast.selection._reserve import IncrementalSelection, Vector
+from topkast.selection._reserve import Exchange, IncrementalSelection, Vector
 from topkast.selection._select import check_finite, ranked_units
 from topkast.selection._support import Migration, Support, join_layers
 from topkast.selection._units import Blocks, blocks_of
@@ -187,17 +188,36 @@ class RankedTensors:
         Returns None where all weights have to be looked at: :meth:`refresh` does so. See
         :func:`choose_next` for the arguments.
         """
+        finish = self.prepare_refresh(values, reservoir, old, options, selection)
+        return None if finish is None else finish()
+
+    def prepare_refresh(
+        self,
+        values: Vector,
+        reservoir: Reservoir,
+        old: Support,
+        options: Options,
+        selection: IncrementalSelection,
+    ) -> PreparedRefresh | None:
+        """Do what :meth:`refresh_incrementally` does, but leave what cannot fail to the result.
+
+        `values` must not change before the result is called.
+        """
         as_one = self.group_size is None and self.layers == 1
         if not (as_one and method_of(options).takes_largest):
             return None
         with _naming(self.key):
             ranks, score = Ranks(make_key(options.seed, self.key, "ties")), options.block_score
-            outcome = choose_next(
+            finish = prepare_next(
                 selection, old, values, reservoir, ranks, block_score=score, name=self.key
             )
-        if outcome is None:
-            return None
-        exchange, following = outcome
+        return None if finish is None else functools.partial(self._describe, old, finish)
+
+    def _describe(
+        self, old: Support, finish: Callable[[], tuple[Exchange, IncrementalSelection]]
+    ) -> IncrementalRefresh:
+        """The refresh that an exchange makes, with the entries new to A counted by member."""
+        exchange, following = finish()
         new, migration = exchange.support, exchange.migration
         if len(self.shapes) == 1:
             entered = exchange.entered * (1 if self.blocks is None else self.blocks.size)
@@ -360,3 +380,7 @@ def _rank_globally(
     size = sum(map(math.prod, shapes.values()))
     fwd, bwd = (1 - exact_fraction(sparsity) for sparsity in (options.fwd, options.bwd))
     return RankedTensors(dict(shapes), kept_count(size, fwd), kept_count(size, bwd), float(fwd))
+
+
+# Divides the candidates that were ranked.
+PreparedRefresh: TypeAlias = Callable[[], IncrementalRefresh]

@@ -39,7 +39,14 @@ from topkast._probe import (
 )
 from topkast._step import Step, decide, is_due, noise_key
 from topkast._table import format_table
-from topkast._tensors import IncrementalRefresh, RankedTensors, Refresh, members, rank_tensors
+from topkast._tensors import (
+    IncrementalRefresh,
+    PreparedRefresh,
+    RankedTensors,
+    Refresh,
+    members,
+    rank_tensors,
+)
 from topkast.analysis import Layer
 from topkast.backends import Backend, Ranks, threshold_finder
 from topkast.backends._compiled import has_numba
@@ -86,6 +93,7 @@ __all__ = [
     "Migration",
     "Options",
     "Plan",
+    "PreparedRefresh",
     "RankedTensors",
     "Ranks",
     "Refresh",

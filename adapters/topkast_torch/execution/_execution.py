@@ -12,11 +12,11 @@ from torch.nn import Parameter
 
 from topkast import OptionError, Support
 from topkast.adapter import (
-    IncrementalRefresh,
     IncrementalSelection,
     Method,
     Migration,
     Options,
+    PreparedRefresh,
     RankedTensors,
     Refresh,
     Step,
@@ -296,11 +296,11 @@ class Execution(ABC):
         weights: dict[str, Tensor] = self.ranked.unflatten(self.theta().clone())
         return weights
 
-    def choose_sets(self, options: Options, updates: int) -> Refresh | IncrementalRefresh:
+    def choose_sets(self, options: Options, updates: int) -> Refresh | PreparedRefresh:
         """Choose the next sets from the current weights, without applying them."""
-        refresh = self._choose_incrementally(options)
-        if refresh is not None:
-            return refresh
+        chosen = self._choose_incrementally(options)
+        if chosen is not None:
+            return chosen
         values = self.values.detach().view(-1)
         # Other methods read nothing but the shape, device and dtype of the weights.
         reads_all = "weights" in self.method.needs
@@ -308,18 +308,16 @@ class Execution(ABC):
         gradient = self.whole_gradient() if "gradient" in self.method.needs else self.momentum
         return self.ranked.refresh(weights, self.support, options, updates, values, gradient)
 
-    def _choose_incrementally(self, options: Options) -> IncrementalRefresh | None:
+    def _choose_incrementally(self, options: Options) -> PreparedRefresh | None:
         """Choose the next sets from few candidates; None if all weights have to be read."""
-        on_device = self.values.device.type != "cpu" and self.reservoir.kind == "device"
-        if on_device or self.values.dtype not in STREAMED:
+        stays = self.values.device.type != "cpu" and self.reservoir.kind == "device"
+        if stays or self.values.dtype not in STREAMED:
             return None
         values, indices = (
             tensor.detach().view(-1).cpu().numpy() for tensor in (self.values, self.support.indices)
         )
         old = Support(indices, self.support.forward, self.support.blocks)
-        return self.ranked.refresh_incrementally(
-            values, self.reservoir, old, options, self.selection
-        )
+        return self.ranked.prepare_refresh(values, self.reservoir, old, options, self.selection)
 
     def check_migratable(self, inner: torch.optim.Optimizer) -> None:
         """Raise :class:`UnsupportedOptimizerError` for state that cannot be migrated."""
@@ -329,21 +327,23 @@ class Execution(ABC):
 
     def apply_refresh(
         self,
-        refresh: Refresh | IncrementalRefresh,
+        refresh: Refresh | PreparedRefresh,
         inner: torch.optim.Optimizer,
         group: Mapping[str, Any],
     ) -> None:
         """Switch to new sets; migrate values, gradient, inner state and ages to the new B."""
-        new, migration = refresh.support, refresh.migration
-        if isinstance(refresh, IncrementalRefresh):
-            migration = Migration(*map(self._to_device, migration))
-            new = Support(self._to_device(new.indices), new.forward, new.blocks)
-            values, entered_active = map(self._to_device, (refresh.values, refresh.entered_active))
-            self.reservoir.write(*refresh.left, refresh.support.ascending_entries())
-            self.selection = refresh.selection
-        else:
-            values, entered_active = self._exchange(new, migration), refresh.entered_active
+        if isinstance(refresh, Refresh):
+            new, migration, entered_active = refresh
+            values = self._exchange(new, migration)
             self.selection = IncrementalSelection(loss=self.selection.loss)
+        else:
+            # One tensor after the other: what is made for it is used while it is in the caches.
+            chosen = refresh()
+            host, migration = chosen.support, Migration(*map(self._to_device, chosen.migration))
+            values, entered_active = map(self._to_device, (chosen.values, chosen.entered_active))
+            new = Support(self._to_device(host.indices), host.forward, host.blocks)
+            self.reservoir.write(*chosen.left, host.ascending_entries())
+            self.selection = chosen.selection
         moving = Moving(migration)
         self.move_gradient(moving)
         self.values.detach().view(-1).copy_(values)

@@ -67,8 +67,9 @@ def refresh_if_due(state: WrapperState, pairs: Pairs) -> None:
             f"{error}. The weights have moved, but A and B are as before this update: repair the "
             "weights or the gradient and call step again"
         ) from None
-    for (execution, param_group), refresh in zip(due, refreshes, strict=True):
-        execution.apply_refresh(refresh, state.inner, param_group)
+    refreshes.reverse()
+    for execution, param_group in due:  # what was applied is freed
+        execution.apply_refresh(refreshes.pop(), state.inner, param_group)
     state.overdue = False
     if due:
         state.refreshes += 1

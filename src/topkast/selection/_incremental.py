@@ -8,7 +8,7 @@ leave B are moved block by block.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -81,9 +81,38 @@ def choose_next(
     >>> chosen.left
     (array([4, 6], dtype=int32), array([0.1, 0.2]))
     """
+    finish = prepare_next(
+        selection,
+        support,
+        values,
+        reservoir,
+        ranks,
+        counts=counts,
+        block_score=block_score,
+        name=name,
+    )
+    return None if finish is None else finish()
+
+
+def prepare_next(
+    selection: IncrementalSelection,
+    support: Support,
+    values: Vector,
+    reservoir: Reservoir,
+    ranks: Ranks,
+    *,
+    counts: tuple[int, int] | None = None,
+    block_score: BlockScore = "sum",
+    name: str = "",
+) -> Callable[[], tuple[Exchange, IncrementalSelection]] | None:
+    """Do what :func:`choose_next` does, but leave what cannot fail to the result.
+
+    `values` must not change before the result is called. Until then, it holds little more memory
+    than the reserve, where the sets are of single weights.
+    """
     blocks = support.blocks
     if blocks is None:
-        return selection.choose(support, values, reservoir, ranks, counts=counts, name=name)
+        return selection.prepare(support, values, reservoir, ranks, counts=counts, name=name)
     if selection.block_score != block_score:
         selection = IncrementalSelection(loss=selection.loss)
     by_block = values.reshape(-1, blocks.size)
@@ -98,8 +127,9 @@ def choose_next(
     if outcome is None:
         return None
     exchange, following = outcome
-    weights = _exchange_weights(exchange, support, by_block, reservoir)
-    return weights, replace(following, block_score=block_score)
+    weights = _exchange_weights(exchange, support, by_block, reservoir)  # reads the reservoir
+    following = replace(following, block_score=block_score)
+    return lambda: (weights, following)
 
 
 def choose_first(

@@ -8,17 +8,18 @@ next B is exact, and only candidates were read. Otherwise the reserve is filled 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from topkast._errors import NonFiniteError
-from topkast._progress import CHUNK, chunks
 from topkast.backends import _candidates
 from topkast.backends._compiled import functions
+from topkast.reservoirs._outside import largest_outside
 from topkast.reservoirs._reservoir import Reservoir
 from topkast.selection._random import Ranks
 from topkast.selection._support import Migration, Support
@@ -26,8 +27,6 @@ from topkast.selection._units import BlockScore
 
 Vector = np.ndarray[Any, Any]
 
-_SAMPLE, _RUN = 1 << 15, 1 << 4  # entries of a sample, and of a run of consecutive ones
-_SPREAD = 4.0  # standard deviations of a sampled quantile, by which the bound is lowered
 _MIN_RESERVE = 1 << 10  # entries
 _FIRST_SHARE, _MAX_SHARE = 1 / 8, 1 / 2  # of |B|
 _MAX_SLOTS = 4  # times the entries of a reserve: then those that left are removed
@@ -195,34 +194,52 @@ class IncrementalSelection:
         >>> chosen.support.indices, chosen.left
         (array([1, 2, 3], dtype=int32), (array([5], dtype=int32), array([0.2])))
         """
+        finish = self.prepare(support, values, reservoir, ranks, counts=counts, name=name)
+        return None if finish is None else finish()
+
+    def prepare(
+        self,
+        support: Support,
+        values: Vector,
+        reservoir: Reservoir,
+        ranks: Ranks,
+        *,
+        counts: tuple[int, int] | None = None,
+        name: str = "",
+    ) -> Callable[[], tuple[Exchange, IncrementalSelection]] | None:
+        """Do what :meth:`choose` does, but leave the division of the candidates to the result.
+
+        Whatever can fail has been done then. `values` must not change before the result is called.
+        """
         counts = (support.forward, support.backward) if counts is None else counts
         loss, known = self.loss, 0  # entries outside B above the present bound
         brackets = self._expect_smallest()
         missing = counts[1] - support.backward
         if self.reserve is not None:
-            outcome = exchange(
-                support, values, self.reserve, reservoir.size, ranks, counts, brackets
-            )
-            if isinstance(outcome, Exchange):
-                smallest = *self.smallest[1 - _HISTORY :], outcome.smallest
-                following = replace(
-                    self, reserve=outcome.reserve, age=self.age + 1, smallest=smallest
-                )
-                return outcome, following
-            missing, known = outcome, self.reserve.size
+            ranking = rank(support, values, self.reserve, reservoir.size, ranks, counts, brackets)
+            if isinstance(ranking, Ranking):
+                return functools.partial(self._follow, ranking, replace(self, age=self.age + 1))
+            missing, known = ranking, self.reserve.size
             loss = (self.filled + missing) / (self.age + 1)
         count = known + missing + reserve_size(reservoir.size, counts[1], loss)
         while True:
-            reserve = fill_reserve(reservoir, support, count, name=name)
-            if reserve is None:
+            largest = largest_outside(reservoir, support, count, name=name)
+            if largest is None:
                 return None
-            outcome = exchange(support, values, reserve, reservoir.size, ranks, counts, brackets)
-            if isinstance(outcome, Exchange):
-                smallest = *self.smallest[1 - _HISTORY :], outcome.smallest
-                return outcome, IncrementalSelection(
-                    outcome.reserve, outcome.reserve.size, loss=loss, smallest=smallest
-                )
-            count += 2 * outcome
+            reserve = Reserve(*largest, size=largest.indices.size)
+            ranking = rank(support, values, reserve, reservoir.size, ranks, counts, brackets)
+            if isinstance(ranking, Ranking):
+                return functools.partial(self._follow, ranking, IncrementalSelection(loss=loss))
+            count += 2 * ranking
+
+    def _follow(
+        self, ranking: Ranking, following: IncrementalSelection
+    ) -> tuple[Exchange, IncrementalSelection]:
+        """Divide the candidates; complete the selection that follows."""
+        exchange = ranking.exchange()
+        reserve, smallest = exchange.reserve, (*self.smallest[1 - _HISTORY :], exchange.smallest)
+        filled = following.filled if following.age else reserve.size
+        return exchange, replace(following, reserve=reserve, filled=filled, smallest=smallest)
 
     def _expect_smallest(self) -> list[tuple[float, float]] | None:
         """Bounds of the next smallest magnitudes, if they move about as they did before."""
@@ -243,7 +260,7 @@ def reserve_size(size: int, backward: int, loss: float | None) -> int:
     return max(_MIN_RESERVE, int(min(wanted, _MAX_SHARE * backward)))
 
 
-def exchange(
+def rank(
     support: Support,
     values: Vector,
     reserve: Reserve,
@@ -251,8 +268,8 @@ def exchange(
     ranks: Ranks,
     counts: tuple[int, int],
     brackets: Sequence[tuple[float, float]] | None = None,
-) -> Exchange | int:
-    """Choose the next sets among the entries of B and the reserve.
+) -> Ranking | int:
+    """Find the smallest magnitudes of the next sets among the entries of B and the reserve.
 
     If an entry outside both could belong to the next B, returns the number of missing entries
     instead: those in the next B that may be smaller than the reserve's bound. Parameters and errors
@@ -277,32 +294,55 @@ def exchange(
     ties = None
     if forward.surplus or backward.surplus:
         ties = _find_ties(lists, forward, ranks, use), _find_ties(lists, backward, ranks, use)
-    # Of the reserve, only what reaches the next B has to be put in order.
-    positions, entering = use.collect(reserve.values, backward.magnitude)
-    indices = reserve.indices.take(positions)
-    order = _ascending(indices)
-    division = use.divide(
-        (support.indices, values),
-        (indices[order], entering[order]),
-        split=split,
-        size=size,
-        forward=forward.magnitude,
-        backward=backward.magnitude,
-        bound=reserve.bound,
-        ties=ties,
-    )
-    inside = slice(counts[1])
-    outside = slice(counts[1], counts[1] + division.sizes[2])
-    left = counts[1] + np.flatnonzero(division.survives[counts[1] :])
-    return Exchange(
-        Support(division.indices[inside], counts[0]),
-        Migration(division.source[inside], division.survives[inside]),
-        division.values[inside],
-        reserve.exchange(positions, (division.indices[outside], division.values[outside])),
-        (division.indices.take(left), division.values.take(left)),
-        (forward.magnitude, backward.magnitude),
-        division.entered,
-    )
+    smallest = forward.magnitude, backward.magnitude
+    return Ranking(support, values, reserve, size, counts, smallest, ties)
+
+
+class Ranking(NamedTuple):
+    """The candidates for the next sets, and the smallest magnitudes in these.
+
+    `ties` are indices of entries at these magnitudes that rank too low. For the others, see
+    :func:`rank`.
+    """
+
+    support: Support
+    values: Vector
+    reserve: Reserve
+    size: int
+    counts: tuple[int, int]
+    smallest: tuple[float, float]
+    ties: tuple[Vector, Vector] | None
+
+    def exchange(self) -> Exchange:
+        """Divide the candidates into the next sets and the next reserve."""
+        support, values, reserve, counts = self.support, self.values, self.reserve, self.counts
+        use = functions(values.size + reserve.values.size)
+        # Of the reserve, only what reaches the next B has to be put in order.
+        positions, entering = use.collect(reserve.values, self.smallest[1])
+        indices = reserve.indices.take(positions)
+        order = _ascending(indices)
+        division = use.divide(
+            (support.indices, values),
+            (indices[order], entering[order]),
+            split=support.forward,
+            size=self.size,
+            forward=self.smallest[0],
+            backward=self.smallest[1],
+            bound=reserve.bound,
+            ties=self.ties,
+        )
+        inside = slice(counts[1])
+        outside = slice(counts[1], counts[1] + division.sizes[2])
+        left = counts[1] + np.flatnonzero(division.survives[counts[1] :])
+        return Exchange(
+            Support(division.indices[inside], counts[0]),
+            Migration(division.source[inside], division.survives[inside]),
+            division.values[inside],
+            reserve.exchange(positions, (division.indices[outside], division.values[outside])),
+            (division.indices.take(left), division.values.take(left)),
+            self.smallest,
+            division.entered,
+        )
 
 
 def _ascending(indices: Vector) -> Vector:
@@ -318,63 +358,6 @@ def _ascending(indices: Vector) -> Vector:
 
 def _count_reaching(values: Vector, bound: float) -> int:
     return int(np.count_nonzero(np.abs(values) >= values.dtype.type(bound)))
-
-
-def fill_reserve(
-    reservoir: Reservoir, support: Support, count: int, *, name: str = ""
-) -> Reserve | None:
-    """Collect a few more than the `count` largest entries outside B, and all that are as large.
-
-    Returns None if entries of magnitude zero would be among them, unless all entries outside B are.
-    """
-    takes_all = count >= reservoir.size - support.backward
-    bound = 0.0 if takes_all else _estimate_bound(reservoir, support, count)
-    if not takes_all and not bound:
-        return None
-    dtype = support.indices.dtype
-    starts = np.append(np.arange(0, reservoir.size, CHUNK), reservoir.size).astype(dtype)
-    runs = support.active, support.exploring
-    edges = [np.searchsorted(run, starts) for run in runs]
-    parts = [(np.zeros(0, dtype), reservoir.read(0, 0))]
-    for number, (start, stop) in enumerate(chunks(reservoir.size, f"{name}: reading all weights")):
-        weights = reservoir.read(start, stop)
-        inside = [
-            (run[edge[number] : edge[number + 1]] - dtype.type(start)).astype(np.int32, copy=False)
-            for run, edge in zip(runs, edges, strict=True)
-        ]
-        if takes_all:
-            outside = np.ones(weights.size, dtype=np.bool_)
-            for positions in inside:
-                outside[positions] = False
-            found = np.flatnonzero(outside)
-            kept = weights[found]
-        else:
-            use = functions(weights.size)
-            for positions in inside:
-                use.put(weights, positions, np.zeros(positions.size, weights.dtype))
-            found, kept = use.collect(weights, bound)
-        parts.append((found.astype(dtype, copy=False) + dtype.type(start), kept))
-    indices, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return Reserve(indices, values, bound, indices.size)
-
-
-def _estimate_bound(reservoir: Reservoir, support: Support, count: int) -> float:
-    """A magnitude that most likely more than `count` entries outside B reach, from a sample."""
-    dtype = support.indices.dtype
-    step = _RUN * max(1, reservoir.size // _SAMPLE)
-    firsts = np.arange(0, reservoir.size - _RUN + 1, step, dtype=dtype)
-    indices = (firsts[:, None] + np.arange(_RUN, dtype=dtype)).ravel()
-    sample = np.abs(reservoir.take(indices))
-    for run in (support.active, support.exploring):
-        if len(run):
-            positions = np.minimum(np.searchsorted(run, indices), len(run) - 1)
-            sample[run[positions] == indices] = 0
-    share = count / reservoir.size
-    margin = _SPREAD * math.sqrt(sample.size * share * (1 - share)) + 1
-    rank = min(sample.size - 1, int(sample.size * share + margin))
-    place = sample.size - 1 - rank
-    sample.partition(place)
-    return float(sample[place])
 
 
 def _find_ties(
