@@ -480,7 +480,7 @@ def test_an_interrupted_refresh_changes_no_set(
     train(model, opt, 3)
     supports = [execution.support for execution in executions(opt)]
     chosen: list[Any] = []
-    original = IncrementalSelection.choose
+    original = IncrementalSelection.prepare
 
     def interrupt_second(*arguments: Any, **named: Any) -> Any:
         chosen.append(arguments)
@@ -488,7 +488,7 @@ def test_an_interrupted_refresh_changes_no_set(
             raise KeyboardInterrupt
         return original(*arguments, **named)
 
-    monkeypatch.setattr(IncrementalSelection, "choose", interrupt_second)
+    monkeypatch.setattr(IncrementalSelection, "prepare", interrupt_second)
     with pytest.raises(KeyboardInterrupt):
         train(model, opt, 1)
     pairs = list(zip(executions(opt), supports, strict=True))
