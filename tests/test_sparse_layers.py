@@ -64,7 +64,35 @@ def test_memory_of_a_linear_layers_products() -> None:
     pytest.importorskip("numba")
     for fwd, bwd in ((0.9, 0.8), (0.95, 0.9)):
         layer = topkast_torch.SparseLinear(1024, 512, fwd=fwd, bwd=bwd)
-        assert layer.products.nbytes <= 4 * layer.values.numel()
+        layer(torch.randn(4, 1024, requires_grad=True)).sum().backward()
+        assert layer.active_count < layer.products.nbytes <= 4 * layer.values.numel()
+
+
+def make_sparse(layer: Any) -> Any:
+    model = nn.Sequential(layer)
+    inner = torch.optim.SGD(model.named_parameters(), 0.1)
+    topkast.sparsify(model, topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.8))
+    return model[0]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "bytes_per_entry"),
+    [(nn.Linear(400, 300), (4, 400), 6), (nn.Conv2d(48, 64, 3), (2, 48, 8, 8), 8)],
+)
+def test_only_an_input_gradient_makes_the_layout_of_the_transpose(
+    layer: Any, shape: tuple[int, ...], bytes_per_entry: int
+) -> None:
+    """A first layer and inference have none: 6 bytes an entry of A, with offsets 10.
+
+    What it is made from is dropped then.
+    """
+    pytest.importorskip("numba")
+    sparse = make_sparse(layer)
+    inputs = torch.randn(shape)
+    sparse(inputs).sum().backward()
+    held = sparse.products.nbytes
+    sparse(inputs.requires_grad_()).sum().backward()
+    assert sparse.products.nbytes - held > bytes_per_entry * sparse.active_count
 
 
 @pytest.mark.parametrize("layer_type", ["linear", "convolution"])

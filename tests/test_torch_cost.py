@@ -173,7 +173,7 @@ def test_bytes_are_those_that_summary_measures(
     inner: str, fwd: float, bwd: float, block: Any, execution: Any
 ) -> None:
     """Exact for all parts but those that depend on the positions of the entries."""
-    model, example = make_mlp(), torch.randn(8, WIDTHS[0])
+    model, example = make_mlp(), torch.randn(8, WIDTHS[0], requires_grad=True)
     optimizer = topkast.wrap_optimizer(
         OPTIMIZERS[inner](model.named_parameters()),
         fwd=fwd,
@@ -210,7 +210,8 @@ def test_bytes_are_those_that_summary_measures(
 
 def test_bytes_of_sparse_convolutions() -> None:
     torch.manual_seed(0)
-    model, example = nn.Sequential(nn.Conv2d(64, 96, 3)), torch.randn(2, 64, 8, 8)
+    model = nn.Sequential(nn.Conv2d(64, 96, 3))
+    example = torch.randn(2, 64, 8, 8, requires_grad=True)
     optimizer = topkast.wrap_optimizer(
         torch.optim.Adam(model.named_parameters()), fwd=0.9, bwd=0.8, refresh_every=9
     )

@@ -13,10 +13,11 @@ from topkast.backends._threads import default_threads
 from topkast.kernels._columns import find_columns, find_row_starts, rows_and_columns
 from topkast.kernels._gather import gather_unchecked
 from topkast.kernels._geometry import ConvGeometry, Pair
-from topkast.kernels._layout import make_layout, make_row_layout
+from topkast.kernels._layout import Layout, make_layout, make_row_layout
 from topkast.kernels._plane_products import OffsetLayout, convolve, sampled_correlation, shift
 from topkast.kernels._planes import from_planes, lanes_of, to_planes
 from topkast.kernels.runtime._arguments import Vector, empty_aligned
+from topkast.kernels.runtime._deferred import Deferred
 
 _SIZES = 4  # image sizes whose layouts are cached
 
@@ -27,13 +28,13 @@ class _Layouts(NamedTuple):
     """The layouts of the three products for images of one size."""
 
     forward: OffsetLayout
-    transposed: OffsetLayout
+    transposed: Deferred[OffsetLayout]
     active: OffsetLayout
     exploring: OffsetLayout
 
     @property
     def nbytes(self) -> int:
-        return self.forward.offsets.nbytes + self.transposed.offsets.nbytes
+        return self.forward.offsets.nbytes + self.transposed.nbytes
 
 
 class PlaneShapes:
@@ -152,12 +153,13 @@ class ConvolutionProducts(PlaneShapes):
         panel_width = self._forward.panel_width
         self._active = make(active, max_rows=max_rows, panel_width=panel_width)
         self._exploring = make(exploring, max_rows=max_rows, panel_width=panel_width)
-        transposed = geometry.transpose(*rows_and_columns(columns, pitch, active))
-        self._transposed = make_layout(
-            *transposed,
-            np.arange(forward, dtype=np.int32),
-            shape=(self._planes, self._rows * weights),
-            max_rows=256,
+        # Inference computes no input gradient.
+        size_of_transpose = self._planes, self._rows * weights
+        self._of_transpose = Deferred(
+            functools.partial(
+                _make_transpose, geometry, columns, pitch, active, forward, size_of_transpose
+            ),
+            active.nbytes,
         )
         self._layouts: dict[ConvGeometry, _Layouts] = {}
 
@@ -182,7 +184,7 @@ class ConvolutionProducts(PlaneShapes):
         self, values: Vector, gradient: Vector, out: Vector, *, shape: Shape
     ) -> None:
         """Write the gradient of the images, of shape `shape`, with the weight on A into `out`."""
-        layout = self._transposed
+        layout = self._of_transpose.get()
         length = layout.required_length
         if values.ndim != 1 or len(values) < length or not values.flags.c_contiguous:
             raise ValueError(
@@ -200,7 +202,7 @@ class ConvolutionProducts(PlaneShapes):
         planes = empty_aligned(
             (len(gradient), self._planes, geometry.pixels, gradient.shape[3]), gradient.dtype
         )
-        convolve(self._layouts_of(geometry).transposed, ordered, gradient, planes)
+        convolve(self._layouts_of(geometry).transposed.get(), ordered, gradient, planes)
         from_planes(planes, out, geometry.image_layout)
 
     def weight_gradient(
@@ -222,7 +224,7 @@ class ConvolutionProducts(PlaneShapes):
     @property
     def nbytes(self) -> int:
         """Bytes held in addition to `indices`."""
-        layouts = self._forward, self._active, self._exploring, self._transposed
+        layouts = self._forward, self._active, self._exploring, self._of_transpose
         offsets = sum(cached.nbytes for cached in self._layouts.values())
         return self._columns_nbytes + sum(layout.nbytes for layout in layouts) + offsets
 
@@ -235,7 +237,10 @@ class ConvolutionProducts(PlaneShapes):
             forward = shift(self._forward, input_offsets)
             layouts = _Layouts(
                 forward,
-                shift(self._transposed, output_offsets),
+                Deferred(
+                    functools.partial(_shift_transpose, self._of_transpose, output_offsets),
+                    output_offsets.nbytes,
+                ),
                 shift(self._active, input_offsets, shifts=forward.offsets),
                 shift(self._exploring, input_offsets, shifts=forward.offsets),
             )
@@ -243,6 +248,23 @@ class ConvolutionProducts(PlaneShapes):
                 self._layouts.pop(oldest, None)
             self._layouts[geometry] = layouts
         return layouts
+
+
+def _make_transpose(
+    geometry: ConvGeometry,
+    columns: Vector,
+    pitch: int,
+    row_starts: Vector,
+    entries: int,
+    shape: tuple[int, int],
+) -> Layout:
+    """The layout of the input gradient; its values are those of A in their order."""
+    transposed = geometry.transpose(*rows_and_columns(columns, pitch, row_starts))
+    return make_layout(*transposed, np.arange(entries, dtype=np.int32), shape=shape, max_rows=256)
+
+
+def _shift_transpose(layout: Deferred[Layout], table: Vector) -> OffsetLayout:
+    return shift(layout.get(), table)
 
 
 @functools.lru_cache(maxsize=256)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from topkast.kernels._columns import find_columns, find_row_starts, locate_rows
-from topkast.kernels._layout import make_row_layout, make_transposed_layout
+from topkast.kernels._layout import Layout, make_row_layout, make_transposed_layout
 from topkast.kernels._packing import pack
 from topkast.kernels._products import multiply, sampled_product, tile_width
 from topkast.kernels.runtime._arguments import Vector
+from topkast.kernels.runtime._deferred import Deferred
 from topkast.kernels.runtime._partition import row_panel_width
 
 
 class LinearProducts:
     r"""Products with a sparse weight W (rows × width), whose values on B are one vector.
 
-    In that vector and in `indices`, the entries of A come first. The layouts take another 6 bytes
-    for each entry of A and about half a byte for each of B. The forward product and the weight
-    gradient read columns from `indices`: do not write to that array.
+    In that vector and in `indices`, the entries of A come first. The layouts take about half a byte
+    for each entry of B, and another 6 bytes for each of A from the first input gradient on. The
+    products read columns from `indices`: do not write to that array.
 
     Parameters
     ----------
@@ -67,7 +69,15 @@ class LinearProducts:
             make_row_layout(columns, starts, shape=shape, pitch=pitch, panel_width=panel_width)
             for starts in (active, exploring)
         )
-        self._transposed = make_transposed_layout(columns, active, shape=shape, pitch=pitch)
+        # Neither inference nor the first layer of a network computes an input gradient.
+        self._of_transpose = Deferred(
+            functools.partial(make_transposed_layout, columns, active, shape=shape, pitch=pitch),
+            active.nbytes,
+        )
+
+    @property
+    def _transposed(self) -> Layout:
+        return self._of_transpose.get()
 
     @staticmethod
     def packed_shape(shape: tuple[int, int], dtype: Any) -> tuple[int, int, int]:
@@ -104,5 +114,5 @@ class LinearProducts:
     @property
     def nbytes(self) -> int:
         """Bytes held in addition to `indices`."""
-        layouts = self._active, self._exploring, self._transposed
+        layouts = self._active, self._exploring, self._of_transpose
         return self._columns_nbytes + sum(layout.nbytes for layout in layouts)

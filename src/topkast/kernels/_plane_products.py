@@ -67,6 +67,11 @@ class OffsetLayout:
     offsets: Vector
     max_offset: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the offsets."""
+        return self.offsets.nbytes
+
 
 def shift(
     layout: RowLayout | Layout, table: Vector, /, *, shifts: Vector | None = None
