@@ -68,7 +68,7 @@ class YoungEntries:
         """Count an update."""
         self.updates_since += 1
 
-    def _find_young(self, group: Mapping[str, Any] | None, *, has_entrants: bool = False) -> None:
+    def _find_young(self, group: Mapping[str, Any] | None) -> None:
         """Find the positions of young entries, and of entrants that have not been stepped."""
         betas, since = self.betas(group or {}), self.updates_since
         self._refreshed_at = since
