@@ -17,6 +17,7 @@ from torch import nn
 import topkast
 from topkast import reference
 from topkast._age import SETTLED, corrections, grow, kappa, scale_young, young_limit
+from topkast.adapter import Migration
 
 BETAS = (0.9, 0.999)
 
@@ -249,6 +250,24 @@ class TestState:
         (execution,) = run.opt._wrapper_state.executions
         ages = execution.young.ages
         assert (ages.dtype, ages.shape) == (torch.int16, execution.support.indices.shape)
+
+    def test_ages_after_many_updates(self) -> None:
+        """They are counted from a time that moves on before an int16 would overflow."""
+        run = TorchRun(torch_adam, False)
+        (execution,) = run.opt._wrapper_state.executions
+        young, group = execution.young, run.opt.param_groups[0]
+        rng = np.random.default_rng(0)
+        expected = host(young.current_ages()).astype(int)
+        for updates in (1, 7, 16_000, 30_000, 400, 3, 16_383, 1, 20_000, 5):
+            for _ in range(updates):
+                young.count_step()
+            expected = np.minimum(expected + updates, SETTLED)
+            np.testing.assert_array_equal(host(young.current_ages()), expected)
+            source = rng.integers(0, len(expected), len(expected)).astype(np.int32)
+            survives = rng.random(len(expected)) < 0.8
+            young.migrate(Migration(torch.from_numpy(source), torch.from_numpy(survives)), group)
+            expected = np.where(survives, expected[source], 0)
+            np.testing.assert_array_equal(host(young.current_ages()), expected)
 
     @pytest.mark.parametrize("sparse", [False, True])
     def test_ages_are_saved_loaded_and_copied(self, sparse: bool) -> None:

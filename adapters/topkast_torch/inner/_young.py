@@ -41,8 +41,8 @@ class YoungEntries:
 
     def current_ages(self) -> Tensor:
         """The ages now, int16: updates from each weight's entry into B."""
-        since = min(self.updates_since, SETTLED)
-        return self.ages.clamp(max=SETTLED - since).add_(since)  # settled entries stay settled
+        ages = self.ages.int().add_(self.updates_since)
+        return ages.clamp_(max=SETTLED).short()  # settled entries stay settled
 
     def restore(self, ages: Tensor, group: Mapping[str, Any] | None = None) -> None:
         """Set the ages."""
