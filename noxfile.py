@@ -209,6 +209,8 @@ def package(session: nox.Session) -> None:
         session.run(*pip, f"topkast[cpu,demo] @ {file.as_uri()}", external=True)
         with session.chdir(empty):
             session.run(python, "-m", "topkast", "demo", external=True)
+    if "urls" not in nox.project.load_toml("pyproject.toml")["project"]:
+        session.warn("project.urls is not set: see 'Publishing a version' in CONTRIBUTING.md")
 
 
 @nox.session
