@@ -73,7 +73,6 @@ def group() -> Iterator[Any]:
     dist.destroy_process_group()
 
 
-@pytest.mark.timeout(300)
 def test_two_processes_are_one_and_resume_in_one(tmp_path: Path, group: Any) -> None:
     """Weights, sets, moments and ages, to the last bit: a sum of two gradients has no order."""
     spawn(run_two, args=(str(tmp_path),), nprocs=2)
@@ -123,7 +122,6 @@ def _resume_whole(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_four_processes_are_one_and_go_on_from_two(tmp_path: Path) -> None:
     spawn(run_two, args=(str(tmp_path),), nprocs=2)
     spawn(run_four, args=(str(tmp_path),), nprocs=4)
