@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax_training import Pytree, assert_close, assert_equal, wrap
+from products import star
 
 import topkast
 
@@ -177,3 +178,41 @@ def test_arrays_on_no_mesh_are_replicated_on_it() -> None:
     updates, state = tx.update(params, tx.init(params), params, unexpected="ignored", value=1.0)
     assert state.updates == 1
     assert updates["extra"].shape == (9, 9)
+
+
+SELECTIONS: dict[str, Any] = {
+    "magnitude": {"fwd": 0.9, "bwd": 0.8},
+    "random": {"fwd": 0.9, "bwd": 0.8, "explore": "random"},
+    "block": {"fwd": 0.75, "bwd": 0.5, "block": (2, 4)},
+    "pattern": {"fwd": 0.5, "bwd": 0.25, "pattern": (2, 4)},
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "spec"), star(SELECTIONS, [P("x", "y"), ROWS, COLUMNS, P(("y", "x"), None)])
+)
+def test_selection_on_explicit_axes(options: Any, spec: P) -> None:
+    """JAX derives no shardings there; the sets and values are those of one device."""
+    types = (AxisType.Explicit, AxisType.Explicit)
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=types)
+    whole = jax.random.normal(jax.random.key(0), (8, 16))
+    sharded = jax.device_put(whole, NamedSharding(mesh, spec))
+    assert jax.typeof(sharded).sharding.spec == spec
+
+    def choose(params: jax.Array) -> Any:
+        support = topkast.select(params, **options)
+        values = topkast.gather(params, support)
+        return support, values, topkast.scatter(values, support, shape=params.shape)
+
+    expected = choose(whole)
+    for function in (choose, jax.jit(choose)):
+        assert_equal(function(sharded), expected)
+        with jax.set_mesh(mesh):
+            assert_equal(function(sharded), expected)
+
+
+def test_not_a_number_on_explicit_axes() -> None:
+    mesh = make_mesh(AxisType.Explicit)
+    params = jnp.ones((8, 16)).at[2, 3].set(jnp.nan)
+    with pytest.raises(topkast.NonFiniteError, match="1 of 128 entries"):
+        topkast.select(jax.device_put(params, NamedSharding(mesh, COLUMNS)), fwd=0.9, bwd=0.8)

@@ -29,8 +29,6 @@ from topkast_paper.imagenet import (
 from topkast_paper.resnet50 import ResNet
 from topkast_paper.train_resnet50 import ImageNetSettings, train
 
-pytestmark = pytest.mark.slow  # tests/test_paper_scale.py trains both
-
 TINY = ImageNetSettings(
     steps=6,
     batch=8,
@@ -131,6 +129,7 @@ def test_training_keeps_exact_counts(
     assert json.loads((tmp_path / "run" / "curve.json").read_text()) == result["curve"]
 
 
+@pytest.mark.slow
 def test_results_of_topkast_and_dense(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images")
     dense = train(TINY, images, tmp_path / "dense", seed=0)
@@ -166,6 +165,7 @@ def test_gradual_pruning_runs(tmp_path: Path) -> None:
     assert 0.1 < result["training_fraction"] < 1
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images")
     settings = sparse(TopKAST(), 0.5, 0.2, multiplier=6, lr=0.05)
@@ -174,6 +174,7 @@ def test_it_learns(tmp_path: Path) -> None:
     assert result["final"] > 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [TopKAST(), RigL(until=5)], ids=["topkast", "rigl"])
 def test_a_killed_run_resumes_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Method
@@ -273,6 +274,7 @@ class _Scale(torch.nn.Module):
         return inputs * self.weight.view(-1, 1, 1)
 
 
+@pytest.mark.slow
 def test_workers_and_bfloat16(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images")
     settings = dataclasses.replace(TINY, multiplier=0.5, evaluations=1)
@@ -367,7 +369,7 @@ def test_missing_and_wrong_folders_are_named(tmp_path: Path) -> None:
     assert "train has a folder n03, but" in error(images)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_unreadable_image_is_named(tmp_path: Path, workers: int) -> None:
     images = write_images(tmp_path / "images")
     for path in (images / "train" / "n02").iterdir():
@@ -415,3 +417,24 @@ def test_divergence_is_named(tmp_path: Path) -> None:
     settings = sparse(TopKAST(), 0.9, 0.8, lr=1e30, warm_up=0.0001)
     with pytest.raises(PaperError, match="training diverged at update"):
         train(settings, images, tmp_path / "run", seed=0)
+
+
+def test_an_infinite_gradient_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is finite, but a gradient before a refresh is not: the refresh finds it."""
+    images, build = write_images(tmp_path / "images"), ImageNetSettings.build
+    factors = iter((1.0, float("inf")))
+
+    def build_with_hook(self: ImageNetSettings, classes: int) -> ResNet:
+        model = build(self, classes)
+        model.get_parameter("layer1.0.conv1.weight").register_hook(
+            lambda grad: grad * next(factors)
+        )
+        return model
+
+    monkeypatch.setattr(ImageNetSettings, "build", build_with_hook)
+    settings = sparse(TopKAST(), 0.9, 0.8, checkpoint_every=1)
+    with pytest.raises(
+        PaperError, match=r"diverged at update 2 \(layer1\.0\.conv1\.weight: .*\): the"
+    ):
+        train(settings, images, tmp_path / "run", seed=0)
+    assert saved(tmp_path / "run")["step"] == 1

@@ -30,8 +30,6 @@ from topkast_paper.train_transformer_xl import (
 from topkast_paper.transformer_xl import RelativeAttention, TransformerXL, encode_distances
 from topkast_paper.vocabulary import Vocabulary
 
-pytestmark = pytest.mark.slow  # tests/test_paper_scale.py trains both
-
 SIZES: dict[str, Any] = {
     "steps": 6,
     "batch": 4,
@@ -57,6 +55,7 @@ def write(settings: LanguageSettings, folder: Path) -> Path:
     return (write_enwik8 if settings.corpus == "enwik8" else write_wikitext)(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [CHARACTERS, WORDS], ids=["enwik8", "wikitext"])
 @pytest.mark.parametrize(
     ("method", "fwd", "bwd"), [(TopKAST(), 0.8, 0.6), (RigL(until=4), 0.9, 0.9)]
@@ -99,6 +98,7 @@ def test_training_keeps_exact_counts_and_resumes(
     assert_equal(saved(tmp_path / "killed"), saved(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path: Path) -> None:
     text = write_enwik8(tmp_path / "text")
     run = dataclasses.replace(CHARACTERS, multiplier=20, dropout=0.0, method=TopKAST(), fwd=0.5)
@@ -377,6 +377,7 @@ def _size(text: Path) -> int:
     return 256 if (text / "enwik8").exists() else 33
 
 
+@pytest.mark.slow
 def test_methods_see_the_accumulated_gradient(tmp_path: Path) -> None:
     """RigL grows the same weights from whole batches and from their parts."""
     text = write_enwik8(tmp_path / "text")
@@ -439,6 +440,8 @@ def test_missing_and_wrong_texts_are_named(tmp_path: Path) -> None:
     assert f"there is no file {tmp_path / 'enwik8'}" in missing
     assert "100,000,000 bytes" in missing
     assert "mattmahoney.net" in missing
+    (tmp_path / "unpacked" / "enwik8").mkdir(parents=True)  # a folder, not the file in it
+    assert "enwik8 cannot be read: Is a directory: expected" in error(ENWIK8, tmp_path / "unpacked")
     characters = write_enwik8(tmp_path / "characters")
     assert "enwik8 has 2,000 bytes: expected" in error(ENWIK8, characters)
     long = dataclasses.replace(CHARACTERS, window=500)

@@ -56,8 +56,12 @@ def test_table1_runs_end_to_end_and_goes_on(
     assert set(results) == {row.label for row in rows}
     tensors = results["Top-KAST 0.8/0.5"][0]["tensors"]
     assert all(active <= backward <= size for size, active, backward in tensors.values())
-    with pytest.raises(StudyError, match="holds another study"):
+    with pytest.raises(StudyError, match=r"holds the study table1 at scale paper .*, not "):
         conduct_at_paper_scale("table5", **options)
+    (damaged, *_) = sorted((output / "runs").glob("*/result.json"))
+    damaged.write_text("{")
+    with pytest.raises(StudyError, match=r"result\.json is not the result of its run: delete it"):
+        conduct_at_paper_scale("table1", **options)
 
 
 def test_a_table_of_text_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1096,7 +1096,6 @@ class TestOtherForms:
             topkast.unwrap(opt)
 
 
-@pytest.mark.timeout(120)
 def test_processes(tmp_path: Path) -> None:
     """Masked layers grow by the mean gradient; sparse ones would each grow by their own."""
     spawn(rival_replica.run, args=(str(tmp_path),), nprocs=2)

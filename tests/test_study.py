@@ -141,6 +141,10 @@ def test_a_damaged_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     message = fail("table6", "--scale", "tiny", "--seeds", "1", "--output", tmp_path, capsys=capsys)
     assert str(run) in message
     assert "delete it" in message
+    run.unlink()
+    run.mkdir()
+    message = fail("table6", "--scale", "tiny", "--seeds", "1", "--output", tmp_path, capsys=capsys)
+    assert f"{run} cannot be read: Is a directory" in message
 
 
 def test_a_killed_study_resumes(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from torch.multiprocessing.spawn import spawn
 
 import topkast
 
-pytestmark = pytest.mark.timeout(120)
 QUICK = ["masked", "random", "sparse", "blocks", "magnitude", "magnitude_hook", "hook_fp16"]
 REFUSED = ["other weights", "other sets"]  # the last ones: they leave a step unfinished
 SLOW = ["rigl", "rigl_hook", "hook_bf16"]

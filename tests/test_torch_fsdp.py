@@ -11,6 +11,7 @@ import pytest
 import topkast_torch
 import torch
 import torch.distributed as dist
+from odd_optimizers import Flattened
 from sharded_replica import (
     OPTIONS,
     SAVED,
@@ -32,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as shard_with_pytorch
-from torch.distributed.tensor import distribute_module
+from torch.distributed.tensor import Shard, distribute_module
 from torch.multiprocessing.spawn import spawn
 
 import topkast
@@ -73,7 +74,6 @@ def group() -> Iterator[Any]:
     dist.destroy_process_group()
 
 
-@pytest.mark.timeout(300)
 def test_two_processes_are_one_and_resume_in_one(tmp_path: Path, group: Any) -> None:
     """Weights, sets, moments and ages, to the last bit: a sum of two gradients has no order."""
     spawn(run_two, args=(str(tmp_path),), nprocs=2)
@@ -123,7 +123,6 @@ def _resume_whole(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_four_processes_are_one_and_go_on_from_two(tmp_path: Path) -> None:
     spawn(run_two, args=(str(tmp_path),), nprocs=2)
     spawn(run_four, args=(str(tmp_path),), nprocs=4)
@@ -256,6 +255,88 @@ def test_options_of_fully_shard_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         make(group, **options)
+
+
+def test_placements_are_asked_of_dense_layers_alone(group: Any) -> None:
+    """The values of a sparse layer are cut by rows, whatever the function says."""
+    torch.manual_seed(0)
+    model = nn.Sequential(topkast_torch.SparseLinear(6, 4, **SPARSITIES), nn.Linear(4, 6))
+    values = model[0].values
+
+    def place(param: nn.Parameter) -> Any:
+        assert param is not values
+        return Shard(1) if param.dim() == 2 else None
+
+    sharded: Any = topkast_torch.fully_shard(model, mesh=group, shard_placement_fn=place)
+    assert sharded[1].weight.placements == (Shard(1),)
+    assert sharded[1].bias.placements == sharded[0].values.placements == (Shard(0),)
+
+
+def test_a_layer_that_was_not_sharded_is_as_before(group: Any) -> None:
+    model = nn.Sequential(topkast_torch.SparseLinear(6, 4, **SPARSITIES))
+    expected, shape = model(torch.ones(2, 6)), model[0].values.shape
+    with pytest.raises(ValueError, match="reshard_after_forward"):  # PyTorch's own
+        topkast_torch.fully_shard(model, mesh=group, reshard_after_forward="no")
+    assert model[0].values.shape == shape
+    assert torch.equal(model(torch.ones(2, 6)), expected)
+
+
+def test_what_was_loaded_into_the_model_alone_is_refused(group: Any) -> None:
+    """Sets and values are the optimizer's, too: its next step says what to load."""
+
+    def step_after_loading(source: nn.Module, **options: Any) -> None:
+        model = make(group)
+        opt: Any = topkast.wrap_optimizer(adamw(model), **SPARSITIES)
+        model.load_state_dict(source.state_dict(), **options)
+        model(torch.ones(1, 6)).sum().backward()
+        opt.step()
+
+    same = make(group)
+    step_after_loading(same)
+    with pytest.raises(topkast.MismatchError, match="load state dicts without assign=True"):
+        step_after_loading(same, assign=True)
+    torch.manual_seed(1)
+    other = nn.Sequential(topkast_torch.SparseLinear(6, 4, **SPARSITIES))
+    with pytest.raises(topkast.MismatchError, match="load the optimizer's state dict too"):
+        step_after_loading(topkast_torch.fully_shard(other, mesh=group))
+
+
+def test_state_dicts_that_sharded_layers_cannot_take(group: Any) -> None:
+    """Such an error leaves the optimizer as it was."""
+    model = make(group)
+    opt: Any = topkast.wrap_optimizer(adamw(model), **SPARSITIES)
+
+    def load_into_sharded(state_dict: dict[str, Any], message: str) -> None:
+        before = report(opt)
+        with pytest.raises(topkast.StateDictError, match=message):
+            opt.load_state_dict(state_dict)
+        assert_same(report(opt), before)
+
+    seeded = nn.Sequential(
+        topkast_torch.SparseLinear(6, 4, **SPARSITIES, reservoir="seeded", seed=3)
+    )
+    other: Any = topkast.wrap_optimizer(adamw(seeded), **SPARSITIES, reservoir="seeded")
+    message = "generates its weights from a seed .* load it in one process with reservoir='device'"
+    load_into_sharded(other.state_dict(), message)
+    whole = nn.Sequential(topkast_torch.SparseLinear(6, 4, **SPARSITIES))
+    other = topkast.wrap_optimizer(adamw(whole), **SPARSITIES)
+    saved = other.state_dict()
+    theta = next(
+        entry["topkast"]["params"]
+        for entry in saved["state"].values()
+        if "params" in entry.get("topkast", {})
+    )
+    theta.view(-1)[0] = torch.nan
+    load_into_sharded(saved, r"0\.values: a saved weight is NaN or infinite")
+
+
+def test_an_optimizer_whose_state_is_one_vector_is_refused(group: Any) -> None:
+    """For a dense DTensor, whose parts of a vector of all weights nobody knows."""
+    torch.manual_seed(0)
+    layers = topkast_torch.SparseLinear(6, 4, **SPARSITIES), nn.Linear(4, 6)
+    model = topkast_torch.fully_shard(nn.Sequential(*layers), mesh=group)
+    with pytest.raises(topkast.UnsupportedOptimizerError, match=r"as one vector .* of 1\.weight"):
+        topkast.wrap_optimizer(Flattened(model.named_parameters()), **SPARSITIES, dense="1.weight")
 
 
 def test_layers_that_cannot_be_sharded_are_refused(group: Any) -> None:

@@ -35,6 +35,12 @@ def asarray_like(host: np.ndarray[Any, Any], array: Array, dtype: Any = None) ->
     return array_namespace(array).asarray(host, dtype=dtype, device=device(array))
 
 
+def flatten(array: Array) -> Array:
+    """A tensor as a vector (n,)."""
+    array = backend_of(array).unsharded(array)
+    return array_namespace(array).reshape(array, (-1,))
+
+
 def take(flat: Array, indices: Array) -> Array:
     """Read the entries (k,) of a vector (n,) at `indices` (unique, below n)."""
     return backend_of(flat).take(flat, indices)

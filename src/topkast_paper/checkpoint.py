@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import pickle
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ def save(output: Path, identity: dict[str, str], content: dict[str, Any]) -> Non
         torch.save({"identity": {"version": VERSION, **identity}, **content}, beside)
         os.replace(beside, output / NAME)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise PaperError(f"the checkpoint {output / NAME} cannot be written: {error}") from None
 
 
@@ -49,13 +50,14 @@ def load(output: Path, identity: dict[str, str]) -> dict[str, Any] | None:
     path = output / NAME
     if not path.exists():
         return None
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        found: dict[str, str] = content["identity"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
+    content: Any = None
+    with contextlib.suppress(Exception):  # other files make the unpickler raise anything
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    found = content.get("identity") if isinstance(content, dict) else None
+    if not isinstance(found, dict):
         raise PaperError(
             f"{path} is no checkpoint, or is damaged: delete it, and the run begins again"
-        ) from None
+        )
     expected = {"version": VERSION, **identity}
     for name in [*expected, *found]:
         if found.get(name) != expected.get(name):
@@ -63,7 +65,7 @@ def load(output: Path, identity: dict[str, str]) -> dict[str, Any] | None:
                 f"{path} belongs to another run: {name} is {found.get(name)} there, and "
                 f"{expected.get(name)} here. Choose another output folder, or delete it"
             )
-    return content
+    return dict(content)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -73,4 +75,6 @@ def write_json(path: Path, content: Any) -> None:
         beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(beside, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise PaperError(f"{path} cannot be written: {error.strerror}") from None

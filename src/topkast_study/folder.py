@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -22,14 +23,7 @@ class Folder:
 
     def __init__(self, path: Path, study: str, scale: Scale) -> None:
         self.path = path
-        identity = {"study": study, "scale": scale.name, "data": scale.data, "version": VERSION}
-        try:
-            self._check(identity)
-            path.mkdir(parents=True, exist_ok=True)
-            self._write("study.json", identity)
-            (path / "runs").mkdir(exist_ok=True)
-        except OSError as error:
-            raise StudyError(f"{path} cannot be written to: {error.strerror}") from None
+        claim(path, study=study, scale=scale.name, data=scale.data)
 
     def load(self, run: Run) -> Result | None:
         """The result of a finished run, or None."""
@@ -41,6 +35,8 @@ class Folder:
             return Result.from_dict(content["result"])
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise StudyError(f"{path} cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError) as error:
             raise StudyError(
                 f"{path} is not the result of its run ({type(error).__name__}): delete it, and it "
@@ -60,35 +56,57 @@ class Folder:
     def _write(self, name: str, content: Any) -> None:
         self.write_text(name, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
-    def _check(self, identity: dict[str, Any]) -> None:
-        """Refuse a folder with other contents."""
-        path = self.path
-        if path.exists() and not path.is_dir():
-            raise StudyError(f"{path} is a file: choose another folder with --output")
-        try:
-            found = json.loads((path / "study.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            # A study that was killed as it began may have left a part of study.json.
-            if path.exists() and any(file.suffix != ".part" for file in path.iterdir()):
-                raise StudyError(
-                    f"{path} has files but no study.json: choose an empty or new folder with "
-                    "--output"
-                ) from None
-            return
-        except ValueError:
-            found = None
-        if found != identity:
-            raise StudyError(
-                f"{path} holds {_describe(found)}, not {_describe(identity)}: choose another "
-                "folder with --output"
-            )
+
+def claim(path: Path, *, study: str, scale: str, data: str) -> None:
+    """Make an output folder with a folder for its runs, and note in study.json what it is of.
+
+    Raises :class:`StudyError` if it holds another study or other files, or cannot be written to.
+    """
+    identity = {"study": study, "scale": scale, "data": data, "version": VERSION}
+    try:
+        _check(path, identity)
+        path.mkdir(parents=True, exist_ok=True)
+        write_whole(path / "study.json", json.dumps(identity, indent=1) + "\n")
+        (path / "runs").mkdir(exist_ok=True)
+    except OSError as error:
+        raise StudyError(f"{path} cannot be written to: {error.strerror}") from None
 
 
 def write_whole(target: Path, text: str) -> None:
-    """Write a file beside its place first, and then rename it."""
+    """Write a file beside its place first, and then rename it.
+
+    Raises :class:`StudyError` if it cannot be written.
+    """
     beside = target.with_name(f"{target.name}.{os.getpid()}.part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, target)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise StudyError(f"{target} cannot be written: {error.strerror}") from None
+
+
+def _check(path: Path, identity: dict[str, Any]) -> None:
+    """Refuse a folder with other contents."""
+    if path.exists() and not path.is_dir():
+        raise StudyError(f"{path} is a file: choose another folder with --output")
+    try:
+        found = json.loads((path / "study.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        # A study that was killed as it began may have left a part of study.json.
+        if path.exists() and any(file.suffix != ".part" for file in path.iterdir()):
+            raise StudyError(
+                f"{path} has files but no study.json: choose an empty or new folder with --output"
+            ) from None
+        return
+    except ValueError:
+        found = None
+    if found != identity:
+        raise StudyError(
+            f"{path} holds {_describe(found)}, not {_describe(identity)}: choose another folder "
+            "with --output"
+        )
 
 
 def _describe(identity: Any) -> str:

@@ -15,7 +15,7 @@ from topkast_paper.settings import Settings
 from topkast_paper.train_resnet50 import ImageNetSettings
 from topkast_paper.train_transformer_xl import ENWIK8, ENWIK8_SMALL, WIKITEXT103
 from topkast_study import StudyError
-from topkast_study.folder import VERSION, write_whole
+from topkast_study.folder import claim, write_whole
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def conduct_at_paper_scale(
         )
     if not data.is_dir():
         raise StudyError(f"{data} is not a folder: expected that of the data for {table.title}")
-    _claim(output, {"study": name, "scale": "paper", "data": str(data), "version": VERSION})
+    claim(output, study=name, scale="paper", data=str(data))
     results: dict[str, list[dict[str, Any]]] = {}
     for row in table.rows:
         settings = row.settings if shrink is None else shrink(row.settings)
@@ -129,24 +129,22 @@ def conduct_at_paper_scale(
                 except PaperError as error:
                     raise StudyError(str(error)) from None
                 write_whole(done, json.dumps(result, indent=1) + "\n")
-            results.setdefault(row.label, []).append(json.loads(done.read_text(encoding="utf-8")))
+            results.setdefault(row.label, []).append(_load(done))
     write_whole(output / "results.json", json.dumps(results, indent=1) + "\n")
     report = output / "report.md"
     write_whole(report, _report(name, table, results))
     return report
 
 
-def _claim(output: Path, identity: dict[str, Any]) -> None:
-    """Record what the folder is of; refuse one of another study."""
-    path = output / "study.json"
-    if path.exists():
-        if json.loads(path.read_text(encoding="utf-8")) != identity:
-            raise StudyError(f"{output} holds another study: choose another folder with --output")
-        return
-    if output.exists() and any(output.iterdir()):
-        raise StudyError(f"{output} has files but no study.json: choose a new folder")
-    output.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(identity, indent=1) + "\n")
+def _load(path: Path) -> dict[str, Any]:
+    """The result of a finished run."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        result = None
+    if not isinstance(result, dict):
+        raise StudyError(f"{path} is not the result of its run: delete it, and the run is repeated")
+    return result
 
 
 def _report(name: str, table: Table, results: dict[str, list[dict[str, Any]]]) -> str:

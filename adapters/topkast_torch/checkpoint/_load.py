@@ -192,7 +192,8 @@ def _check_group(
                 raise StateDictError(f"{name}: the state dict lacks its sets")
         first, *others = extras
         if others:
-            _expect_order(list(extras), extras[first].get("members"))
+            members = [extra["members"] for extra in extras.values() if "members" in extra]
+            _expect_order(list(extras), members[0] if members else None)
         loaded.sets[id(execution)] = _check_sets(execution, extras, folder)
         if extras[first]["started"]:
             stores = _read_stores(extras[first], known_stores)

@@ -84,6 +84,10 @@ class Backend:
         """Whether the values of `array` are unknown, as inside ``jax.jit``."""
         return False
 
+    def unsharded(self, array: Array) -> Array:
+        """`array`, gathered on all devices if its type says how it is sharded."""
+        return array
+
     def constant(self, array: Array) -> Array:
         """Detach `array` from differentiation."""
         return array

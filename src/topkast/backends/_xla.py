@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from topkast.backends._base import Array, ThresholdFinder
 from topkast.selection._random import Key, random_words
@@ -107,6 +107,17 @@ def replicated_beside(array: Array) -> Any:
     if isinstance(array.sharding, NamedSharding):
         return NamedSharding(array.sharding.mesh, PartitionSpec())
     return array.device
+
+
+def unsharded(array: Array) -> Array:
+    """`array`, gathered on all devices if axes of its mesh are explicit.
+
+    JAX derives no shardings on these: a selection, whose sums run over all devices, has none.
+    """
+    mesh = jax.typeof(array).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return array
+    return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec()))
 
 
 def cond(due: Array, change: Callable[..., T], state: T, *operands: Any) -> T:

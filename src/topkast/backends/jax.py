@@ -42,6 +42,9 @@ class JAXBackend(Backend):
     def is_traced(self, array: Array) -> bool:
         return isinstance(array, jax.core.Tracer)
 
+    def unsharded(self, array: Array) -> Array:
+        return _xla.unsharded(array)
+
     def constant(self, array: Array) -> Array:
         return lax.stop_gradient(array)
 

@@ -6,7 +6,7 @@ import math
 
 from array_api_compat import array_namespace
 
-from topkast._primitives import Array, scatter_flat, take
+from topkast._primitives import Array, flatten, scatter_flat, take
 from topkast.selection._support import Support
 
 
@@ -16,7 +16,8 @@ def gather(params: Array, support: Support, /) -> Array:
     Parameters
     ----------
     params
-        A tensor of any shape.
+        A tensor of any shape. As in :func:`topkast.select`, a JAX array that is sharded over
+        explicit axes of a mesh is gathered on every device.
     support
         The sets of the tensor.
 
@@ -32,7 +33,7 @@ def gather(params: Array, support: Support, /) -> Array:
     >>> topkast.gather(theta, topkast.select(theta, fwd=0.75, bwd=0.5))
     array([-0.9,  0.5])
     """
-    return take(array_namespace(params).reshape(params, (-1,)), support.entries)
+    return take(flatten(params), support.entries)
 
 
 def scatter(

@@ -18,7 +18,7 @@ from topkast._options import (
     check_pattern_block,
     check_sparsities,
 )
-from topkast._primitives import Array, asarray_like, device, is_traced, take
+from topkast._primitives import Array, asarray_like, device, flatten, is_traced, take
 from topkast.backends import backend_of
 from topkast.selection._distribution import exact_fraction, kept_count
 from topkast.selection._groups import (
@@ -60,7 +60,8 @@ def select(
     Parameters
     ----------
     params
-        A tensor of any shape and real or complex floating dtype; n is its size.
+        A tensor of any shape and real or complex floating dtype; n is its size. A JAX array that
+        is sharded over explicit axes of a mesh is gathered on every device.
     fwd, bwd
         Forward and backward sparsity, ``0 <= bwd <= fwd < 1``.
     explore
@@ -122,7 +123,7 @@ def select(
     """
     check_sparsities(fwd, bwd)
     check_block_score(block_score)
-    flat = array_namespace(params).reshape(params, (-1,))
+    flat = flatten(params)
     shape, block, pattern = tuple(params.shape), check_block(block), check_pattern(pattern)
     blocks = blocks_of(name or "params", shape, block)
     group_size = group_size_of(name or "params", shape, pattern)
