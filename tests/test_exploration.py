@@ -111,6 +111,22 @@ def test_complex_weights(library: Library) -> None:
     )
 
 
+@pytest.mark.parametrize("is_fused", [False, True], ids=["update", "step"])
+def test_weights_that_rest_keep_their_bits(library: Library, is_fused: bool) -> None:
+    """Also the sign of -0.0, to which adding 0.0 gives 0.0."""
+    theta = np.asarray([[4, -0.0, 0.0, -0.5], [0.25, 1e-30, -3, -0.0]], np.float32)
+    tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.75, bwd=0.0, penalty=0.0, explore_until=0)
+    params = {"w": library.asarray(theta)}
+    state, grads = tx.init(params), {"w": library.asarray(np.ones_like(theta))}
+    if is_fused:
+        moved, _ = tx.step(grads, state, params)
+    else:
+        moved = topkast.apply_updates(params, tx.update(grads, state, params)[0])
+    expected = theta.copy()
+    expected.ravel()[[0, 6]] -= np.float32(0.1)
+    np.testing.assert_array_equal(to_numpy(moved["w"]).view(np.uint32), expected.view(np.uint32))
+
+
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.5, float("nan")])
 def test_wrong_density_is_an_error(density: float) -> None:
     theta = np.ones(4)
