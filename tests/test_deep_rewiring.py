@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import torch
 import topkast
 from topkast.methods import DeepRewiring, View
 from topkast.methods.rewiring._deep_rewiring import _signs
+from topkast.selection import _random
 from topkast.selection._random import make_key, random_normals
 
 Array = Any
@@ -109,6 +111,25 @@ def test_the_noise_is_normal_and_new_at_each_step() -> None:
         assert abs((noise**3).mean()) < 0.03
         assert abs((noise**4).mean() - 3) < 0.1
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_rarest_draws_give_finite_noise(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest and the largest draw are two of a billion: no sample has them."""
+    draws = np.asarray([0, (1 << 30) - 1], np.int32)
+    monkeypatch.setattr(_random, "random_draws", lambda *_: draws)
+    rarest, commonest = random_normals(np.arange(2), (0, 0, 0, 0), 0, dtype)
+    assert rarest == pytest.approx(math.sqrt(2 * 31 * math.log(2)), rel=1e-6)  # draw 0 is 2⁻³¹
+    assert commonest == pytest.approx(0, abs=1e-4)
+
+
+def test_there_is_noise_for_all_steps_that_are_counted() -> None:
+    """A step takes two draws, so that the last ones exceed 31 bits."""
+    for step in ((1 << 30) - 1, 1 << 30, (1 << 31) - 1):
+        counts = step, np.asarray(step, np.int32)
+        noise, same = (random_normals(np.arange(9), (1, 2, 3, 4), n, np.float32) for n in counts)
+        np.testing.assert_array_equal(noise, same)
+        assert len(np.unique(noise)) == 9
 
 
 def test_a_step_is_that_of_the_gradient_the_penalty_and_the_noise() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ from hypothesis import assume, given
 from libraries import Library
 
 import topkast
+from topkast._step import Step
+from topkast.adapter import decide
 from topkast.testing import sparsities, to_numpy, weights
 
 Tensor = np.ndarray[Any, Any]
@@ -109,6 +112,32 @@ def test_complex_weights(library: Library) -> None:
     np.testing.assert_allclose(
         to_numpy(gradient_of_dense(theta, 0.75, 0.5, "l2")), [0.3 + 0.4j, 0, 0.4j, 0], rtol=1e-6
     )
+
+
+def test_a_step_has_nothing_that_was_not_asked_for() -> None:
+    """No scaling of young entries, no power, no noise: the weights move as the rule moves them."""
+    step = decide(
+        penalty=0.25, penalty_kind="l1", density=0.5, ascends=True, explore_until=None, updates=7
+    )
+    assert (step.betas, step.power, step.noise, step.key) == (None, 1.0, 0.0, (0, 0, 0, 0))
+    assert (step.on_active, step.on_exploring, step.exploring) == (-0.25, -0.5, True)
+    assert dataclasses.replace(step, draw=0) == Step(-0.25, "l1", 0.5, True)
+
+
+@pytest.mark.parametrize("is_fused", [False, True], ids=["update", "step"])
+def test_weights_that_rest_keep_their_bits(library: Library, is_fused: bool) -> None:
+    """Also the sign of -0.0, to which adding 0.0 gives 0.0."""
+    theta = np.asarray([[4, -0.0, 0.0, -0.5], [0.25, 1e-30, -3, -0.0]], np.float32)
+    tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.75, bwd=0.0, penalty=0.0, explore_until=0)
+    params = {"w": library.asarray(theta)}
+    state, grads = tx.init(params), {"w": library.asarray(np.ones_like(theta))}
+    if is_fused:
+        moved, _ = tx.step(grads, state, params)
+    else:
+        moved = topkast.apply_updates(params, tx.update(grads, state, params)[0])
+    expected = theta.copy()
+    expected.ravel()[[0, 6]] -= np.float32(0.1)
+    np.testing.assert_array_equal(to_numpy(moved["w"]).view(np.uint32), expected.view(np.uint32))
 
 
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.5, float("nan")])

@@ -125,6 +125,19 @@ def test_sets_are_the_same_in_every_library(
     assert group_counts(masks_of(expected, theta).backward, size) == {kept + 1}
 
 
+@pytest.mark.parametrize("size", [127, 128, 129, 33_000])
+@pytest.mark.parametrize("library", [NUMPY, TORCH], ids=str)
+def test_large_groups(library: Library, rng: np.random.Generator, size: int) -> None:
+    """Places in a group are counted in integers that hold the size of the group."""
+    theta = rng.permutation(size).astype(np.float32)[None, :]
+    dropped = 3
+    sparsity = dropped / size
+    support = topkast.select(
+        library.asarray(theta), fwd=sparsity, bwd=sparsity, pattern=(size - dropped, size)
+    )
+    np.testing.assert_array_equal(support.indices, np.flatnonzero(theta[0] >= dropped))
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
 def test_groups_are_chosen_as_layers_are(method: Method, rng: np.random.Generator) -> None:
     """The groups of a tensor are the layers of a stacked one, whose ranking knows no pattern."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, ClassVar
 
 import jax
@@ -90,6 +91,22 @@ class TestTies:
         assert len(np.unique(words)) == 1000
         np.testing.assert_array_equal(words, tie_words(1000, 2**70 + 5, "layer.0"))
 
+    def test_words_are_those_of_exact_integers(self, library: Library) -> None:
+        """Also of keys at the ends of 32 bits, of repeated draws, and above 2³² entries."""
+        keys = (0, 1 << 31, (1 << 32) - 1, (1 << 31) - 1), (1 << 31, 7, 0, 1)
+        indices = [0, 1, (1 << 31) - 1]
+        wide = [] if "jax" in library.name else [1 << 31, (1 << 32) - 1, (3 << 32) + 5, 1 << 40]
+        for numbers, dtype in ((indices, np.int32), (wide, np.int64)):
+            array = library.asarray(np.asarray(numbers, dtype))
+            for key, draw in itertools.product(keys, (0, 1, 1 << 31, (1 << 32) - 1)):
+                words = host(random_words(array, key, draw)).view(np.uint32).tolist()
+                assert words == [exact_word(index, key, draw) for index in numbers]
+            for key in keys:  # the first draw is number 0
+                first = [exact_word(index, key, 0) for index in numbers]
+                assert host(random_words(array, key)).view(np.uint32).tolist() == first
+                draws = host(random_draws(array, key)).tolist()
+                assert draws == [word >> 2 for word in first]
+
     def test_all_rows_of_a_zero_head_are_trained(self) -> None:
         """LoRA's B, adaLN-zero: if only the first rows were trained, the others never could be."""
         head = nn.Linear(32, 20, bias=False)
@@ -104,6 +121,22 @@ class TestTies:
             opt.step()
             touched |= topkast.masks(opt)["weight"].backward
         assert int(touched.any(1).sum()) == 20
+
+
+def exact_word(index: int, key: tuple[int, ...], draw: int) -> int:
+    """The random word of an index, in integers that have no size."""
+
+    def mix(word: int) -> int:
+        word ^= word >> 16
+        word = word * 0x7FEB352D % (1 << 32)
+        word ^= word >> 15
+        word = word * 0x846CA68B % (1 << 32)
+        return word ^ word >> 16
+
+    word = mix(index % (1 << 32) ^ key[0]) ^ index >> 32
+    for part in key[1:]:
+        word = mix(word ^ part)
+    return mix(word ^ draw)
 
 
 class TestSeeds:

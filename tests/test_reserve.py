@@ -150,6 +150,23 @@ def test_the_sets_of_blocks_are_those_of_a_full_selection(
         support = chosen.support
 
 
+def test_the_reserve_serves_one_score() -> None:
+    theta = np.random.default_rng(0).standard_normal((40, 60))
+    options: Any = {"fwd": 0.9, "bwd": 0.8, "block": (2, 3), "seed": SEED, "name": NAME}
+    support, selection = topkast.select(theta, **options), IncrementalSelection()
+    ages = []
+    for score in ("sum", "sum", "sum", "max", "max", "sum"):
+        expected = topkast.select(theta, block_score=score, **options)
+        values, reservoir = topkast.gather(theta, support), ArrayReservoir(theta.reshape(-1))
+        outcome = choose_next(selection, support, values, reservoir, RANKS, block_score=score)
+        assert outcome is not None
+        support, selection = outcome[0].support, outcome[1]
+        np.testing.assert_array_equal(support.indices, expected.indices)
+        assert selection.block_score == score
+        ages.append(selection.age)
+    assert ages == [0, 1, 2, 0, 1, 0]  # refreshes since the reserve was filled
+
+
 @given(data=st.data(), block=st.sampled_from([(2, 1), (3, 1), (1, 4), (3, 4), (1, 1)]))
 def test_scores_are_read_in_any_pieces(data: st.DataObject, block: tuple[int, int]) -> None:
     theta = np.random.default_rng(0).standard_normal((12, 20)).astype(np.float32)
@@ -231,6 +248,46 @@ def test_a_reserve_that_does_not_reach_far_enough_is_filled_again() -> None:
     outcome = selection.choose(support, values / 2, ArrayReservoir(theta), RANKS)
     assert outcome is not None
     assert outcome[0].reserve.bound < reserve.bound
+
+
+def test_a_first_reserve_that_is_too_small_is_filled_again() -> None:
+    """All of B became zero: the next B is the 4,000 largest weights outside, not 1,024 of them."""
+    theta = np.random.default_rng(0).standard_normal(20_000)
+    support = select(theta, (0.9, 0.8))
+    theta[support.indices] = 0
+    fillings = []
+
+    class Counted(ArrayReservoir):
+        def read(self, start: int, stop: int) -> Array:
+            if start < stop:
+                fillings.append((start, stop))
+            assert len(fillings) <= 2, "the second reserve has the entries that the first lacked"
+            return super().read(start, stop)
+
+    outcome = IncrementalSelection().choose(
+        support, theta[support.indices], Counted(theta), RANKS, name=NAME
+    )
+    assert outcome is not None
+    expected = select(theta, (0.9, 0.8))
+    np.testing.assert_array_equal(outcome[0].support.indices, expected.indices)
+    assert fillings == [(0, 20_000)] * 2
+
+
+def test_entries_that_left_are_removed_once_they_are_three_quarters_of_a_reserve() -> None:
+    reserve = Reserve(np.arange(10, 19), np.arange(1.0, 10.0), 0.5, 9)
+    nothing = np.zeros(0, np.int64), np.zeros(0)
+    later = reserve.exchange(np.arange(6), nothing)
+    np.testing.assert_array_equal(later.indices, reserve.indices)  # nothing was moved
+    assert later.values.tolist() == [0, 0, 0, 0, 0, 0, 7, 8, 9]
+    assert later.size == 3
+    last = later.exchange(np.asarray([6, 7]), (np.asarray([30]), np.asarray([-0.75])))
+    assert last.indices.tolist() == [18, 30]
+    assert last.values.tolist() == [9, -0.75]
+    assert (last.bound, last.size) == (0.5, 2)
+    # Without a bound, zeros are weights like others.
+    whole = Reserve(np.arange(4), np.asarray([0.0, 1, 0, 2]), 0.0, 4)
+    assert whole.exchange(np.asarray([1]), nothing).indices.tolist() == [0, 2, 3]
+    np.testing.assert_array_equal(reserve.values, np.arange(1.0, 10.0))
 
 
 def test_the_size_of_a_reserve_follows_what_it_loses() -> None:

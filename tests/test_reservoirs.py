@@ -8,9 +8,11 @@ import itertools
 import math
 import os
 import pickle
+import stat
 import subprocess
 import sys
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,7 @@ from topkast.reservoirs import (
     Reservoir,
     Zeros,
 )
+from topkast.reservoirs._initial import _numbers
 from topkast.selection._random import Ranks, make_key
 
 Array = Any
@@ -103,6 +106,19 @@ def test_distributions_are_those_that_are_promised(dtype: str) -> None:
         quantile = np.quantile(np.abs(normal), 1 - share)
         spread = math.sqrt(share / count) / scipy_stats.norm.pdf(exact[1].isf(share / 2) / 0.02) / 2
         assert quantile / 0.02 == pytest.approx(exact[1].isf(share / 2) / 0.02, abs=5 * spread)
+
+
+def test_distributions_end_where_it_is_promised() -> None:
+    """The smallest and the largest magnitudes, which a sample hardly ever has."""
+    words = np.asarray([0, (1 << 31) - 1, -1, -(1 << 31)], np.int32)
+    uniform = _numbers(words, is_normal=False) / (1 << 24)
+    assert np.abs(uniform - [-1, 0, 1, 0]).max() == 2.0**-24
+    normal = _numbers(words, is_normal=True) / (1 << 21)
+    # The last of 32,768 cells ends at 4.5; a number stands at one of 256 points of its cell.
+    last = NormalDist().inv_cdf(1 - 2.0**-16)
+    largest = last + (4.5 - last) * 255 / 256
+    np.testing.assert_allclose(normal, [0, largest, -largest, 0], rtol=0, atol=2.0**-19)
+    assert largest < 4.5
 
 
 @pytest.mark.parametrize("shape", [(50, 100), (8, 6, 3, 5)])
@@ -208,6 +224,11 @@ def test_only_entries_that_left_are_stored() -> None:
     indices, weights = reservoir.changes()
     np.testing.assert_array_equal(indices, np.arange(1_000) + 10**11)
     assert weights.tolist() == [1.0] * 1_000
+
+
+def test_a_file_takes_no_memory(tmp_path: Path) -> None:
+    reservoir = make_reservoirs(np.ones(1_000, np.float32), tmp_path)["two files"]
+    assert (reservoir.nbytes, reservoir.disk_bytes) == (0, 2 * 4096 + 4 * 1_000)
 
 
 def test_a_method_that_forgets_keeps_nothing() -> None:
@@ -397,11 +418,15 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
     base.path.write_bytes(damaged)
     check("is damaged: its weights do not have its digest")
     base.path.write_bytes(content[:-4])
-    check("it is damaged")
+    check("has 8,092 bytes, but its header asks for 8,096: it is damaged")
     base.path.write_bytes(b"PK" + content[2:])
     check("is not a reservoir of this version")
     base.path.write_bytes(content.replace(b"topkast-reservoir-1", b"topkast-reservoir-9"))
     check("its format is 'topkast-reservoir-9', expected 'topkast-reservoir-1'")
+    base.path.unlink()
+    base.path.mkdir()
+    check("cannot be read: ")
+    base.path.rmdir()
     base.path.write_bytes(content)
     assert FileBase.from_description(saved, tmp_path).read(0, 3).tolist() == [0.0, 1.0, 2.0]
 
@@ -436,6 +461,23 @@ def test_a_full_disk_or_an_interruption_leaves_what_was_there(
         FileBase.create(tmp_path, "w", np.zeros(10, np.float32))
     assert list(tmp_path.iterdir()) == [base.path]
     assert base.path.read_bytes() == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows opens no folders")
+def test_content_and_name_are_written_to_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a loss of power, the file is complete, and found by its name."""
+    written, write = [], os.fsync
+
+    def record(descriptor: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        written.append((is_folder, len(list(tmp_path.glob("*.reservoir")))))
+        write(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    FileBase.create(tmp_path, "w", np.ones(10, np.float32))
+    assert written == [(False, 0), (True, 1)]  # the content before the name
 
 
 def test_incomplete_files_of_dead_processes_are_removed(tmp_path: Path) -> None:

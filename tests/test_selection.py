@@ -19,6 +19,7 @@ from topkast import Masks, Support
 from topkast.backends.torch import TorchBackend
 from topkast.reference import top_k
 from topkast.selection._distribution import exact_fraction, kept_count
+from topkast.selection._select import check_size
 from topkast.testing import (
     assert_counts,
     assert_forward_view,
@@ -181,6 +182,23 @@ def test_random_exploration_covers_the_reservoir_evenly() -> None:
     assert abs(outside.mean() / 150 - 80 / 180) < 1e-9
     assert outside.min() > 150 * 80 / 180 - 5 * np.sqrt(150 * 80 / 180)
     assert outside.max() < 150 * 80 / 180 + 5 * np.sqrt(150 * 80 / 180)
+
+
+@pytest.mark.parametrize("block", [None, (2, 2)])
+def test_more_entries_than_the_hash_tells_apart_are_refused(block: Any) -> None:
+    theta = np.broadcast_to(np.float32(1), (1 << 17, 1 << 16))  # one number in memory
+    with pytest.raises(topkast.UnsupportedTensorError, match=r"8589934592 entries .* 2\*\*32"):
+        topkast.select(theta, fwd=0.9, bwd=0.8, block=block)
+    check_size(np.broadcast_to(np.float32(1), (1 << 32,)))
+
+
+def test_messages_name_the_tensor() -> None:
+    theta = np.ones((4, 6))
+    for name, subject in (("layer.weight", "layer.weight"), ("", "params")):
+        with pytest.raises(topkast.OptionError, match=rf"^{subject}: block=\(2, 4\) does not"):
+            topkast.select(theta, fwd=0.9, bwd=0.8, block=(2, 4), name=name)
+        with pytest.raises(topkast.OptionError, match=rf"^{subject}: pattern=\(2, 4\) needs"):
+            topkast.select(theta, fwd=0.5, bwd=0.5, pattern=(2, 4), name=name)
 
 
 def test_counts_of_large_tensors_do_not_round() -> None:

@@ -25,6 +25,7 @@ import topkast
 from topkast import Blocks, Masks, Support
 from topkast.methods import Method, Mixed, Random, Static, TopKAST, View
 from topkast.reference import top_k, unit_scores
+from topkast.selection._units import modulus
 from topkast.testing import (
     assert_counts,
     assert_masks,
@@ -228,6 +229,17 @@ def test_complex_weights(any_library: Library) -> None:
             )
         )
         assert to_numpy(choose(any_library.asarray(theta)).active).tolist() == [best]
+
+
+def test_moduli_are_scaled_only_if_a_finite_one_overflows(any_library: Library) -> None:
+    run = any_library.compile(modulus)
+    for theta, expected in (
+        ([3 + 4j, 0, -1j], [5, 0, 1]),
+        ([3 + 4j, complex(np.inf, 1), complex(1, -np.inf)], [5, np.inf, np.inf]),
+        ([3 + 4j, 3e38 + 3e38j], [1.25, 0.75e38 * np.sqrt(2)]),
+    ):
+        moduli = to_numpy(run(any_library.asarray(np.asarray(theta, np.complex64))))
+        np.testing.assert_allclose(moduli, np.asarray(expected, np.float32), rtol=1e-6)
 
 
 class Last(Method):

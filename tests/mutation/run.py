@@ -31,22 +31,33 @@ from mutation.mutants import Mutant, mutants
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SOURCE = ROOT / "src" / "topkast"
-LIBRARIES = "not (jax or readonly or strict)"  # NumPy and PyTorch tell mistakes apart quickly
+# NumPy and PyTorch tell mistakes apart quickly.
+LIBRARIES = "not (jax or numpy-readonly or array-api-strict)"
 MEMORY = 8 << 30  # bytes that a mutant may ask for
 
 SELECTION = ["test_selection.py", "test_ranking.py"]
 RESERVOIRS = ["test_reservoirs.py"]
 # The tests that concern a module, the quickest first.
 TESTS: dict[str, list[str]] = {
-    "_step.py": ["test_exploration.py", "test_power.py", "test_trajectories.py"],
+    "_step.py": [
+        "test_exploration.py",
+        "test_power.py",
+        "test_deep_rewiring.py",
+        "test_trajectories.py",
+    ],
     "selection/_compact.py": ["test_compact.py"],
     "selection/_distribution.py": ["test_distribution.py"],
     "selection/_groups.py": ["test_patterns.py", "test_pattern_options.py"],
     "selection/_incremental.py": ["test_reserve.py"],
-    "selection/_random.py": ["test_selection.py", "test_exploration.py", "test_ranking.py"],
+    "selection/_random.py": [*SELECTION, "test_deep_rewiring.py", "test_exploration.py"],
     "selection/_replace.py": ["test_methods.py", "test_rivals.py"],
     "selection/_reserve.py": ["test_reserve.py"],
-    "selection/_select.py": [*SELECTION, "test_exploration.py", "test_patterns.py"],
+    "selection/_select.py": [
+        *SELECTION,
+        "test_exploration.py",
+        "test_patterns.py",
+        "test_units.py",
+    ],
     "selection/_support.py": [
         "test_support.py",
         "test_compact.py",
@@ -98,8 +109,24 @@ class Outcome:
     status: str  # "killed", "timeout", "survived" or "explained"
 
 
-def run_tests(path: Path, source: str, tests: list[str]) -> int:
-    """Run tests on a changed source, in a process that ends; returns pytest's exit code."""
+class FailureReporter:
+    """A plugin of pytest that writes the names of failed tests to a file descriptor."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            os.write(self._descriptor, f"{report.nodeid}\n".encode())
+
+    pytest_collectreport = pytest_runtest_logreport
+
+
+def run_tests(path: Path, source: str, tests: list[str], failures: int) -> int:
+    """Run tests on a changed source, in a process that ends; returns pytest's exit code.
+
+    `failures` is the file descriptor to which names of failed tests are written.
+    """
     import pytest
 
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
@@ -111,7 +138,8 @@ def run_tests(path: Path, source: str, tests: list[str]) -> int:
     arguments += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what was imported before
     files = [str(ROOT / "tests" / test) for test in tests]
     # What a module's docstrings show is a test of it as well.
-    return int(pytest.main([*arguments, "--doctest-modules", str(path), *files]))
+    arguments += ["--doctest-modules", str(path), *files]
+    return int(pytest.main(arguments, plugins=[FailureReporter(failures)]))
 
 
 class Worker:
@@ -119,27 +147,35 @@ class Worker:
 
     def __init__(self, path: Path, source: str, tests: list[str], limit: float) -> None:
         self.ends = time.monotonic() + limit
+        self._failures, write_end = os.pipe()
         self.pid = os.fork()
         if not self.pid:
             code = 1
             with contextlib.suppress(BaseException):
-                code = run_tests(path, source, tests)
+                code = run_tests(path, source, tests, write_end)
             os._exit(code)
+        os.close(write_end)
 
-    def result(self) -> str | None:
-        """None while it runs."""
+    def result(self) -> tuple[str, str] | None:
+        """The result and the first test that failed, or ""; None while it runs."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if not pid:
             if time.monotonic() < self.ends:
                 return None
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
-            return "timeout"
-        return "survived" if os.waitstatus_to_exitcode(status) == 0 else "killed"
+            os.close(self._failures)
+            return "timeout", ""
+        with open(self._failures, errors="replace") as failures:
+            test = failures.readline().strip()
+        return "survived" if os.waitstatus_to_exitcode(status) == 0 else "killed", test
 
 
-def run(jobs: Iterator[Any], count: int) -> Iterator[tuple[Any, str]]:
-    """Run jobs (key, path, source, tests, limit), `count` at a time; yields key and result."""
+def run(jobs: Iterator[Any], count: int) -> Iterator[tuple[Any, str, str]]:
+    """Run jobs (key, path, source, tests, limit), `count` at a time.
+
+    Yields the key, the result and the first test that failed.
+    """
     running: list[tuple[Any, Worker]] = []
     exhausted = False
     while running or not exhausted:
@@ -154,7 +190,7 @@ def run(jobs: Iterator[Any], count: int) -> Iterator[tuple[Any, str]]:
             result = entry[1].result()
             if result is not None:
                 running.remove(entry)
-                yield entry[0], result
+                yield entry[0], *result
 
 
 def sample(module: str, source: str, size: int, seed: int) -> list[Mutant]:
@@ -177,9 +213,11 @@ def measure(modules: Sequence[str]) -> dict[str, float]:
     for module in modules:
         path, start = SOURCE / module, time.monotonic()
         jobs = iter([(module, path, path.read_text(), TESTS[module], 1800.0)])
-        ((_, result),) = run(jobs, 1)
+        ((_, result, test),) = run(jobs, 1)
         if result != "survived":
-            raise SystemExit(f"the tests of {module} fail on the unchanged source: mend them first")
+            raise SystemExit(
+                f"the tests of {module} fail on the unchanged source: mend {test or 'them'} first"
+            )
         seconds[module] = time.monotonic() - start
         print(f"{module}: {seconds[module]:.1f} s", flush=True)
     return seconds
@@ -190,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("modules", nargs="*", help="as selection/_select.py; default: all")
     parser.add_argument("--sample", type=int, default=20, help="mutants of a module; 0: all")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--match", default="", help="only mutants whose entry has this text")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
     modules = options.modules or list(TESTS)
@@ -208,17 +247,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             source = (SOURCE / module).read_text()
             limit = 30 + 10 * seconds[module]
             for mutant in sample(module, source, options.sample, options.seed):
-                key = module, mutant
-                yield key, SOURCE / module, mutant.source, TESTS[module], limit
+                if options.match in describe(module, mutant):
+                    key = module, mutant
+                    yield key, SOURCE / module, mutant.source, TESTS[module], limit
 
     outcomes = []
-    for (module, mutant), result in run(jobs(), options.processes):
+    for (module, mutant), result, test in run(jobs(), options.processes):
         entry = describe(module, mutant)
         every = f"`{module}` `{mutant.function}`: all"
         is_known = result == "survived" and (entry in known or every in known)
         status = "explained" if is_known else result
         outcomes.append(Outcome(module, mutant, status))
-        print(f"{status:9} {entry} (line {mutant.line})", flush=True)
+        by = f", by {test}" if test else ""
+        print(f"{status:9} {entry} (line {mutant.line}{by})", flush=True)
     return report(outcomes)
 
 

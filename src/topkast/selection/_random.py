@@ -33,7 +33,7 @@ def random_words(indices: Array, key: Key, draw: Array | int = 0) -> Array:
     """Words of 32 random bits, as int32, for flat indices (k,) of a tensor.
 
     The words of indices below 2³² all differ, because each step is a bijection. `draw` numbers
-    repeated draws: an integer or a 0-d integer array, which may be traced.
+    repeated draws: an integer of 32 bits, or a 0-d integer array, which may be traced.
     """
     xp = array_namespace(indices)
     target = device(indices)
@@ -43,6 +43,8 @@ def random_words(indices: Array, key: Key, draw: Array | int = 0) -> Array:
         words = words ^ xp.astype(high, xp.int32)
     for word in key[1:]:
         words = _mix(words ^ _constant(word, indices))
+    if isinstance(draw, int):
+        return _mix(words ^ _constant(draw, indices))
     return _mix(words ^ xp.asarray(draw, dtype=xp.int32, device=target))
 
 
