@@ -67,6 +67,7 @@ TESTS: dict[str, list[str]] = {
     "selection/_units.py": ["test_support.py", "test_units.py", "test_unit_options.py"],
     "reservoirs/_file.py": [*RESERVOIRS],
     "reservoirs/_initial.py": [*RESERVOIRS],
+    "reservoirs/_outside.py": ["test_reserve.py", *RESERVOIRS],
     "reservoirs/_reservoir.py": [*RESERVOIRS],
 }
 
