@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -45,8 +46,9 @@ def test_thresholds_are_order_statistics(vector: Array, data: st.DataObject) -> 
 @given(vector=vectors(), data=st.data())
 def test_brackets_change_no_threshold(vector: Array, data: st.DataObject) -> None:
     counts = data.draw(st.lists(st.integers(1, vector.size), min_size=1, max_size=3))
-    ends = st.sampled_from([0.0, *np.abs(vector[:50]).tolist()])
-    brackets = [tuple(sorted(data.draw(st.lists(ends, min_size=2, max_size=2)))) for _ in counts]
+    ends = st.sampled_from([0.0, math.nan, *np.abs(vector[:50]).tolist()])
+    # Also brackets that end before they begin, and NaN.
+    brackets = [data.draw(st.tuples(ends, ends)) for _ in counts]
     if data.draw(st.booleans()):  # around the thresholds
         expected, _ = find_thresholds([vector], counts)
         share = data.draw(st.sampled_from([0.0, 0.01, 0.5]))

@@ -89,7 +89,7 @@ def find_thresholds(
     size = sum(map(len, lists))
     if not all(1 <= count <= size for count in counts):
         raise ValueError(f"each count must be from 1 to {size}, got {list(counts)}")
-    if brackets is not None:
+    if brackets is not None and all(low <= high for low, high in brackets):
         found, not_finite = _find_inside(lists, counts, brackets, threads)
         if found is not None:
             return found, not_finite
