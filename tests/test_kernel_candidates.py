@@ -196,5 +196,10 @@ def test_bad_input_is_refused() -> None:
         migrate(values, indices.astype(np.int64), np.ones(2, bool), np.ones(1), np.ones(2))
     with pytest.raises(ValueError, match="must have 2 entries"):
         migrate(values, indices[:1], np.ones(2, bool), np.ones(1), np.ones(2))
+    with pytest.raises(ValueError, match=r"out must be a contiguous vector, got shape \(2,\)"):
+        migrate(values, indices, np.ones(2, bool), np.ones(1), np.ones(4)[::2])
+    out = np.zeros(2)
+    migrate(np.ones(0), np.zeros(2, np.int32), np.zeros(2, bool), np.asarray([3.0, 4.0]), out)
+    assert out.tolist() == [3.0, 4.0]  # of an empty vector nothing survives
     with pytest.raises(ValueError, match="ages must be contiguous int16"):
         scale_displacement(values, values, np.zeros(2, np.int32), np.ones(1), since=0)
