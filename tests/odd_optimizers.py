@@ -186,6 +186,30 @@ class InAnObject(Odd):
         return grad
 
 
+class WithoutStateDict(Odd):
+    """Has a state dict of its own form."""
+
+    def state_dict(self) -> Any:
+        return {"weights": []}
+
+    def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
+        return grad
+
+
+class CountsInAnObject(Odd):
+    """Makes an object that no state dict can hold at its first step."""
+
+    def __init__(self, params: Any, lr: float = 0.05) -> None:
+        super().__init__(params, lr)
+        self.counter: object = None
+
+    def begin(self, group: dict[str, Any]) -> None:
+        self.counter = object()
+
+    def direction(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Any:
+        return grad
+
+
 class ByShape(Odd):
     """Scales by the row length, which a compact vector does not have."""
 
@@ -240,6 +264,14 @@ REFUSED: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], str]] = {
         "OnItselfByNumber keeps values per weight in its attr",
     ),
     "in an object": (InAnObject, "InAnObject keeps object for each tensor"),
+    "without state dict": (
+        WithoutStateDict,
+        "WithoutStateDict has a state dict without 'state' and 'param_groups'",
+    ),
+    "counts in an object": (
+        CountsInAnObject,
+        "CountsInAnObject changes its attribute counter at each step: it is a object",
+    ),
     "by shape": (ByShape, "ByShape does not treat a tensor as a bag"),
     "late": (Late, "Late does not treat a tensor as a bag"),
     "stands still": (StandsStill, "StandsStill did not move a tensor"),

@@ -139,7 +139,38 @@ class TestPytrees:
         assert step(tx, tx.init(params))[1].updates == 1
 
 
+@jax.tree_util.register_pytree_node_class
+class Labelled:
+    """A node whose static content is a list, which has no hash."""
+
+    def __init__(self, weight: Any, labels: list[str]) -> None:
+        self.weight, self.labels = weight, labels
+
+    def tree_flatten(self) -> tuple[tuple[Any], list[str]]:
+        return (self.weight,), self.labels
+
+    @classmethod
+    def tree_unflatten(cls, labels: list[str], children: tuple[Any]) -> Labelled:
+        return cls(*children, labels)
+
+
+def test_static_content_without_hash() -> None:
+    """Plans are kept by the hash of the tree; of such a tree, they are made again."""
+    weight, tx = jax.random.normal(jax.random.key(0), (20, 30)), wrap(optax.sgd(0.1))
+    expected, _ = tx.step({"w": weight}, tx.init({"w": weight}), {"w": weight})
+    params = Labelled(weight, ["input", "output"])
+    params, state = tx.step(params, tx.init(params), params)
+    assert (state.updates, params.labels) == (1, ["input", "output"])
+    assert_equal(params.weight, expected["w"])
+
+
 class TestErrors:
+    def test_leaves_of_one_name(self) -> None:
+        """Options and checkpoints name tensors: two of one name could not be told apart."""
+        params = {"a.b": jnp.ones((4, 4)), "a": {"b": jnp.ones((4, 4))}}
+        with pytest.raises(topkast.MismatchError, match=r"one name: \['a\.b'\]; rename them"):
+            wrap().init(params)
+
     def test_update_without_params(self) -> None:
         tx, params = wrap(), make_params()
         with pytest.raises(topkast.MismatchError, match="update needs params"):

@@ -227,6 +227,34 @@ def test_a_learning_rate_can_be_learned_through_a_step() -> None:
         np.testing.assert_allclose(sparse, masked, rtol=1e-9)
 
 
+def test_second_derivatives_are_those_of_masked_execution() -> None:
+    """The forward view does not depend on B∖A, in none of the orders of differentiation."""
+    params = {"w": jax.random.normal(jax.random.key(0), (12, 30), jnp.float64)}
+    direction = {"w": jax.random.normal(jax.random.key(1), (12, 30), jnp.float64)}
+    masked = wrap(dense=None).init(params)
+    forward = np.asarray(topkast.masks(masked, params)["w"].forward)
+    results = []
+    for state in (masked, topkast_jax.sparsify(params, masked)):
+
+        def error(params: Any, state: Any = state) -> Any:
+            weight = topkast.forward_params(params, state)["w"]
+            output = sparse_linear(weight, state.structures.get("w"), inputs_of(0))
+            return jnp.mean((output - 1) ** 2)
+
+        def along(params: Any, error: Any = error) -> Any:
+            return jax.jvp(error, (params,), (direction,))[1]
+
+        def dot(params: Any, error: Any = error) -> Any:
+            return jnp.vdot(jax.grad(error)(params)["w"], direction["w"])
+
+        products = jax.jvp(jax.grad(error), (params,), (direction,))[1]
+        results.append([products["w"], jax.grad(along)(params)["w"], jax.grad(dot)(params)["w"]])
+    for expected, actual in zip(*results, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(expected, results[0][0], rtol=1e-9, atol=1e-12)
+        assert np.count_nonzero(expected) == forward.sum()
+
+
 def test_a_state_resumes_from_plain_arrays() -> None:
     tx, params = wrap(), make_params()
     step = make_step(tx)

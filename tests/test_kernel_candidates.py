@@ -207,5 +207,10 @@ def test_bad_input_is_refused() -> None:
         migrate(indices, stays, (values, zero, values), (values, zero, np.ones(3)))
     with pytest.raises(ValueError, match="contiguous vector"):
         migrate(indices, stays, (values, zero, np.ones((2, 2))[:, 0]))
+    with pytest.raises(ValueError, match=r"out must be a contiguous vector, got shape \(2,\)"):
+        migrate(indices, stays, (values, zero, np.ones(4)[::2]))
+    out = np.zeros(2)
+    migrate(np.zeros(2, np.int32), ~stays, (np.ones(0), np.asarray([3.0, 4.0]), out))
+    assert out.tolist() == [3.0, 4.0]  # of an empty vector nothing survives
     with pytest.raises(ValueError, match="ages must be contiguous int16"):
         scale_displacement(values, values, np.zeros(2, np.int32), np.ones(1), since=0)

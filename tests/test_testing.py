@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -112,3 +113,11 @@ def test_sparsities_are_valid(pair: tuple[float, float]) -> None:
 )
 def test_weights_include_every_hard_case(trait: Any) -> None:
     assert trait(find(testing.weights(), trait))
+
+
+@pytest.mark.parametrize("strategy", [testing.weights, testing.sparsities])
+def test_a_missing_hypothesis_is_named(strategy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'topkast\[testing\]'") as caught:
+        strategy()
+    assert caught.value.name == "hypothesis"

@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.nn.parallel import DistributedDataParallel
 
 import topkast
-from topkast import DenseAverageWarning, OptionError, StateDictError
+from topkast import DenseAverageWarning, MismatchError, OptionError, StateDictError
 
 INPUTS = torch.ones(4, 20)
 
@@ -212,3 +212,25 @@ def test_tensors_ranked_together_are_loaded_in_the_saved_order() -> None:
     with pytest.raises(StateDictError, match=r"in the order \['w8', 'w9'\]"):
         wrap(9, 8).load_state_dict(wrap(8, 9).state_dict())
     wrap(8, 9).load_state_dict(wrap(8, 9).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state, param: state[param]["step"].add_(1), "their 'step' differ"),
+        (lambda state, param: state[param].update(own=1), "they have different entries"),
+        (lambda state, param: state.pop(param), r"only \['0\.weight'\] have optimizer state"),
+    ],
+    ids=["step", "entries", "none"],
+)
+def test_states_that_differ_cannot_be_ranked_together(change: Any, message: str) -> None:
+    """Wrapping after dense steps joins the states of all members into one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30, bias=False), nn.Linear(30, 20, bias=False))
+    adam = torch.optim.Adam(model.named_parameters(), 0.1)
+    for _ in range(2):
+        step(model, adam)
+    change(adam.state, model.get_parameter("1.weight"))
+    with pytest.raises(MismatchError, match=rf"{message}.*before its first step"):
+        topkast.wrap_optimizer(adam, fwd=0.9, bwd=0.8, distribution="global")
+    assert all(param.is_leaf and torch.count_nonzero(param) == 600 for param in model.parameters())

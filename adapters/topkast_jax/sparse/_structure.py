@@ -150,9 +150,13 @@ def read_values(forward: int, indices: jax.Array, weight: jax.Array) -> jax.Arra
 
 @read_values.defjvp
 def _(forward: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    indices, weight = primals
-    tangent = tangents[1].reshape(-1).at[indices].get(unique_indices=True, mode="promise_in_bounds")
-    return read_values(forward, indices, weight), tangent.reshape(1, -1)
+    return read_values(forward, *primals), _take(primals[0], tangents[1])
+
+
+def _take(indices: jax.Array, weight: jax.Array) -> jax.Array:
+    r"""The values of a matrix at `indices`, (1, \|B\|), by operations that JAX differentiates."""
+    values = weight.reshape(-1).at[indices].get(unique_indices=True, mode="promise_in_bounds")
+    return values.reshape(1, -1)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -163,9 +167,9 @@ def read_forward_values(forward: int, indices: jax.Array, weight: jax.Array) -> 
 
 @read_forward_values.defjvp
 def _(forward: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    values, tangent = jax.jvp(
-        functools.partial(read_values, forward, primals[0]), primals[1:], tangents[1:]
-    )
+    tangent = _take(primals[0], tangents[1])
+    # The values by this function, not by `read_values`: second derivatives differentiate them.
+    values = read_forward_values(forward, *primals)
     return values, jnp.where(jnp.arange(values.shape[1]) < forward, tangent, 0)
 
 
