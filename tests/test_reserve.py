@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pickle
 from typing import Any
 
@@ -13,9 +14,9 @@ from hypothesis import strategies as st
 
 import topkast
 import topkast.adapter
-from topkast.adapter import IncrementalSelection, Migration, choose_next
+from topkast.adapter import IncrementalSelection, Migration, choose_first, choose_next
 from topkast.backends import _candidates, _compiled
-from topkast.reservoirs import ArrayReservoir
+from topkast.reservoirs import ArrayReservoir, _outside
 from topkast.reservoirs._outside import largest_outside
 from topkast.selection import _incremental
 from topkast.selection._incremental import BlockScores
@@ -27,6 +28,7 @@ from topkast.selection._reserve import (
     reserve_size,
 )
 from topkast.selection._units import unit_scores
+from topkast.testing import assert_same_support
 
 Array = Any
 
@@ -150,6 +152,55 @@ def test_the_sets_of_blocks_are_those_of_a_full_selection(
         support = chosen.support
 
 
+@pytest.mark.parametrize("block", [None, (2, 3)])
+@pytest.mark.parametrize("options", [{}, {"seed": SEED, "name": NAME}], ids=["default", "named"])
+def test_the_first_sets_are_those_of_a_full_selection(block: Any, options: Any) -> None:
+    theta = np.round(np.random.default_rng(0).standard_normal((40, 60)), 1)  # with ties
+    expected = topkast.select(theta, fwd=0.9, bwd=0.8, block=block, **options)
+    read = []
+    chunks = _outside.chunks
+
+    def record(size: int, what: str) -> Any:
+        read.append((size, what))
+        return chunks(size, what)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_outside, "chunks", record)
+        outcome = choose_first(
+            ArrayReservoir(theta.reshape(-1)),
+            (expected.forward, expected.backward),
+            blocks=expected.blocks,
+            **options,
+        )
+    assert outcome is not None
+    chosen, selection = outcome
+    assert_same_support(chosen.support, expected)
+    np.testing.assert_array_equal(chosen.values, topkast.gather(theta, expected))
+    assert not chosen.migration.survives.any()
+    assert chosen.left[0].size == chosen.left[1].size == selection.age == 0
+    size = theta.size if expected.blocks is None else expected.blocks.count
+    assert read == [(size, f"{options.get('name', 'a layer')}: reading all weights")]
+
+
+def test_scores_that_overflow_leave_it_to_a_full_selection() -> None:
+    """Where all weights are scaled down; the scores of single blocks could not be compared."""
+    theta = np.full((8, 12), 2e38, np.float32)
+    theta[:4] = 1.0
+    support = topkast.select(theta, fwd=0.75, bwd=0.5, block=(2, 2))
+    reservoir = ArrayReservoir(theta.reshape(-1))
+
+    def choose() -> Any:
+        values = topkast.gather(theta, support)
+        return choose_next(IncrementalSelection(), support, values, reservoir, RANKS)
+
+    assert choose() is None
+    theta[4:] = 2.0
+    assert choose() is not None
+    theta[0, 0] = np.inf
+    with pytest.raises(topkast.NonFiniteError, match="1 of 96 entries are NaN or infinite"):
+        choose()
+
+
 def test_the_reserve_serves_one_score() -> None:
     theta = np.random.default_rng(0).standard_normal((40, 60))
     options: Any = {"fwd": 0.9, "bwd": 0.8, "block": (2, 3), "seed": SEED, "name": NAME}
@@ -167,6 +218,18 @@ def test_the_reserve_serves_one_score() -> None:
     assert ages == [0, 1, 2, 0, 1, 0]  # refreshes since the reserve was filled
 
 
+class RecordingReservoir(ArrayReservoir):
+    """Keeps the numbers of weights that were read at a time."""
+
+    def __init__(self, array: Array) -> None:
+        super().__init__(array)
+        self.sizes: list[int] = []
+
+    def read(self, start: int, stop: int) -> Array:
+        self.sizes.append(stop - start)
+        return super().read(start, stop)
+
+
 @given(data=st.data(), block=st.sampled_from([(2, 1), (3, 1), (1, 4), (3, 4), (1, 1)]))
 def test_scores_are_read_in_any_pieces(data: st.DataObject, block: tuple[int, int]) -> None:
     theta = np.random.default_rng(0).standard_normal((12, 20)).astype(np.float32)
@@ -178,8 +241,10 @@ def test_scores_are_read_in_any_pieces(data: st.DataObject, block: tuple[int, in
     start, stop = sorted((data.draw(ends), data.draw(ends)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_incremental, "CHUNK", chunk)
-        scores = BlockScores(ArrayReservoir(theta.reshape(-1)), blocks, score)
+        reservoir = RecordingReservoir(theta.reshape(-1))
+        scores = BlockScores(reservoir, blocks, score)
         np.testing.assert_array_equal(scores.read(start, stop), expected[start:stop])
+        assert max(reservoir.sizes) <= max(chunk, block[0] * theta.shape[1])
     units = np.asarray(data.draw(st.lists(st.integers(0, blocks.count - 1))), np.int32)
     np.testing.assert_array_equal(scores.take(units), expected[units])
     copied = scores.copy()
@@ -187,6 +252,16 @@ def test_scores_are_read_in_any_pieces(data: st.DataObject, block: tuple[int, in
     assert copied.nbytes == theta.nbytes
     with pytest.raises(TypeError, match="write these"):
         scores.write(units, units)
+
+
+def test_every_range_of_scores_is_read() -> None:
+    """Also the middle of a row, which is as far from its start as from its end."""
+    theta = np.random.default_rng(0).standard_normal((12, 20))
+    blocks = topkast.Blocks(3, 4, *theta.shape)
+    expected = unit_scores(theta.reshape(-1), blocks, "sum")
+    scores = BlockScores(ArrayReservoir(theta.reshape(-1)), blocks, "sum")
+    for start, stop in itertools.combinations_with_replacement(range(blocks.count + 1), 2):
+        np.testing.assert_array_equal(scores.read(start, stop), expected[start:stop])
 
 
 def assert_migrates(
