@@ -29,6 +29,7 @@ def shrink_to(tiny: Any) -> Any:
     return shrink
 
 
+@pytest.mark.slow
 def test_table1_runs_end_to_end_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
