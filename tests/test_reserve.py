@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import topkast
 import topkast.adapter
+from topkast import _progress
 from topkast.adapter import IncrementalSelection, Migration, choose_first, choose_next
 from topkast.backends import _candidates, _compiled
 from topkast.reservoirs import ArrayReservoir
@@ -158,7 +159,7 @@ def test_the_first_sets_are_those_of_a_full_selection(block: Any, options: Any) 
     theta = np.round(np.random.default_rng(0).standard_normal((40, 60)), 1)  # with ties
     expected = topkast.select(theta, fwd=0.9, bwd=0.8, block=block, **options)
     read = []
-    chunks = _reserve.chunks
+    chunks = _progress.chunks
 
     def record(size: int, what: str) -> Any:
         read.append((size, what))
