@@ -32,7 +32,7 @@ import memory
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from libraries import LIBRARIES, Library
 
 settings.register_profile(
@@ -44,6 +44,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.register_profile("thorough", settings.get_profile("fast"), max_examples=50)
+# For mutation testing: that an example fails says enough, and to simplify it takes minutes.
+settings.register_profile(
+    "unsimplified", settings.get_profile("fast"), phases=[Phase.explicit, Phase.generate]
+)
 PROFILE = os.environ.get("TOPKAST_HYPOTHESIS_PROFILE", "fast")
 settings.load_profile(PROFILE)
 

@@ -185,21 +185,20 @@ def test_the_first_sets_are_those_of_a_full_selection(block: Any, options: Any) 
 
 def test_scores_that_overflow_leave_it_to_a_full_selection() -> None:
     """Where all weights are scaled down; the scores of single blocks could not be compared."""
-    theta = np.full((8, 12), 2e38, np.float32)
-    theta[:4] = 1.0
+    theta = np.arange(96, dtype=np.float32).reshape(8, 12)
     support = topkast.select(theta, fwd=0.75, bwd=0.5, block=(2, 2))
-    reservoir = ArrayReservoir(theta.reshape(-1))
 
-    def choose() -> Any:
-        values = topkast.gather(theta, support)
+    def choose(on_b: float, outside: float) -> Any:
+        values = np.full(support.backward_size, on_b, np.float32)
+        reservoir = ArrayReservoir(np.full(theta.size, outside, np.float32))
         return choose_next(IncrementalSelection(), support, values, reservoir, RANKS)
 
-    assert choose() is None
-    theta[4:] = 2.0
-    assert choose() is not None
-    theta[0, 0] = np.inf
-    with pytest.raises(topkast.NonFiniteError, match="1 of 96 entries are NaN or infinite"):
-        choose()
+    assert choose(2.0, 1.0) is not None
+    assert choose(2e38, 1.0) is None
+    assert choose(2.0, 2e38) is None
+    for weights, count in (((np.inf, 1.0), 48), ((2.0, np.nan), 96)):
+        with pytest.raises(topkast.NonFiniteError, match=f"{count} of 96 entries are NaN or inf"):
+            choose(*weights)
 
 
 def test_the_reserve_serves_one_score() -> None:

@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import pickle
+import re
 import stat
 import subprocess
 import sys
@@ -384,6 +385,25 @@ def test_a_file_that_a_checkpoint_needs_stays(tmp_path: Path) -> None:
     assert base.path.exists()
 
 
+def test_a_file_that_a_pickle_needs_stays(tmp_path: Path) -> None:
+    base = FileBase.create(tmp_path, "w", np.ones(10, np.float32))
+    pickled = pickle.dumps(base)
+    base.discard()
+    assert pickle.loads(pickled).read(0, 10).tolist() == [1.0] * 10
+    base.path.unlink()
+    with pytest.raises(ReservoirError, match="cannot be read: .*No such file"):
+        pickle.loads(pickled)
+
+
+def test_a_reservoir_discards_the_files_that_its_replacement_does_not_need(tmp_path: Path) -> None:
+    bases = [FileBase.create(tmp_path, name, np.ones(10, np.float32)) for name in "abc"]
+    reservoir = LayeredReservoir("disk", bases)
+    reservoir.discard(LayeredReservoir("disk", bases[1:]))
+    assert [base.path.exists() for base in bases] == [False, True, True]
+    reservoir.discard()
+    assert not any(base.path.exists() for base in bases)
+
+
 def test_a_damaged_file_is_written_again(tmp_path: Path) -> None:
     base = FileBase.create(tmp_path, "w", np.ones(10, np.float32))
     content = base.path.read_bytes()
@@ -418,7 +438,9 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
     base.path.write_bytes(damaged)
     check("is damaged: its weights do not have its digest")
     base.path.write_bytes(content[:-4])
-    check("has 8,092 bytes, but its header asks for 8,096: it is damaged")
+    check(
+        f"^{re.escape(str(base.path))} has 8,092 bytes, but its header asks for 8,096: it is damaged"
+    )
     base.path.write_bytes(b"PK" + content[2:])
     check("is not a reservoir of this version")
     base.path.write_bytes(b"[1, 2]" + b" " * len(content))

@@ -236,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     modules = options.modules or list(TESTS)
     # Before the first import of JAX and PyTorch; "CI" makes Hypothesis draw the same examples.
     os.environ.update({"CI": "1", "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"})
+    os.environ["TOPKAST_HYPOTHESIS_PROFILE"] = "unsimplified"
     sys.path[:0] = [str(ROOT / "src"), str(ROOT / "adapters"), str(ROOT / "tests")]
     for library in ("array_api_strict", "hypothesis", "jax", "numba", "optax", "pytest", "torch"):
         importlib.import_module(library)
