@@ -391,7 +391,7 @@ def test_a_file_that_a_pickle_needs_stays(tmp_path: Path) -> None:
     base.discard()
     assert pickle.loads(pickled).read(0, 10).tolist() == [1.0] * 10
     base.path.unlink()
-    with pytest.raises(ReservoirError, match="cannot be read: .*No such file"):
+    with pytest.raises(ReservoirError, match="cannot be read: "):
         pickle.loads(pickled)
 
 
@@ -438,9 +438,8 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
     base.path.write_bytes(damaged)
     check("is damaged: its weights do not have its digest")
     base.path.write_bytes(content[:-4])
-    check(
-        f"^{re.escape(str(base.path))} has 8,092 bytes, but its header asks for 8,096: it is damaged"
-    )
+    path = re.escape(str(base.path))
+    check(f"^{path} has 8,092 bytes, but its header asks for 8,096: it is damaged")
     base.path.write_bytes(b"PK" + content[2:])
     check("is not a reservoir of this version")
     base.path.write_bytes(b"[1, 2]" + b" " * len(content))

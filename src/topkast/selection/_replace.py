@@ -104,7 +104,7 @@ def grow_by_gradient(
     view: View,
     kept: Array,
     *,
-    regrow: bool = True,
+    regrow: bool,
     among: Array | None = None,
     count: int | None = None,
 ) -> Support:
