@@ -85,7 +85,8 @@ def _layout_bytes(layer: Layer, sets: Sets, *, is_masked: bool) -> int:
     about every eighth unit of A. Other blocks need the flat index of each weight in B and, in
     sparse execution, its rank by block and by index. In sparse execution there are the kernels'
     layouts too, whose numbers of segments depend on the shape. The transpose of A has 6 bytes for
-    each entry, and 4 for each of its segments, of about 12 entries. Each of the other layouts has 8
+    each entry, and 4 for each of its segments, of about 12 entries; a first layer, whose input
+    needs no gradient, does not have it. Each of the other layouts has 8
     for each segment, of about 20 entries of A. A convolution has one layout more, and for one size
     of images an offset of 4 bytes for each entry of B, and of A's transpose.
     """
