@@ -365,6 +365,19 @@ def test_entries_that_left_are_removed_once_they_are_three_quarters_of_a_reserve
     np.testing.assert_array_equal(reserve.values, np.arange(1.0, 10.0))
 
 
+@pytest.mark.parametrize("count", [700, 2_400, 2_499, 2_500])
+def test_of_few_entries_outside_all_are_taken(count: int) -> None:
+    """Where a bound for `count` entries and some more would be zero."""
+    theta = np.random.default_rng(0).standard_normal(5_000)
+    reserve = reserve_of(theta, select(theta, (0.5, 0.5)), count)
+    assert count <= len(reserve.indices) <= min(2_500, 2 * count)
+    assert (reserve.bound == 0) == (len(reserve.indices) == 2_500)
+    sparse = np.where(
+        np.arange(5_000) % 50 == 0, theta, 0
+    )  # of 4,925 entries outside, 25 are not 0
+    assert largest_outside(ArrayReservoir(sparse), select(sparse, (0.99, 0.985)), 600) is None
+
+
 def test_the_size_of_a_reserve_follows_what_it_loses() -> None:
     size, backward = 400_000, 80_000
     theta = np.random.default_rng(0).standard_normal(size)

@@ -18,6 +18,7 @@ Vector = np.ndarray[Any, Any]
 
 _SAMPLE, _RUN = 1 << 16, 1 << 4  # entries of a sample, and of a run of consecutive ones
 _SPREAD = 4.0  # standard deviations of a sampled quantile, by which the bound is lowered
+_WHOLE = 4  # times the entries that are wanted: as many are taken without a bound
 
 
 class Largest(NamedTuple):
@@ -33,12 +34,16 @@ def largest_outside(
 ) -> Largest | None:
     """Collect a few more than the `count` largest entries outside B, and all that are as large.
 
-    Returns None if entries of magnitude zero would be among them, unless all entries outside B are.
+    Returns None if entries of magnitude zero would be among them, unless there are few entries
+    outside B: then these are all taken, and the bound is 0.
     """
-    takes_all = count >= reservoir.size - support.backward
+    outside = reservoir.size - support.backward
+    takes_all = count >= outside
     bound = 0.0 if takes_all else _estimate_bound(reservoir, support, count)
-    if not takes_all and not bound:
-        return None
+    if not bound:  # magnitudes of zero, or nearly all entries outside are wanted
+        if outside > _WHOLE * count:
+            return None
+        takes_all = True
     dtype = support.indices.dtype
     starts = np.append(np.arange(0, reservoir.size, CHUNK), reservoir.size).astype(dtype)
     runs = support.active, support.exploring
