@@ -37,11 +37,11 @@ def largest_outside(
     Returns None if entries of magnitude zero would be among them, unless there are few entries
     outside B: then these are all taken, and the bound is 0.
     """
-    outside = reservoir.size - support.backward
-    takes_all = count >= outside
+    others = reservoir.size - support.backward
+    takes_all = count >= others
     bound = 0.0 if takes_all else _estimate_bound(reservoir, support, count)
     if not bound:  # magnitudes of zero, or nearly all entries outside are wanted
-        if outside > _WHOLE * count:
+        if others > _WHOLE * count:
             return None
         takes_all = True
     dtype = support.indices.dtype
