@@ -117,10 +117,11 @@ def time_selection(size: int, pair: tuple[float, float], rounds: int) -> dict[st
             self.moment = refresh.migration.apply(self.moment)
 
         def from_candidates(self) -> None:
-            refresh = ranked.refresh_incrementally(
+            prepared = ranked.prepare_refresh(
                 self.values, self.reservoir, self.support, options, self.selection
             )
-            assert refresh is not None
+            assert prepared is not None
+            refresh = prepared()
             self.support, self.selection = refresh.support, refresh.selection
             self.reservoir.write(*refresh.left)
             self.values = refresh.values

@@ -175,22 +175,6 @@ class RankedTensors:
         entered = migration.entered_forward(old, new)
         return Refresh(new, migration, self._count_members(new, entered))
 
-    def refresh_incrementally(
-        self,
-        values: Vector,
-        reservoir: Reservoir,
-        old: Support,
-        options: Options,
-        selection: IncrementalSelection,
-    ) -> IncrementalRefresh | None:
-        """Choose new sets from the entries of B and a reserve, on NumPy arrays.
-
-        Returns None where all weights have to be looked at: :meth:`refresh` does so. See
-        :func:`choose_next` for the arguments.
-        """
-        finish = self.prepare_refresh(values, reservoir, old, options, selection)
-        return None if finish is None else finish()
-
     def prepare_refresh(
         self,
         values: Vector,
@@ -199,9 +183,11 @@ class RankedTensors:
         options: Options,
         selection: IncrementalSelection,
     ) -> PreparedRefresh | None:
-        """Do what :meth:`refresh_incrementally` does, but leave what cannot fail to the result.
+        """Choose new sets from the entries of B and a reserve, on NumPy arrays.
 
-        `values` must not change before the result is called.
+        The candidates are ranked now, which may fail; calling the result divides them, and `values`
+        must not change before. Returns None where all weights have to be looked at:
+        :meth:`refresh` does so. See :func:`choose_next` for the arguments.
         """
         as_one = self.group_size is None and self.layers == 1
         if not (as_one and method_of(options).takes_largest):
