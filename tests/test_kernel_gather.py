@@ -32,10 +32,11 @@ def test_gather_put_and_compress(problem: tuple[Array, Array, Array]) -> None:
     for indices, out in zip(sets, outs, strict=True):
         gather(flat, indices, out)
         np.testing.assert_array_equal(out, flat[indices])
-        written, expected = flat.copy(), flat.copy()
-        put(written, indices, -out)
-        expected[indices] = -out
-        np.testing.assert_array_equal(written, expected)
+        for order in (slice(None), np.random.default_rng(0).permutation(len(indices))):
+            written, expected = flat.copy(), flat.copy()
+            put(written, indices[order], -out[order])
+            expected[indices] = -out
+            np.testing.assert_array_equal(written, expected)
     for used in (sets, sets[:1]):
         kept, expected = flat.copy(), np.zeros_like(flat)
         for indices in used:
@@ -68,3 +69,11 @@ def test_bad_input_is_refused(function: Any) -> None:
     for change in changes:
         with pytest.raises(ValueError, match=r"contiguous|indices"):
             function(*change)
+
+
+@pytest.mark.parametrize("indices", [[0, 9, 1], [4, -1, 8]])
+def test_put_checks_indices_in_any_order(indices: list[int]) -> None:
+    flat = np.ones(9)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 9\)"):
+        put(flat, np.asarray(indices, np.int32), np.zeros(3))
+    assert flat.all()

@@ -11,7 +11,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from topkast import MismatchError, OptionError, Support
 from topkast.adapter import Options, RankedTensors, method_of
-from topkast.reservoirs import FileBase, Generated, LayeredReservoir, Reservoir, Zeros
+from topkast.reservoirs import (
+    ArrayReservoir,
+    FileBase,
+    Generated,
+    LayeredReservoir,
+    Reservoir,
+    Zeros,
+)
 from topkast_torch.sparse._products import numpy_name
 
 STREAMED = (torch.float32, torch.float64)  # dtypes of weights outside of tensors
@@ -35,7 +42,7 @@ class TensorReservoir(Reservoir):
 
     def write(self, indices: Any, weights: Any, inside: Any = ()) -> None:
         if self.tensor.device.type == "cpu" and weights.dtype.name == numpy_name(self.tensor.dtype):
-            self.tensor.numpy()[indices] = weights  # index_copy_ would make int64 positions
+            ArrayReservoir(self.tensor.numpy()).write(indices, weights)  # without int64 positions
         else:
             keep_weights(self, torch.from_numpy(indices), torch.from_numpy(weights))
 

@@ -129,7 +129,7 @@ class YoungEntries:
     ) -> None:
         """Scale the displacements of young entries; `steps` counts the steps before this one."""
         if self._before is not None and betas is not None:
-            factors = self._factors(betas, steps + 1, values.device)
+            factors = _factors(betas, steps + 1, values.device)
             self._scale_young(self._moving_tensors(inner, values), *self._before, factors)
         if self._first_steps is not None:
             self._write_first_steps(inner, values)
@@ -162,14 +162,6 @@ class YoungEntries:
             new = tensor.index_select(0, young)
             weight = share.to(new.real.dtype if new.is_complex() else new.dtype)
             tensor.index_copy_(0, young.long(), _interpolate(old, new, weight))
-
-    @staticmethod
-    def _factors(betas: Betas, steps: int, device: torch.device) -> Tensor:
-        """κ(age) / κ(steps) by age; the last is exactly 1, for settled entries."""
-        table = _corrections_on(betas, device)
-        factors = table / float(kappa(np.asarray(float(steps)), betas))
-        factors[-1] = 1.0
-        return factors
 
     def _moving_tensors(self, inner: torch.optim.Optimizer, values: Parameter) -> list[Tensor]:
         """The values, and the state entries that move with them: those that started as copies."""
@@ -233,6 +225,14 @@ def _interpolate(old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
     if new.is_complex():
         return torch.where(weight == 1, new, old + (new - old) * weight)
     return torch.lerp(old, new, weight)
+
+
+@functools.lru_cache(maxsize=4)  # of tensors that were stepped equally often
+def _factors(betas: Betas, steps: int, device: torch.device) -> Tensor:
+    """κ(age) / κ(steps) by age; the last is exactly 1, for settled entries."""
+    factors = _corrections_on(betas, device) / float(kappa(np.asarray(float(steps)), betas))
+    factors[-1] = 1.0
+    return factors
 
 
 @functools.lru_cache(maxsize=16)

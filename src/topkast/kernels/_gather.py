@@ -59,11 +59,14 @@ def gather(flat: Vector, indices: Vector, out: Vector, /, *, threads: int | None
     array([1., 3.])
     """
     _check(flat, indices, out)
+    _check_ends(flat, indices)
     gather_unchecked(flat, indices, out, threads)
 
 
 def put(flat: Vector, indices: Vector, values: Vector, /, *, threads: int | None = None) -> None:
     """``flat[indices] = values``; parameters and errors as for :func:`gather`.
+
+    The indices need not ascend, but must differ.
 
     Examples
     --------
@@ -75,6 +78,8 @@ def put(flat: Vector, indices: Vector, values: Vector, /, *, threads: int | None
     array([1., 0., 3.])
     """
     _check(flat, indices, values)
+    if len(indices) and not 0 <= indices.min() <= indices.max() < len(flat):
+        raise ValueError(f"indices must lie in [0, {len(flat)})")
     _run_copy((_put_single, _put_double), flat, indices, values, threads)
 
 
@@ -107,6 +112,7 @@ def compress(flat: Vector, *sets: tuple[Vector, Vector], threads: int | None = N
     """
     for indices, out in sets:
         _check(flat, indices, out)
+        _check_ends(flat, indices)
     if len(sets) == 1:
         sets = (*sets, (sets[0][0][:0], sets[0][1][:0]))
     (indices, values), (other_indices, other_values) = sets
@@ -151,6 +157,9 @@ def _check(flat: Vector, indices: Vector, values: Vector) -> None:
         raise ValueError(
             f"indices and values must have the same length, got {len(indices)} and {len(values)}"
         )
+
+
+def _check_ends(flat: Vector, indices: Vector) -> None:
     if len(indices) and not 0 <= indices[0] <= indices[-1] < len(flat):
         raise ValueError(f"indices must ascend in [0, {len(flat)})")
 

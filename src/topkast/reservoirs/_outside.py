@@ -76,12 +76,14 @@ def _estimate_bound(reservoir: Reservoir, support: Support, count: int) -> float
     dtype = support.indices.dtype
     step = _RUN * max(1, reservoir.size // _SAMPLE)
     firsts = np.arange(0, reservoir.size - _RUN + 1, step, dtype=dtype)
-    indices = (firsts[:, None] + np.arange(_RUN, dtype=dtype)).ravel()
-    sample = np.abs(reservoir.take(indices))
+    indices = firsts[:, None] + np.arange(_RUN, dtype=dtype)
+    sample = np.abs(reservoir.take(indices.ravel()))
     for run in (support.active, support.exploring):
-        if len(run):
-            positions = np.minimum(np.searchsorted(run, indices), len(run) - 1)
-            sample[run[positions] == indices] = 0
+        starts = np.searchsorted(run, firsts)
+        lengths = np.searchsorted(run, firsts + dtype.type(_RUN)) - starts
+        number = np.repeat(np.arange(len(firsts)), lengths)  # of the sampled run of each entry
+        positions = np.arange(len(number)) + (starts - np.cumsum(lengths) + lengths)[number]
+        sample[number * _RUN + (run[positions] - firsts[number])] = 0
     share = count / reservoir.size
     margin = _SPREAD * math.sqrt(sample.size * share * (1 - share)) + 1
     rank = min(sample.size - 1, int(sample.size * share + margin))

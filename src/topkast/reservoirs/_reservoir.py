@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from topkast._errors import MismatchError
+from topkast.backends._compiled import functions
 from topkast.reservoirs._file import FileBase
 from topkast.reservoirs._initial import Generated
 
@@ -93,7 +94,11 @@ class ArrayReservoir(Reservoir):
         return self.array.take(indices)
 
     def write(self, indices: Vector, weights: Vector, inside: Iterable[Vector] = ()) -> None:
-        self.array[indices] = weights
+        suits = self.array.dtype == weights.dtype and weights.dtype in (np.float32, np.float64)
+        if suits and indices.dtype == np.int32 and self.array.flags.c_contiguous:
+            functions(indices.size).put(self.array, indices, weights)  # on all cores
+        else:
+            self.array[indices] = weights
 
     def copy(self) -> ArrayReservoir:
         return type(self)(self.array.copy())

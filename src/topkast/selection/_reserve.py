@@ -62,12 +62,15 @@ class Reserve(NamedTuple):
         indices = np.concatenate([self.indices, joined[0]])
         values = np.concatenate([self.values, joined[1]])
         size = self.size - left.size + joined[0].size
-        if self.bound and indices.size <= _MAX_SLOTS * size:
-            values[left] = 0
-            return Reserve(indices, values, self.bound, size)
-        stays = values != 0 if self.bound else np.ones(indices.size, dtype=np.bool_)
-        stays[left] = False
-        return Reserve(indices[stays], values[stays], self.bound, size)
+        if not self.bound:
+            stays = np.ones(indices.size, dtype=np.bool_)
+            stays[left] = False
+            return Reserve(indices[stays], values[stays], self.bound, size)
+        values[left] = 0
+        if indices.size > _MAX_SLOTS * size:
+            positions, values = functions(indices.size).collect(values, self.bound)
+            indices = indices.take(positions)
+        return Reserve(indices, values, self.bound, size)
 
     @property
     def nbytes(self) -> int:
