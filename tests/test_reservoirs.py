@@ -12,6 +12,7 @@ import re
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -508,15 +509,87 @@ def test_content_and_name_are_written_to_the_disk(
 
 
 def test_incomplete_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    process = ended.pid
-    assert ended.wait(timeout=60) == 0
-    dead, own = tmp_path / f".w.{process}.part", tmp_path / ".w.1.part"
-    for path in (dead, own):
-        path.write_bytes(b"incomplete")
+    script = (
+        "import os, sys, time; from topkast.reservoirs import _file\n"
+        "with _file._open_part(_file.Path(sys.argv[1]), 'w') as (_, file):\n"
+        "    file.write(b'incomplete'); file.flush(); print(); sys.stdout.flush(); time.sleep(300)"
+    )
+    foreign = tmp_path / ".movie.1234567.part"
+    foreign.write_bytes(b"another program's")
+    writer = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        (part,) = tmp_path.glob(".w.*.part")
+        FileBase.create(tmp_path, "v", np.ones(10, np.float32))
+        assert part.exists()  # it is still written
+    finally:
+        writer.kill()
+        writer.communicate(timeout=60)
+    just_begun = tmp_path / ".w.0.reservoir.part"
+    just_begun.write_bytes(b"")  # and not locked yet
     FileBase.create(tmp_path, "v", np.ones(10, np.float32))
-    assert not dead.exists()
-    assert own.exists()  # process 1 runs
+    assert not part.exists()
+    assert just_begun.exists()
+    assert foreign.exists()
+    os.utime(just_begun, (0, 0))
+    FileBase.create(tmp_path, "v", np.ones(10, np.float32))
+    assert not just_begun.exists()
+
+
+def test_several_runs_write_a_tensor_of_the_same_name_at_once(tmp_path: Path) -> None:
+    """Also in containers, where several processes have the same number."""
+    weights = [np.full(3_000_000, number, np.float32) for number in range(4)]
+    with ThreadPoolExecutor() as pool:
+        bases = list(pool.map(lambda own: FileBase.create(tmp_path, "w", own), weights))
+    for base, own in zip(bases, weights, strict=True):
+        assert np.array_equal(base.read(0, own.size), own)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("letter", ["w", "层", "\U0001f600"])
+def test_long_names_leave_the_weights_alone(letter: str, tmp_path: Path) -> None:
+    """Tensors ranked as one have the names of all."""
+    theta = np.arange(1_000, dtype=np.float32)
+    names = [" + ".join(f"{letter * 100}.{number}" for number in range(count)) for count in (1, 99)]
+    names.append(f"{names[1]} + v")
+    bases = [FileBase.create(tmp_path, name, theta) for name in names]
+    assert len({base.path for base in bases}) == 3
+    for name, base in zip(names, bases, strict=True):
+        assert base.read(0, 1_000).tolist() == theta.tolist()
+        assert FileBase.from_description(base.describe()).name == base.name
+        assert FileBase.create(tmp_path, name, theta).path == base.path
+
+
+def test_paths_survive_a_change_of_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = FileBase.create("weights", "w", np.ones(10, np.float32))
+    pickled = pickle.dumps(base)
+    opened = FileBase.from_description(base.describe(), "weights")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    for known in (base, opened, pickle.loads(pickled)):
+        assert FileBase.from_description(known.describe()).read(0, 2).tolist() == [1.0, 1.0]
+
+
+def test_a_file_that_others_need_stays(tmp_path: Path) -> None:
+    theta = np.ones(10, np.float32)
+    copied = FileBase.create(tmp_path, "copied", theta)
+    copy.deepcopy(copied)
+    first = FileBase.create(tmp_path, "w", theta)
+    FileBase.create(tmp_path, "w", theta)  # by another run
+    for base in (copied, first):
+        base.discard()
+        assert base.path.exists()
+
+
+def test_a_checkpoint_writes_a_missing_file_again(tmp_path: Path) -> None:
+    theta = np.arange(10, dtype=np.float32)
+    base = FileBase.create(tmp_path, "w", theta)
+    base.path.unlink()
+    loaded = FileBase.from_description(base.describe())
+    assert loaded.path == base.path
+    assert loaded.read(0, 10).tolist() == theta.tolist()
 
 
 def test_a_file_can_be_shared(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 from numbers import Integral, Real
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from topkast._errors import OptionError
@@ -197,6 +198,8 @@ class Options:
             )
         if path is not None and not isinstance(path, (str, PathLike)):
             raise OptionError(f"reservoir_path must be a path or None, got {path!r}")
+        if path is not None:  # the same folder if the process changes into another one
+            object.__setattr__(self, "reservoir_path", Path(path).absolute())
 
     def _check_pattern(self) -> None:
         pattern, method = self.pattern, self.method

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import re
-from collections.abc import Iterable
-from contextlib import suppress
+import secrets
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +24,11 @@ Vector = np.ndarray[Any, Any]
 _FORMAT = "topkast-reservoir-1"
 _HEADER = 4096  # bytes: the weights begin at a page of memory
 _SUFFIX = ".reservoir"
+_PART = ".reservoir.part"  # of a file that is being written
+_MAX_NAME = 2048  # bytes of a tensor's name in the header
+_LOCKED_AFTER = 60.0  # seconds: an empty file may not be locked yet
+
+_fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 
 class FileBase:
@@ -34,7 +42,7 @@ class FileBase:
     path
         The file.
     name
-        Name of the tensor.
+        Name of the tensor; that of many tensors ranked as one is shortened.
     digest
         BLAKE2 digest of the weights, in hexadecimal digits.
 
@@ -50,8 +58,9 @@ class FileBase:
 
     nbytes = 0
 
-    def __init__(self, path: Path, header: dict[str, Any], *, is_new: bool = False) -> None:
-        self.path, self.header, self._is_new = path, header, is_new
+    def __init__(self, path: Path, header: dict[str, Any], *, created: Any = None) -> None:
+        self.path, self.header = Path(path).absolute(), header
+        self._created = created  # the identity of the file, if only this object needs it
         self.name, self.digest = header["name"], header["digest"]
         self.size, self.dtype = header["size"], header["dtype"]
         self._weights = _map(path, header)
@@ -65,35 +74,34 @@ class FileBase:
         ReservoirError
             If the folder cannot be written to, or its disk is full. No file is left then.
         """
-        folder = Path(folder)
-        stem = re.sub(r"[^\w.+-]+", "_", name)[:100]
-        part = folder / f".{stem}.{os.getpid()}.part"
+        folder, name = Path(folder).absolute(), _shorten(name)
+        stem = re.sub(r"[^\w.+-]+", "_", name, flags=re.ASCII)[:100]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(folder)
             header: dict[str, Any] = {"format": _FORMAT, "name": name}
             header |= {"size": weights.size, "dtype": weights.dtype.name}
-            with part.open("wb") as file:
+            with _open_part(folder, stem) as (part, file):
                 file.write(bytes(_HEADER))
                 header["digest"] = _digest(_write_chunks(file, weights, name))
                 file.seek(0)
                 file.write(json.dumps(header).encode().ljust(_HEADER, b" "))
                 file.flush()
                 os.fsync(file.fileno())
-            identity = hashlib.blake2b(f"{header['digest']} {name}".encode(), digest_size=8)
-            path = folder / f"{stem}-{identity.hexdigest()}{_SUFFIX}"
-            is_new = not path.exists()
-            part.replace(path)  # an existing file has the same content, unless it is damaged
+                created = _identity(os.fstat(file.fileno()))
+                key = hashlib.blake2b(f"{header['digest']} {name}".encode(), digest_size=8)
+                path = folder / f"{stem}-{key.hexdigest()}{_SUFFIX}"
+                is_new = not path.exists()
+                if _fcntl is None:
+                    file.close()  # Windows moves no open file
+                part.replace(path)  # an existing file has the same content, unless it is damaged
             _sync_folder(folder)
         except OSError as error:
             raise ReservoirError(
                 f"the weights of {name} ({weights.nbytes:,} bytes) cannot be written to {folder}: "
                 f"{error}. Free the space or choose another reservoir_path"
             ) from error
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-        return cls(path, header, is_new=is_new)
+        return cls(path, header, created=created if is_new else None)
 
     @classmethod
     def from_description(cls, saved: dict[str, Any], folder: Any = None) -> FileBase:
@@ -137,9 +145,11 @@ class FileBase:
 
     def describe(self) -> dict[str, Any]:
         """Numbers and strings by which the file is found and recognised."""
-        self._is_new = False  # a checkpoint needs it from now on
+        self._created = None  # a checkpoint needs it from now on
+        if not self.path.exists():  # removed since: what is mapped still has the weights
+            FileBase.create(self.path.parent, self.name, self._weights)
         fields = ("name", "size", "dtype", "digest")
-        return {field: self.header[field] for field in fields} | {"path": str(self.path.absolute())}
+        return {field: self.header[field] for field in fields} | {"path": str(self.path)}
 
     @property
     def disk_bytes(self) -> int:
@@ -149,19 +159,22 @@ class FileBase:
     def discard(self, kept: Iterable[Any] = ()) -> None:
         """Remove a file that this object created, unless something needs it.
 
-        That is a checkpoint, or one of the bases that are `kept`.
+        That is a checkpoint, one of the bases that are `kept`, a copy of this object, or another
+        run, which has written the same file again.
         """
         needed = {base.path.resolve() for base in kept if isinstance(base, FileBase)}
-        if self._is_new and self.path.resolve() not in needed:
-            self._is_new = False
+        if self._created is not None and self.path.resolve() not in needed:
             with suppress(OSError):
-                self.path.unlink()
+                if _identity(self.path.stat()) == self._created:
+                    self.path.unlink()
+            self._created = None
 
     def __deepcopy__(self, memo: Any) -> FileBase:
-        return self  # nothing changes
+        self._created = None  # the copy needs it too
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
-        self._is_new = False
+        self._created = None
         return {"path": self.path, "header": self.header}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -219,23 +232,46 @@ def _map(path: Path, header: dict[str, Any]) -> Vector:
         raise ReservoirError(f"{path} cannot be read: {error}") from error
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """Remove incomplete files of processes that no longer run on this machine."""
-    for path in folder.glob(".*.part"):
-        number = path.name.split(".")[-2]
-        if number.isdecimal() and int(number) != os.getpid() and not _is_running(int(number)):
-            with suppress(OSError):
-                path.unlink()
+def _shorten(name: str) -> str:
+    """A name that leaves the header space for its other fields."""
+    if len(json.dumps(name)) <= _MAX_NAME:
+        return name
+    return f"{name[:200]}… {hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}"
 
 
-def _is_running(process: int) -> bool:
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    """What distinguishes a file from others that had its path."""
+    return status.st_dev, status.st_ino
+
+
+@contextmanager
+def _open_part(folder: Path, stem: str) -> Iterator[tuple[Path, BinaryIO]]:
+    """A new file, locked while it is written, and removed at the end unless it was moved."""
+    part = folder / f".{stem}.{secrets.token_hex(4)}{_PART}"
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+        with part.open("xb") as file:
+            if _fcntl is not None:
+                with suppress(OSError):  # a file system without locks
+                    _fcntl.flock(file, _fcntl.LOCK_EX)
+            yield part, file
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove incomplete files that no process of any machine still writes."""
+    for part in folder.glob(f".*{_PART}"):
+        with suppress(OSError):
+            if _fcntl is None:
+                part.unlink()  # Windows refuses this for open files
+                continue
+            with part.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if not status.st_size and time.time() - status.st_mtime < _LOCKED_AFTER:
+                    continue
+                _fcntl.flock(file, _fcntl.LOCK_EX | _fcntl.LOCK_NB)
+                part.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
