@@ -412,6 +412,22 @@ def test_the_size_of_a_reserve_follows_what_it_loses() -> None:
     assert selection.nbytes == reserve.indices.nbytes + reserve.values.nbytes > 0
 
 
+@pytest.mark.parametrize("counts", [(1, 1), (100, 200), (9_000, 9_500), (20_000, 20_000)])
+def test_the_sets_can_change_their_sizes(counts: tuple[int, int]) -> None:
+    theta = np.random.default_rng(0).standard_normal(20_000)
+    ranks = Ranks(make_key(0, "", "ties"))
+    first = topkast.select(theta, fwd=0.7, bwd=0.5)
+    values = topkast.gather(theta, first)
+    outcome = choose_next(
+        IncrementalSelection(), first, values, ArrayReservoir(theta), ranks, counts=counts
+    )
+    assert outcome is not None
+    largest = np.argsort(-np.abs(theta))
+    support = outcome[0].support
+    assert np.array_equal(support.active, np.sort(largest[: counts[0]]))
+    assert np.array_equal(support.exploring, np.sort(largest[counts[0] : counts[1]]))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_weights_without_a_rank_are_counted(value: float) -> None:
     theta = np.random.default_rng(0).standard_normal(5_000)

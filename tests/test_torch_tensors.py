@@ -225,9 +225,10 @@ def test_global_ranking_fixes_the_total_but_not_the_shares() -> None:
     assert int(torch.count_nonzero(small)) == rows[0].forward
 
 
-def test_global_ranking_carries_dense_state_over_if_all_have_it() -> None:
+@pytest.mark.parametrize("shape", [(5, 5), (5, 5, 1, 1)])
+def test_global_ranking_carries_dense_state_over_if_all_have_it(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    first, second = Parameter(torch.randn(5, 5)), Parameter(torch.randn(5, 5))
+    first, second = Parameter(torch.randn(shape)), Parameter(torch.randn(5, 5))
     inner = torch.optim.Adam([first, second], 0.1)
     (first.sum() + second.square().sum()).backward()
     inner.step()

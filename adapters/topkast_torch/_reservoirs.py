@@ -114,7 +114,8 @@ def take_over(
     kind = options.reservoir
     if method_of(options).forgets:
         return _nothing(values, ranked.size)
-    if reservoir is None:  # loaded from a file, which has no weights outside B
+    # Loaded from a file, or trained by a method that forgets: there are no weights outside B.
+    if reservoir is None or reservoir.kind == "none":
         reservoir = TensorReservoir(values.detach().new_zeros(ranked.size))
     if not isinstance(reservoir, TensorReservoir):
         if kind not in ("device", reservoir.kind):

@@ -131,6 +131,22 @@ def _check(state: WrapperState, state_dict: Mapping[str, Any]) -> _Loaded:
         copy_tree(attributes),
         copy_tree(header.get("state", {})),
     )
+    try:
+        _check_groups(state, state_dict, header, loaded)
+    except BaseException:
+        for sets in loaded.sets.values():
+            sets.reservoir.discard()
+        raise
+    return loaded
+
+
+def _check_groups(
+    state: WrapperState,
+    state_dict: Mapping[str, Any],
+    header: Mapping[str, Any],
+    loaded: _Loaded,
+) -> None:
+    groups = list(state_dict["param_groups"])
     uncounted = str(header["uncounted"]).split()
     for number, (group, param_group, saved) in enumerate(
         zip(state.groups, state.inner.param_groups, groups, strict=True)
@@ -154,7 +170,6 @@ def _check(state: WrapperState, state_dict: Mapping[str, Any]) -> _Loaded:
             state.stores,
             state.options.reservoir_path,
         )
-    return loaded
 
 
 def _check_group(
@@ -256,7 +271,6 @@ def _check_sets(execution: Execution, extras: Mapping[str, Any], folder: Any) ->
         support.check(ranked.size, f"{key}: the state dict")
     except MismatchError as error:
         raise StateDictError(str(error)) from None
-    values, reservoir = load_weights(execution, support, extras, folder)
     ages = None
     if execution.young is not None:
         expected = ((ranked.backward_size,), torch.int16)
@@ -270,6 +284,7 @@ def _check_sets(execution: Execution, extras: Mapping[str, Any], folder: Any) ->
     entered, steps = [extra["entered_active"] for extra in extras.values()], shared["steps"]
     if not all(isinstance(number, int) and number >= 0 for number in (*entered, steps)):
         raise StateDictError(f"{key}: entered_active and steps must be integers >= 0")
+    values, reservoir = load_weights(execution, support, extras, folder)  # which may write a file
     return _Sets(
         support,
         torch.tensor(entered, dtype=torch.int32, device=device),

@@ -65,13 +65,13 @@ class MaskedExecution(Execution):
         own_options = options.for_tensor(ranked.key)
         self.support = ranked.select(theta, own_options)
         values = theta.index_select(0, self.support.entries)
-        self.reservoir = make_reservoir(theta, ranked, own_options, self._params)
         self.values = Parameter(values.reshape(ranked.compact_shape), requires_grad=True)
         self.gradient = torch.empty_like(self.values).detach().view(-1)
         self._hooks: dict[str, RemovableHandle] = {}
         self._replaced: list[str] = []
         self.set_up(profile, options, updates, steps)
         self.update_positions()
+        self.reservoir = make_reservoir(theta, ranked, own_options, self._params)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_hooks": {}}
@@ -222,7 +222,11 @@ class MaskedExecution(Execution):
         layout, compact = self.profile.layout, self.ranked.compact_shape
         sections = [
             restrict_entries(
-                states[name], layout, tuple(member.param.shape), member.entries[section].c_order
+                states[name],
+                layout,
+                tuple(member.param.shape),
+                compact,
+                member.entries[section].c_order,
             )
             for section in range(2)
             for name, member in self.members.items()

@@ -57,6 +57,12 @@ class SparseExecution(Execution):
                 f"{name} is the weight of a {type(layer).__name__}, whose sets have fixed sizes: "
                 "distribution='global' would move weights between tensors"
             )
+        if not layer._is_drawn:
+            raise MismatchError(
+                f"the weights of {name} were never drawn, since its {type(layer).__name__} was "
+                "built on the meta device: call reset_parameters() after to_empty(), or load a "
+                "state dict, before building its optimizer"
+            )
         own_options = _options_of(name, layer, options.for_tensor(name))
         method = method_of(own_options)
         if "momentum" in method.needs:
@@ -96,7 +102,11 @@ class SparseExecution(Execution):
         execution._take_over(own_options)
         execution.support = support.in_groups(execution.ranked.group_size)
         execution._begin()
-        execution.set_up(profile, options, updates, steps)
+        try:
+            execution.set_up(profile, options, updates, steps)
+        except BaseException:
+            execution.reservoir.discard(layer.reservoir)
+            raise
         if layer.selection is not None and execution.reservoir is layer.reservoir:
             execution.selection = layer.selection
         return execution

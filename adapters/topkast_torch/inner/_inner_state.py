@@ -252,15 +252,18 @@ def _starting_entry(
 
 
 def restrict_entries(
-    entries: Mapping[str, Any], layout: Layout, shape: Shape, indices: Tensor
+    entries: Mapping[str, Any], layout: Layout, shape: Shape, compact: Shape, indices: Tensor
 ) -> Any:
-    """Entries for a dense weight of `shape`, restricted to the weights at flat `indices`."""
+    """Entries for a dense weight of `shape`, restricted to the weights at flat `indices`.
+
+    They have the dimensions of those for a vector of shape `compact`.
+    """
 
     def restrict_leaf(path: Path, entry: Any) -> Any:
         spec = layout.specs.get(path)
         if spec is None or not isinstance(entry, Tensor):
             return entry
-        row = (1,) * (len(shape) - 1) + (math.prod(shape),)
+        row = (*compact[:-1], math.prod(shape))
         flat = spec.reshape(entry, shape, row)
         return flat.index_select(spec.axis(row), indices)
 

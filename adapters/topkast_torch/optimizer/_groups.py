@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -205,7 +205,7 @@ def prepare_group(state: WrapperState, param_group: Mapping[str, Any], options: 
     shapes |= {name: layer.weight_shape for name, layer in layers.items() if layer is not None}
     profiles = _find_profiles(state.inner, param_group, list(shapes.values()), options)
     executions: list[Execution] = []
-    with torch.no_grad(), _discarding(executions):
+    with torch.no_grad(), discarding(executions):
         for ranked in rankings:
             members = {name: masked[name] for name in ranked.shapes}
             steps = count_steps(state.inner, param_group, members.values())
@@ -233,13 +233,14 @@ def prepare_group(state: WrapperState, param_group: Mapping[str, Any], options: 
 
 
 @contextmanager
-def _discarding(executions: list[Execution]) -> Iterator[None]:
-    """Remove the files of the reservoirs that were made so far if the next one fails."""
+def discarding(executions: Iterable[Execution]) -> Iterator[None]:
+    """Remove the files of the reservoirs that were made so far if what follows fails."""
     try:
         yield
     except BaseException:
         for execution in executions:
-            execution.reservoir.discard()
+            layer = getattr(execution, "layer", None)  # which may keep its reservoir
+            execution.reservoir.discard(getattr(layer, "reservoir", None))
         raise
 
 

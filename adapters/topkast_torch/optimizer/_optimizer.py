@@ -20,6 +20,7 @@ from topkast_torch.optimizer._groups import (
     Group,
     WrapperState,
     check_overlap,
+    discarding,
     prepare_group,
     restrict_state,
 )
@@ -66,13 +67,16 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         check_inner(inner)
         state = WrapperState(inner, options)
         options_by_group = []
-        for param_group in inner.param_groups:
-            group_options = options.override(param_group)
-            state.groups.append(prepare_group(state, param_group, group_options))
-            options_by_group.append(group_options.for_group())
-        check_names(state.groups, inner.param_groups, options)
-        check_overlap(state.groups)
-        restricted = [restrict_state(inner.state, group, group.params) for group in state.groups]
+        with discarding(state.executions):
+            for param_group in inner.param_groups:
+                group_options = options.override(param_group)
+                state.groups.append(prepare_group(state, param_group, group_options))
+                options_by_group.append(group_options.for_group())
+            check_names(state.groups, inner.param_groups, options)
+            check_overlap(state.groups)
+            restricted = [
+                restrict_state(inner.state, group, group.params) for group in state.groups
+            ]
         super().__init__([Parameter(torch.zeros(0))], inner.defaults)
         del self.__dict__["_early_groups"]
         # So far, none of the user's objects was changed. Nothing below fails.
@@ -220,8 +224,9 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)  # checks the group and fills in defaults
         try:
             group = prepare_group(state, param_group, options)
-            check_overlap([*state.groups, group])
-            self._add_inner_group(param_group, group)
+            with discarding(group.executions):
+                check_overlap([*state.groups, group])
+                self._add_inner_group(param_group, group)
         except Exception:
             del self.param_groups[len(state.groups) :]
             raise

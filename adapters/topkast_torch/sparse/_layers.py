@@ -174,6 +174,12 @@ class SparseLinear(SparseLayer):
             f"bias={self.bias is not None}, {_describe(self)}"
         )
 
+    def _initial_reservoir(self) -> LayeredReservoir | None:
+        recipe = self.__dict__.get("_recipe")
+        if recipe is None or recipe.reservoir != "seeded" or self.sharding is not None:
+            return None
+        return LayeredReservoir("seeded", [recipe.generate(self)])
+
     def _make_products(self) -> Products:
         return make_products(self._entries, self.values.dtype)
 
@@ -285,15 +291,19 @@ class _Recipe:
             nn.init.kaiming_uniform_(theta, a=math.sqrt(5))  # as torch.nn.Linear does
             draw_dense(layer, theta, fwd=self.fwd, bwd=self.bwd)
             return
-        seed = int(torch.randint(1 << 62, ())) if self.seed is None else self.seed
-        init = Init.of(self.init or "default", shape)
-        dtype = numpy_name(values.dtype)
-        weights = Generated("weight", seed, init, math.prod(shape), dtype)
+        weights = self.generate(layer)
         if self.reservoir == "device":
             theta = torch.from_numpy(weights.read(0, weights.size)).to(values.device)
             draw_dense(layer, theta.view(shape), fwd=self.fwd, bwd=self.bwd)
         else:
             draw_streamed(layer, LayeredReservoir("seeded", [weights]))
+
+    def generate(self, layer: SparseLinear) -> Generated:
+        """The weights of a layer, from the seed or from one that PyTorch's generator draws."""
+        seed = int(torch.randint(1 << 62, ())) if self.seed is None else self.seed
+        shape, dtype = layer.weight_shape, numpy_name(layer.values.dtype)
+        init = Init.of(self.init or "default", shape)
+        return Generated("weight", seed, init, math.prod(shape), dtype)
 
 
 def _describe(layer: SparseLayer) -> str:

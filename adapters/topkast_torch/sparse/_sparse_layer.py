@@ -274,25 +274,42 @@ class SparseLayer(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Load values and structure, or a dense ``weight`` that is zero outside A."""
-        merged = dict(state_dict)
+        merged, was_drawn = dict(state_dict), self._is_drawn
         dense = merged.pop(prefix + "weight", None)
         structure = [merged.pop(prefix + name, None) for name in (*STRUCTURE, BLOCK)]
         if prefix + "values" in state_dict or any(entry is not None for entry in structure):
             support = self._check_structure(prefix, state_dict)
-            indices = support.indices.to(self.indices)
-            if not torch.equal(indices, self.indices) or support.forward != self.active_count:
-                # Clone: an optimizer that shares the old tensor must detect the change.
-                self.set_support(Support(indices.clone(), support.forward, self.blocks))
+            assigns = local_metadata.get("assign_to_params_buffers", False)
+            self._load_support(support, assigns=assigns)
             if isinstance(merged[prefix + "values"], Tensor):
                 merged[prefix + "values"] = self._fit_values(merged[prefix + "values"])
         elif dense is not None:
             self._check_whole(f"loading {prefix}weight")
             merged[prefix + "values"] = self._gather_values(prefix + "weight", dense)
-        self.reservoir = None if self.reservoir is None else forget_changes(self.reservoir)
-        self.selection = None
+        if prefix + "values" in merged:
+            if not was_drawn:
+                self.reservoir = self._initial_reservoir()
+            elif self.reservoir is not None:
+                self.reservoir = forget_changes(self.reservoir)
+            self.selection = None
         super()._load_from_state_dict(
             merged, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _load_support(self, support: Support, *, assigns: bool) -> None:
+        """Take the sets of a state dict, unless they are this layer's already."""
+        is_meta = self.indices.is_meta
+        if is_meta and not assigns:  # where PyTorch loads nothing
+            return
+        indices = support.indices if is_meta else support.indices.to(self.indices)
+        is_same = self._is_drawn and torch.equal(indices, self.indices)
+        if not is_same or support.forward != self.active_count:
+            # Clone: an optimizer that shares the old tensor must detect the change.
+            self.set_support(Support(indices.clone(), support.forward, self.blocks))
+
+    def _initial_reservoir(self) -> Reservoir | None:
+        """The weights outside B of a layer whose own were never drawn; None if there are none."""
+        return None
 
     def _check_structure(self, prefix: str, state_dict: Mapping[str, Any]) -> Support:
         """The sets in a state dict; raises :class:`topkast.MismatchError` if they do not fit."""

@@ -217,7 +217,7 @@ class IncrementalSelection:
         counts = (support.forward, support.backward) if counts is None else counts
         loss, known = self.loss, 0  # entries outside B above the present bound
         brackets = self._expect_smallest()
-        missing = counts[1] - support.backward
+        missing = max(counts[1] - support.backward, 0)
         if self.reserve is not None:
             ranking = rank(support, values, self.reserve, reservoir.size, ranks, counts, brackets)
             if isinstance(ranking, Ranking):

@@ -1,0 +1,221 @@
+"""Reservoirs when something else happens: failures, copies, other folders, other state dicts."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import topkast_torch
+import torch
+from reservoir_training import INPUTS, build, train
+from torch import nn
+
+import topkast
+from topkast import MismatchError, OptionError, StateDictError
+from topkast.methods import Random, Static
+
+SPARSITIES: Any = {"fwd": 0.9, "bwd": 0.8}
+
+
+def kinds(opt: Any) -> list[str]:
+    return [execution.reservoir.kind for execution in opt._wrapper_state.executions]
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
+def resume(saved: Any, folder: Path) -> Any:
+    """Load a state dict in a run that had other weights."""
+    model, opt = build("disk", folder=folder, seed=9)
+    opt.load_state_dict(saved)
+    return model, opt
+
+
+def assert_same(first: Any, second: Any) -> None:
+    """Equal weights of the sparse tensors."""
+    one, two = topkast.dense_params(first), topkast.dense_params(second)
+    assert all(torch.equal(one[name], two[name]) for name in topkast.masks(first))
+
+
+# Files
+
+
+def test_a_copy_that_loads_another_state_dict_leaves_the_files(tmp_path: Path) -> None:
+    model, opt = build("disk", folder=tmp_path)
+    train(model, opt, 2)
+    _, copied = copy.deepcopy((model, opt))
+    copied.load_state_dict(build("device", seed=5)[1].state_dict())
+    assert_same(resume(opt.state_dict(), tmp_path)[1], opt)
+
+
+def test_two_runs_in_a_folder_need_their_files(tmp_path: Path) -> None:
+    """Both start with the same weights, and then one of them continues from a checkpoint."""
+    (_, first), (model, second) = (build("disk", folder=tmp_path) for _ in range(2))
+    saved = second.state_dict()
+    first.load_state_dict(build("device", seed=5)[1].state_dict())
+    assert_same(resume(saved, tmp_path)[1], second)
+    train(model, second, 2)
+    assert_same(resume(second.state_dict(), tmp_path)[1], second)
+
+
+@pytest.mark.parametrize("damage", ["indices", "params", "entered_active", "exp_avg"])
+def test_a_refused_state_dict_leaves_no_file(damage: str, tmp_path: Path) -> None:
+    model, opt = build("disk", folder=tmp_path)
+    train(model, opt, 1)
+    other_model, other = build("device", seed=5)
+    train(other_model, other, 1)
+    saved = other.state_dict()
+    state = saved["state"][2]
+    entries = state if damage == "exp_avg" else state["topkast"]
+    entries[damage] = -1 if damage == "entered_active" else entries[damage].reshape(-1)[1:]
+    before = files(tmp_path)
+    with pytest.raises(StateDictError):
+        opt.load_state_dict(saved)
+    assert files(tmp_path) == before
+
+
+def adam(*layers: nn.Module, **options: Any) -> torch.optim.Adam:
+    groups: list[Any] = [{"params": list(layer.parameters())} for layer in layers]
+    groups[-1] |= options
+    return torch.optim.Adam(groups)
+
+
+class Averaging(torch.optim.SGD):
+    """It starts averages with the weights."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for param in self.param_groups[0]["params"]:
+            average = self.state[param].setdefault("average", param.detach().clone())
+            average.lerp_(param.detach(), 0.1)
+        return loss
+
+
+def test_a_refused_optimizer_leaves_no_file(tmp_path: Path) -> None:
+    disk: Any = {"reservoir": "disk", "reservoir_path": tmp_path}
+    first, second = nn.Linear(20, 30), nn.Linear(30, 20)
+    with pytest.raises(OptionError, match="bwd must not exceed fwd"):
+        topkast.wrap_optimizer(adam(first, second, fwd=0.1), **SPARSITIES, **disk)
+    with pytest.raises(OptionError, match="matches no"):
+        topkast.wrap_optimizer(
+            adam(first), **SPARSITIES, **disk, overrides={"9.*": {"penalty": 0.0}}
+        )
+    assert files(tmp_path) == set()
+    with pytest.raises(OptionError, match="copies of the weights"):
+        topkast.wrap_optimizer(Averaging(first.parameters(), 0.1), **SPARSITIES, **disk, power=2)
+    layer = topkast_torch.SparseLinear(20, 30, **SPARSITIES)
+    with pytest.raises(OptionError, match="copies of the weights"):
+        topkast.wrap_optimizer(Averaging(layer.parameters(), 0.1), **SPARSITIES, **disk, power=2)
+    assert files(tmp_path) == set()
+    opt = topkast.wrap_optimizer(adam(first), **SPARSITIES, **disk)
+    before = files(tmp_path)
+    memory = torch.randn(1_200)
+    shared = [nn.Parameter(memory[start : start + 600].view(20, 30)) for start in (0, 300)]
+    with pytest.raises(topkast.UnsupportedTensorError, match="share memory"):
+        opt.add_param_group({"params": shared})
+    assert files(tmp_path) == before
+
+
+def test_a_refused_optimizer_leaves_the_file_of_a_layer(tmp_path: Path) -> None:
+    layer = nn.Linear(20, 30)
+    disk: Any = {"reservoir": "disk", "reservoir_path": tmp_path}
+    model = nn.Sequential(layer)
+    opt = topkast.wrap_optimizer(adam(model), **SPARSITIES, **disk)
+    topkast.sparsify(model, opt)
+    topkast.unwrap(opt)
+    with pytest.raises(OptionError, match="matches no"):
+        topkast.wrap_optimizer(adam(model), **SPARSITIES, overrides={"9.*": {"penalty": 0.0}})
+    assert len(files(tmp_path)) == 1
+
+
+def test_a_relative_path_is_that_of_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model, opt = build("disk", folder=Path("weights"))
+    train(model, opt, 2)
+    monkeypatch.chdir(tmp_path / "other")
+    saved = opt.state_dict()
+    opt.load_state_dict(build("device", seed=5)[1].state_dict())  # which writes files
+    assert files(tmp_path / "other") == set()
+    model, opt = build("disk", folder=tmp_path / "elsewhere")
+    opt.load_state_dict(saved)
+
+
+# Methods
+
+
+def test_a_method_that_keeps_weights_after_one_that_forgets() -> None:
+    """What leaves B is kept from then on, also of layers that had no weights outside B."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 60))
+    opt = topkast.wrap_optimizer(adam(model), **SPARSITIES, method=Static())
+    topkast.sparsify(model, opt)
+    inner = topkast.unwrap(opt)
+    opt = topkast.wrap_optimizer(inner, **SPARSITIES, method=Random())
+    assert kinds(opt) == ["device"]
+    for _ in range(3):
+        model(INPUTS[:, :40]).square().mean().backward()
+        opt.step()
+    outside = ~topkast.masks(opt)["0.0"].backward
+    assert topkast.dense_params(opt)["0.0"][outside].any()
+
+
+# Layers that are loaded
+
+
+def sparse_model(**options: Any) -> Any:
+    layer = topkast_torch.SparseLinear(40, 60, **SPARSITIES, reservoir="seeded", **options)
+    return nn.Sequential(layer, nn.Linear(60, 3))
+
+
+def wrapped(model: Any, **options: Any) -> Any:
+    inner = torch.optim.Adam(model.named_parameters())
+    return topkast.wrap_optimizer(inner, **SPARSITIES, refresh_every=1, dense=["1.*"], **options)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("seed", [3, None])
+def test_a_meta_layer_that_is_loaded_stays_seeded(seed: int | None, assign: bool) -> None:
+    model = sparse_model(seed=3)
+    opt = wrapped(model)
+    train(model, opt, 3)
+    saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    with torch.device("meta"):
+        resumed = sparse_model(seed=seed)
+    with pytest.raises(MismatchError, match=r"never drawn, .* before building its optimizer"):
+        wrapped(resumed)
+    if not assign:
+        resumed.to_empty(device="cpu")
+        with pytest.raises(MismatchError, match="never drawn"):
+            wrapped(resumed)
+    resumed.load_state_dict(saved[0], assign=assign)
+    resumed_opt = wrapped(resumed, reservoir="seeded")
+    assert torch.equal(resumed(INPUTS), model(INPUTS))
+    assert kinds(resumed_opt) == ["seeded"]
+    resumed_opt.load_state_dict(saved[1])
+    train(model, opt, 3)
+    train(resumed, resumed_opt, 3)
+    assert_same(opt, resumed_opt)
+
+
+def test_loading_into_a_meta_layer_loads_nothing() -> None:
+    """As PyTorch has it for its own layers, with a warning."""
+    with torch.device("meta"):
+        model = sparse_model()
+    with pytest.warns(UserWarning, match="meta"):
+        model.load_state_dict(sparse_model().state_dict())
+    assert model[0].indices.is_meta
+
+
+@pytest.mark.parametrize("reservoir", ["device", "seeded"])
+def test_a_layer_that_is_not_loaded_keeps_its_weights(reservoir: Any) -> None:
+    layer = topkast_torch.SparseLinear(40, 60, **SPARSITIES, reservoir=reservoir, init="default")
+    model = nn.Sequential(nn.Linear(40, 40), layer)
+    model.load_state_dict(nn.Sequential(nn.Linear(40, 40)).state_dict(), strict=False)
+    opt = topkast.wrap_optimizer(torch.optim.Adam(layer.named_parameters()), **SPARSITIES)
+    assert torch.count_nonzero(topkast.dense_params(opt)["values"]) == 40 * 60
