@@ -234,7 +234,7 @@ def test_seeded_checkpoints_hold_the_seed_and_what_left(tmp_path: Path) -> None:
     extra = next(state["topkast"] for state in saved.values() if "reservoir" in state["topkast"])
     assert "params" not in extra
     assert extra["reservoir"]["bases"][0]["seed"] == 0
-    left, inside = {*extra["left_indices"].tolist()}, {*extra["indices"].tolist()}
+    left, inside = {*extra["left"][0].tolist()}, {*extra["indices"].tolist()}
     assert 0 < len(left) < 40 * 96 - len(inside)
 
 
@@ -252,15 +252,15 @@ def test_weights_do_not_fit_into_a_seed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda extra: extra["left_weights"].fill_(float("nan")), "NaN or infinite"),
-        (lambda extra: extra["left_indices"].fill_(-1), "left_indices of 0.weight must ascend"),
-        (lambda extra: extra["left_indices"].fill_(10**9), "must ascend in"),
+        (lambda extra: extra["left"][1].fill_(float("nan")), "NaN or infinite"),
+        (lambda extra: extra["left"][0].fill_(-1), "indices that left B of 0.weight must ascend"),
+        (lambda extra: extra["left"][0].fill_(10**9), "must ascend in"),
         (lambda extra: extra.update(values=extra["values"][1:]), "values of 0.weight"),
-        (lambda extra: extra.update(left_weights=extra["left_weights"][1:]), "left_weights"),
+        (lambda extra: extra.update(left=(extra["left"][0], extra["values"][:1])), "that left B"),
         (lambda extra: extra["reservoir"].update(kind="tape"), "kind 'tape' is not known"),
         (lambda extra: extra["reservoir"]["bases"][0].update(size=5), "size of 0.weight"),
         (lambda extra: extra["reservoir"]["bases"][0].pop("seed"), "corrupt"),
-        (lambda extra: extra.pop("left_indices"), "corrupt"),
+        (lambda extra: extra.pop("left"), "corrupt"),
     ],
 )
 def test_damaged_checkpoints_change_nothing(change: Any, message: str) -> None:

@@ -12,6 +12,8 @@ import topkast_torch
 import torch
 import torch.distributed as dist
 from products import star
+from reservoir_training import build as build_reservoir
+from reservoir_training import train as train_reservoir
 from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.checkpoint.state_dict import (
@@ -111,6 +113,40 @@ class TestDistributedCheckpoint:
         train(other_model, other, range(5, 10))
         assert_equal(model.state_dict(), other_model.state_dict())
         assert_equal(opt.state_dict(), other.state_dict())
+
+    @pytest.mark.parametrize("reservoir", ["disk", "seeded"])
+    @pytest.mark.parametrize("sparse", [False, True], ids=["masked", "sparse"])
+    def test_reservoirs_are_resumed(self, reservoir: str, sparse: bool, tmp_path: Path) -> None:
+        """Whatever number of entries left B in the saved run, and in the one that loads it."""
+        model, opt = build_reservoir(reservoir, folder=tmp_path / "weights", sparse=sparse)
+        train_reservoir(model, opt, 5)
+        saved_model, saved = get_state_dict(model, opt)
+        save({"model": saved_model, "optimizer": saved}, checkpoint_id=tmp_path / "checkpoint")
+        full = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        full_model, full_saved = copy.deepcopy(get_state_dict(model, opt, options=full))
+        train_reservoir(model, opt, 5)
+        for steps in (0, 2):
+            other_model, other = build_reservoir(
+                reservoir, folder=tmp_path / "weights", sparse=sparse, seed=9
+            )
+            train_reservoir(other_model, other, steps)
+            target_model, target = get_state_dict(other_model, other)
+            state: Any = {"model": target_model, "optimizer": target}
+            load(state, checkpoint_id=tmp_path / "checkpoint")
+            for weights, entries, options in (
+                (state["model"], state["optimizer"], None),
+                (full_model, full_saved, full),
+            ):
+                set_state_dict(
+                    other_model,
+                    other,
+                    model_state_dict=weights,
+                    optim_state_dict=entries,
+                    options=options,
+                )
+                train_reservoir(other_model, other, 5)
+                assert_equal(model.state_dict(), other_model.state_dict())
+                assert_equal(opt.state_dict(), other.state_dict())
 
     def test_a_full_state_dict_resumes(self) -> None:
         """For saving on one process; PyTorch drops empty dictionaries from it."""

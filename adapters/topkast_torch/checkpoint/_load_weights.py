@@ -70,16 +70,16 @@ def _load_layered(
     execution: Execution, shared: Mapping[str, Any], folder: Any
 ) -> tuple[Tensor, Reservoir]:
     ranked, current, key = execution.ranked, execution.values, execution.ranked.key
-    values, indices, weights = (shared[name] for name in ("values", "left_indices", "left_weights"))
+    values, (indices, weights) = shared["values"], shared["left"]
     expected = (ranked.backward_size,), current.dtype
     expect(f"values of {key}", expected, (tuple(values.shape), values.dtype))
-    expect(f"left_weights of {key}", indices.shape, weights.shape)
+    expect(f"shape of the weights that left B of {key}", indices.shape, weights.shape)
     for tensor in (values, weights):
         _check_finite(key, tensor)
     changes = indices.cpu().numpy().copy(), weights.cpu().numpy().copy()
     is_ascending = bool(np.all(changes[0][1:] > changes[0][:-1]))
     if len(indices) and not (is_ascending and indices[0] >= 0 and indices[-1] < ranked.size):
-        raise StateDictError(f"left_indices of {key} must ascend in [0, {ranked.size})")
+        raise StateDictError(f"the indices that left B of {key} must ascend in [0, {ranked.size})")
     saved = LayeredReservoir.from_description(shared["reservoir"], changes, folder)
     expect(f"size of {key}", ranked.size, saved.size)
     values = values.to(current.device, copy=True)

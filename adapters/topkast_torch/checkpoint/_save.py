@@ -135,9 +135,10 @@ def _save_execution(execution: Execution) -> dict[str, dict[str, Any]]:
     first, *others = ranked.shapes
     shared = saved[first]
     if isinstance(reservoir, LayeredReservoir):
-        changes = (torch.from_numpy(array).clone() for array in reservoir.changes())
+        left = (torch.from_numpy(array).clone() for array in reservoir.changes())
         shared["reservoir"] = reservoir.describe()
-        shared["left_indices"], shared["left_weights"] = changes
+        # A tuple, since torch.distributed.checkpoint loads only tensors of the current sizes.
+        shared["left"] = tuple(left)
         shared["values"] = execution.values.detach().view(-1).clone()
     else:
         for name, theta in execution.dense_weights().items():
