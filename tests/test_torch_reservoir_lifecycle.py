@@ -146,6 +146,24 @@ def test_a_relative_path_is_that_of_the_start(
     opt.load_state_dict(saved)
 
 
+@pytest.mark.parametrize("kind", ["device", "disk", "seeded"])
+@pytest.mark.parametrize("shape", [(30, 20), (20, 10, 3)])
+def test_the_state_of_another_shape_is_refused(
+    kind: Any, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    opts = []
+    for number, own in enumerate(((20, 30), shape)):
+        model = nn.ParameterDict({"w": nn.Parameter(torch.zeros(own))})
+        topkast_torch.generate_weights(model, seed=number)
+        path = tmp_path if kind == "disk" else None
+        inner = torch.optim.Adam(model.named_parameters())
+        opts.append(
+            topkast.wrap_optimizer(inner, **SPARSITIES, reservoir=kind, reservoir_path=path)
+        )
+    with pytest.raises(StateDictError, match=r"shape of w: expected "):
+        opts[1].load_state_dict(opts[0].state_dict())
+
+
 # Methods
 
 

@@ -30,6 +30,8 @@ def load_weights(
     if isinstance(execution, ShardedExecution):
         return _load_parts(execution, support, shared)
     if "reservoir" in shared:
+        for name, shape in execution.ranked.shapes.items():
+            expect(f"shape of {name}", tuple(shape), tuple(extras[name]["shape"]))
         return _load_layered(execution, shared, folder)
     theta = _join(execution, extras)
     values = theta.index_select(0, support.entries)

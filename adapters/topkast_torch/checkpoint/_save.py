@@ -140,6 +140,8 @@ def _save_execution(execution: Execution) -> dict[str, dict[str, Any]]:
         # A tuple, since torch.distributed.checkpoint loads only tensors of the current sizes.
         shared["left"] = tuple(left)
         shared["values"] = execution.values.detach().view(-1).clone()
+        for name, shape in ranked.shapes.items():
+            saved[name]["shape"] = list(shape)
     else:
         for name, theta in execution.dense_weights().items():
             saved[name]["params"] = theta
