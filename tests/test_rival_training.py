@@ -875,6 +875,23 @@ class TestSwitches:
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         self.assert_continues(model, opt)
 
+    @pytest.mark.parametrize("sparse", [False, True])
+    @pytest.mark.parametrize("every", [2, 3])
+    def test_an_interval_that_changes_before_the_gradient_is_zeroed(
+        self, every: int, sparse: bool
+    ) -> None:
+        model, opt = two_layers(RigL(), sparse=sparse, refresh_every=2)
+        for update in range(2):
+            plain(model, opt, update)
+        start = topkast.masks(opt)["3.weight"].forward.clone()
+        opt.param_groups[0]["refresh_every"] = every
+        plain(model, opt, 2)
+        assert torch.equal(topkast.masks(opt)["3.weight"].forward, start) == (every == 2)
+        opt.param_groups[0]["refresh_every"] = 0
+        opt.zero_grad()
+        with pytest.raises(topkast.OptionError, match="refresh_every must be an integer"):
+            opt.step()
+
     @staticmethod
     def assert_continues(model: nn.Module, opt: Any) -> None:
         start = topkast.masks(opt)["3.weight"].forward.clone()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import Parameter
 
-from topkast import MismatchError, UnsupportedOptimizerError
+from topkast import MismatchError, OptionError, UnsupportedOptimizerError
 from topkast.adapter import GROUP_OPTIONS, Inspection, Method, Options
 from topkast_torch.checkpoint._load import load
 from topkast_torch.checkpoint._save import save
@@ -177,6 +177,20 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         else:
             self._step()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of any PyTorch optimizer; from here on, changed options of groups apply."""
+        super().zero_grad(set_to_none)
+        state = self._find_wrapper_state()
+        if state is None:  # a stand-in that was made without __init__
+            return
+        with suppress(OptionError, MismatchError):  # which the next step raises
+            for group, param_group in zip(state.groups, self.param_groups, strict=True):
+                if any("gradient" in execution.method.needs for execution in group.executions):
+                    group.check(param_group, state.options)
+            for execution, param_group in self._executions_with_options():
+                if "gradient" in execution.method.needs:  # whose outside B the passes keep
+                    execution.decide(param_group, state.updates, overdue=state.overdue)
 
     @torch.no_grad()
     def _step(self) -> None:
