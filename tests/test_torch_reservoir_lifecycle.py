@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,50 @@ def test_the_state_of_another_shape_is_refused(
         )
     with pytest.raises(StateDictError, match=r"shape of w: expected "):
         opts[1].load_state_dict(opts[0].state_dict())
+
+
+# Interruptions
+
+
+@pytest.mark.parametrize(
+    ("method", "sparse", "kind"),
+    [
+        ("move_gradient", True, "seeded"),
+        ("_switch_to", False, "disk"),
+        ("update_positions", False, "device"),
+        ("update_positions", True, "disk"),
+    ],
+)
+def test_an_interruption_does_not_divide_a_refresh(
+    method: str, sparse: bool, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, opt = build(sparse=sparse)
+    train(model, opt, 6)
+    other, other_opt = build(kind, folder=tmp_path, sparse=sparse)
+    train(other, other_opt, 3)
+    execution_type = type(next(other_opt._wrapper_state.executions))
+    original, calls = getattr(execution_type, method), []
+
+    def interrupt(*arguments: Any) -> Any:
+        calls.append(method)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    monkeypatch.setattr(execution_type, method, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(other, other_opt, 1)
+    train(other, other_opt, 2)
+    assert_same(opt, other_opt)
+    assert torch.equal(model(INPUTS), other(INPUTS))
+    saved, updates = opt.state_dict(), topkast.summary(opt).updates
+    if method != "move_gradient" and kind != "seeded":
+        train(other, other_opt, 1)
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            other_opt.load_state_dict(saved)
+        assert topkast.summary(other_opt).updates == updates
+        assert_same(opt, other_opt)
 
 
 # Methods

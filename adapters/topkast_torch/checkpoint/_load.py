@@ -20,6 +20,7 @@ from topkast_torch.execution._execution import Execution
 from topkast_torch.inner._inner_state import decode, map_tree
 from topkast_torch.optimizer._groups import Group, WrapperState
 from topkast_torch.optimizer._inner_optimizer import clear_state
+from topkast_torch.optimizer._interrupts import uninterrupted
 
 _NOT_OPTIONS = ("params", "param_names", TOPKAST_KEY)  # entries of a group
 
@@ -40,6 +41,12 @@ def load(state: WrapperState, state_dict: Mapping[str, Any]) -> None:
         MismatchError,
     ) as error:
         raise StateDictError(f"the state dict is corrupt: {error!r}") from error
+    with uninterrupted():
+        _apply(state, loaded)
+
+
+def _apply(state: WrapperState, loaded: _Loaded) -> None:
+    """Load what was checked."""
     inner = state.inner
     state.updates, state.overdue = loaded.updates, loaded.overdue
     clear_state(inner, state.stores)

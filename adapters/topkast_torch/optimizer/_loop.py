@@ -8,6 +8,7 @@ from topkast import NonFiniteError
 from topkast_torch._dense_averages import warn_of_dense_averages
 from topkast_torch.execution._execution import Execution
 from topkast_torch.optimizer._groups import WrapperState
+from topkast_torch.optimizer._interrupts import uninterrupted
 
 # Each execution with its parameter group.
 Pairs: TypeAlias = list[tuple[Execution, dict[str, Any]]]
@@ -68,9 +69,10 @@ def refresh_if_due(state: WrapperState, pairs: Pairs) -> None:
             "weights or the gradient and call step again"
         ) from None
     refreshes.reverse()
-    for execution, param_group in due:  # what was applied is freed
-        execution.apply_refresh(refreshes.pop(), state.inner, param_group)
-    state.overdue = False
+    with uninterrupted():
+        for execution, param_group in due:  # what was applied is freed
+            execution.apply_refresh(refreshes.pop(), state.inner, param_group)
+        state.overdue = False
     if due:
         state.refreshes += 1
         # The search takes milliseconds: at refreshes 1, 2, 4, 8, … until it finds an average.
