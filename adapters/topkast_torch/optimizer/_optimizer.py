@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -376,5 +378,7 @@ def wrap(optimizer: Any, options: Options) -> TopKASTOptimizer:
         raise UnsupportedOptimizerError(
             f"expected a torch.optim.Optimizer, got {type(optimizer).__qualname__}"
         )
+    if options.reservoir_path is not None:  # the same folder if the process changes its own
+        options = replace(options, reservoir_path=Path(options.reservoir_path).absolute())
     with torch.inference_mode(False):  # inference tensors cannot be trained
         return TopKASTOptimizer(optimizer, options)
