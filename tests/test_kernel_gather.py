@@ -34,7 +34,7 @@ def test_gather_put_and_compress(problem: tuple[Array, Array, Array]) -> None:
         np.testing.assert_array_equal(out, flat[indices])
         for order in (slice(None), np.random.default_rng(0).permutation(len(indices))):
             written, expected = flat.copy(), flat.copy()
-            put(written, indices[order], -out[order])
+            put(written, indices[order], -out[order], ascending=isinstance(order, slice))
             expected[indices] = -out
             np.testing.assert_array_equal(written, expected)
     for used in (sets, sets[:1]):
@@ -75,5 +75,5 @@ def test_bad_input_is_refused(function: Any) -> None:
 def test_put_checks_indices_in_any_order(indices: list[int]) -> None:
     flat = np.ones(9)
     with pytest.raises(ValueError, match=r"must lie in \[0, 9\)"):
-        put(flat, np.asarray(indices, np.int32), np.zeros(3))
+        put(flat, np.asarray(indices, np.int32), np.zeros(3), ascending=False)
     assert flat.all()

@@ -63,10 +63,18 @@ def gather(flat: Vector, indices: Vector, out: Vector, /, *, threads: int | None
     gather_unchecked(flat, indices, out, threads)
 
 
-def put(flat: Vector, indices: Vector, values: Vector, /, *, threads: int | None = None) -> None:
+def put(
+    flat: Vector,
+    indices: Vector,
+    values: Vector,
+    /,
+    *,
+    ascending: bool = True,
+    threads: int | None = None,
+) -> None:
     """``flat[indices] = values``; parameters and errors as for :func:`gather`.
 
-    The indices need not ascend, but must differ.
+    The indices differ; unless `ascending`, their order is free.
 
     Examples
     --------
@@ -78,7 +86,9 @@ def put(flat: Vector, indices: Vector, values: Vector, /, *, threads: int | None
     array([1., 0., 3.])
     """
     _check(flat, indices, values)
-    if len(indices) and not 0 <= indices.min() <= indices.max() < len(flat):
+    if ascending:
+        _check_ends(flat, indices)
+    elif len(indices) and not 0 <= indices.min() <= indices.max() < len(flat):
         raise ValueError(f"indices must lie in [0, {len(flat)})")
     _run_copy((_put_single, _put_double), flat, indices, values, threads)
 
