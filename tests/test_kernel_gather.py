@@ -71,6 +71,23 @@ def test_bad_input_is_refused(function: Any) -> None:
             function(*change)
 
 
+def test_what_is_written_to_is_writable() -> None:
+    def frozen(count: int) -> Array:
+        array = np.ones(count)
+        array.flags.writeable = False
+        return array
+
+    indices = np.asarray([0, 4, 8], np.int32)
+    with pytest.raises(ValueError, match="out is read-only"):
+        gather(np.ones(9), indices, frozen(3))
+    with pytest.raises(ValueError, match="flat is read-only"):
+        put(frozen(9), indices, np.zeros(3))
+    with pytest.raises(ValueError, match="flat is read-only"):
+        compress(frozen(9), (indices, np.ones(3)))
+    with pytest.raises(ValueError, match="out is read-only"):
+        compress(np.ones(9), (indices, frozen(3)))
+
+
 @pytest.mark.parametrize("indices", [[0, 9, 1], [4, -1, 8]])
 def test_put_checks_indices_in_any_order(indices: list[int]) -> None:
     flat = np.ones(9)

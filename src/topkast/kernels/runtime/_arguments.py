@@ -82,8 +82,7 @@ def run_transform(
         )
     if not (source.flags.c_contiguous and target.flags.c_contiguous):
         raise ValueError("source and target must be contiguous")
-    if not target.flags.writeable:
-        raise ValueError("the target is read-only: pass a writable array")
+    check_writable(target=target)
     run_kernel(kernels, source.dtype, threads, record_dtype, source=source, target=target, **values)
 
 
@@ -94,13 +93,20 @@ def check_arrays(dtype: Any, *arrays: tuple[str, Vector, tuple[int, ...]]) -> No
     for name, array, shape in arrays:
         if array.dtype != dtype:
             raise TypeError(f"{name} is {array.dtype}, but the compact vector is {dtype}")
-        if name == "out" and not array.flags.writeable:
-            raise ValueError("out is read-only: pass a writable array")
+        if name == "out":
+            check_writable(out=array)
         if array.shape != shape or not array.flags.c_contiguous:
             raise ValueError(
                 f"{name} must be contiguous and of shape {shape}, got shape {array.shape} with "
                 f"strides {array.strides}"
             )
+
+
+def check_writable(**arrays: Vector) -> None:
+    """Raise ValueError for a read-only array: kernels would write to its memory all the same."""
+    for name, array in arrays.items():
+        if not array.flags.writeable:
+            raise ValueError(f"{name} is read-only: pass a writable array")
 
 
 def empty_aligned(shape: tuple[int, ...], dtype: Any) -> Vector:
