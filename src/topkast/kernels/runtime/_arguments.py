@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from topkast.kernels.runtime._pool import run
+from topkast.kernels.runtime._pool import address_of, run
 from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer
 
 Vector = np.ndarray[Any, Any]
@@ -47,7 +47,7 @@ def fill_record(dtype: np.dtype[Any], /, **values: Any) -> Vector:
     if not len(ordered) == len(values) == len(names):
         wrong = sorted({*names} ^ {*values})
         raise TypeError(f"slots {wrong} of a record are missing or unknown: pass exactly {names}")
-    numbers = [value if isinstance(value, int) else value.ctypes.data for value in ordered]
+    numbers = [value if isinstance(value, int) else address_of(value) for value in ordered]
     return np.asarray(numbers, dtype=np.int64)
 
 
