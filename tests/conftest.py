@@ -23,6 +23,7 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import gc
 import resource
 from collections.abc import Iterator
 from typing import Any
@@ -88,11 +89,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 
 
+@pytest.fixture(autouse=True)
+def _only_own_objects() -> None:
+    """Hide the objects of earlier tests from searches through all objects.
+
+    Optimizers make such searches, and the many objects of a session would make them take most of
+    the time of a test. What this test makes is found, by the garbage collector too.
+    """
+    gc.freeze()
+
+
 def pytest_runtest_teardown() -> None:
     memory.release()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    gc.unfreeze()  # pytest collects all garbage now, and reports what then raises
     output = getattr(session.config, "workeroutput", None)
     if output is not None:  # of a worker of pytest-xdist
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

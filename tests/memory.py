@@ -21,6 +21,7 @@ def release() -> None:
     global resident_after_release
     if resident() > max(LIMIT, resident_after_release + GROWTH):
         jax.clear_caches()
+        gc.unfreeze()
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):  # not on every system
             ctypes.CDLL("libc.so.6").malloc_trim(0)

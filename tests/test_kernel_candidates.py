@@ -212,5 +212,10 @@ def test_bad_input_is_refused() -> None:
     out = np.zeros(2)
     migrate(np.zeros(2, np.int32), ~stays, (np.ones(0), np.asarray([3.0, 4.0]), out))
     assert out.tolist() == [3.0, 4.0]  # of an empty vector nothing survives
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="out is read-only"):
+        migrate(indices, stays, (values, zero, out))
+    with pytest.raises(ValueError, match="values is read-only"):
+        scale_displacement(out, values, np.zeros(2, np.int16), zero, since=0)
     with pytest.raises(ValueError, match="ages must be contiguous int16"):
         scale_displacement(values, values, np.zeros(2, np.int32), np.ones(1), since=0)

@@ -34,7 +34,7 @@ def test_gather_put_and_compress(problem: tuple[Array, Array, Array]) -> None:
         np.testing.assert_array_equal(out, flat[indices])
         for order in (slice(None), np.random.default_rng(0).permutation(len(indices))):
             written, expected = flat.copy(), flat.copy()
-            put(written, indices[order], -out[order])
+            put(written, indices[order], -out[order], ascending=isinstance(order, slice))
             expected[indices] = -out
             np.testing.assert_array_equal(written, expected)
     for used in (sets, sets[:1]):
@@ -71,9 +71,26 @@ def test_bad_input_is_refused(function: Any) -> None:
             function(*change)
 
 
+def test_what_is_written_to_is_writable() -> None:
+    def frozen(count: int) -> Array:
+        array = np.ones(count)
+        array.flags.writeable = False
+        return array
+
+    indices = np.asarray([0, 4, 8], np.int32)
+    with pytest.raises(ValueError, match="out is read-only"):
+        gather(np.ones(9), indices, frozen(3))
+    with pytest.raises(ValueError, match="flat is read-only"):
+        put(frozen(9), indices, np.zeros(3))
+    with pytest.raises(ValueError, match="flat is read-only"):
+        compress(frozen(9), (indices, np.ones(3)))
+    with pytest.raises(ValueError, match="out is read-only"):
+        compress(np.ones(9), (indices, frozen(3)))
+
+
 @pytest.mark.parametrize("indices", [[0, 9, 1], [4, -1, 8]])
 def test_put_checks_indices_in_any_order(indices: list[int]) -> None:
     flat = np.ones(9)
     with pytest.raises(ValueError, match=r"must lie in \[0, 9\)"):
-        put(flat, np.asarray(indices, np.int32), np.zeros(3))
+        put(flat, np.asarray(indices, np.int32), np.zeros(3), ascending=False)
     assert flat.all()

@@ -27,7 +27,7 @@ from topkast.kernels import (
     _products,
     _sampling,
 )
-from topkast.kernels.runtime import _arguments
+from topkast.kernels.runtime import _arguments, _pool
 from topkast.kernels.runtime._compile import FolderLocator, Kernel
 from topkast.testing import assert_same_support
 
@@ -128,6 +128,24 @@ def test_arguments_of_kernels_go_by_name() -> None:
     for wrong in ({"first": 1}, {"first": 1, "third": 3}, {"first": 1, "second": 2, "third": 3}):
         with pytest.raises(TypeError, match=r"second|third"):
             _arguments.fill_record(slots, next_item=0, next_thread=0, **wrong)
+
+
+def test_addresses_of_arrays() -> None:
+    """Of those that ctypes can take a buffer of, and of all others."""
+    frozen = np.zeros(3)
+    frozen.flags.writeable = False
+    grid = np.zeros((4, 6), np.int16)
+    arrays: list[Any] = [
+        grid,
+        grid[1:],
+        grid[:, 1:],
+        grid.T,
+        frozen,
+        np.zeros(0),
+        np.ones((), bool),
+    ]
+    for array in arrays:
+        assert _pool.address_of(array) == array.ctypes.data
 
 
 def test_kernels_need_neither_pytorch_nor_an_adapter() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,10 @@ import pytest
 import torch
 
 import topkast
+from topkast import OptionError
+from topkast._options import Options
 from topkast._patterns import kept_dense
+from topkast.methods import Mixed, TopKAST
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"fwd": 0.5, "bwd": 0.6}, "bwd must not exceed fwd, got bwd=0.6 and fwd=0.5"),
@@ -103,3 +107,14 @@ def test_pattern_needs_to_match_in_one_group_only() -> None:
     pairs = [(f"head.{name}", param) for name, param in head.named_parameters()]
     optimizer.add_param_group({"params": pairs})
     assert list(topkast.masks(optimizer)) == ["0.weight", "head.weight"]
+
+
+def test_a_group_replaces_what_differs() -> None:
+    options = Options(fwd=0.9, bwd=0.8, refresh_every=1, penalty=1.0, method=TopKAST())
+    group = options.for_group()
+    assert options.override(group | {"method": options.method, "lr": 0.1}) is options
+    changed = options.override(group | {"refresh_every": 5, "method": Mixed(by_magnitude=0.5)})
+    assert changed == replace(options, refresh_every=5, method=Mixed(by_magnitude=0.5))
+    for name in ("refresh_every", "penalty"):  # equal to 1, but no number
+        with pytest.raises(OptionError, match=name):
+            options.override(group | {name: True})

@@ -177,6 +177,25 @@ def make_reservoirs(theta: Array, folder: Path) -> dict[str, Reservoir]:
     }
 
 
+def test_arrays_of_any_layout_are_written_to() -> None:
+    """Where kernels write and where NumPy has to: enough entries for kernels."""
+    rng, size = np.random.default_rng(0), 100_000
+    indices, weights = rng.permutation(size)[:40_000], rng.standard_normal(40_000)
+    for dtype in ("float32", "float64", "float16"):
+        for index_dtype in (np.int32, np.int64):
+            for step in (1, 2):
+                array = np.zeros(2 * size, dtype)[::step][:size]
+                reservoir, expected = ArrayReservoir(array), np.zeros(size, dtype)
+                own = indices.astype(index_dtype)[::step], weights.astype(dtype)[::step]
+                reservoir.write(*own)
+                expected[own[0]] = own[1]
+                np.testing.assert_array_equal(array, expected)
+    frozen = np.zeros(size)
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        ArrayReservoir(frozen).write(indices.astype(np.int32), weights)
+
+
 @given(data=st.data())
 def test_reservoirs_agree(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     size = data.draw(st.sampled_from([2, 100, 5_000]))

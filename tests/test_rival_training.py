@@ -52,13 +52,6 @@ from topkast.testing import to_numpy
 FWD, EVERY, UPDATES = 0.8, 2, 14
 
 
-@pytest.fixture(autouse=True)
-def _no_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These look through all objects of the process, which takes most of the time here."""
-    monkeypatch.setattr("topkast_torch.optimizer._loop.warn_of_dense_averages", lambda _: False)
-    monkeypatch.setattr("topkast_torch.optimizer._groups.check_parametrizations", lambda _: None)
-
-
 CASES: dict[str, Method] = {
     "set": SET(0.3),
     "set, signed": SET(0.3, signed=True),

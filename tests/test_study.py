@@ -38,12 +38,6 @@ from topkast_study.train import task_of, train
 TINY = SCALES["tiny"]
 
 
-@pytest.fixture(autouse=True)
-def _no_search_for_averages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip a check of users' programs that walks all objects, of which a test session has many."""
-    monkeypatch.setattr("topkast_torch.optimizer._loop.warn_of_dense_averages", lambda _: True)
-
-
 def conduct(name: str, output: Path, *arguments: str, seeds: int = 1) -> dict[str, Any]:
     """Run a study at the smallest scale, and read its results."""
     options = ["--scale", "tiny", "--seeds", str(seeds), "--output", str(output), *arguments]

@@ -96,10 +96,16 @@ class Options:
                 "a parameter group cannot set reservoir or reservoir_path: pass them to "
                 "wrap_optimizer, with overrides={name: {'reservoir': ...}} for single tensors"
             )
-        changes = {name: options[name] for name in (*GROUP_OPTIONS, "dense") if name in options}
-        if isinstance(options.get("method"), Method):  # not the inner optimizer's own "method"
-            changes["method"] = options["method"]
-        return replace(self, **changes)
+        names = [name for name in (*GROUP_OPTIONS, "dense") if name in options]
+        changes = {name: options[name] for name in names if not self._has(name, options[name])}
+        method = options.get("method")
+        if isinstance(method, Method) and method is not self.method:  # not the inner optimizer's
+            changes["method"] = method
+        return replace(self, **changes) if changes else self  # which are checked already
+
+    def _has(self, name: str, value: Any) -> bool:
+        own = getattr(self, name)
+        return value is own or (type(value) is type(own) and bool(value == own))
 
     def for_group(self) -> dict[str, Any]:
         """Return the options that may differ between parameter groups of one optimizer."""

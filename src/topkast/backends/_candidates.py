@@ -81,8 +81,8 @@ def collect(flat: Vector, bound: float, limit: float | None = None, /) -> tuple[
     return indices.astype(np.int32), flat.take(indices)
 
 
-def put(flat: Vector, indices: Vector, values: Vector, /) -> None:
-    """Write `values` (k,) into `flat` at `indices` (k,)."""
+def put(flat: Vector, indices: Vector, values: Vector, /, *, ascending: bool = True) -> None:
+    """Write `values` (k,) into `flat` at `indices` (k,), in any order."""
     flat[indices] = values
 
 

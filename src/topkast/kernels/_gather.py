@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
-from topkast.kernels.runtime._arguments import Vector, array_at, define_arguments, run_kernel
+from topkast.kernels.runtime._arguments import (
+    Vector,
+    array_at,
+    check_writable,
+    define_arguments,
+    run_kernel,
+)
 from topkast.kernels.runtime._compile import kernel
 from topkast.kernels.runtime._vector import as_pointer, fetch_add
 
@@ -46,8 +52,8 @@ def gather(flat: Vector, indices: Vector, out: Vector, /, *, threads: int | None
     Raises
     ------
     TypeError, ValueError
-        For other dtypes and shapes, for arrays that are not contiguous, and if the first or the
-        last index lies outside of `flat`.
+        For other dtypes and shapes, for arrays that are not contiguous, if the first or the last
+        index lies outside of `flat`, and if what is written to is read-only.
 
     Examples
     --------
@@ -60,13 +66,22 @@ def gather(flat: Vector, indices: Vector, out: Vector, /, *, threads: int | None
     """
     _check(flat, indices, out)
     _check_ends(flat, indices)
+    check_writable(out=out)
     gather_unchecked(flat, indices, out, threads)
 
 
-def put(flat: Vector, indices: Vector, values: Vector, /, *, threads: int | None = None) -> None:
+def put(
+    flat: Vector,
+    indices: Vector,
+    values: Vector,
+    /,
+    *,
+    ascending: bool = True,
+    threads: int | None = None,
+) -> None:
     """``flat[indices] = values``; parameters and errors as for :func:`gather`.
 
-    The indices need not ascend, but must differ.
+    The indices differ; unless `ascending`, their order is free.
 
     Examples
     --------
@@ -78,7 +93,10 @@ def put(flat: Vector, indices: Vector, values: Vector, /, *, threads: int | None
     array([1., 0., 3.])
     """
     _check(flat, indices, values)
-    if len(indices) and not 0 <= indices.min() <= indices.max() < len(flat):
+    check_writable(flat=flat)
+    if ascending:
+        _check_ends(flat, indices)
+    elif len(indices) and not 0 <= indices.min() <= indices.max() < len(flat):
         raise ValueError(f"indices must lie in [0, {len(flat)})")
     _run_copy((_put_single, _put_double), flat, indices, values, threads)
 
@@ -113,6 +131,7 @@ def compress(flat: Vector, *sets: tuple[Vector, Vector], threads: int | None = N
     for indices, out in sets:
         _check(flat, indices, out)
         _check_ends(flat, indices)
+        check_writable(flat=flat, out=out)
     if len(sets) == 1:
         sets = (*sets, (sets[0][0][:0], sets[0][1][:0]))
     (indices, values), (other_indices, other_values) = sets

@@ -95,8 +95,9 @@ class ArrayReservoir(Reservoir):
 
     def write(self, indices: Vector, weights: Vector, inside: Iterable[Vector] = ()) -> None:
         suits = self.array.dtype == weights.dtype and weights.dtype in (np.float32, np.float64)
-        if suits and indices.dtype == np.int32 and self.array.flags.c_contiguous:
-            functions(indices.size).put(self.array, indices, weights)  # on all cores
+        contiguous = all(one.flags.c_contiguous for one in (self.array, indices, weights))
+        if suits and contiguous and indices.dtype == np.int32:
+            functions(indices.size).put(self.array, indices, weights, ascending=False)
         else:
             self.array[indices] = weights
 

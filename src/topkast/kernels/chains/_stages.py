@@ -11,6 +11,7 @@ from topkast.kernels._linear import LinearProducts
 from topkast.kernels._products import registers_of, tile_width
 from topkast.kernels.chains._plan import Slot, Stage
 from topkast.kernels.runtime._arguments import Vector
+from topkast.kernels.runtime._pool import address_of
 from topkast.kernels.runtime._vector import VECTOR_BYTES
 from topkast.kernels.units._linear import UnitLinearProducts
 from topkast.kernels.units._multiply import describe_multiply
@@ -97,7 +98,7 @@ class WeightStages:
         width = self.width(batch)
         tiles, registers = -(-batch // width), registers_of(width, self._dtype)
         complete = arguments | {
-            "layout": _address(layout._record),
+            "layout": address_of(layout._record),
             "max_chunk_rows": layout.max_chunk_rows,
             "tiles": tiles,
             "registers": registers,
@@ -116,10 +117,10 @@ class WeightStages:
         tiles, registers = -(-batch // width), registers_of(width, self._dtype)
         has_other = exploring.stop > exploring.start
         arguments: dict[str, Argument] = {
-            "layout": _address(active._record),
-            "other": _address(exploring._record) if has_other else 0,
-            "columns": _address(active.columns),
-            "other_columns": _address(exploring.columns),
+            "layout": address_of(active._record),
+            "other": address_of(exploring._record) if has_other else 0,
+            "columns": address_of(active.columns),
+            "other_columns": address_of(exploring.columns),
             "pitch": active.pitch,
             "stride": registers * VECTOR_BYTES,
             "x": x,
@@ -170,7 +171,7 @@ class UnitStages:
             default_threads(),
         )
         slots = {"values": values, "x": x, "out": out, "scratch": scratch}
-        start = bias if self._zeros is None or bias is not None else _address(self._zeros)
+        start = bias if self._zeros is None or bias is not None else address_of(self._zeros)
         return self._product(
             "unit multiply",
             arguments | slots | {"bias": start, "rectifies": int(rectifies)},
@@ -234,7 +235,3 @@ class UnitStages:
         vectors = arguments["groups"] * arguments["registers"] * self._rows
         stage = Stage(kernel, arguments, units * vectors, waits_for)
         return Product(stage, arguments["scratch_bytes"])
-
-
-def _address(array: Vector) -> int:
-    return int(array.ctypes.data)

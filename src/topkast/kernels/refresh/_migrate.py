@@ -10,6 +10,7 @@ from numba import carray, njit, types
 from topkast.kernels.runtime._arguments import (
     Vector,
     array_at,
+    check_writable,
     define_arguments,
     define_record,
     fill_record,
@@ -118,6 +119,7 @@ def _check_move(entry: Vector, fresh: Vector, out: Vector, size: int) -> None:
         raise ValueError(
             f"fresh and out must have {size} entries as source has, got {len(fresh)} and {len(out)}"
         )
+    check_writable(out=out)
 
 
 def _check_vector(name: str, array: Vector) -> None:

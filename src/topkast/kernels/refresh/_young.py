@@ -11,6 +11,7 @@ from topkast.kernels.runtime._arguments import (
     Vector,
     array_at,
     check_arrays,
+    check_writable,
     define_arguments,
     run_kernel,
 )
@@ -68,6 +69,7 @@ def scale_displacement(
     size = (len(values),)
     check_arrays(values.dtype, ("values", values, size), ("before", before, size))
     check_arrays(values.dtype, ("factors", factors, (len(factors),)))
+    check_writable(values=values)
     if ages.dtype != np.int16 or ages.shape != size or not ages.flags.c_contiguous:
         raise ValueError(f"ages must be contiguous int16 {size}, got {ages.dtype} {ages.shape}")
     run_kernel(

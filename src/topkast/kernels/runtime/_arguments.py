@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from topkast.kernels.runtime._pool import run
+from topkast.kernels.runtime._pool import address_of, run
 from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer
 
 Vector = np.ndarray[Any, Any]
@@ -47,7 +47,7 @@ def fill_record(dtype: np.dtype[Any], /, **values: Any) -> Vector:
     if not len(ordered) == len(values) == len(names):
         wrong = sorted({*names} ^ {*values})
         raise TypeError(f"slots {wrong} of a record are missing or unknown: pass exactly {names}")
-    numbers = [value if isinstance(value, int) else value.ctypes.data for value in ordered]
+    numbers = [value if isinstance(value, int) else address_of(value) for value in ordered]
     return np.asarray(numbers, dtype=np.int64)
 
 
@@ -82,8 +82,7 @@ def run_transform(
         )
     if not (source.flags.c_contiguous and target.flags.c_contiguous):
         raise ValueError("source and target must be contiguous")
-    if not target.flags.writeable:
-        raise ValueError("the target is read-only: pass a writable array")
+    check_writable(target=target)
     run_kernel(kernels, source.dtype, threads, record_dtype, source=source, target=target, **values)
 
 
@@ -94,13 +93,20 @@ def check_arrays(dtype: Any, *arrays: tuple[str, Vector, tuple[int, ...]]) -> No
     for name, array, shape in arrays:
         if array.dtype != dtype:
             raise TypeError(f"{name} is {array.dtype}, but the compact vector is {dtype}")
-        if name == "out" and not array.flags.writeable:
-            raise ValueError("out is read-only: pass a writable array")
+        if name == "out":
+            check_writable(out=array)
         if array.shape != shape or not array.flags.c_contiguous:
             raise ValueError(
                 f"{name} must be contiguous and of shape {shape}, got shape {array.shape} with "
                 f"strides {array.strides}"
             )
+
+
+def check_writable(**arrays: Vector) -> None:
+    """Raise ValueError for a read-only array: kernels would write to its memory all the same."""
+    for name, array in arrays.items():
+        if not array.flags.writeable:
+            raise ValueError(f"{name} is read-only: pass a writable array")
 
 
 def empty_aligned(shape: tuple[int, ...], dtype: Any) -> Vector:

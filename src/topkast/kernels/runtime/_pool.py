@@ -32,7 +32,15 @@ _Region = Callable[[int, int, int, int], None]  # function, its argument, thread
 def run(kernel: Any, arguments: np.ndarray[Any, Any], threads: int | None = None) -> None:
     """Run a compiled ``numba.cfunc`` on `arguments`, whose first entry counts work items."""
     arguments[0] = 0
-    run_at(kernel, arguments.ctypes.data, threads or default_threads())
+    run_at(kernel, address_of(arguments), threads or default_threads())
+
+
+def address_of(array: np.ndarray[Any, Any]) -> int:
+    """Address of the memory of an array: ``array.ctypes.data``, in a sixth of the time."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
+    except (BufferError, TypeError, ValueError):  # it is read-only, empty or not contiguous
+        return int(array.ctypes.data)
 
 
 def run_at(kernel: Any, address: int, threads: int) -> None:

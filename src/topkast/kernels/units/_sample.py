@@ -10,6 +10,7 @@ from numba import carray, njit, types
 from topkast.backends._threads import default_threads
 from topkast.kernels.runtime._arguments import Vector, array_at
 from topkast.kernels.runtime._compile import kernel
+from topkast.kernels.runtime._pool import address_of
 from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer, fetch_add
 from topkast.kernels.units._panels import Panels
 from topkast.kernels.units._sizes import (
@@ -58,7 +59,7 @@ def describe_sample(
     arguments["merged"] = merge_panels(panels, CACHE_BYTES // (vectors * VECTOR_BYTES), 1)
     arguments["leading_bytes"] = planes.leading_zeros * VECTOR_BYTES
     if other is not None:
-        arguments["other_starts"] = other.starts.ctypes.data
+        arguments["other_starts"] = address_of(other.starts)
     return arguments
 
 

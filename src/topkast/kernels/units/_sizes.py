@@ -17,6 +17,7 @@ from topkast.kernels.runtime._arguments import (
     empty_aligned,
     run_kernel,
 )
+from topkast.kernels.runtime._pool import address_of
 from topkast.kernels.runtime._vector import VECTOR_BYTES
 from topkast.kernels.units._panels import Panels
 from topkast.kernels.units._vector import REGISTERS
@@ -119,10 +120,10 @@ def describe(panels: Panels, unit_rows: int, columns: Vector, planes: Planes) ->
     """The arguments that follow from the units and the sizes, by name; all others are 0."""
     registers = tile_registers(unit_rows, planes)
     known = {
-        "starts": panels.starts.ctypes.data,
+        "starts": address_of(panels.starts),
         "panels": panels.panels,
         "panel_width": panels.panel_width,
-        "columns": columns.ctypes.data,
+        "columns": address_of(columns),
         "pitch": panels.width if planes.is_linear else 0,
         "stride": registers * VECTOR_BYTES if planes.is_linear else VECTOR_BYTES,
         "unit_rows": unit_rows,
