@@ -98,9 +98,21 @@ def test_trajectories_are_equal(name: str, kind: str, tmp_path: Path) -> None:
 
 
 def test_a_tensor_has_a_reservoir_of_its_own(tmp_path: Path) -> None:
-    overrides = {"2.weight": {"reservoir": "disk"}}
-    _, opt = build("seeded", reservoir_path=tmp_path, overrides=overrides)
+    overrides = {"2.weight": {"reservoir": "disk", "penalty": 0.01}}
+    expected, expected_opt = build(overrides={"2.weight": {"penalty": 0.01}})
+    options: Any = {"reservoir_path": tmp_path, "overrides": overrides}
+    model, opt = build("seeded", **options)
     assert [reservoir.kind for reservoir in reservoirs(opt)] == ["seeded", "disk"]
+    train(model, opt, 3)
+    resumed, resumed_opt = build("seeded", seed=1, **options)
+    resumed.load_state_dict(model.state_dict())
+    resumed_opt.load_state_dict(opt.state_dict())
+    train(expected, expected_opt, 3)
+    for network, optimizer in ((expected, expected_opt), (model, opt), (resumed, resumed_opt)):
+        optimizer.param_groups[0]["penalty"] = 0.1
+        train(network, optimizer, 4)
+    assert_same(expected_opt, opt)
+    assert_same(expected_opt, resumed_opt)
 
 
 def test_dense_weights_are_not_kept(tmp_path: Path) -> None:

@@ -34,7 +34,6 @@ from topkast_torch.execution._saved_form import SavedForm
 from topkast_torch.inner._fresh import class_name
 from topkast_torch.inner._inner_state import (
     Moving,
-    Start,
     add_entries,
     check_migratable,
     entries_of,
@@ -81,9 +80,9 @@ class Execution(ABC):
         """Initialise the fields that all executions share; weights and sets must be set."""
         self.profile, self.steps = profile, steps
         self.overrides = {"method": options.method} | options.overrides_of(self.ranked.key)
+        self.overrides.pop("reservoir", None)  # which is fixed
         self.method, self.power = method_of(options.for_tensor(self.ranked.key)), options.power
-        starts = profile.layout.starts.values()
-        if self.power != 1 and any(isinstance(start, Start) for start in starts):
+        if self.power != 1 and profile.layout.copies_weights:
             raise OptionError(
                 f"power={self.power} cannot be combined with an optimizer whose state holds copies "
                 "of the weights: pass power=1, or choose one without averages, such as AdamW"

@@ -83,6 +83,11 @@ class Layout:
         """The attributes that hold entries by Parameter."""
         return tuple(dict.fromkeys(["state", *(str(path[0]) for path in self.specs)]))
 
+    @property
+    def copies_weights(self) -> bool:
+        """Whether an entry starts with the weights."""
+        return any(isinstance(start, Start) for start in self.starts.values())
+
 
 def entries_of(
     optimizer: torch.optim.Optimizer, param: Tensor, stores: tuple[str, ...]
