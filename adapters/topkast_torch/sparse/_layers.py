@@ -53,8 +53,8 @@ class SparseLinear(SparseLayer):
         :meth:`topkast.reservoirs.Init.of`. None: as ``torch.nn.Linear`` draws them, and
         ``"default"``, the same distribution, if they are seeded.
     seed
-        Seed of generated weights, an integer of at least 0; None: drawn by PyTorch's default
-        generator.
+        Seed of generated weights, an integer of at least 0, which should differ from layer to
+        layer; None: drawn by PyTorch's default generator.
 
     Attributes
     ----------
