@@ -96,16 +96,15 @@ class Options:
                 "a parameter group cannot set reservoir or reservoir_path: pass them to "
                 "wrap_optimizer, with overrides={name: {'reservoir': ...}} for single tensors"
             )
-        names = [name for name in (*GROUP_OPTIONS, "dense") if name in options]
-        changes = {name: options[name] for name in names if not self._has(name, options[name])}
+        changes = {name: options[name] for name in (*GROUP_OPTIONS, "dense") if name in options}
+        for name in [*changes]:
+            own, value = getattr(self, name), changes[name]
+            if type(value) is type(own) and value == own:
+                del changes[name]  # it was checked already
         method = options.get("method")
         if isinstance(method, Method) and method is not self.method:  # not the inner optimizer's
             changes["method"] = method
-        return replace(self, **changes) if changes else self  # which are checked already
-
-    def _has(self, name: str, value: Any) -> bool:
-        own = getattr(self, name)
-        return value is own or (type(value) is type(own) and bool(value == own))
+        return replace(self, **changes) if changes else self
 
     def for_group(self) -> dict[str, Any]:
         """Return the options that may differ between parameter groups of one optimizer."""
@@ -289,11 +288,7 @@ _NOT_OF_GROUPS = (
 GROUP_OPTIONS = tuple(field.name for field in fields(Options) if field.name not in _NOT_OF_GROUPS)
 
 # Options that `overrides` may set for a tensor.
-TENSOR_OPTIONS = (
-    *(name for name in GROUP_OPTIONS if name != "distribution"),
-    "method",
-    "reservoir",
-)
+TENSOR_OPTIONS = *(name for name in GROUP_OPTIONS if name != "distribution"), "method", "reservoir"
 
 
 def check_sparsities(fwd: float, bwd: float) -> tuple[float, float]:
