@@ -98,8 +98,7 @@ class Options:
             )
         changes = {name: options[name] for name in (*GROUP_OPTIONS, "dense") if name in options}
         for name in [*changes]:
-            own, value = getattr(self, name), changes[name]
-            if type(value) is type(own) and value == own:
+            if type(changes[name]) is type(own := getattr(self, name)) and changes[name] == own:
                 del changes[name]  # it was checked already
         method = options.get("method")
         if isinstance(method, Method) and method is not self.method:  # not the inner optimizer's
