@@ -209,6 +209,41 @@ def test_an_interruption_does_not_divide_a_refresh(
         assert_same(opt, other_opt)
 
 
+@pytest.mark.parametrize("method", ["finish_step", "write_forward_view", "count_step", "is_due"])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("power", [1, 2])
+def test_an_interruption_after_the_inner_step_loses_nothing(
+    method: str, sparse: bool, power: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The update is finished and counted, and a refresh that was due follows after the next one."""
+    options: Any = {"sparse": sparse, "power": power, "refresh_every": 4, "penalty": 0.1}
+    model, opt = build(**options)
+    train(model, opt, 3)
+    execution_type = type(next(opt._wrapper_state.executions))
+    original, calls = getattr(execution_type, method), []
+
+    def interrupt(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(method)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments, **keywords)
+
+    opt.zero_grad()
+    model(INPUTS).square().mean().backward()
+    monkeypatch.setattr(execution_type, method, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        opt.step()
+    monkeypatch.undo()
+    other, other_opt = build(**options | {"refresh_every": 5})
+    train(other, other_opt, 4)
+    assert topkast.summary(opt).updates == topkast.summary(other_opt).updates == 4
+    assert_same(opt, other_opt)
+    train(model, opt, 1)
+    train(other, other_opt, 1)
+    assert opt._wrapper_state.refreshes == other_opt._wrapper_state.refreshes == 1
+    assert_same(opt, other_opt)
+
+
 # Methods
 
 

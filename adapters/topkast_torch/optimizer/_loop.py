@@ -20,7 +20,8 @@ def step(state: WrapperState, pairs: Pairs) -> None:
         execution.accept_external_writes()
         execution.decide(param_group, state.updates, overdue=state.overdue)
     has_gradient = any(param.grad is not None for group in state.groups for param in group.params)
-    loaded: list[tuple[Execution, dict[str, Any]]] = []
+    loaded: Pairs = []
+    due: Pairs | None = None
     stepped = False
     try:
         for execution, param_group in pairs:
@@ -31,21 +32,24 @@ def step(state: WrapperState, pairs: Pairs) -> None:
         state.handle.step()
         stepped = True
     finally:
-        for local in state.locals:
-            local.part.grad = None
-        for execution, param_group in loaded:
-            execution.finish_step(state.inner, param_group, stepped=stepped)
-    if has_gradient:
-        state.updates += 1
+        with uninterrupted():
+            for local in state.locals:
+                local.part.grad = None
+            for execution, param_group in loaded:
+                execution.finish_step(state.inner, param_group, stepped=stepped)
+            if stepped and has_gradient:
+                due = _count_update(state, pairs)
+    if due is not None:
         try:
-            refresh_if_due(state, pairs)
+            _refresh(state, due)
         finally:  # a refresh that failed is due after the next step
             for execution, param_group in pairs:
                 execution.decide(param_group, state.updates, overdue=state.overdue)
 
 
-def refresh_if_due(state: WrapperState, pairs: Pairs) -> None:
-    """Refresh all sets that are due after an update, or none of them."""
+def _count_update(state: WrapperState, pairs: Pairs) -> Pairs:
+    """Count an update, and return the executions whose sets are due for a refresh."""
+    state.updates += 1
     for execution, _ in pairs:
         execution.count_step()
     due = [
@@ -54,6 +58,11 @@ def refresh_if_due(state: WrapperState, pairs: Pairs) -> None:
         if execution.is_due(param_group, state.updates) or (state.overdue and execution.refreshes)
     ]
     state.overdue = bool(due)  # until the refresh has succeeded
+    return due
+
+
+def _refresh(state: WrapperState, due: Pairs) -> None:
+    """Refresh all sets that are due after an update, or none of them."""
     for execution, _ in due:
         execution.check_migratable(state.inner)
     try:
