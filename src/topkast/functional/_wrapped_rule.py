@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from topkast._probe import (
     check_permutation,
     observe,
 )
+from topkast.functional._rules import SGD, Adam
 from topkast.functional._state import Arrays, Visit, map_dictionaries
 from topkast.selection._distribution import Shape
 
@@ -85,7 +87,12 @@ class WrappedRule:
         `dimensions` are the numbers of dimensions of all tensors, by key.
         """
         pairs = beta_pairs(getattr(self._rule, "betas", ()))
-        return self.observe_with(dict.fromkeys(dimensions, pairs), dimensions)
+        candidates = dict.fromkeys(dimensions, pairs)
+        if isinstance(self._rule, (SGD, Adam)) and callable(self._rule.lr):
+            # A learning rate that changes during a trial looks like a bias correction.
+            constant = WrappedRule(replace(self._rule, lr=1.0), self.asarray)
+            return constant.observe_with(candidates, dimensions)
+        return self.observe_with(candidates, dimensions)
 
     def observe_with(
         self, candidates: Mapping[str, list[Betas]], dimensions: Mapping[str, int]
