@@ -19,7 +19,12 @@ from topkast.adapter import (
     check_permutation,
     observe,
 )
-from topkast_torch.inner._fresh import class_name, make_fresh_optimizer, take_step
+from topkast_torch.inner._fresh import (
+    class_name,
+    make_fresh_optimizer,
+    take_step,
+    with_moving_weights,
+)
 from topkast_torch.inner._inner_state import Layout, Start, entries_of, reset_entries, walk
 from topkast_torch.inner._learn_layout import device_of
 
@@ -95,6 +100,7 @@ class Trial:
         params: HostArrays,
         layout: Layout | None = None,
     ) -> None:
+        group = with_moving_weights(group)
         self._optimizer, self._layout, self._device = optimizer, layout, device_of(group)
         self._params = {key: Parameter(self._tensor(array)) for key, array in params.items()}
         self._fresh = make_fresh_optimizer(optimizer, group, list(self._params.values()))
