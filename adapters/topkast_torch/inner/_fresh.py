@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import textwrap
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -30,6 +31,7 @@ HOOKS = (
 DISABLED_METHODS = ("step", "state_dict", "load_state_dict", "add_param_group")
 # Entries of a group that are not the inner optimizer's options; see also optimizer/_load.py.
 _NOT_OPTIONS = {"params", "param_names", "topkast", "dense", *GROUP_OPTIONS}
+_MESSAGE_WIDTH = 200  # of what other libraries' errors say
 # In a trial, a learning rate below the first, whose steps rounding would hide, becomes the second.
 _LEAST_LEARNING_RATE, _LEARNING_RATE = 1e-7, 1e-3
 # The group of a fresh optimizer after its trial steps, by optimizer.
@@ -161,8 +163,25 @@ def take_step(
         except Exception as error:
             raise UnsupportedOptimizerError(
                 f"{class_name(optimizer)} cannot take a plain step on a vector of weights with a "
-                f"dense gradient: {error}. Wrap an elementwise optimizer (Adam, SGD, ...)"
+                f"dense gradient: {_describe(error)}. {_remedy(optimizer, error)}"
             ) from error
+
+
+def _describe(error: Exception) -> str:
+    """The first line of an error's message, shortened; a KeyError's message is only the key."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    line = textwrap.shorten(first, _MESSAGE_WIDTH, placeholder=" ...").rstrip(".:")
+    return f"{type(error).__name__}: {line}" if isinstance(error, KeyError) or not line else line
+
+
+def _remedy(optimizer: torch.optim.Optimizer, error: Exception) -> str:
+    stores = [value for value in attributes_of(optimizer).values() if is_store(value)]
+    if isinstance(error, KeyError) and (optimizer.state or stores):
+        return (
+            "Entries that the constructor writes for each weight do not exist for the vectors on "
+            "B: write them at a weight's first step, as torch.optim.Adam does"
+        )
+    return "Wrap an elementwise optimizer (Adam, SGD, ...)"
 
 
 @contextmanager
