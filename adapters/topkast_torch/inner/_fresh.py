@@ -170,7 +170,7 @@ def take_step(
 def _describe(error: Exception) -> str:
     """The first line of an error's message, shortened; a KeyError's message is only the key."""
     first = (str(error).strip().splitlines() or [""])[0]
-    line = textwrap.shorten(first, _MESSAGE_WIDTH, placeholder=" ...").rstrip(".:")
+    line = textwrap.shorten(first, _MESSAGE_WIDTH).rstrip(".:")
     return f"{type(error).__name__}: {line}" if isinstance(error, KeyError) or not line else line
 
 
