@@ -21,7 +21,9 @@ Arrays = dict[str, jax.Array]
 _SKIPPING: dict[Any, str] = {  # by type of their state
     optax.MultiStepsState: "MultiSteps",
     optax.ApplyIfFiniteState: "apply_if_finite",
+    optax.ApplyEvery: "apply_every",
 }
+_AROUND = {"apply_every": "MultiSteps"}  # what does the same around the wrapper
 _TRACER_ERRORS = (  # a transformation that depends on traced values cannot be probed
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
@@ -204,9 +206,8 @@ def refuse_skipping(state: Any) -> None:
         if isinstance(entry, state_types):
             name = _SKIPPING[type(entry)]
             raise UnsupportedOptimizerError(
-                f"{name} must be around the wrapped transformation, not inside it, where its "
-                "skipped steps would count as updates: use "
-                f"optax.{name}(topkast.wrap_optimizer(...))"
+                f"{name} skips steps, and inside the wrapped transformation they would count as "
+                f"updates: use optax.{_AROUND.get(name, name)}(topkast.wrap_optimizer(...), ...)"
             )
 
 
