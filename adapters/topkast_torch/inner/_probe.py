@@ -73,7 +73,9 @@ def probe_parts(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> N
 def find_traits(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], layout: Layout, dimensions: int
 ) -> Traits:
-    """How the optimizer moves weights with `dimensions` dimensions."""
+    """How the optimizer moves weights with `dimensions` dimensions, apart from their decay."""
+    if isinstance(group.get("weight_decay"), (int, float)):
+        group = {**group, "weight_decay": 0.0}
     pairs = beta_pairs(betas_of(group))
     arguments = {"": pairs}, {"": dimensions}
     return observe(lambda params: Trial(optimizer, group, params, layout), *arguments)[""]

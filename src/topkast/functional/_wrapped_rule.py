@@ -88,10 +88,10 @@ class WrappedRule:
         """
         pairs = beta_pairs(getattr(self._rule, "betas", ()))
         candidates = dict.fromkeys(dimensions, pairs)
-        if isinstance(self._rule, (SGD, Adam)) and callable(self._rule.lr):
-            # A learning rate that changes during a trial looks like a bias correction.
-            constant = WrappedRule(replace(self._rule, lr=1.0), self.asarray)
-            return constant.observe_with(candidates, dimensions)
+        if isinstance(self._rule, (SGD, Adam)):
+            # A learning rate that changes looks like a bias correction, and decay may hide one.
+            plain = replace(self._rule, lr=1e-3, weight_decay=0.0)
+            return WrappedRule(plain, self.asarray).observe_with(candidates, dimensions)
         return self.observe_with(candidates, dimensions)
 
     def observe_with(
