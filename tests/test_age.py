@@ -242,8 +242,10 @@ def test_decay_does_not_hide_a_bias_correction(lr: float, decay: float) -> None:
     run = TorchRun(lambda params: torch.optim.AdamW(params, lr, weight_decay=decay), False)
     (execution,) = run.opt._wrapper_state.executions
     assert execution.profile.traits.betas == BETAS
-    rule = topkast.AdamW(lr, weight_decay=decay)
-    assert list(topkast.wrap_optimizer(rule, fwd=0.9, bwd=0.8).init({"w": start()}).ages) == ["w"]
+    for rule in (topkast.AdamW(lr, weight_decay=decay), optax.adamw(lr, weight_decay=decay)):
+        params = {"w": start() if isinstance(rule, topkast.AdamW) else jnp.asarray(start())}
+        state = topkast.wrap_optimizer(rule, fwd=0.9, bwd=0.8).init(params)
+        assert list(state.ages) == ["w"]
 
 
 def test_lion_has_betas_and_no_ages() -> None:

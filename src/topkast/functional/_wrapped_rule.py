@@ -89,8 +89,8 @@ class WrappedRule:
         pairs = beta_pairs(getattr(self._rule, "betas", ()))
         candidates = dict.fromkeys(dimensions, pairs)
         if isinstance(self._rule, (SGD, Adam)):
-            # A learning rate that changes looks like a bias correction, and decay may hide one.
-            plain = replace(self._rule, lr=1e-3, weight_decay=0.0)
+            # A learning rate that changes looks like a bias correction.
+            plain = replace(self._rule, lr=1e-3)
             return WrappedRule(plain, self.asarray).observe_with(candidates, dimensions)
         return self.observe_with(candidates, dimensions)
 
@@ -101,7 +101,7 @@ class WrappedRule:
         trials: list[_RuleTrial] = []
 
         def start(params: HostArrays) -> _RuleTrial:
-            trials.append(self._start(params))
+            trials.append(_RuleTrial(self, params, at_rest=True))
             return trials[-1]
 
         return observe(start, candidates, dimensions), trials[0].copies
@@ -113,8 +113,8 @@ class WrappedRule:
 class _RuleTrial:
     """A run of an update rule on its own tensors; see :class:`topkast._probe.Trial`."""
 
-    def __init__(self, wrapped: WrappedRule, params: HostArrays) -> None:
-        self._wrapped = wrapped
+    def __init__(self, wrapped: WrappedRule, params: HostArrays, *, at_rest: bool = False) -> None:
+        self._wrapped, self._at_rest = wrapped, at_rest
         self._params = self._arrays(params | wrapped.fixed)
         self._state = wrapped.init(self._params)
         # Numbers of the visited entries that started as copies of their tensor.
@@ -133,7 +133,8 @@ class _RuleTrial:
 
         self._visit(compare, state, self._state)
         self._state = state
-        self._params = {key: param + steps[key] for key, param in self._params.items()}
+        if self.copies or not self._at_rest:  # decay of large weights would hide the rest
+            self._params = {key: param + steps[key] for key, param in self._params.items()}
         return displacements
 
     def renew(self, entrants: HostArray) -> None:
