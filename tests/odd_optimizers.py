@@ -248,6 +248,38 @@ class StandsStill(Odd):
         return torch.zeros_like(grad)
 
 
+class WrittenInConstructor(torch.optim.Optimizer):
+    """Writes its state before the first step."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param]["momentum"] = torch.zeros_like(param)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                momentum = self.state[param]["momentum"]
+                momentum.mul_(0.9).add_(param.grad)
+                param.data.sub_(momentum, alpha=group["lr"])
+
+
+class WrittenToAttribute(torch.optim.Optimizer):
+    """Writes to a dictionary of its own, by Parameter, before the first step."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+        (group,) = self.param_groups
+        self.momenta = {param: torch.zeros_like(param) for param in group["params"]}
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for param in self.param_groups[0]["params"]:
+            momentum = self.momenta[param]
+            momentum.mul_(0.9).add_(param.grad)
+            param.data.sub_(momentum, alpha=0.1)
+
+
 WRAPPED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "flattened": Flattened,
     "stacked": Stacked,
@@ -274,5 +306,13 @@ REFUSED: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], str]] = {
     ),
     "by shape": (ByShape, "ByShape does not treat a tensor as a bag"),
     "late": (Late, "Late does not treat a tensor as a bag"),
+    "state of the constructor": (
+        WrittenInConstructor,
+        r"dense gradient: KeyError: 'momentum'\. Entries that the constructor writes",
+    ),
+    "attribute of the constructor": (
+        WrittenToAttribute,
+        r"dense gradient: KeyError: Parameter containing\. Entries that the constructor writes",
+    ),
     "stands still": (StandsStill, "StandsStill did not move a tensor"),
 }

@@ -222,6 +222,32 @@ def test_optimizers_without_bias_correction_of_the_square_have_no_ages(build: An
     assert execution.young is None
 
 
+@pytest.mark.parametrize(
+    "betas", [(0.9, 0.95), (0.9, 0.98), (0.95, 0.999), (0.95, 0.9999), (0.8, 0.8), (0.0, 0.999)]
+)
+def test_every_pair_of_betas_has_ages(betas: tuple[float, float]) -> None:
+    """Under (0.95, 0.999) entrants would move 4.6 learning rates, yet few in a short trial."""
+    run = TorchRun(lambda params: torch.optim.Adam(params, 1e-3, betas=betas), False)
+    (execution,) = run.opt._wrapper_state.executions
+    assert execution.profile.traits.betas == betas
+    for rule in (topkast.Adam(1e-3, betas=betas), optax.adam(1e-3, *betas)):
+        params = {"w": start()} if isinstance(rule, topkast.Adam) else {"w": jnp.asarray(start())}
+        state = topkast.wrap_optimizer(rule, fwd=0.9, bwd=0.8).init(params)
+        assert list(state.ages) == ["w"]
+
+
+@pytest.mark.parametrize(("lr", "decay"), [(1.0, 0.01), (0.1, 0.1), (1e-3, 10.0)])
+def test_decay_does_not_hide_a_bias_correction(lr: float, decay: float) -> None:
+    """A learning rate of 1 is usual under a `LambdaLR` that computes the real one."""
+    run = TorchRun(lambda params: torch.optim.AdamW(params, lr, weight_decay=decay), False)
+    (execution,) = run.opt._wrapper_state.executions
+    assert execution.profile.traits.betas == BETAS
+    for rule in (topkast.AdamW(lr, weight_decay=decay), optax.adamw(lr, weight_decay=decay)):
+        params = {"w": start() if isinstance(rule, topkast.AdamW) else jnp.asarray(start())}
+        state = topkast.wrap_optimizer(rule, fwd=0.9, bwd=0.8).init(params)
+        assert list(state.ages) == ["w"]
+
+
 def test_lion_has_betas_and_no_ages() -> None:
     """Its betas belong to no bias correction, so scaling would be wrong."""
     tx = topkast.wrap_optimizer(optax.lion(1e-3), fwd=0.9, bwd=0.8)

@@ -333,7 +333,7 @@ def test_costs_print_and_convert() -> None:
         ({"method": "dense", "fwd": 0.9}, "method='dense' has no sparsity"),
         (
             {"method": "set", "fwd": 0.9, "overrides": {"w": {"bwd": 0.8}}},
-            r"overrides\['w'\] sets bwd, but method='set'",
+            r"overrides\['w'\] sets bwd=0.8, but method='set'",
         ),
         ({"method": "set", "fwd": 0.9, "overrides": {"w": 3}}, "overrides must map"),
         ({"method": "set", "fwd": 0.9, "overrides": {"u": {"fwd": 0.8}}}, "matches none of"),
@@ -406,3 +406,16 @@ def test_a_method_without_a_formula_is_refused() -> None:
 
     with pytest.raises(topkast.OptionError, match="Own has no formula"):
         topkast.cost({"w": (30, 40)}, method=Own(), fwd=0.9, bwd=0.8)
+
+
+@pytest.mark.parametrize(
+    ("method", "bwd"), [("rigl", 0.9), ("snfs", 0.9), ("dnw", 0), ("gmp", 0.0), ("acdc", 0.0)]
+)
+def test_the_bwd_that_wrap_optimizer_asks_for_is_taken(method: str, bwd: float) -> None:
+    """The same options go to both functions."""
+    options: Any = {"method": method, "fwd": 0.9} | ({"steps": 32_000} if method == "gmp" else {})
+    plain = topkast.cost({"w": (10, 100)}, **options)
+    assert topkast.cost({"w": (10, 100)}, bwd=bwd, **options) == plain
+    both = {"w": {"fwd": 0.5, "bwd": 0.5 if bwd else 0}}
+    expected = topkast.cost({"w": (10, 100)}, overrides={"w": {"fwd": 0.5}}, **options)
+    assert topkast.cost({"w": (10, 100)}, bwd=bwd, overrides=both, **options) == expected

@@ -332,3 +332,18 @@ def test_wrapping_after_dense_steps_keeps_the_state_on_the_backward_set(case: Ca
             else:
                 assert entry == before
     train(model, optimizer, range(3, 6))
+
+
+@pytest.mark.parametrize("rate", [0.0, torch.tensor(0.0), 1e-12])
+@pytest.mark.parametrize("probe", [True, False])
+def test_a_learning_rate_that_a_schedule_has_set_to_zero(rate: Any, probe: bool) -> None:
+    """A warmup starts there, and a decayed run that is wrapped again ends there."""
+    layer = nn.Linear(10, 10)
+    adam = torch.optim.Adam(layer.named_parameters(), lr=rate)
+    optimizer = topkast.wrap_optimizer(adam, fwd=0.9, bwd=0.8, probe=probe)
+    assert "ages" in optimizer.state_dict()["state"][0]["topkast"]
+    assert optimizer.param_groups[0]["lr"] is rate
+
+    muon = torch.optim.Muon([nn.Parameter(torch.randn(10, 10))], lr=0.0)
+    with pytest.raises(topkast.UnsupportedOptimizerError, match="bag of coordinates"):
+        topkast.wrap_optimizer(muon, fwd=0.9, bwd=0.8)

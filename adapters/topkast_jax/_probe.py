@@ -13,6 +13,7 @@ import optax
 
 from topkast import UnsupportedOptimizerError
 from topkast.adapter import Betas, Shape, Traits, WrappedRule, check_joint, check_permutation
+from topkast_jax._closures import cells_of, functions_in, replace_tracers
 from topkast_jax._rule import OptaxRule
 
 Arrays = dict[str, jax.Array]
@@ -20,13 +21,17 @@ Arrays = dict[str, jax.Array]
 _SKIPPING: dict[Any, str] = {  # by type of their state
     optax.MultiStepsState: "MultiSteps",
     optax.ApplyIfFiniteState: "apply_if_finite",
+    optax.ApplyEvery: "apply_every",
 }
+_AROUND = {"apply_every": "MultiSteps"}  # what does the same around the wrapper
 _TRACER_ERRORS = (  # a transformation that depends on traced values cannot be probed
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
     jax.errors.UnexpectedTracerError,
 )
 _STEPS = 8  # on small tensors; few, because they run uncompiled
+_COUNTS = 1, 100, 10_000  # of updates; a warmup starts at a learning rate of 0
+_LEARNING_RATE = 1e-3  # in place of a traced one
 # Trials take few steps, so compiling them costs more than running them.
 _COMPILER_OPTIONS: Any = {"xla_backend_optimization_level": "0"}
 
@@ -46,6 +51,7 @@ class ProbedRule(WrappedRule):
         self._optax = rule
         self._compiling = False
         self._compiled: Any = None
+        self._held_count: int | None = None
 
     def probe(self, shapes: Mapping[str, Shape]) -> None:
         pass  # init calls probe_on, which gets the dense tensors too
@@ -88,15 +94,49 @@ class ProbedRule(WrappedRule):
 
     def observe(self, dimensions: Mapping[str, int]) -> tuple[dict[str, Traits], frozenset[int]]:
         """See :class:`topkast.functional._wrapped_rule.WrappedRule`."""
+        tx = replace_tracers(self._optax.tx, _LEARNING_RATE, _FIRST_MOMENT | _SECOND_MOMENT)
+        try:
+            if tx is self._optax.tx:
+                return self._observe(dimensions)
+            # A traced learning rate changes no betas. Its sign is unknown.
+            traits, copies = ProbedRule(OptaxRule(tx, self._optax.tree))._observe(dimensions)
+            return {key: Traits(betas) for key, (betas, _) in traits.items()}, copies
+        except Exception:  # it needs inputs that trials lack, or depends on other traced values
+            return {}, frozenset()
+
+    def _observe(self, dimensions: Mapping[str, int]) -> tuple[dict[str, Traits], frozenset[int]]:
+        """:meth:`observe`; raises what the transformation raises in a trial."""
+        shapes = {key: (1,) * (count - 1) + (2,) for key, count in dimensions.items()}
         try:
             with jax.ensure_compile_time_eval():
-                pairs = beta_pairs_of(self._optax.tx)
+                params = {key: jnp.ones(shape) for key, shape in shapes.items()}
+                state = self._optax.init(params)
+                pairs = beta_pairs_of(self._optax.tx, state)
+                self._held_count = self._find_count(params, state)
                 self._compiling = bool(pairs)
                 return self.observe_with(dict.fromkeys(dimensions, pairs), dimensions)
-        except Exception:  # it needs inputs that trials lack, or depends on traced values
-            return {}, frozenset()
         finally:
-            self._compiling, self._compiled = False, None
+            self._compiling, self._compiled, self._held_count = False, None, None
+
+    def _find_count(self, params: Arrays, state: Any) -> int | None:
+        """Find a number of updates at which schedules let the weights move.
+
+        Learning rates are held there in the trial: one that changes looks like a bias correction.
+        """
+        if hold_schedules(state, 0) is None:
+            return None
+        for count in _COUNTS:
+            displacements, _ = self._run(params, hold_schedules(state, count), params)
+            if any(bool(jnp.any(step != 0)) for step in displacements.values()):
+                return count
+        return None
+
+    def init(self, params: Arrays) -> Any:
+        """See :class:`topkast.functional._wrapped_rule.WrappedRule`."""
+        return self._hold(super().init(params))
+
+    def _hold(self, state: Any) -> Any:
+        return state if self._held_count is None else hold_schedules(state, self._held_count)
 
     def update(self, grads: Arrays, state: Any, params: Arrays) -> tuple[Arrays, Any]:
         """Take one step of a trial."""
@@ -111,11 +151,12 @@ class ProbedRule(WrappedRule):
 
     def _run(self, grads: Arrays, state: Any, params: Arrays) -> tuple[Arrays, Any]:
         extra = {"value": jnp.float32(1.0), "grad": self._optax.unflatten(grads)}
-        return self._optax.run(grads, state, params, **extra)
+        displacements, state = self._optax.run(grads, state, params, **extra)
+        return displacements, self._hold(state)
 
 
-def beta_pairs_of(tx: Any) -> list[Betas]:
-    """Find the decay factors that a transformation may use, in its closures and its state."""
+def beta_pairs_of(tx: Any, state: Any) -> list[Betas]:
+    """Find the decay factors that a transformation may use, in its closures and a state of it."""
     first, second = {0.0}, set[float]()
 
     def add(name: str, value: Any) -> None:
@@ -125,39 +166,33 @@ def beta_pairs_of(tx: Any) -> list[Betas]:
             )
             factors.add(float(value))
 
-    for function in _functions(tx.update):
-        for name, cell in _cells(function):
+    for function in functions_in(tx.update):
+        for name, cell in cells_of(function):
             add(name, cell)
-    state = tx.init({"w": jnp.zeros((1, 2))})
     for path, entry in jax.tree_util.tree_flatten_with_path(state)[0]:
         if jax.tree_util.GetAttrKey("hyperparams") in path and jnp.ndim(entry) == 0:
             add(str(getattr(path[-1], "key", "")), float(entry))
     return [(beta1, beta2) for beta2 in sorted(second) for beta1 in sorted(first, reverse=True)]
 
 
-def _functions(value: Any, depth: int = 8) -> Iterator[Any]:
-    """Yield all functions in a value, its containers, transformations and closures."""
-    if isinstance(value, optax.GradientTransformation):
-        value = value.update
-    if inspect.isfunction(value) and depth:
-        yield value
-        for _, content in _cells(value):
-            yield from _functions(content, depth - 1)
-    elif isinstance(value, (tuple, list)):
-        for element in value:
-            yield from _functions(element, depth)
-    elif isinstance(value, dict):
-        yield from _functions(list(value.values()), depth)
+def hold_schedules(state: Any, count: int) -> Any:
+    """Return a state in which schedules have been called `count` times; None if it has none."""
+    found = False
+
+    def hold(node: Any) -> Any:
+        nonlocal found
+        if not _is_schedule(node):
+            return node
+        found = True
+        return node._replace(count=jnp.full_like(node.count, count))
+
+    held = jax.tree.map(hold, state, is_leaf=_is_schedule)
+    return held if found else None
 
 
-def _cells(function: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the names and contents of a function's closure."""
-    names = function.__code__.co_freevars
-    for name, cell in zip(names, function.__closure__ or (), strict=True):
-        try:
-            yield name, cell.cell_contents
-        except ValueError:  # the cell is empty
-            continue
+def _is_schedule(node: Any) -> bool:
+    """Whether a node of a state counts the calls of a schedule, and nothing else."""
+    return getattr(node, "_fields", ()) == ("count",) and "Schedule" in type(node).__name__
 
 
 def refuse_skipping(state: Any) -> None:
@@ -171,9 +206,8 @@ def refuse_skipping(state: Any) -> None:
         if isinstance(entry, state_types):
             name = _SKIPPING[type(entry)]
             raise UnsupportedOptimizerError(
-                f"{name} must be around the wrapped transformation, not inside it, where its "
-                "skipped steps would count as updates: use "
-                f"optax.{name}(topkast.wrap_optimizer(...))"
+                f"{name} skips steps, and inside the wrapped transformation they would count as "
+                f"updates: use optax.{_AROUND.get(name, name)}(topkast.wrap_optimizer(...), ...)"
             )
 
 

@@ -27,7 +27,9 @@ _STEPS_ON_SMALL, _STEPS_ON_LARGE = 50, 3  # some optimizers use the matrix only 
 _TOLERANCE = 1e-4  # relative to the largest update: reductions over a tensor round differently
 _ENTRIES = 256  # length of the vectors on which entrants are tried
 _STEPS, _STEPS_OF_ENTRANTS = 100, 12
-_SIMILAR = 0.33  # RMS difference of logarithms below which displacements count as equal
+# RMS differences of logarithms: below the first, entrants move like a new tensor; below the second,
+# betas explain how they move, if they do so better than none.
+_EQUAL, _SIMILAR = 0.1, 0.33
 
 
 class Trial(Protocol):
@@ -264,10 +266,11 @@ def _find_betas(
         def distance(first: HostArray, second: HostArray) -> float:
             return float(np.sqrt(np.mean((first - second) ** 2)))
 
-        if distance(ratios, new) < _SIMILAR:
+        unscaled = distance(ratios, new)
+        if unscaled < _EQUAL:
             return None
         counts = np.arange(1.0, 1 + len(late))
-        best, smallest = None, _SIMILAR
+        best, smallest = None, min(_SIMILAR, unscaled)  # not the second if it is NaN
         for betas in candidates:
             scaled = ratios + np.log(kappa(counts, betas) / kappa(late + 1.0, betas))
             adam = np.log(_adam_ratios(betas, gradients, entrants))

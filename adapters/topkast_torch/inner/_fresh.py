@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import textwrap
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -30,6 +31,9 @@ HOOKS = (
 DISABLED_METHODS = ("step", "state_dict", "load_state_dict", "add_param_group")
 # Entries of a group that are not the inner optimizer's options; see also optimizer/_load.py.
 _NOT_OPTIONS = {"params", "param_names", "topkast", "dense", *GROUP_OPTIONS}
+_MESSAGE_WIDTH = 200  # of what other libraries' errors say
+# In a trial, a learning rate below the first, whose steps rounding would hide, becomes the second.
+_LEAST_LEARNING_RATE, _LEARNING_RATE = 1e-7, 1e-3
 # The group of a fresh optimizer after its trial steps, by optimizer.
 _STEPPED_GROUPS: WeakKeyDictionary[torch.optim.Optimizer, dict[str, Any]] = WeakKeyDictionary()
 
@@ -68,6 +72,14 @@ def make_fresh_optimizer(
         counters = _find_counters(optimizer, options)
         options |= {name: value for name, value in others.items() if name not in counters}
     return _fresh(optimizer, options, params)
+
+
+def with_moving_weights(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options of a group for a trial: a schedule may have set the learning rate to 0."""
+    rate = group.get("lr")
+    if isinstance(rate, (int, float, Tensor)) and abs(float(rate)) < _LEAST_LEARNING_RATE:
+        return {**group, "lr": 0.0 * rate + _LEARNING_RATE}
+    return group
 
 
 def _fresh(
@@ -151,8 +163,25 @@ def take_step(
         except Exception as error:
             raise UnsupportedOptimizerError(
                 f"{class_name(optimizer)} cannot take a plain step on a vector of weights with a "
-                f"dense gradient: {error}. Wrap an elementwise optimizer (Adam, SGD, ...)"
+                f"dense gradient: {_describe(error)}. {_remedy(optimizer, error)}"
             ) from error
+
+
+def _describe(error: Exception) -> str:
+    """The first line of an error's message, shortened; a KeyError's message is only the key."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    line = textwrap.shorten(first, _MESSAGE_WIDTH).rstrip(".:")
+    return f"{type(error).__name__}: {line}" if isinstance(error, KeyError) or not line else line
+
+
+def _remedy(optimizer: torch.optim.Optimizer, error: Exception) -> str:
+    stores = [value for value in attributes_of(optimizer).values() if is_store(value)]
+    if isinstance(error, KeyError) and (optimizer.state or stores):
+        return (
+            "Entries that the constructor writes for each weight do not exist for the vectors on "
+            "B: write them at a weight's first step, as torch.optim.Adam does"
+        )
+    return "Wrap an elementwise optimizer (Adam, SGD, ...)"
 
 
 @contextmanager

@@ -19,7 +19,12 @@ from topkast.adapter import (
     check_permutation,
     observe,
 )
-from topkast_torch.inner._fresh import class_name, make_fresh_optimizer, take_step
+from topkast_torch.inner._fresh import (
+    class_name,
+    make_fresh_optimizer,
+    take_step,
+    with_moving_weights,
+)
 from topkast_torch.inner._inner_state import Layout, Start, entries_of, reset_entries, walk
 from topkast_torch.inner._learn_layout import device_of
 
@@ -68,7 +73,9 @@ def probe_parts(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> N
 def find_traits(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], layout: Layout, dimensions: int
 ) -> Traits:
-    """How the optimizer moves weights with `dimensions` dimensions."""
+    """How the optimizer moves weights with `dimensions` dimensions, apart from their decay."""
+    if isinstance(group.get("weight_decay"), (int, float)):
+        group = {**group, "weight_decay": 0.0}
     pairs = beta_pairs(betas_of(group))
     arguments = {"": pairs}, {"": dimensions}
     return observe(lambda params: Trial(optimizer, group, params, layout), *arguments)[""]
@@ -95,6 +102,7 @@ class Trial:
         params: HostArrays,
         layout: Layout | None = None,
     ) -> None:
+        group = with_moving_weights(group)
         self._optimizer, self._layout, self._device = optimizer, layout, device_of(group)
         self._params = {key: Parameter(self._tensor(array)) for key, array in params.items()}
         self._fresh = make_fresh_optimizer(optimizer, group, list(self._params.values()))

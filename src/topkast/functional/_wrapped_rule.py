@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from topkast._probe import (
     check_permutation,
     observe,
 )
+from topkast.functional._rules import SGD, Adam
 from topkast.functional._state import Arrays, Visit, map_dictionaries
 from topkast.selection._distribution import Shape
 
@@ -85,7 +87,12 @@ class WrappedRule:
         `dimensions` are the numbers of dimensions of all tensors, by key.
         """
         pairs = beta_pairs(getattr(self._rule, "betas", ()))
-        return self.observe_with(dict.fromkeys(dimensions, pairs), dimensions)
+        candidates = dict.fromkeys(dimensions, pairs)
+        if isinstance(self._rule, (SGD, Adam)):
+            # A learning rate that changes looks like a bias correction.
+            plain = replace(self._rule, lr=1e-3)
+            return WrappedRule(plain, self.asarray).observe_with(candidates, dimensions)
+        return self.observe_with(candidates, dimensions)
 
     def observe_with(
         self, candidates: Mapping[str, list[Betas]], dimensions: Mapping[str, int]
@@ -94,7 +101,7 @@ class WrappedRule:
         trials: list[_RuleTrial] = []
 
         def start(params: HostArrays) -> _RuleTrial:
-            trials.append(self._start(params))
+            trials.append(_RuleTrial(self, params, at_rest=True))
             return trials[-1]
 
         return observe(start, candidates, dimensions), trials[0].copies
@@ -106,8 +113,8 @@ class WrappedRule:
 class _RuleTrial:
     """A run of an update rule on its own tensors; see :class:`topkast._probe.Trial`."""
 
-    def __init__(self, wrapped: WrappedRule, params: HostArrays) -> None:
-        self._wrapped = wrapped
+    def __init__(self, wrapped: WrappedRule, params: HostArrays, *, at_rest: bool = False) -> None:
+        self._wrapped, self._at_rest = wrapped, at_rest
         self._params = self._arrays(params | wrapped.fixed)
         self._state = wrapped.init(self._params)
         # Numbers of the visited entries that started as copies of their tensor.
@@ -126,7 +133,8 @@ class _RuleTrial:
 
         self._visit(compare, state, self._state)
         self._state = state
-        self._params = {key: param + steps[key] for key, param in self._params.items()}
+        if self.copies or not self._at_rest:  # decay of large weights would hide the rest
+            self._params = {key: param + steps[key] for key, param in self._params.items()}
         return displacements
 
     def renew(self, entrants: HostArray) -> None:

@@ -53,7 +53,7 @@ def make_options(
             f"method={method!r} needs bwd, the backward sparsity, such as bwd={fwd!r} for A = B"
         )
     if formula.trains != "B":
-        if bwd is not None:
+        if bwd not in (None, _bwd_to_wrap_with(method, formula, fwd)):
             raise OptionError(
                 f"method={method!r} trains {_TRAINED[formula.trains]}: leave bwd={bwd!r} out"
             )
@@ -70,6 +70,15 @@ def make_options(
     )
 
 
+def _bwd_to_wrap_with(method: str, formula: Formula, fwd: float | None) -> float | None:
+    """The bwd that :func:`topkast.wrap_optimizer` asks for under a method with one sparsity.
+
+    It says which weights the library holds, which need not be those that the formula counts.
+    """
+    begins_dense = formula.initial is not None or formula.has_dense_phases
+    return 0.0 if begins_dense or method in ("dnw", "iht") else fwd
+
+
 _TRAINED = {"A": "the weights of A alone", "all": "all weights"}
 
 
@@ -81,11 +90,13 @@ def _with_backward(method: str, formula: Formula, overrides: Any) -> Any:
         return overrides  # None, or for Options to refuse
     completed: dict[str, Mapping[str, Any]] = {}
     for pattern, values in overrides.items():
-        if "bwd" in values:
+        wrapped = _bwd_to_wrap_with(method, formula, values.get("fwd"))
+        if "bwd" in values and values["bwd"] != wrapped:
             raise OptionError(
-                f"overrides[{pattern!r}] sets bwd, but method={method!r} trains "
+                f"overrides[{pattern!r}] sets bwd={values['bwd']!r}, but method={method!r} trains "
                 f"{_TRAINED[formula.trains]}: leave it out"
             )
+        values = {name: value for name, value in values.items() if name != "bwd"}
         follows = "fwd" in values and formula.trains == "A"
         completed[pattern] = {**values, "bwd": values["fwd"]} if follows else values
     return completed

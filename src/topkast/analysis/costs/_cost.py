@@ -75,7 +75,8 @@ def cost(
         Forward sparsity, in [0, 1): the final one, if it changes. Needed except for ``"dense"``.
     bwd
         Backward sparsity, ``0 <= bwd <= fwd``, of ``"topkast"``, which needs it. Other methods
-        train A alone or all weights.
+        train A alone or all weights: leave it out, or pass the one that
+        :func:`topkast.wrap_optimizer` asks for.
     distribution, dense, block, stacked, overrides
         As for :func:`topkast.wrap_optimizer`, without ``"global"``. Of overrides, ``fwd``, ``bwd``,
         ``block`` and ``reservoir`` matter.
