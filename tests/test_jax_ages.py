@@ -130,3 +130,28 @@ def test_traced_betas_are_not_guessed() -> None:
         return topkast.wrap_optimizer(optax.adam(1e-2, b2=beta), **OPTIONS).init(weights)
 
     assert jax.jit(init)(0.99).ages == {}
+
+
+@pytest.mark.parametrize("options", [{}, {"probe": False}], ids=str)
+def test_a_learning_rate_that_is_injected_later(options: Any) -> None:
+    """It is 0 at first, as before a warmup by hand, and the rest is as if it had been set."""
+
+    def start(rate: float) -> Any:
+        inner = optax.inject_hyperparams(optax.adam)(learning_rate=rate)
+        return topkast.wrap_optimizer(inner, **OPTIONS, **options).init(make_params())
+
+    state, expected = start(0.0), start(1e-2)
+    assert set(state.ages) == {"hidden.w", "head.w"}
+    paths = jax.tree_util.tree_flatten_with_path(state)[0]
+    leaves = [
+        jnp.full_like(leaf, 1e-2) if "learning_rate" in jax.tree_util.keystr(path) else leaf
+        for path, leaf in paths
+    ]
+    state = jax.tree.unflatten(jax.tree.structure(state), leaves)
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+def test_a_learning_rate_of_zero_that_nothing_changes_is_refused() -> None:
+    tx = topkast.wrap_optimizer(optax.adam(0.0), **OPTIONS)
+    with pytest.raises(topkast.UnsupportedOptimizerError, match="cannot take a plain step"):
+        tx.init(make_params())

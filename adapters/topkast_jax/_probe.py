@@ -31,7 +31,7 @@ _TRACER_ERRORS = (  # a transformation that depends on traced values cannot be p
 )
 _STEPS = 8  # on small tensors; few, because they run uncompiled
 _COUNTS = 1, 100, 10_000  # of updates; a warmup starts at a learning rate of 0
-_LEARNING_RATE = 1e-3  # in place of a traced one
+_LEARNING_RATE = 1e-3  # in place of a traced one, and of an injected 0
 # Trials take few steps, so compiling them costs more than running them.
 _COMPILER_OPTIONS: Any = {"xla_backend_optimization_level": "0"}
 
@@ -110,7 +110,7 @@ class ProbedRule(WrappedRule):
         try:
             with jax.ensure_compile_time_eval():
                 params = {key: jnp.ones(shape) for key, shape in shapes.items()}
-                state = self._optax.init(params)
+                state = self.init(params)
                 pairs = beta_pairs_of(self._optax.tx, state)
                 self._held_count = self._find_count(params, state)
                 self._compiling = bool(pairs)
@@ -133,7 +133,7 @@ class ProbedRule(WrappedRule):
 
     def init(self, params: Arrays) -> Any:
         """See :class:`topkast.functional._wrapped_rule.WrappedRule`."""
-        return self._hold(super().init(params))
+        return self._hold(with_moving_weights(super().init(params)))
 
     def _hold(self, state: Any) -> Any:
         return state if self._held_count is None else hold_schedules(state, self._held_count)
@@ -173,6 +173,20 @@ def beta_pairs_of(tx: Any, state: Any) -> list[Betas]:
         if jax.tree_util.GetAttrKey("hyperparams") in path and jnp.ndim(entry) == 0:
             add(str(getattr(path[-1], "key", "")), float(entry))
     return [(beta1, beta2) for beta2 in sorted(second) for beta1 in sorted(first, reverse=True)]
+
+
+def with_moving_weights(state: Any) -> Any:
+    """Return a state whose injected learning rates are not 0, as they are before a warmup."""
+
+    def replace_rate(path: Any, leaf: Any) -> Any:
+        is_rate = jax.tree_util.GetAttrKey("hyperparams") in path and (
+            getattr(path[-1], "key", "") == "learning_rate"
+        )
+        if not is_rate or isinstance(leaf, jax.core.Tracer) or jnp.any(leaf != 0):
+            return leaf
+        return jnp.full_like(leaf, _LEARNING_RATE)
+
+    return jax.tree_util.tree_map_with_path(replace_rate, state)
 
 
 def hold_schedules(state: Any, count: int) -> Any:
