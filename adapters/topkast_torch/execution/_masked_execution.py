@@ -159,7 +159,7 @@ class MaskedExecution(Execution):
                 raise MismatchError(
                     f"the gradient of {name} outside B, which {type(self.method).__name__} needs "
                     "after this step, was dropped by the backward pass: run a new one. Set "
-                    "refresh_every before zero_grad"
+                    "refresh_every before the optimizer's zero_grad"
                 )
             self.restrict_gradient(member)
             # Gather again: a gradient scaler, or a write through `grad.data`, may have changed the

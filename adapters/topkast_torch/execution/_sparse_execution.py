@@ -199,8 +199,8 @@ class SparseExecution(Execution):
                     f"the layer of {self.ranked.key} recorded no backward pass, but "
                     f"{type(self.method).__name__} needs the gradient outside B after this step: "
                     "it was computed by function transforms, written by hand, or belongs to a pass "
-                    "before topkast.sparsify or before refresh_every was set (set it before "
-                    "zero_grad). Run a new one"
+                    "before topkast.sparsify or before refresh_every was set, which has to precede "
+                    "the optimizer's zero_grad. Run a new one"
                 )
         return None if self._gradient is None else self._gradient.view(-1)
 

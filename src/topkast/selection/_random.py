@@ -111,7 +111,7 @@ def _mix(words: Array) -> Array:
 
 def _shift(words: Array, count: int) -> Array:
     """Shift right and fill with zeros; the standard's shift of signed integers copies the sign."""
-    if isinstance(words, np.ndarray):  # in a third of the time
+    if isinstance(words, np.ndarray):  # in fewer calls
         return (words.view(np.uint32) >> np.uint32(count)).view(np.int32)
     xp = array_namespace(words)
     shifted = xp.bitwise_right_shift(words, _constant(count, words))

@@ -36,7 +36,7 @@ def run(kernel: Any, arguments: np.ndarray[Any, Any], threads: int | None = None
 
 
 def address_of(array: np.ndarray[Any, Any]) -> int:
-    """Address of the memory of an array: ``array.ctypes.data``, in a sixth of the time."""
+    """Address of the memory of an array: ``array.ctypes.data``, which takes longer."""
     try:
         return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
     except (BufferError, TypeError, ValueError):  # it is read-only, empty or not contiguous
