@@ -273,7 +273,7 @@ def gpu(session: nox.Session) -> None:
     # Without the settings of the other tests, and what those import. What libraries warn of on
     # somebody's GPU is not for these tests to judge.
     alone = ["--noconftest", "-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider"]
-    paths = session.posargs or ["tests/test_gpu.py"]
+    paths = session.posargs or ["tests/test_gpu.py", "tests/test_gpu_training.py"]
     session.run("python", "-m", "pytest", "-ra", *alone, *paths, env=env, external=True)
 
 

@@ -1,8 +1,8 @@
-"""Selection of 20 % of the weights, a wrapped step against a dense one, and peak memory, on a GPU.
+"""Selection of 20 % of the weights, wrapped steps against a dense one, and peak memory, on a GPU.
 
 Every library that sees a GPU is measured; without one, the benchmark ends with a message. Selection
 is exact on all sides: A and B of `topkast.select`, or only the indices of the largest. Steps are
-AdamW's between refreshes, on one square matrix.
+AdamW's on one square matrix, between refreshes and with a refresh in each step.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ import topkast
 
 FWD, BWD = 0.9, 0.8
 NEVER = 10**9
+# Steps by the key of their table, and the options of the wrapper.
+WRAPPED: dict[str, dict[str, Any]] = {
+    "step": {"fwd": FWD, "bwd": BWD, "refresh_every": NEVER},
+    "step with a refresh": {"fwd": FWD, "bwd": BWD, "refresh_every": 1},
+}
 Sides = dict[str, Callable[[], Any]]
 
 
@@ -53,21 +58,27 @@ def torch_sides(weights: int) -> tuple[str, dict[str, Sides], dict[str, int]]:
         "torch.topk": synced(lambda: vector.abs().topk(count, sorted=False)),
         "topkast, PyTorch": synced(lambda: topkast.select(vector, fwd=FWD, bwd=BWD)),
     }
-    steps: Sides = {}
-    peaks = {}
-    for name in ("torch.optim.AdamW(fused=True)", "wrapped"):
+    peaks: dict[str, int] = {}
+
+    def make_step(name: str, options: dict[str, Any] | None) -> Callable[[], None]:
         before = torch.cuda.memory_allocated()
         param = torch.nn.Parameter(torch.randn(side, side, device="cuda"))
         optimizer: Any = torch.optim.AdamW([("w", param)], 1e-6, fused=True)
-        if name == "wrapped":
-            optimizer = topkast.wrap_optimizer(optimizer, fwd=FWD, bwd=BWD, refresh_every=NEVER)
+        if options is not None:
+            optimizer = topkast.wrap_optimizer(optimizer, **options)
         param.grad = torch.ones_like(param)
         optimizer.step()
         torch.cuda.reset_peak_memory_stats()
         optimizer.step()
-        steps[f"{name}, PyTorch"] = synced(optimizer.step)
         peaks[f"{name}, PyTorch"] = torch.cuda.max_memory_allocated() - before
-    return torch.cuda.get_device_name(), {"selection": selection, "step": steps}, peaks
+        return synced(optimizer.step)
+
+    dense = "torch.optim.AdamW(fused=True)"
+    steps: dict[str, Sides] = {"step": {f"{dense}, PyTorch": make_step(dense, None)}}
+    for task, options in WRAPPED.items():
+        step = make_step("wrapped" + task.removeprefix("step"), options)
+        steps.setdefault(task, {})["wrapped, PyTorch"] = step
+    return torch.cuda.get_device_name(), {"selection": selection, **steps}, peaks
 
 
 def cupy_sides(weights: int) -> tuple[str, dict[str, Sides], dict[str, int]]:
@@ -82,19 +93,26 @@ def cupy_sides(weights: int) -> tuple[str, dict[str, Sides], dict[str, int]]:
         "cupy.argpartition": synced(lambda: cupy.argpartition(cupy.abs(vector), -count)[-count:]),
         "topkast, CuPy": synced(lambda: topkast.select(vector, fwd=FWD, bwd=BWD)),
     }
-    tx = topkast.wrap_optimizer(topkast.AdamW(1e-6), fwd=FWD, bwd=BWD, refresh_every=NEVER)
     pool = cupy.get_default_memory_pool()
-    before = pool.used_bytes()
-    params = {"w": vector[: side * side].reshape(side, side).copy()}
-    grads = {"w": cupy.ones_like(params["w"])}
-    state = tx.init(params)
-    cupy.cuda.get_current_stream().synchronize()
-    pool.free_all_blocks()
-    tx.step(grads, state, params)
-    steps = {"wrapped, CuPy (a copy of θ)": synced(lambda: tx.step(grads, state, params))}
-    peaks = {"wrapped, CuPy (a copy of θ)": pool.total_bytes() - before}
+    side_name = "wrapped, CuPy (a copy of θ)"
+    steps: dict[str, Sides] = {}
+    peaks: dict[str, int] = {}
+    for task, options in WRAPPED.items():
+        tx = topkast.wrap_optimizer(topkast.AdamW(1e-6), **options)
+        pool.free_all_blocks()
+        before = pool.used_bytes()
+        params = {"w": vector[: side * side].reshape(side, side).copy()}
+        grads = {"w": cupy.ones_like(params["w"])}
+        state = tx.init(params)
+        cupy.cuda.get_current_stream().synchronize()
+        pool.free_all_blocks()
+        tx.step(grads, state, params)
+        peaks[f"wrapped{task.removeprefix('step')}, CuPy (a copy of θ)"] = (
+            pool.total_bytes() - before
+        )
+        steps[task] = {side_name: synced(partial(tx.step, grads, state, params))}
     name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
-    return name, {"selection": selection, "step": steps}, peaks
+    return name, {"selection": selection, **steps}, peaks
 
 
 def jax_sides(weights: int) -> tuple[str, dict[str, Sides], dict[str, int]]:
@@ -113,13 +131,12 @@ def jax_sides(weights: int) -> tuple[str, dict[str, Sides], dict[str, int]]:
         "jax.lax.top_k": lambda: jax.block_until_ready(top_k(vector)),
         "topkast, JAX": lambda: jax.block_until_ready(select(vector)),
     }
-    steps: Sides = {}
-    for name in ("optax.adamw", "wrapped"):
-        tx: Any = optax.adamw(1e-6)
-        if name == "wrapped":
-            tx = topkast.wrap_optimizer(tx, fwd=FWD, bwd=BWD, refresh_every=NEVER)
-        steps[f"{name}, JAX"] = _jax_step(tx, vector[: side * side].reshape(side, side))
-    return jax.devices()[0].device_kind, {"selection": selection, "step": steps}, {}
+    start = vector[: side * side].reshape(side, side)
+    steps: dict[str, Sides] = {"step": {"optax.adamw, JAX": _jax_step(optax.adamw(1e-6), start)}}
+    for task, options in WRAPPED.items():
+        tx = topkast.wrap_optimizer(optax.adamw(1e-6), **options)
+        steps.setdefault(task, {})["wrapped, JAX"] = _jax_step(tx, start)
+    return jax.devices()[0].device_kind, {"selection": selection, **steps}, {}
 
 
 def _jax_step(tx: Any, start: Any) -> Callable[[], Any]:

@@ -288,6 +288,7 @@ WRAPPED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "copies": Copies,
     "first gradient": FirstGradient,
     "switching": Switching,
+    "state of the constructor": WrittenInConstructor,
 }
 REFUSED: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], str]] = {
     "quantised": (Quantised, "Quantised keeps scales"),
@@ -306,10 +307,6 @@ REFUSED: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], str]] = {
     ),
     "by shape": (ByShape, "ByShape does not treat a tensor as a bag"),
     "late": (Late, "Late does not treat a tensor as a bag"),
-    "state of the constructor": (
-        WrittenInConstructor,
-        r"dense gradient: KeyError: 'momentum'\. Entries that the constructor writes",
-    ),
     "attribute of the constructor": (
         WrittenToAttribute,
         r"dense gradient: KeyError: Parameter containing\. Entries that the constructor writes",

@@ -123,6 +123,11 @@ class TestInputs:
             output = layer(inputs.bfloat16())
         assert output.dtype == torch.float32
 
+    def test_inputs_on_another_device_are_refused(self) -> None:
+        layer = topkast_torch.SparseLinear(6, 9, fwd=0.8, bwd=0.6)
+        with pytest.raises(topkast.MismatchError, match="is on meta, its values on cpu: move"):
+            layer(torch.empty(4, 6, device="meta"))
+
     def test_inputs_of_any_strides(self, backend: str) -> None:
         layer = topkast_torch.SparseLinear(6, 9, fwd=0.8, bwd=0.6)
         inputs = torch.randn(12, 10)[::2, 2:8]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from topkast import MismatchError, OptionError, Support
-from topkast.adapter import Options, RankedTensors, method_of
+from topkast.adapter import Migration, Options, RankedTensors, method_of
 from topkast.reservoirs import (
     ArrayReservoir,
     FileBase,
@@ -80,6 +80,22 @@ def keep_weights(reservoir: Reservoir, entries: Tensor, weights: Tensor) -> None
         target.index_copy_(0, entries.to(target.device).long(), weights.to(target))
     elif reservoir.kind != "none":  # which may be of a dtype that NumPy does not know
         reservoir.write(entries.cpu().numpy(), weights.cpu().numpy())
+
+
+def exchange_weights(
+    reservoir: Reservoir, old: Support, new: Support, migration: Migration, values: Tensor
+) -> Tensor:
+    """Keep the weights that leave B, whose old values are (|B|,); return those on the new B."""
+    if isinstance(reservoir, TensorReservoir) and reservoir.kind == "device":
+        # All of B: to find what leaves, one would wait for the device.
+        keep_weights(reservoir, old.entries, values)
+        return take_weights(reservoir, new.entries, values)
+    fresh = take_weights(reservoir, new.entries, values)
+    leaves = torch.ones_like(values, dtype=torch.bool)
+    leaves[migration.source[migration.survives].long()] = False
+    keep_weights(reservoir, old.entries[leaves], values[leaves])
+    moved: Tensor = migration.apply(values, fresh)
+    return moved
 
 
 def make_reservoir(

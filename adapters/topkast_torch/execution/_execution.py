@@ -27,7 +27,7 @@ from topkast.adapter import (
     settled_ages,
 )
 from topkast.reservoirs import Reservoir
-from topkast_torch._reservoirs import STREAMED, all_weights, keep_weights, take_weights
+from topkast_torch._reservoirs import STREAMED, all_weights, exchange_weights
 from topkast_torch.execution._penalized import add_penalty
 from topkast_torch.execution._profile import InnerProfile
 from topkast_torch.execution._saved_form import SavedForm
@@ -333,7 +333,8 @@ class Execution(ABC):
         """Switch to new sets; migrate values, gradient, inner state and ages to the new B."""
         if isinstance(refresh, Refresh):
             new, migration, entered_active = refresh
-            values = self._exchange(new, migration)
+            old = self.values.detach().view(-1)
+            values = exchange_weights(self.reservoir, self.support, new, migration, old)
             self.selection = IncrementalSelection(loss=self.selection.loss)
         else:
             # One tensor after the other: what is made for it is used while it is in the caches.
@@ -359,16 +360,6 @@ class Execution(ABC):
 
     def _to_device(self, host: Any) -> Tensor:
         return torch.from_numpy(host).to(self.values.device)
-
-    def _exchange(self, new: Support, migration: Migration) -> Tensor:
-        """Keep the weights that leave B in the reservoir; return those on the new B (|B|,)."""
-        values = self.values.detach().view(-1)
-        fresh = take_weights(self.reservoir, new.entries, values)
-        leaves = torch.ones_like(values, dtype=torch.bool)
-        leaves[migration.source[migration.survives].long()] = False
-        keep_weights(self.reservoir, self.support.entries[leaves], values[leaves])
-        moved: Tensor = migration.apply(values, fresh)
-        return moved
 
     def restore(self, support: Support, values: Tensor, reservoir: Reservoir) -> None:
         """Set the support, the values on B (|B|,) and the weights outside B."""

@@ -174,6 +174,7 @@ class MaskedExecution(Execution):
         if (
             grad is None
             or grad.layout != torch.strided
+            or grad.device != self.gradient.device  # which the step will refuse
             or self.awaits_gradient
             or make_stamp(grad) == member.restricted_stamp
         ):

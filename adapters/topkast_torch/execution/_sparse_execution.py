@@ -178,10 +178,12 @@ class SparseExecution(Execution):
                 f"the layer of {name} was made dense by topkast.densify: its optimizer no longer "
                 "trains it. To export and train on, densify a copy.deepcopy of the model"
             )
-        if self._replaced or values is not self.values or values.dtype != self._dtype:
+        is_moved = values.device != self.support.indices.device
+        if self._replaced or values is not self.values or values.dtype != self._dtype or is_moved:
             raise MismatchError(
-                f"the layer of {name} was converted, or got another Parameter, after its "
-                "optimizer was built: convert and move the model before building its optimizer"
+                f"the layer of {name} was converted or moved to another device, or got another "
+                "Parameter, after its optimizer was built: convert and move the model before "
+                "building its optimizer"
             )
         if layer.sets_version != self._sets_version:
             raise MismatchError(

@@ -92,10 +92,26 @@ def _fresh(
         raise UnsupportedOptimizerError(
             f"{class_name(optimizer)} cannot be copied to try it on other tensors: {error}"
         ) from error
+    _add_first_entries(optimizer, fresh, options, params)
     train = getattr(fresh, "train", None)
     if callable(train):
         train()
     return fresh
+
+
+def _add_first_entries(
+    optimizer: torch.optim.Optimizer,
+    fresh: torch.optim.Optimizer,
+    options: Mapping[str, Any],
+    params: Sequence[Parameter],
+) -> None:
+    """Add the entries that the constructor writes for each weight, as Adagrad's does."""
+    if not optimizer.state:
+        return  # all entries are written later
+    accepted = inspect.signature(type(optimizer)).parameters
+    arguments = {name: value for name, value in options.items() if name in accepted}
+    with suppress(Exception):  # it needs other arguments, and is tried without the entries
+        fresh.state.update(type(optimizer)(params, **arguments).state)
 
 
 def _copy(optimizer: torch.optim.Optimizer, params: Sequence[Parameter]) -> torch.optim.Optimizer:

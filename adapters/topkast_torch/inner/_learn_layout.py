@@ -231,6 +231,8 @@ def _find_starts(
     """The start of each entry, from its first write and its value after a step at zero gradient."""
     moving, resting = (_Run.random(optimizer, group, dimensions, _SIZES[0]) for _ in range(2))
     recorder = _FirstWrites()
+    if moving.param in moving.fresh.state:  # written by the constructor
+        recorder.update(moving.fresh.state[moving.param])
     moving.fresh.state[moving.param] = recorder
     before = resting.param.detach().clone()
     moving.step()

@@ -201,6 +201,11 @@ class SparseLayer(nn.Module):
                 f"sparse layers need dtype float32 or float64, but this {type(self).__name__} was "
                 f"converted to {self.values.dtype}"
             )
+        if inputs.device != self.values.device:
+            raise MismatchError(
+                f"the input of {type(self).__name__} is on {inputs.device}, its values on "
+                f"{self.values.device}: move the input or the layer"
+            )
         if inputs.dtype == self.values.dtype:
             return inputs
         if torch.is_autocast_enabled(inputs.device.type):

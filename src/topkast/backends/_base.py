@@ -156,23 +156,29 @@ class Backend:
         :class:`topkast.NonFiniteError` for NaN and infinity; in a traced computation NaN ranks last
         instead.
         """
-        indices = self.true_indices(self.largest_flags(flat, backward, ranks), backward)
-        flags = self.largest_flags(self.take(flat, indices), forward, ranks.at(indices))
+        keys = self.magnitudes(flat)
+        indices = self.true_indices(self.flag_largest(keys, backward, ranks), backward)
+        flags = self.flag_largest(self.take(keys, indices), forward, ranks.at(indices))
         return self.flagged_first(indices, flags, forward)
 
     def largest_flags(self, flat: Array, count: int, ranks: Ranks) -> Array:
         """Flags (n,) of the `count` largest magnitudes of floats, or the largest of integers."""
-        xp, keys = array_namespace(flat), self.magnitudes(flat)
+        return self.flag_largest(self.magnitudes(flat), count, ranks)
+
+    def flag_largest(self, keys: Array, count: int, ranks: Ranks) -> Array:
+        """Flags (n,) of the `count` largest of keys from :meth:`magnitudes`."""
+        xp = array_namespace(keys)
         threshold = self.kth_largest(keys, count)
-        above, equal = keys > threshold, keys == threshold
+        flags = keys >= threshold
+        surplus = int(xp.count_nonzero(flags)) - count
+        if not surplus:
+            return flags
+        equal = keys == threshold
         ties = int(xp.count_nonzero(equal))
-        remaining = count - int(xp.count_nonzero(above))
-        if ties > remaining:
-            positions = self.true_indices(equal, ties)
-            tie_ranks = ranks(positions)
-            chosen = tie_ranks >= self.kth_largest(tie_ranks, remaining)
-            equal = self.scatter(chosen, positions, keys.shape[0], False)
-        return above | equal
+        positions = self.true_indices(equal, ties)
+        tie_ranks = ranks(positions)
+        chosen = tie_ranks >= self.kth_largest(tie_ranks, ties - surplus)
+        return (keys > threshold) | self.scatter(chosen, positions, keys.shape[0], False)
 
     def magnitudes(self, flat: Array) -> Array:
         """Absolute values of floats; integers unchanged."""

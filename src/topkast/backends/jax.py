@@ -72,11 +72,10 @@ class JAXBackend(Backend):
     def flagged_first(self, entries: Array, flags: Array, count: int) -> Array:
         return _xla.flagged_first(entries, flags, count)
 
-    def largest_flags(self, flat: Array, count: int, ranks: Ranks) -> Array:
+    def flag_largest(self, keys: Array, count: int, ranks: Ranks) -> Array:
         indices = ranks.indices
         if indices is None:
-            indices = jnp.arange(flat.shape[0], device=self.device(flat))
-        keys = self.magnitudes(flat)
+            indices = jnp.arange(keys.shape[0], device=self.device(keys))
         find_threshold = threshold_finder.get() if keys.dtype == jnp.int32 else None
         return _xla.largest_flags(keys, count, indices + ranks.first, ranks.key, find_threshold)
 

@@ -37,16 +37,14 @@ def random_words(indices: Array, key: Key, draw: Array | int = 0) -> Array:
     repeated draws: an integer of 32 bits, or a 0-d integer array, which may be traced.
     """
     xp = array_namespace(indices)
-    target = device(indices)
-    words = _mix(xp.astype(indices, xp.int32) ^ _constant(key[0], indices))
+    words = _mix(xp.astype(indices, xp.int32) ^ _signed(key[0]))
     if xp.iinfo(indices.dtype).bits > 32:
-        high = xp.bitwise_right_shift(indices, xp.asarray(32, dtype=indices.dtype, device=target))
-        words = words ^ xp.astype(high, xp.int32)
+        words = words ^ xp.astype(indices >> 32, xp.int32)
     for word in key[1:]:
-        words = _mix(words ^ _constant(word, indices))
+        words = _mix(words ^ _signed(word))
     if isinstance(draw, int):
-        return _mix(words ^ _constant(draw, indices))
-    return _mix(words ^ xp.asarray(draw, dtype=xp.int32, device=target))
+        return _mix(words ^ _signed(draw))
+    return _mix(words ^ xp.asarray(draw, dtype=xp.int32, device=device(indices)))
 
 
 def random_draws(indices: Array, key: Key, draw: Array | int = 0) -> Array:
@@ -97,15 +95,15 @@ def ranks(indices: Array, key: Key) -> Array:
     """Random words as unsigned integers in int64; the largest of equal magnitudes ranks first."""
     xp = array_namespace(indices)
     words = xp.astype(random_words(indices, key), xp.int64)
-    return words & xp.asarray(0xFFFFFFFF, dtype=xp.int64, device=device(indices))
+    return words & 0xFFFFFFFF
 
 
 def _mix(words: Array) -> Array:
     """Hash 32-bit words by a bijection (Wellons' "lowbias32")."""
     words = words ^ _shift(words, 16)
-    words = words * _constant(0x7FEB352D, words)
+    words = words * _signed(0x7FEB352D)
     words = words ^ _shift(words, 15)
-    words = words * _constant(0x846CA68B, words)
+    words = words * _signed(0x846CA68B)
     return words ^ _shift(words, 16)
 
 
@@ -113,15 +111,9 @@ def _shift(words: Array, count: int) -> Array:
     """Shift right and fill with zeros; the standard's shift of signed integers copies the sign."""
     if isinstance(words, np.ndarray):  # in fewer calls
         return (words.view(np.uint32) >> np.uint32(count)).view(np.int32)
-    xp = array_namespace(words)
-    shifted = xp.bitwise_right_shift(words, _constant(count, words))
-    return shifted & _constant(_MASKS[count], words)
+    return (words >> count) & _MASKS[count]
 
 
-def _constant(word: int, like: Array) -> Array:
-    """Convert a 32-bit word to a 0-d int32 in the library of `like`."""
-    signed = word - (1 << 32) if word >= 1 << 31 else word
-    if isinstance(like, np.ndarray):
-        return np.asarray(signed, dtype=np.int32)
-    xp = array_namespace(like)
-    return xp.asarray(signed, dtype=xp.int32, device=device(like))
+def _signed(word: int) -> int:
+    """The signed integer of the same 32 bits: a plain number is not copied to a device."""
+    return word - (1 << 32) if word >= 1 << 31 else word

@@ -85,6 +85,13 @@ _CONSTANTS = {
     "XLA_FFI_DataType_F64": 12,
 }
 _MAJOR = 0
+# Beginnings of names in jaxlib 0.11 and later, and what earlier headers call the same.
+_RENAMED = {
+    "XLA_FFI_InternalExtension_Type": "XLA_FFI_Extension_Type",
+    "XLA_FFI_InternalExtension": "XLA_FFI_Extension_Base",
+    "XLA_FFI_InvokeContext": "XLA_FFI_ExecutionContext",
+    "XLA_FFI_Error_GetDetails": "XLA_FFI_Error_GetMessage",
+}
 
 
 class IncompatibleHeaderError(Exception):
@@ -106,6 +113,8 @@ def check_header(text: str) -> tuple[int, int]:
         version.
     """
     text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", text, flags=re.DOTALL)
+    for later, earlier in _RENAMED.items():
+        text = text.replace(later, earlier)
     for name, expected in _STRUCTURES.items():
         _compare(name, _fields(text, name), expected)
     api = _fields(text, "XLA_FFI_Api")
