@@ -68,6 +68,18 @@ def test_migrate_keeps_the_bits_of_survivors(
         assert_survivors_unchanged(entry, moved, old, new, fresh=fresh)
 
 
+def test_kernels_move_what_numpy_moves(library: Library) -> None:
+    """Vectors that are long enough for the compiled kernels."""
+    rng, size = np.random.default_rng(0), 60_000
+    old, new = (
+        make_support(library, np.flatnonzero(rng.permutation(size) < size // 2).tolist(), forward)
+        for forward in (size // 4, size // 5)
+    )
+    entry = rng.standard_normal((1, size // 2)).astype(np.float32)
+    moved = topkast.migrate(library.asarray(entry), old, new, fresh=2.5)
+    assert_survivors_unchanged(entry, moved, old, new, fresh=2.5)
+
+
 def test_entries_that_enter_can_start_from_an_array(library: Library) -> None:
     old, new = (make_support(library, indices, 0) for indices in ([0, 2, 5], [2, 3, 5]))
     entry = library.asarray(np.asarray([1, 2, 3], dtype=np.float32))

@@ -61,13 +61,12 @@ class TorchBackend(Backend):
     def migrate(
         self, moves: Sequence[tuple[Tensor, Tensor]], source: Tensor, survives: Tensor
     ) -> list[Tensor]:
-        positions, flags = self.host(source), self.host(survives)
-        if positions is None or flags is None or not all(_can_view(flat) for flat, _ in moves):
+        if not (source.device.type == "cpu" and all(_can_view(flat) for flat, _ in moves)):
             return [
                 torch.where(survives, flat.index_select(0, source), fresh) for flat, fresh in moves
             ]
         pairs = [(_view(flat), _view(fresh)) for flat, fresh in moves]
-        moved = _host.migrate(pairs, positions, flags)
+        moved = _host.migrate(pairs, source.numpy(), survives.numpy())
         return [
             torch.from_numpy(out).view(flat.dtype)
             for out, (flat, _) in zip(moved, moves, strict=True)
