@@ -20,7 +20,9 @@ from optimizer_runs import (
     save_and_load,
     train,
 )
+from topkast_torch.execution import _profile
 from topkast_torch.inner._inner_state import Start
+from topkast_torch.inner._learn_layout import learn_layout
 from torch import nn
 
 import topkast
@@ -170,6 +172,34 @@ def test_state_that_cannot_be_migrated_is_refused_and_nothing_changes(name: str)
 
 
 class TestProbe:
+    def test_groups_that_differ_in_the_learning_rate_share_their_trials(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tried = []
+
+        def learn(*arguments: Any) -> Any:
+            tried.append(arguments)
+            return learn_layout(*arguments)
+
+        monkeypatch.setattr(_profile, "learn_layout", learn)
+        options: list[dict[str, Any]] = [
+            {"lr": 1e-3},
+            {"lr": 5e-4},
+            {"lr": 1e-3, "betas": (0.8, 0.99)},
+            {"lr": 2e-4, "betas": (0.8, 0.99)},
+            {"lr": 1e-3, "amsgrad": True},
+            {"lr": torch.tensor(1e-3)},
+        ]
+        layers = [nn.Linear(20, 30) for _ in options]
+        groups = [
+            {"params": list(layer.parameters())} | group
+            for layer, group in zip(layers, options, strict=True)
+        ]
+        opt: Any = topkast.wrap_optimizer(torch.optim.AdamW(groups), fwd=0.9, bwd=0.8)
+        assert len(tried) == 4
+        for group, param_group in zip(opt._wrapper_state.groups, opt.param_groups, strict=True):
+            assert group.profiles[2].traits.betas == pytest.approx(param_group["betas"], rel=0.01)
+
     @pytest.mark.parametrize(
         ("build", "shape"),
         [

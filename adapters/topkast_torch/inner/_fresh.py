@@ -33,7 +33,7 @@ DISABLED_METHODS = ("step", "state_dict", "load_state_dict", "add_param_group")
 _NOT_OPTIONS = {"params", "param_names", "topkast", "dense", *GROUP_OPTIONS}
 _MESSAGE_WIDTH = 200  # of what other libraries' errors say
 # In a trial, a learning rate below the first, whose steps rounding would hide, becomes the second.
-_LEAST_LEARNING_RATE, _LEARNING_RATE = 1e-7, 1e-3
+LEAST_LEARNING_RATE, _LEARNING_RATE = 1e-7, 1e-3
 # The group of a fresh optimizer after its trial steps, by optimizer.
 _STEPPED_GROUPS: WeakKeyDictionary[torch.optim.Optimizer, dict[str, Any]] = WeakKeyDictionary()
 
@@ -77,7 +77,7 @@ def make_fresh_optimizer(
 def with_moving_weights(group: Mapping[str, Any]) -> Mapping[str, Any]:
     """The options of a group for a trial: a schedule may have set the learning rate to 0."""
     rate = group.get("lr")
-    if isinstance(rate, (int, float, Tensor)) and abs(float(rate)) < _LEAST_LEARNING_RATE:
+    if isinstance(rate, (int, float, Tensor)) and abs(float(rate)) < LEAST_LEARNING_RATE:
         return {**group, "lr": 0.0 * rate + _LEARNING_RATE}
     return group
 

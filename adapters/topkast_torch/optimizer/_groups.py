@@ -29,14 +29,11 @@ from topkast_torch.distributed._sharded_execution import ShardedExecution
 from topkast_torch.distributed._sharding import is_sharded
 from topkast_torch.execution._execution import Execution
 from topkast_torch.execution._masked_execution import MaskedExecution
-from topkast_torch.execution._profile import InnerProfile
+from topkast_torch.execution._profile import InnerProfile, Trials
 from topkast_torch.execution._sparse_execution import SparseExecution
-from topkast_torch.inner._inner_state import Layout, count_steps
-from topkast_torch.inner._learn_layout import learn_layout
-from topkast_torch.inner._probe import find_traits, probe, probe_parts
+from topkast_torch.inner._inner_state import count_steps
 from topkast_torch.optimizer._inner_optimizer import InnerOptimizer
 from topkast_torch.optimizer._ownership import check_free
-from topkast_torch.sparse._parametrizations import check_parametrizations
 from topkast_torch.sparse._sparse_layer import SparseLayer, layer_of
 
 
@@ -92,6 +89,14 @@ class Group:
                 yield name, param, execution.values
             else:
                 yield name, param, param if local is None else local.part
+
+    def masked(self) -> dict[str, Parameter]:
+        """The Parameters that masked execution trains, by name."""
+        return {
+            name: param
+            for name, param in zip(self.names, self.params, strict=True)
+            if isinstance(self.execution_by_name.get(name), MaskedExecution)
+        }
 
     def sharded_names(self) -> list[str]:
         """Names of the Parameters of which this process holds a part."""
@@ -167,7 +172,9 @@ class WrapperState:
         self.inner = self.handle.inner
 
 
-def prepare_group(state: WrapperState, param_group: Mapping[str, Any], options: Options) -> Group:
+def prepare_group(
+    state: WrapperState, param_group: Mapping[str, Any], options: Options, trials: Trials
+) -> Group:
     """Choose the sets of a group's tensors, without changing anything."""
     params: list[Parameter] = list(param_group["params"])
     names = _name_params(param_group, state.groups)
@@ -192,7 +199,6 @@ def prepare_group(state: WrapperState, param_group: Mapping[str, Any], options: 
     for name, param in masked.items():
         _check_tensor(name, param)
     check_free((name, tensors[name]) for name in layers)
-    check_parametrizations(masked)
     rankings = rank_tensors({name: tuple(param.shape) for name, param in masked.items()}, options)
     for ranked in rankings:
         types = {(masked[name].dtype, masked[name].device) for name in ranked.shapes}
@@ -203,7 +209,7 @@ def prepare_group(state: WrapperState, param_group: Mapping[str, Any], options: 
             )
     shapes = {name: tuple(tensors[name].shape) for name in masked}
     shapes |= {name: layer.weight_shape for name, layer in layers.items() if layer is not None}
-    profiles = _find_profiles(state.inner, param_group, list(shapes.values()), options)
+    profiles = trials.find_profiles(param_group, list(shapes.values()), options)
     executions: list[Execution] = []
     with torch.no_grad(), discarding(executions):
         for ranked in rankings:
@@ -225,7 +231,7 @@ def prepare_group(state: WrapperState, param_group: Mapping[str, Any], options: 
     fixed = {name: getattr(options, name) for name in FIXED_OPTIONS}
     others = {name: param for name, param in tensors.items() if name not in by_name}
     locals_ = {
-        name: LocalParam(name, param, _find_layout(state.inner, param_group, param.dim(), profiles))
+        name: LocalParam(name, param, trials.find_layout(param_group, param.dim(), profiles))
         for name, param in others.items()
         if is_sharded(param)
     }
@@ -242,38 +248,6 @@ def discarding(executions: Iterable[Execution]) -> Iterator[None]:
             layer = getattr(execution, "layer", None)  # which may keep its reservoir
             execution.reservoir.discard(getattr(layer, "reservoir", None))
         raise
-
-
-def _find_profiles(
-    inner: torch.optim.Optimizer,
-    param_group: Mapping[str, Any],
-    shapes: list[tuple[int, ...]],
-    options: Options,
-) -> dict[int, InnerProfile]:
-    """Profiles of the inner optimizer from trials, by number of dimensions of a tensor."""
-    if options.probe and any(map(is_sharded, param_group["params"])):
-        probe_parts(inner, param_group)
-    if options.probe:
-        joint = options.distribution == "global" and len(shapes) > 1
-        probe(inner, param_group, shapes, joint=joint)
-    profiles = {}
-    for dimensions in {len(shape) for shape in shapes}:
-        layout = learn_layout(inner, param_group, dimensions)
-        traits = find_traits(inner, param_group, layout, dimensions)
-        profiles[dimensions] = InnerProfile(layout, traits)
-    return profiles
-
-
-def _find_layout(
-    inner: torch.optim.Optimizer,
-    param_group: Mapping[str, Any],
-    dimensions: int,
-    profiles: Mapping[int, InnerProfile],
-) -> Layout:
-    """The layout of the inner optimizer's entries for tensors of some number of dimensions."""
-    if dimensions in profiles:
-        return profiles[dimensions].layout
-    return learn_layout(inner, param_group, dimensions)
 
 
 def restrict_state(

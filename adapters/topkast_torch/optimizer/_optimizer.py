@@ -16,6 +16,7 @@ from topkast.adapter import GROUP_OPTIONS, Inspection, Method, Options
 from topkast_torch.checkpoint._load import load
 from topkast_torch.checkpoint._save import save
 from topkast_torch.execution._execution import Execution
+from topkast_torch.execution._profile import Trials
 from topkast_torch.inner._fresh import DISABLED_METHODS, class_name
 from topkast_torch.optimizer._checks import check_inner, check_names, name_params
 from topkast_torch.optimizer._groups import (
@@ -30,6 +31,7 @@ from topkast_torch.optimizer._inner_optimizer import Refusal, clear_state
 from topkast_torch.optimizer._inspection import inspect
 from topkast_torch.optimizer._loop import step
 from topkast_torch.optimizer._state_view import StateView
+from topkast_torch.sparse._parametrizations import check_parametrizations
 
 
 class TopKASTOptimizer(torch.optim.Optimizer):
@@ -68,14 +70,18 @@ class TopKASTOptimizer(torch.optim.Optimizer):
     def __init__(self, inner: torch.optim.Optimizer, options: Options) -> None:
         check_inner(inner)
         state = WrapperState(inner, options)
-        options_by_group = []
+        options_by_group, trials = [], Trials(inner)
         with discarding(state.executions):
             for param_group in inner.param_groups:
                 group_options = options.override(param_group)
-                state.groups.append(prepare_group(state, param_group, group_options))
+                state.groups.append(prepare_group(state, param_group, group_options, trials))
                 options_by_group.append(group_options.for_group())
             check_names(state.groups, inner.param_groups, options)
             check_overlap(state.groups)
+            masked = [group.masked() for group in state.groups]
+            check_parametrizations(
+                {name: param for group in masked for name, param in group.items()}
+            )
             restricted = [
                 restrict_state(inner.state, group, group.params) for group in state.groups
             ]
@@ -239,9 +245,10 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         name_params(param_group, len(state.groups), self.param_groups)
         super().add_param_group(param_group)  # checks the group and fills in defaults
         try:
-            group = prepare_group(state, param_group, options)
+            group = prepare_group(state, param_group, options, Trials(state.inner))
             with discarding(group.executions):
                 check_overlap([*state.groups, group])
+                check_parametrizations(group.masked())
                 self._add_inner_group(param_group, group)
         except Exception:
             del self.param_groups[len(state.groups) :]
