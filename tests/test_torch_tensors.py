@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import topkast_torch
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -165,6 +166,23 @@ def test_unsupported_tensors_are_refused_by_name(name: str) -> None:
     with pytest.raises(topkast.UnsupportedTensorError, match=rf"0\.1 .*{reason}"):
         sgd(good, bad)
     assert torch.equal(good, before)
+
+
+class OnMps(nn.Parameter):
+    """Stands for a Parameter on an Apple GPU."""
+
+    device = property(lambda self: torch.device("mps:0"))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_apple_gpus_are_refused_by_name(sparse: bool) -> None:
+    layer: Any = topkast_torch.SparseLinear(20, 30, fwd=0.9, bwd=0.8) if sparse else None
+    layer = layer or nn.Linear(20, 30)
+    name = "values" if sparse else "weight"
+    setattr(layer, name, OnMps(getattr(layer, name).detach()))
+    inner = torch.optim.SGD(layer.named_parameters(), 0.1)
+    with pytest.raises(topkast.UnsupportedTensorError, match=f"{name} .* is on mps:0, .* CUDA"):
+        topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.8)
 
 
 def test_parameters_that_share_memory_are_refused() -> None:

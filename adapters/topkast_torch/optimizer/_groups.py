@@ -198,6 +198,8 @@ def prepare_group(
     masked = {name: tensors[name] for name, layer in layers.items() if layer is None}
     for name, param in masked.items():
         _check_tensor(name, param)
+    for name in layers:
+        _check_device(name, tensors[name])
     check_free((name, tensors[name]) for name in layers)
     rankings = rank_tensors({name: tuple(param.shape) for name, param in masked.items()}, options)
     for ranked in rankings:
@@ -330,6 +332,14 @@ def _check_tensor(name: str, param: Any) -> None:
         problem = "expanded: several of its entries share memory"
     if problem:
         raise UnsupportedTensorError(f"{name} cannot be kept sparse: it is {problem}")
+
+
+def _check_device(name: str, param: Tensor) -> None:
+    if param.device.type == "mps":
+        raise UnsupportedTensorError(
+            f"{name} cannot be kept sparse: it is on {param.device}, which has no float64, in "
+            "which optimizers are tried and ages counted: move the model to a CPU or a CUDA device"
+        )
 
 
 def _is_wrapper(tensor: Tensor) -> bool:
