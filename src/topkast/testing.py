@@ -159,6 +159,10 @@ def assert_counts(
     With `block`, n is the number of blocks of the tensor as a matrix (first axis × all others), and
     A and B must consist of whole blocks. With `pattern`, ``(n, m)``, each group of m consecutive
     weights in a row must hold n of A and ``(1 - bwd) * m`` of B.
+
+    >>> import numpy as np, topkast.testing
+    >>> mask = np.asarray([True, False, False, False])
+    >>> topkast.testing.assert_counts(topkast.Masks(mask, mask), fwd=0.75, bwd=0.75)
     """
     densities = 1 - exact_fraction(fwd), 1 - exact_fraction(bwd)
     if pattern is not None:
@@ -182,7 +186,12 @@ def assert_counts(
 
 
 def assert_nested(masks: Masks) -> None:
-    """Assert that A is a subset of B."""
+    """Assert that A is a subset of B.
+
+    >>> import numpy as np, topkast.testing
+    >>> masks = topkast.Masks(np.asarray([True, False, False]), np.asarray([True, True, False]))
+    >>> topkast.testing.assert_nested(masks)
+    """
     outside = to_numpy(masks.forward) & ~to_numpy(masks.backward)
     assert not outside.any(), f"A has {int(outside.sum())} entries outside B"
 
@@ -198,6 +207,9 @@ def assert_magnitude_order(
     """Assert that no dropped magnitude, or score of a block, exceeds a kept one.
 
     With `pattern`, only weights of one group are compared.
+
+    >>> import numpy as np, topkast.testing
+    >>> topkast.testing.assert_magnitude_order(np.asarray([1.0, -3.0]), np.asarray([False, True]))
     """
     all_scores, flags = _unit_scores(theta, block, block_score), _unit_flags(mask, block)
     for group in _groups(flags, mask, pattern):
@@ -225,6 +237,11 @@ def assert_tie_order(
     and `name` is the tensor's; or all are the arguments of :func:`topkast.select`. With `block`,
     scores and block numbers replace magnitudes and indices. With `pattern`, ties are those within a
     group.
+
+    >>> import numpy as np, topkast.testing
+    >>> support = topkast.select(np.ones(4), fwd=0.75, bwd=0.5, seed=3)
+    >>> mask = np.isin(np.arange(4), support.active)
+    >>> topkast.testing.assert_tie_order(np.ones(4), mask, seed=3)
     """
     scores, kept = _unit_scores(theta, block, block_score), _unit_flags(mask, block)
     for group in _groups(kept, mask, pattern):
@@ -239,7 +256,12 @@ def assert_tie_order(
 
 
 def assert_forward_view(theta: Array, alpha: Array, forward: Array) -> None:
-    """Assert that α is θ on A, with the same bits, and +0 elsewhere."""
+    """Assert that α is θ on A, with the same bits, and +0 elsewhere.
+
+    >>> import numpy as np, topkast.testing
+    >>> theta, alpha = np.asarray([2.0, 1.0]), np.asarray([2.0, 0.0])
+    >>> topkast.testing.assert_forward_view(theta, alpha, np.asarray([True, False]))
+    """
     dense, view, mask = to_numpy(theta), to_numpy(alpha), to_numpy(forward)
     assert view.dtype == dense.dtype, f"the view is {view.dtype}, the weights are {dense.dtype}"
     assert _bits(view[mask]) == _bits(dense[mask]), "the view differs from the weights on A"
@@ -248,7 +270,12 @@ def assert_forward_view(theta: Array, alpha: Array, forward: Array) -> None:
 
 
 def assert_reservoir_unchanged(before: Array, after: Array, backward: Array) -> None:
-    """Assert that θ has the same bits before and after, outside B."""
+    """Assert that θ has the same bits before and after, outside B.
+
+    >>> import numpy as np, topkast.testing
+    >>> before, after = np.asarray([2.0, 1.0]), np.asarray([2.5, 1.0])
+    >>> topkast.testing.assert_reservoir_unchanged(before, after, np.asarray([True, False]))
+    """
     outside = ~to_numpy(backward)
     first, second = to_numpy(before)[outside], to_numpy(after)[outside]
     assert _bits(first) == _bits(second), (
@@ -262,6 +289,11 @@ def assert_survivors_unchanged(
     """Assert that entries that stay in B keep their bits, and that entries that enter are `fresh`.
 
     `fresh` is a number, or an array like `after`.
+
+    >>> import numpy as np, topkast.testing
+    >>> old, new = (topkast.Support(np.asarray(ids), 1) for ids in ([0, 4], [4, 7]))
+    >>> before, after = np.asarray([1.0, 2.0]), np.asarray([2.0, 0.0])
+    >>> topkast.testing.assert_survivors_unchanged(before, after, old, new)
     """
     first, second = to_numpy(before).ravel(), to_numpy(after).ravel()
     old_entries, new_entries = to_numpy(old.entries), to_numpy(new.entries)
@@ -275,7 +307,12 @@ def assert_survivors_unchanged(
 
 
 def assert_same_support(first: Support, second: Support) -> None:
-    """Assert equal sets A and B in the same units; the libraries may differ."""
+    """Assert equal sets A and B in the same units; the libraries may differ.
+
+    >>> import numpy as np, topkast.testing
+    >>> first = topkast.Support(np.asarray([0, 4]), 1)
+    >>> topkast.testing.assert_same_support(first, topkast.Support(np.asarray([0, 4]), 1))
+    """
     assert first.blocks == second.blocks, f"the units are {first.blocks} and {second.blocks}"
     sizes = first.group_size, second.group_size
     assert sizes[0] == sizes[1], f"the sizes of groups are {sizes[0]} and {sizes[1]}"
