@@ -267,7 +267,7 @@ class TestInputs:
             ("0", np.ones((2, 3, 5, 5), "float32"), "layer 0 takes images of 4 channels"),
             ("0", np.ones((5, 5), "float32"), "layer 0 takes images of 4 channels"),
             ("0", np.ones((2, 4, 2, 5), "float32"), r"layer 0: a window of \(3, 3\) does not fit"),
-            ("1", np.ones((2, 3), "float32"), "layer 1 takes 8 channels"),
+            ("1", np.ones((2, 3, 4, 4), "float32"), "layer 1 takes 8 channels"),
             ("3", np.ones((2, 71), "float32"), "layer 3 takes 72 features"),
             ("3", np.float32(1.0), "takes a NumPy array, got numpy.float32"),
             ("3", torch.ones(2, 72), "takes a NumPy array, got torch.Tensor"),

@@ -166,8 +166,11 @@ def _can_be_sparse(module: nn.Module) -> bool:
 
 
 def _read_tensors(file: Any, contents: FileContents) -> tuple[dict[str, Tensor], FileContents]:
-    """The tensors of a file, checked."""
-    tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    """The tensors of a file, checked, as copies: others would change when the file is replaced."""
+    tensors: dict[str, Tensor] = {
+        name: file.get_tensor(name).clone()
+        for name in file.keys()  # noqa: SIM118
+    }
     for name, shape in contents.shapes.items():
         values, indices = tensors[name + ".values"], tensors[name + ".indices"]
         check_entries(name, shape, tuple(values.shape), indices.numpy())
