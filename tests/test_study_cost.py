@@ -107,7 +107,10 @@ def test_the_report_names_all_environments_of_its_runs() -> None:
     assert f"products on {first.environment}; or on 8 threads; topkast 0.0.1." in text
 
 
-def test_a_run_without_finite_weights_is_a_user_error() -> None:
-    run = dataclasses.replace(TINY.images("topkast", 0.9), lr=1e38)
-    with pytest.raises(StudyError, match="Top-KAST diverged at step"):
-        train(run)
+def test_a_run_without_finite_weights_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(trainer: StudyTrainer, batch: object) -> float:
+        raise topkast.NonFiniteError("hidden0.weight: 3 entries are NaN")
+
+    monkeypatch.setattr(StudyTrainer, "step", step)
+    with pytest.raises(StudyError, match="Top-KAST diverged at step 1"):
+        train(TINY.images("topkast", 0.9))
