@@ -391,6 +391,8 @@ def test_models_that_cannot_be() -> None:
             {"refresh_every": 100, "steps": 1_000, "window": (100, 900), "initial": 0.5},
         ),
         (methods.DNW(), "dnw", {}),
+        (methods.IHT(), "iht", {}),
+        (methods.IHT(end=10, initial=0.9), "iht", {"steps": 20}),
     ],
 )
 def test_methods_stand_for_their_formulas(method: Any, name: str, settings: dict[str, Any]) -> None:
@@ -398,6 +400,27 @@ def test_methods_stand_for_their_formulas(method: Any, name: str, settings: dict
     given = {key: settings[key] for key in ("bwd", "steps") if key in settings}
     by_method = topkast.cost(shapes, method=method, fwd=0.9, **given)
     assert by_method == topkast.cost(shapes, method=name, fwd=0.9, **settings)
+
+
+def test_iht_costs_the_mean_of_its_linear_schedule() -> None:
+    """The sparsity rises to 4 % at the update 8; A is chosen after 0, 3 and 6 updates."""
+    options: Any = {"method": methods.IHT(end=8), "fwd": 0.04, "refresh_every": 3}
+    result = topkast.cost(ONE, steps=8, **options)
+    sizes = [1000 - 40 * update / 8 for update in (0, 0, 0, 3, 3, 3, 6, 6)]
+    assert result.training_flops == pytest.approx(2 * 2 * np.mean(sizes) + 2000, rel=1e-12)
+    assert result.layers[0].forward == 960
+    with pytest.raises(topkast.OptionError, match="pass steps, a positive integer, got None"):
+        topkast.cost(ONE, **options)
+
+
+def test_acdc_counts_its_first_and_its_last_phase() -> None:
+    """Dense in updates 0 to 3, 6 and 7, and 10 and 11 of 20, with refreshes at even ones."""
+    method = methods.ACDC(warm_up=4, sparse=2, dense=2, end=12)
+    by_method = topkast.cost(ONE, method=method, fwd=0.9, refresh_every=2, steps=20)
+    assert by_method == topkast.cost(ONE, method="acdc", fwd=0.9, dense_share=8 / 20)
+    longer = topkast.cost(ONE, method=method, fwd=0.9, refresh_every=5, steps=20)
+    dense = topkast.cost(ONE, method="acdc", fwd=0.9, dense_share=10 / 20)  # after 0 and 10
+    assert longer == dense
 
 
 def test_a_method_without_a_formula_is_refused() -> None:

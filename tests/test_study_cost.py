@@ -89,6 +89,17 @@ def test_operations_are_those_of_the_masks(method: str) -> None:
     assert result.tensors.keys() == trainer.masks().keys()
 
 
+@pytest.mark.parametrize("method", ["pruning", "acdc", "iht", "topkast"])
+def test_operations_are_those_that_cost_predicts(method: str) -> None:
+    run = TINY.images(method, 0.9)
+    shapes = {"hidden0": (16, 64), "hidden1": (16, 16), "head": (10, 16)}
+    options: Any = {"fwd": 0.9, "dense": "head", "refresh_every": run.refresh_every}
+    options |= {"bwd": run.bwd, "steps": run.steps}
+    predicted = topkast.cost(shapes, method=METHODS[method].build(run) or "dense", **options)
+    # Schedules count from the rounded number of weights of the last set.
+    assert train(run).flops == pytest.approx(predicted.fraction, rel=2e-3)
+
+
 def test_all_weights_in_a_count_as_sparse_tensors() -> None:
     run = TINY.images("acdc", 0.9)
     trainer = StudyTrainer(task_of(run, None), run, METHODS["acdc"].build(run))

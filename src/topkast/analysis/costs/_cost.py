@@ -84,7 +84,9 @@ def cost(
         Steps between two refreshes, ΔT. None: 100 for RigL and SRigL, 1000 for GSE and GMP, 4000
         for GraNet. Other formulas do not depend on it.
     steps
-        Steps of the run, which GMP and GraNet need: their FLOPs are means over the steps.
+        Steps of the run, which GMP and GraNet need, and a :class:`topkast.methods.IHT` whose
+        sparsity changes: their FLOPs are means over the steps. A :class:`topkast.methods.ACDC` has
+        its exact share of dense steps with it, and that of two phases in the middle without it.
     window
         First and last step of the cubic schedule of GMP and GraNet. None: from 10/32 to 25/32 of
         the steps for GMP, over the first three tenths for GraNet.
@@ -145,7 +147,7 @@ def cost(
     ----------
     Evci et al., "Rigging the Lottery", 2020; Jayakumar et al., "Top-KAST", 2020.
     """
-    method_name, settings = describe_method(method)
+    method_name, settings = describe_method(method, steps, refresh_every)
     formula = find_formula(method_name)
     if refresh_every is None:
         refresh_every = settings.get("refresh_every")
@@ -180,7 +182,13 @@ def cost(
         has_reserve=method_name == "topkast",
     )
     pruning = find_pruning(
-        method_name, formula, options, steps=steps, window=window, initial=initial
+        method_name,
+        formula,
+        options,
+        steps=steps,
+        window=window,
+        initial=initial,
+        linear=settings.get("linear"),
     )
     layers = _layers_of(model, example)
     sizes = _sizes_of(layers, options, formula, pruning)
