@@ -162,12 +162,13 @@ def test_values_of_other_sizes_are_refused(size: int, block: Any) -> None:
     support = topkast.select(theta, fwd=0.75, bwd=0.5, block=block)
     values = np.ones(size)
     scale: Any = {"penalty": 0.1, "density": 0.25}
-    for call in (
+    calls: tuple[Callable[[], Any], ...] = (
         lambda: topkast.scatter(values, support, shape=(4, 4)),
         lambda: topkast.forward_view(values, support, shape=(4, 4)),
         lambda: topkast.exploration_penalty(values, support, **scale),
         lambda: topkast.exploration_gradient(values, support, **scale),
-    ):
+    )
+    for call in calls:
         with pytest.raises(topkast.MismatchError, match=r"expected the 8 values .* got an array"):
             call()
     gathered = topkast.gather(theta, support).reshape(2, 4)  # of any shape
