@@ -41,7 +41,6 @@ class StudyTrainer(TorchTrainer):
             self._model = build(task.network)
         self._run = run
         self._optimizer = torch.optim.Adam(self._model.named_parameters(), lr=run.lr)
-        self._sparse: frozenset[str] = frozenset()  # names of the tensors that have sets
         if method is not None:
             self._optimizer = topkast.wrap_optimizer(
                 self._optimizer,
@@ -56,7 +55,6 @@ class StudyTrainer(TorchTrainer):
                 dense=task.dense,
                 seed=run.seed,
             )
-            self._sparse = frozenset(topkast.masks(self._optimizer))
         self._is_wrapped = method is not None
         warm_up = max(1, round(WARM_UP * run.steps))
         self._scheduler = LambdaLR(
@@ -90,8 +88,7 @@ class StudyTrainer(TorchTrainer):
     def _sparse_rows(self) -> list[topkast.TensorSummary]:
         if not self._is_wrapped:
             return []
-        rows = topkast.summary(self._optimizer).tensors
-        return [row for row in rows if row.name in self._sparse]
+        return [row for row in topkast.summary(self._optimizer).tensors if row.has_sets]
 
     def _add_penalty(self, penalty: float, ratio: float) -> None:
         """Add the gradient of an exploration penalty whose weight on B∖A is `ratio`."""
