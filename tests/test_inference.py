@@ -331,6 +331,8 @@ class TestFiles:
             ({"layers": {"conv": CONVOLUTION | {"groups": 3}}}, "must divide 4 channels, got 3"),
             ({"layers": {"other": {"type": "Linear"}}}, "needs a weight with 2 axes, got None"),
             ({"sequence": ["fc"]}, "names layers that it lacks"),
+            ({"layers": "[" * 5000}, "file is not a valid file"),
+            ({"shapes": {"fc.weight": [True, 6]}}, r"a list of lengths, got \[True, 6\]"),
             ({"format": "topkast-forward-9"}, "its format is 'topkast-forward-9', expected"),
             ({"shapes": {"fc.weight": [1, 2]}}, r"indices of fc\.weight must ascend in \[0, 2\)"),
         ],
