@@ -257,13 +257,24 @@ N, A, B = 100_000, 10_000, 20_000  # of a matrix of 200 × 500 at 0.9/0.8
             },
         ),
         (
-            "granet",  # starts at one half
+            "granet",  # starts at one half, and holds all weights
             {"optimizer": "sgd", "steps": 100_000},
             {
-                "values": 2 * N,
-                "gradient": 2 * N,
-                "indices": 2 * N,
+                "values": 4 * N,
+                "gradient": 4 * N,
+                "indices": 4 * N,
                 "layouts": 7 * N // 2,
+            },
+        ),
+        (
+            "snfs",  # one set, and the momentum of all weights
+            {"optimizer": "sgd", "execution": "masked"},
+            {
+                "values": 4 * A,
+                "gradient": 4 * A,
+                "indices": 4 * A,
+                "momentum": 4 * N,
+                "model": 8 * N,
             },
         ),
         (
@@ -400,6 +411,13 @@ def test_methods_stand_for_their_formulas(method: Any, name: str, settings: dict
     given = {key: settings[key] for key in ("bwd", "steps") if key in settings}
     by_method = topkast.cost(shapes, method=method, fwd=0.9, **given)
     assert by_method == topkast.cost(shapes, method=name, fwd=0.9, **settings)
+
+
+@pytest.mark.parametrize("method", [methods.Random(), methods.Mixed(), methods.TopKAST()])
+def test_only_methods_of_the_largest_weights_have_a_reserve(method: Any) -> None:
+    result = topkast.cost({"w": (100, 400)}, method=method, fwd=0.9, bwd=0.8)
+    assert bool(result.bytes["reserve"]) == isinstance(method, methods.TopKAST)
+    assert result.fraction == topkast.cost({"w": (100, 400)}, fwd=0.9, bwd=0.8).fraction
 
 
 def test_iht_costs_the_mean_of_its_linear_schedule() -> None:

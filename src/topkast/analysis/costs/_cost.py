@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
@@ -179,7 +180,8 @@ def cost(
         OPTIMIZERS[optimizer],
         is_masked=execution == "masked",
         keeps_resting=formula.keeps_resting,
-        has_reserve=method_name == "topkast",
+        has_momentum=formula.has_momentum,
+        has_reserve=method_name == "topkast" and getattr(method, "takes_largest", True),
     )
     pruning = find_pruning(
         method_name,
@@ -243,7 +245,10 @@ def _sizes_of(
             largest = Sets.full(layers[name])
         elif stages:
             mean = Fraction(sum(count * stage[name].forward for count, stage in stages), steps)
-            largest = max((stage[name] for _, stage in stages), key=lambda stage: stage.backward)
+            largest = max((stage[name] for _, stage in stages), key=lambda stage: stage.forward)
+        if formula.holds is not None:
+            held = layers[name].size if formula.holds == "all" else largest.forward
+            largest = replace(largest, backward=held)
         sizes[name] = _Sizes(sets, mean, largest)
     return sizes
 
