@@ -350,6 +350,11 @@ def test_costs_print_and_convert() -> None:
         ({"method": "set", "fwd": 0.9, "overrides": {"u": {"fwd": 0.8}}}, "matches none of"),
         ({"method": "set", "fwd": 0.9, "dense": "w*"}, "nothing is left to sparsify"),
         ({"method": "set", "fwd": 0.9, "distribution": "global"}, "only in total"),
+        ({"fwd": 0.9, "bwd": 0.8, "steps": 0}, "steps must be a positive integer, got 0"),
+        (
+            {"method": "gmp", "fwd": 0.9, "steps": 1.5},
+            r"steps must be a positive integer, got 1\.5",
+        ),
         ({"method": "gmp", "fwd": 0.9}, "pass steps, a positive integer, got None"),
         ({"method": "set", "fwd": 0.9, "window": (0, 9)}, r"window=\(0, 9\) is of a sparsity"),
         ({"method": "set", "fwd": 0.9, "initial": 0.5}, "initial=0.5 is of a sparsity schedule"),
@@ -411,6 +416,13 @@ def test_methods_stand_for_their_formulas(method: Any, name: str, settings: dict
     given = {key: settings[key] for key in ("bwd", "steps") if key in settings}
     by_method = topkast.cost(shapes, method=method, fwd=0.9, **given)
     assert by_method == topkast.cost(shapes, method=name, fwd=0.9, **settings)
+
+
+@pytest.mark.parametrize("sets", [(0.1, 0.2), (2, 1), (10, 101), (1,), 5, (-1, 5), (True, 5)])
+def test_known_sets_are_numbers_of_weights(sets: Any) -> None:
+    with pytest.raises(topkast.OptionError, match=r"sets must be .* such as \(10, 20\) of 100"):
+        Layer((10, 10), sets=sets)
+    assert Layer((10, 10), sets=(10, 100)).sets == (10, 100)
 
 
 @pytest.mark.parametrize("method", [methods.Random(), methods.Mixed(), methods.TopKAST()])

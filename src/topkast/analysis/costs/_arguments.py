@@ -130,10 +130,10 @@ def find_pruning(
                 )
         if linear is None:
             return []
-    if not is_count(steps) or not steps:
+    if steps is None:
         raise OptionError(
             f"method={method!r} changes its sparsity, and its cost is a mean over the steps: pass "
-            f"steps, a positive integer, got {steps!r}"
+            "steps, a positive integer, got None"
         )
     if linear is not None:
         end, first = linear

@@ -20,7 +20,7 @@ from topkast.analysis.costs._arguments import (
     make_options,
 )
 from topkast.analysis.costs._formulas import Formula, Products, Schedule
-from topkast.analysis.costs._layers import Layer, Sets, sets_of
+from topkast.analysis.costs._layers import Layer, Sets, is_count, sets_of
 from topkast.analysis.costs._memory import OPTIMIZERS, Storage, dense_bytes, sparse_bytes
 from topkast.analysis.costs._methods import describe_method
 from topkast.analysis.costs._report import Cost, LayerCost
@@ -148,6 +148,8 @@ def cost(
     ----------
     Evci et al., "Rigging the Lottery", 2020; Jayakumar et al., "Top-KAST", 2020.
     """
+    if steps is not None and not (is_count(steps) and steps):
+        raise OptionError(f"steps must be a positive integer, got {steps!r}")
     method_name, settings = describe_method(method, steps, refresh_every)
     formula = find_formula(method_name)
     if refresh_every is None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from topkast._errors import OptionError
 from topkast._method import Method
-from topkast.analysis.costs._layers import is_count
 from topkast.methods import (
     ACDC,
     DNW,
@@ -75,7 +74,7 @@ def describe_method(
         settings["sample_ratio"] = method.samples
     if isinstance(method, ACDC):
         settings["dense_share"] = method.dense / (method.dense + method.sparse)
-        if is_count(steps) and steps:
+        if steps is not None:
             interval = refresh_every or method.default_refresh_every
             settings["dense_share"] = float(_dense_share(method, steps, interval))
     if isinstance(method, IHT) and method.end:
