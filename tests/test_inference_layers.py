@@ -179,6 +179,16 @@ def test_small_probabilities_keep_their_digits(tmp_path: Path, dtype: Any) -> No
     np.testing.assert_array_equal(extremes, np.asarray([0, 0, 1, 1, np.nan], dtype))
 
 
+def test_paths_that_are_no_files_are_named(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none" / "file"):
+        with pytest.raises(OSError, match=f"{path} cannot be written: "):
+            topkast_torch.save_forward(thinned(nn.Linear(8, 8)), path)
+        loads: Any = topkast.inference.load, topkast_torch.load_forward
+        for load in loads:
+            with pytest.raises(OSError, match=str(path)):
+                load(path)
+
+
 def test_what_was_loaded_outlives_its_file(tmp_path: Path) -> None:
     """A file that is written over is no memory of the tensors that were read from it."""
     model = nn.Sequential(thinned(nn.Linear(64, 64)), nn.Linear(64, 64))

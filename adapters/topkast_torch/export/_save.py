@@ -42,6 +42,8 @@ def save_forward(model: nn.Module, path: str | PathLike[str]) -> None:
     ------
     MismatchError
         If no weight of the model is sparse, or an entry of its state dict is no tensor.
+    OSError
+        If the file cannot be written.
 
     See Also
     --------
@@ -91,7 +93,10 @@ def save_forward(model: nn.Module, path: str | PathLike[str]) -> None:
     described, sequence = describe_layers(model)
     entries = {"shapes": shapes, "same": same, "layers": described, "sequence": sequence}
     metadata = {name: json.dumps(entry) for name, entry in entries.items()}
-    save_file(tensors, path, metadata={"format": FILE_FORMAT} | metadata)
+    try:
+        save_file(tensors, path, metadata={"format": FILE_FORMAT} | metadata)
+    except import_safetensors().SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def is_smaller_sparse(tensor: Tensor) -> bool:

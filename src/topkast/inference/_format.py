@@ -61,6 +61,10 @@ def read_file(path: Any, framework: str, read: Callable[[Any, FileContents], T])
             f"{path} is damaged, or no safetensors file: {error}. Write it again with "
             "topkast_torch.save_forward"
         ) from error
+    except OSError as error:
+        if str(path) in str(error):
+            raise
+        raise OSError(f"{path} cannot be read: {error}") from error
     except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         raise MismatchError(
             f"{path} is not a valid file of topkast_torch.save_forward: {error}"
