@@ -83,7 +83,7 @@ def unit_counts(sets: Any, /, params: Any = None, *, output_axis: int = 0) -> di
     output_axis
         0 for weights (outputs, inputs, ...), as in PyTorch; -1 for weights (..., inputs, outputs),
         as in Flax. The other axes, of a convolution's kernel, belong to their units.
-        PyTorch's transposed convolutions have (inputs, outputs, ...): swap both axes of their masks.
+        PyTorch's transposed convolutions have (inputs, outputs, ...): swap these axes first.
         Inputs of a grouped convolution are numbered inside a group.
 
     Returns
