@@ -257,13 +257,24 @@ N, A, B = 100_000, 10_000, 20_000  # of a matrix of 200 × 500 at 0.9/0.8
             },
         ),
         (
-            "granet",  # starts at one half
+            "granet",  # starts at one half, and holds all weights
             {"optimizer": "sgd", "steps": 100_000},
             {
-                "values": 2 * N,
-                "gradient": 2 * N,
-                "indices": 2 * N,
+                "values": 4 * N,
+                "gradient": 4 * N,
+                "indices": 4 * N,
                 "layouts": 7 * N // 2,
+            },
+        ),
+        (
+            "snfs",  # one set, and the momentum of all weights
+            {"optimizer": "sgd", "execution": "masked"},
+            {
+                "values": 4 * A,
+                "gradient": 4 * A,
+                "indices": 4 * A,
+                "momentum": 4 * N,
+                "model": 8 * N,
             },
         ),
         (
@@ -339,6 +350,11 @@ def test_costs_print_and_convert() -> None:
         ({"method": "set", "fwd": 0.9, "overrides": {"u": {"fwd": 0.8}}}, "matches none of"),
         ({"method": "set", "fwd": 0.9, "dense": "w*"}, "nothing is left to sparsify"),
         ({"method": "set", "fwd": 0.9, "distribution": "global"}, "only in total"),
+        ({"fwd": 0.9, "bwd": 0.8, "steps": 0}, "steps must be a positive integer, got 0"),
+        (
+            {"method": "gmp", "fwd": 0.9, "steps": 1.5},
+            r"steps must be a positive integer, got 1\.5",
+        ),
         ({"method": "gmp", "fwd": 0.9}, "pass steps, a positive integer, got None"),
         ({"method": "set", "fwd": 0.9, "window": (0, 9)}, r"window=\(0, 9\) is of a sparsity"),
         ({"method": "set", "fwd": 0.9, "initial": 0.5}, "initial=0.5 is of a sparsity schedule"),
@@ -391,6 +407,8 @@ def test_models_that_cannot_be() -> None:
             {"refresh_every": 100, "steps": 1_000, "window": (100, 900), "initial": 0.5},
         ),
         (methods.DNW(), "dnw", {}),
+        (methods.IHT(), "iht", {}),
+        (methods.IHT(end=10, initial=0.9), "iht", {"steps": 20}),
     ],
 )
 def test_methods_stand_for_their_formulas(method: Any, name: str, settings: dict[str, Any]) -> None:
@@ -398,6 +416,41 @@ def test_methods_stand_for_their_formulas(method: Any, name: str, settings: dict
     given = {key: settings[key] for key in ("bwd", "steps") if key in settings}
     by_method = topkast.cost(shapes, method=method, fwd=0.9, **given)
     assert by_method == topkast.cost(shapes, method=name, fwd=0.9, **settings)
+
+
+@pytest.mark.parametrize("sets", [(0.1, 0.2), (2, 1), (10, 101), (1,), 5, (-1, 5), (True, 5)])
+def test_known_sets_are_numbers_of_weights(sets: Any) -> None:
+    with pytest.raises(topkast.OptionError, match=r"sets must be .* such as \(10, 20\) of 100"):
+        Layer((10, 10), sets=sets)
+    assert Layer((10, 10), sets=(10, 100)).sets == (10, 100)
+
+
+@pytest.mark.parametrize("method", [methods.Random(), methods.Mixed(), methods.TopKAST()])
+def test_only_methods_of_the_largest_weights_have_a_reserve(method: Any) -> None:
+    result = topkast.cost({"w": (100, 400)}, method=method, fwd=0.9, bwd=0.8)
+    assert bool(result.bytes["reserve"]) == isinstance(method, methods.TopKAST)
+    assert result.fraction == topkast.cost({"w": (100, 400)}, fwd=0.9, bwd=0.8).fraction
+
+
+def test_iht_costs_the_mean_of_its_linear_schedule() -> None:
+    """The sparsity rises to 4 % at the update 8; A is chosen after 0, 3 and 6 updates."""
+    options: Any = {"method": methods.IHT(end=8), "fwd": 0.04, "refresh_every": 3}
+    result = topkast.cost(ONE, steps=8, **options)
+    sizes = [1000 - 40 * update / 8 for update in (0, 0, 0, 3, 3, 3, 6, 6)]
+    assert result.training_flops == pytest.approx(2 * 2 * np.mean(sizes) + 2000, rel=1e-12)
+    assert result.layers[0].forward == 960
+    with pytest.raises(topkast.OptionError, match="pass steps, a positive integer, got None"):
+        topkast.cost(ONE, **options)
+
+
+def test_acdc_counts_its_first_and_its_last_phase() -> None:
+    """Dense in updates 0 to 3, 6 and 7, and 10 and 11 of 20, with refreshes at even ones."""
+    method = methods.ACDC(warm_up=4, sparse=2, dense=2, end=12)
+    by_method = topkast.cost(ONE, method=method, fwd=0.9, refresh_every=2, steps=20)
+    assert by_method == topkast.cost(ONE, method="acdc", fwd=0.9, dense_share=8 / 20)
+    longer = topkast.cost(ONE, method=method, fwd=0.9, refresh_every=5, steps=20)
+    dense = topkast.cost(ONE, method="acdc", fwd=0.9, dense_share=10 / 20)  # after 0 and 10
+    assert longer == dense
 
 
 def test_a_method_without_a_formula_is_refused() -> None:

@@ -463,6 +463,18 @@ def test_wrong_arguments(
     assert all(word in message for word in words)
 
 
+def test_a_folder_that_cannot_be_written_to_is_found_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(dir: Path) -> None:  # noqa: A002
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    message = fail("--report", str(tmp_path), capsys=capsys)
+    assert "the report cannot be written to" in message
+    assert "Permission denied" in message
+
+
 @both_frameworks
 @pytest.mark.parametrize("steps", ["1", "9"])  # the last step is checked like the others
 def test_divergence(

@@ -177,6 +177,23 @@ class TestRefusals:
             topkast_torch.save_forward(nn.Linear(3, 3), tmp_path / "file")
 
 
+def test_a_shared_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
+    model: Any = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20, bias=False))
+    with torch.no_grad():
+        model[0].weight.mul_(torch.eye(20))
+    model[1].weight = model[0].weight
+    topkast_torch.save_forward(model, tmp_path / "file")
+    other = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 30, bias=False))
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(
+        topkast.MismatchError, match=r"has 1\.weight of shape \(20, 20\), the model"
+    ):
+        topkast_torch.load_sparse(other, tmp_path / "file")
+    assert [type(layer) for layer in other] == [nn.Linear, nn.Linear]
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
 class TestExport:
     def make(self) -> tuple[nn.Module, Tensor]:
         torch.manual_seed(0)

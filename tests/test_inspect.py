@@ -73,3 +73,19 @@ def test_inspecting_changes_nothing() -> None:
     topkast.masks(optimizer)["0.0"].forward.zero_()
     assert int(torch.count_nonzero(topkast.dense_params(optimizer)["0.0"])) == 100
     assert int(topkast.masks(optimizer)["0.0"].forward.sum()) == 50
+
+
+def test_loggers_get_the_same_quantities_while_a_has_all_weights() -> None:
+    """Methods that begin dense, or have dense phases, have sets at all times."""
+    method = topkast.methods.ACDC(warm_up=2, sparse=2, dense=2, end=6)
+    tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.5, bwd=0, method=method, refresh_every=2)
+    params = {"w": np.random.default_rng(0).standard_normal((4, 4)), "b": np.ones(4)}
+    state, active = tx.init(params), []
+    for _ in range(8):
+        summary = topkast.summary(state, params)
+        assert summary.scalars().keys() == {"updates", "mask_change/w", "empty_rows/w"}
+        assert {row.name: row.has_sets for row in summary.tensors} == {"w": True, "b": False}
+        active.append(summary.tensors[0].forward)
+        grads = {name: np.ones_like(param) for name, param in params.items()}
+        params, state = tx.step(grads, state, params)
+    assert active == [16, 16, 8, 8, 16, 16, 8, 8]

@@ -12,6 +12,8 @@ from paper_data import write_enwik8, write_images
 from test_paper_images import TINY
 from test_paper_language import CHARACTERS as TINY_TEXT
 
+from topkast._options import Options
+from topkast.methods import GradualPruning, Random, TopKAST
 from topkast_paper import train_resnet50
 from topkast_study import StudyError, paper_scale
 from topkast_study.paper_scale import TABLES, conduct_at_paper_scale
@@ -63,6 +65,85 @@ def test_table1_runs_end_to_end_and_goes_on(
     damaged.write_text("{")
     with pytest.raises(StudyError, match=r"result\.json is not the result of its run: delete it"):
         conduct_at_paper_scale("table1", **options)
+
+
+def test_rows_are_those_of_the_paper() -> None:
+    """By forward and backward sparsity, as its tables print them."""
+
+    def printed(name: str, method: Any, **others: Any) -> dict[Any, float | None]:
+        return {
+            (row.settings.fwd, row.settings.bwd, row.settings.explore_until): row.paper
+            for row in TABLES[name].rows
+            if type(row.settings.method) is method
+        }
+
+    all_steps = None
+    assert printed("table1", Random) == {
+        (0.8, 0.5, all_steps): None,
+        (0.9, 0.8, all_steps): 74.76,
+        (0.95, 0.9, all_steps): 68.48,
+    }
+    assert printed("table1", TopKAST) == {
+        (0.8, 0.5, all_steps): 75.03,  # table 6
+        (0.9, 0.8, all_steps): 73.03,
+        (0.95, 0.9, all_steps): 70.42,
+        (0.9, 0.0, 0): 68.26,
+        (0.9, 0.0, 5_000): 72.05,
+        (0.9, 0.0, 16_000): 74.14,
+        (0.9, 0.0, 32_000): 74.65,
+    }
+    assert printed("table5", TopKAST) == {
+        (0.8, 0.0, all_steps): 1.03,
+        (0.8, 0.6, all_steps): 1.05,
+        (0.9, 0.0, all_steps): 1.08,
+        (0.9, 0.8, all_steps): 1.10,
+        (0.95, 0.0, all_steps): 1.14,
+        (0.95, 0.9, all_steps): 1.17,
+    }
+    assert printed("table5", GradualPruning) == {
+        (0.8, 0.0, all_steps): 1.02,
+        (0.9, 0.0, all_steps): 1.06,
+        (0.95, 0.0, all_steps): 1.13,
+    }
+    assert TABLES["table5"].rows[0].paper == 1.00
+    for table in TABLES.values():
+        labels = [row.label for row in table.rows]
+        assert len(set(labels)) == len(labels)  # they name the folders of the runs
+        for row in table.rows:
+            options = row.settings
+            if options.method is not None:  # the sparsities fit the method
+                Options(
+                    fwd=options.fwd,
+                    bwd=options.bwd,
+                    method=options.method,
+                    explore_until=options.explore_until,
+                )
+
+
+def test_a_result_of_other_settings_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def train(settings: Any, data: Path, output: Path, seed: int) -> dict[str, Any]:
+        calls.append(settings)
+        return {"final": 1.0, "training_fraction": 0.5}
+
+    table = dataclasses.replace(TABLES["table5"], rows=TABLES["table5"].rows[:2], train=train)
+    monkeypatch.setitem(paper_scale.TABLES, "table5", table)
+    options: Any = {"data": tmp_path, "output": tmp_path / "out", "seeds": 1}
+    conduct_at_paper_scale("table5", **options)
+    conduct_at_paper_scale("table5", **options)
+    assert len(calls) == 2
+    changed = [
+        dataclasses.replace(row, settings=dataclasses.replace(row.settings, batch=32))
+        for row in table.rows
+    ]
+    monkeypatch.setitem(
+        paper_scale.TABLES, "table5", dataclasses.replace(table, rows=tuple(changed))
+    )
+    with pytest.raises(StudyError, match=r"result\.json was made with other settings: choose"):
+        conduct_at_paper_scale("table5", **options)
 
 
 def test_a_table_of_text_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -388,3 +388,20 @@ def test_missing_matplotlib_is_named(use: str) -> None:
     assert result.stderr.splitlines()[-1] == (
         "ModuleNotFoundError: topkast.plot needs matplotlib: pip install 'topkast[analysis]'"
     )
+
+
+@pytest.mark.parametrize("name", ["$", "$a$", "$a_{$", "x" * 80 + "$a_{$"])
+def test_names_are_no_formulas(tmp_path: Path, name: str) -> None:
+    weights = {name: np.random.default_rng(0).standard_normal((4, 6))}
+    state = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.5, bwd=0.5).init(weights)
+    cost = topkast.cost({name: (4, 6)}, fwd=0.5, bwd=0.5)
+    overlaps = analysis.overlap(state, state, weights)
+    for figure in (
+        plot.mask(state, weights),
+        plot.masks(state, weights),
+        plot.densities(state, weights),
+        plot.costs(cost),
+        plot.costs({name: cost}),
+        plot.overlap(overlaps),
+    ):
+        figure.savefig(tmp_path / "figure.png", dpi=20)

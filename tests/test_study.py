@@ -24,8 +24,6 @@ pytest.importorskip("tqdm", reason="the studies show their progress with tqdm")
 
 import topkast
 from topkast.__main__ import main
-from topkast.methods import DNW, GSE, SET, GradualPruning, RigL, TopKAST
-from topkast_study.cost import Flops, gradient_count
 from topkast_study.dynamics import LAG, SNAPSHOTS, Dynamics
 from topkast_study.methods import METHODS
 from topkast_study.report import _cells, _check
@@ -267,49 +265,6 @@ def test_data_of_a_file_count(tmp_path: Path) -> None:
     other.parent.mkdir()
     other.write_bytes(gzip.compress(b"second"))
     assert find_scale("full", other).images("set", 0.9).id != first.images("set", 0.9).id
-
-
-def test_operations() -> None:
-    """Top-KAST at 0.9/0.8 takes (2D + (D + M)) / 3 of dense training's, 0.4 / 3."""
-    flops = Flops(weights=100, dense=0)
-    flops.add(10, 20)
-    assert flops.per_step(1) == pytest.approx(0.4 / 3)
-    flops = Flops(weights=100, dense=50)  # the last layer adds 3 · 50 to both
-    flops.add(10, 20)
-    flops.add(100, 100)
-    assert flops.per_step(2) == pytest.approx((40 + 150 + 300 + 150) / (2 * 450))
-
-
-@pytest.mark.parametrize(
-    ("method", "at_refresh", "between"),
-    [
-        (None, 100, 100),
-        (TopKAST(), 20, 20),
-        (SET(), 20, 20),  # its B is A
-        (RigL(), 100, 20),
-        (GSE(samples=0.5), 15, 20),
-        (DNW(), 20, 20),  # its B is everything
-        (GradualPruning(start=0, end=9), 10, 10),  # B∖A rests
-    ],
-)
-def test_gradients_that_a_step_needs(method: Any, at_refresh: int, between: int) -> None:
-    for refreshes, expected in ((True, at_refresh), (False, between)):
-        count = gradient_count(method, 10, 20, 100, refreshes=refreshes, explores=True)
-        assert count == expected
-    if isinstance(method, TopKAST):
-        assert gradient_count(method, 10, 20, 100, refreshes=False, explores=False) == 10
-
-
-def test_operations_of_runs() -> None:
-    """RigL reads all gradients at each refresh before 75 % of the steps, here 5 of 8."""
-    sparse, head = 64 * 16 + 16 * 16, 16 * 10
-    active = sum(n - math.floor(0.9 * n) for n in (64 * 16, 16 * 16))
-    total = 3 * (sparse + head) * 8
-    assert train(TINY.images("set", 0.9)).flops == pytest.approx(24 * (active + head) / total)
-    rigl = 8 * (2 * active + 3 * head) + 5 * sparse + 3 * active
-    assert train(TINY.images("rigl", 0.9)).flops == pytest.approx(rigl / total)
-    twice = train(TINY.images("set", 0.9, multiple=2))
-    assert twice.flops == pytest.approx(2 * 24 * (active + head) / total)
 
 
 def test_the_added_penalty_is_that_of_the_library() -> None:

@@ -132,6 +132,46 @@ def test_options_get_the_parameters_and_their_names() -> None:
     assert result.layers == topkast.cost(model, example, fwd=0.9, bwd=0.8, dense="2.*").layers
 
 
+METHODS = [
+    topkast.methods.TopKAST(),
+    topkast.methods.Random(),
+    topkast.methods.Static(),
+    topkast.methods.SET(),
+    topkast.methods.SMET(),
+    topkast.methods.RigL(),
+    topkast.methods.GSE(),
+    topkast.methods.SNFS(),
+    topkast.methods.DSR(),
+    topkast.methods.DeepRewiring(),
+    topkast.methods.DNW(),
+    topkast.methods.IHT(end=8, initial=0.5),
+    topkast.methods.GradualPruning(start=0, end=8, initial=0.5),
+    topkast.methods.GraNet(start=0, end=8),
+    topkast.methods.ACDC(warm_up=2, sparse=2, dense=2, end=8),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+def test_bytes_of_every_method_are_those_that_summary_measures(method: Any) -> None:
+    bwd = {"any": 0.8, "equal": 0.9, "none": 0.0}[method.backward]
+    bwd = 0.9 if isinstance(method, topkast.methods.Static) else bwd
+    options: Any = {"fwd": 0.9, "bwd": bwd, "method": method, "refresh_every": 2}
+    param = nn.Parameter(torch.randn(40, 30, generator=torch.Generator().manual_seed(0)))
+    adam = torch.optim.Adam([("w", param)], 1e-4)
+    optimizer = topkast.wrap_optimizer(adam, **options)
+    largest: dict[str, int] = {}
+    for _ in range(8):
+        optimizer.zero_grad()
+        param.square().sum().backward()
+        optimizer.step()
+        parts = topkast.summary(optimizer).held_parts
+        largest = {part: max(largest.get(part, 0), count) for part, count in parts.items()}
+    expected = topkast.cost({"w": (40, 30)}, steps=8, execution="masked", **options).bytes
+    largest["state"] -= 4  # a step count
+    for part in ("values", "gradient", "state", "indices", "ages", "momentum", "reservoir"):
+        assert largest[part] == expected[part], part
+
+
 WIDTHS = (256, 512, 384, 10)
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adam": lambda params: torch.optim.Adam(params, 1e-5),

@@ -7,6 +7,7 @@ from array_api_compat import array_namespace
 from topkast._errors import OptionError
 from topkast._options import PenaltyKind
 from topkast._primitives import Array
+from topkast.selection._compact import check_compact
 from topkast.selection._support import Support, scale_by_set
 
 
@@ -48,6 +49,8 @@ def exploration_penalty(
     ------
     OptionError
         For an unknown `penalty_kind`, or a density outside (0, 1].
+    MismatchError
+        If `values` has another number of entries than B.
 
     Examples
     --------
@@ -64,6 +67,7 @@ def exploration_penalty(
     pseudocode describe the l2 penalty.
     """
     _check(density, penalty_kind)
+    check_compact(values, support)
     xp = array_namespace(values)
     flat = xp.reshape(values, (-1,))
     if penalty_kind == "l1":
@@ -103,7 +107,7 @@ def exploration_gradient(
 
     Raises
     ------
-    OptionError
+    OptionError, MismatchError
         As :func:`exploration_penalty`.
 
     Examples
@@ -120,6 +124,7 @@ def exploration_gradient(
     Top-KAST, section 2.3 and footnote 3.
     """
     _check(density, penalty_kind)
+    check_compact(values, support)
     direction = array_namespace(values).sign(values) if penalty_kind == "l1" else values
     return scale_by_set(direction, support, penalty, penalty / density)
 

@@ -112,6 +112,7 @@ class TensorSummary:
     held_bytes: int  # bytes that the optimizer holds for this tensor; see summary()
     held_parts: Mapping[str, int]  # the same, by what they hold
     disk_bytes: int = 0  # bytes of the file of its weights
+    has_sets: bool = False  # whether A and B are chosen, even if they are all weights at the moment
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class Summary:
         """
         flat: dict[str, float] = {"updates": self.updates}
         for row in self.tensors:
-            if row.backward_sparsity or row.forward_sparsity:
+            if row.has_sets:
                 flat[f"mask_change/{row.name}"] = row.mask_change
                 flat[f"empty_rows/{row.name}"] = row.empty_rows
         return flat
@@ -365,5 +366,6 @@ def _summarise(inspection: Inspection, key: str, ranked: RankedTensors) -> dict[
             sum(parts.values()),
             parts,
             round(share * inspection.disk_bytes.get(key, 0)),
+            has_sets=True,
         )
     return rows

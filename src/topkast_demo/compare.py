@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from topkast_demo import DemoError
@@ -19,6 +20,8 @@ def compare(settings: Settings, folder: Path) -> None:
     task = load_task(settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise DemoError(f"the report cannot be written to {folder}: {error.strerror}") from None
     print(f"{task.title} with {FRAMEWORKS[settings.framework]}: {task.description}.")

@@ -33,7 +33,7 @@ class MaskDynamics:
     Attributes
     ----------
     change
-        Share of A that entered at a refresh, by tensor (figure 3a).
+        Share of A that entered at a refresh, by tensor. (Figure 3a has shares of all weights.)
     awakened
         Share of the initial reservoir, the units outside B, that was ever in A (figure 3b).
     """

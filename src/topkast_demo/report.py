@@ -94,7 +94,7 @@ def write_report(
                 change,
                 run.dynamics.change,
                 title="Mask change from refresh to refresh",
-                label="units of a tensor that entered or left A\n"
+                label="share of a tensor's A that entered\n"
                 f"at a refresh, each after {_format_updates(settings.refresh_every)} (%)",
                 empty=f"no refresh in {_format_updates(settings.steps)}",
             )

@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 import topkast
-from topkast.methods import GradualPruning, GraNet
 from topkast_paper.settings import Settings
 
 
@@ -119,7 +118,7 @@ def _costs(
         "distribution": settings.distribution,
         "refresh_every": settings.refresh_every,
     }
-    if isinstance(method, GradualPruning | GraNet):
+    if method.schedules:
         options["steps"] = settings.total_steps
     if method.backward != "any" or not method.refreshes:
         return [(1.0, cost(**options))]

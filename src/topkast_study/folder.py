@@ -12,7 +12,7 @@ from topkast_study import StudyError
 from topkast_study.runs import Result, Run
 from topkast_study.scales import Scale
 
-VERSION = 1  # of the files; change it with the meaning of a run's settings
+VERSION = 2  # of the files; change it with the meaning of a run's settings or of its results
 
 
 class Folder:

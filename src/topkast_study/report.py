@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 from collections.abc import Sequence
 
-import numpy as np
-import torch
-
-import topkast
 from topkast_demo.tasks import Task
 from topkast_study.folder import Folder
 from topkast_study.methods import METHODS, REFRESHES, UNTIL
 from topkast_study.scales import Scale
 from topkast_study.study import Outcome, Study
+from topkast_study.train import versions
 
 
 def write_report(
@@ -29,17 +25,11 @@ def write_report(
 ) -> None:
     """Write report.md, its figures and results.json."""
     figures = {name: plot(folder.path / name, outcomes) for name, plot in study.plots.items()}
-    versions = {
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "torch": torch.__version__,
-        "topkast": topkast.__version__,
-    }
     parts = [
         f"# {study.title}",
         study.question,
         f"```text\n{command}\n```",
-        _setup(task, outcomes, threads, versions),
+        _setup(task, outcomes),
         "## Results",
         _results(study, task, outcomes),
         _legend(study, task),
@@ -64,7 +54,7 @@ def write_report(
         "scale": scale.name,
         "task": task.description,
         "metric": f"{task.metric} ({task.unit})",
-        "versions": versions,
+        "versions": versions(),
         "threads": threads,
         "rows": [
             {
@@ -85,16 +75,19 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _setup(task: Task, outcomes: list[Outcome], threads: int, versions: dict[str, str]) -> str:
+def _setup(task: Task, outcomes: list[Outcome]) -> str:
     run, seeds = outcomes[0].row.run, len(outcomes[0].results)
-    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    # A study that goes on later may find other versions.
+    environments = dict.fromkeys(
+        result.environment for outcome in outcomes for result in outcome.results
+    )
     return (
         f"{task.description}. {run.steps // run.multiple:,} steps of {run.batch}, Adam with a peak "
         f"learning rate of {run.lr:g}, a warm-up over 5 % of the steps and a linear decay to zero: "
         "the same for all methods, and nothing is tuned for any of them. All sparse layers have "
         f"the same density; biases and {', '.join(task.dense)} are dense. {seeds} "
         f"seed{'s' * (seeds != 1)} of weights, batches and draws. PyTorch with masked dense "
-        f"products on {threads} thread{'s' * (threads != 1)}; {packages}."
+        f"products on {'; or on '.join(environments)}."
     )
 
 

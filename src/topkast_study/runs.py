@@ -63,8 +63,9 @@ class Result:
     mask_change: float  # share of A that enters at a refresh: mean over the evaluations
     dynamics: dict[str, Any] | None
     # Processor time of all training steps, estimated from those after the first tenth: other
-    # programs hardly change it. The only field that differs between equal runs.
+    # programs hardly change it. It differs between equal runs.
     seconds: float
+    environment: str = "an unknown number of threads"  # threads and versions, in words
 
     @property
     def final(self) -> float:

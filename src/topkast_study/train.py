@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -39,7 +41,6 @@ class StudyTrainer(TorchTrainer):
             self._model = build(task.network)
         self._run = run
         self._optimizer = torch.optim.Adam(self._model.named_parameters(), lr=run.lr)
-        self._is_wrapped = method is not None
         if method is not None:
             self._optimizer = topkast.wrap_optimizer(
                 self._optimizer,
@@ -54,6 +55,7 @@ class StudyTrainer(TorchTrainer):
                 dense=task.dense,
                 seed=run.seed,
             )
+        self._is_wrapped = method is not None
         warm_up = max(1, round(WARM_UP * run.steps))
         self._scheduler = LambdaLR(
             self._optimizer, lambda step: min((step + 1) / warm_up, 1 - step / run.steps)
@@ -71,23 +73,22 @@ class StudyTrainer(TorchTrainer):
         return loss.item()
 
     def counts(self) -> dict[str, list[int]]:
-        """Numbers of weights, |A| and |B| of each sparse tensor."""
-        if not self._is_wrapped:
-            return {}
+        """Numbers of weights, |A| and |B| of each sparse tensor, also while A has all weights."""
         return {
             row.name: [math.prod(row.shape), row.forward, row.backward]
-            for row in topkast.summary(self._optimizer).tensors
-            if row.backward_sparsity or row.forward_sparsity
+            for row in self._sparse_rows()
         }
 
     def mask_change(self) -> float:
         """The share of A, over all tensors, that entered at the last refresh."""
+        rows = self._sparse_rows()
+        active = sum(row.forward for row in rows)
+        return sum(row.mask_change * row.forward for row in rows) / max(active, 1)
+
+    def _sparse_rows(self) -> list[topkast.TensorSummary]:
         if not self._is_wrapped:
-            return 0.0
-        rows = topkast.summary(self._optimizer).tensors
-        sparse = [row for row in rows if row.backward_sparsity or row.forward_sparsity]
-        active = sum(row.forward for row in sparse)
-        return sum(row.mask_change * row.forward for row in sparse) / max(active, 1)
+            return []
+        return [row for row in topkast.summary(self._optimizer).tensors if row.has_sets]
 
     def _add_penalty(self, penalty: float, ratio: float) -> None:
         """Add the gradient of an exploration penalty whose weight on B∖A is `ratio`."""
@@ -161,7 +162,10 @@ def _train(task: Task, run: Run, method: Method | None, trainer: StudyTrainer) -
         flops.add(forward, gradients)
         batch = next(batches)
         start = time.process_time()
-        loss = trainer.step(batch)
+        try:
+            loss = trainer.step(batch)
+        except topkast.NonFiniteError:
+            loss = math.nan
         if step > skipped:
             seconds += time.process_time() - start
         if not math.isfinite(loss):
@@ -183,7 +187,24 @@ def _train(task: Task, run: Run, method: Method | None, trainer: StudyTrainer) -
         mask_change=sum(changes) / len(changes),
         dynamics=None if dynamics is None else dynamics.to_dict(),
         seconds=seconds * run.steps / (run.steps - skipped),
+        environment=_describe_environment(),
     )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what trains, by name."""
+    return {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": torch.__version__,
+        "topkast": topkast.__version__,
+    }
+
+
+def _describe_environment() -> str:
+    threads = torch.get_num_threads()
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return f"{threads} thread{'s' * (threads != 1)}; {packages}"
 
 
 def _sums(counts: dict[str, list[int]], weights: int) -> tuple[int, int]:

@@ -22,13 +22,16 @@ _PLAIN: dict[type[nn.Module], str] = {
     nn.Dropout: "Identity",
     nn.Dropout2d: "Identity",
 }
+_BATCH_AXES = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,)}  # numbers of axes of their inputs
 _SEQUENCES = nn.Sequential, SparseSequential
 
 
 def describe_layers(model: nn.Module) -> tuple[dict[str, Description], list[str] | None]:
     """The layers that :mod:`topkast.inference` knows by name, and the order of their calls.
 
-    The order is None unless the model is a sequence of such layers alone.
+    The order is None unless the model is a sequence of such layers alone. Modules with forward
+    hooks, which may change what goes in and out, are not known, and neither are layers whose weight
+    is computed at each call, as by ``torch.nn.utils.prune`` and ``weight_norm``.
     """
     described: dict[str, Description] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -41,7 +44,7 @@ def describe_layers(model: nn.Module) -> tuple[dict[str, Description], list[str]
 
 def _leaves(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of nested sequences, in the order of their calls."""
-    if type(module) not in _SEQUENCES or "forward" in module.__dict__:
+    if type(module) not in _SEQUENCES or _is_changed(module):
         yield name, module
         return
     for child_name, child in module._modules.items():
@@ -52,7 +55,9 @@ def _leaves(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _describe(module: Any) -> Description | None:
     """The type and the options of a layer; None if inference does not know it."""
     layer_type = type(module)
-    if "forward" in module.__dict__:  # was replaced
+    if _is_changed(module):
+        return None
+    if layer_type in (nn.Linear, nn.Conv2d) and "weight" not in module._parameters:
         return None
     if layer_type in _PLAIN:
         return {"type": _PLAIN[layer_type]}
@@ -67,8 +72,9 @@ def _describe(module: Any) -> Description | None:
             "dilation": list(module.dilation),
             "groups": module.groups,
         }
-    if layer_type in (nn.BatchNorm1d, nn.BatchNorm2d) and module.running_mean is not None:
-        return {"type": "BatchNorm", "epsilon": module.eps}
+    if layer_type in _BATCH_AXES and module.running_mean is not None:
+        axes = list(_BATCH_AXES[layer_type])
+        return {"type": "BatchNorm", "epsilon": module.eps, "axes": axes}
     if layer_type is nn.Flatten:
         return {"type": "Flatten", "start": module.start_dim, "end": module.end_dim}
     if layer_type is nn.MaxPool2d:
@@ -80,6 +86,15 @@ def _describe(module: Any) -> Description | None:
     if layer_type is nn.AdaptiveAvgPool2d and _pair(module.output_size) == [1, 1]:
         return {"type": "MeanPool2d"}
     return None
+
+
+def _is_changed(module: Any) -> bool:
+    """Whether a call of the module may do something else than its class says."""
+    return bool(
+        "forward" in module.__dict__  # was replaced
+        or module._forward_hooks
+        or module._forward_pre_hooks
+    )
 
 
 def _pair(value: Any) -> list[Any]:

@@ -106,17 +106,13 @@ def load_sparse(model: nn.Module, path: str | PathLike[str]) -> None:
             tensors[name] = _to_dense(*entry)
     _check_names(model, path, tensors, entries, contents)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in layers:
-        if expected[name] != entries[name][2]:
-            raise MismatchError(
-                f"{path} has {name} of shape {entries[name][2]}, the model {expected[name]}"
-            )
+    shapes = {name: shape for name, (_, _, shape) in entries.items()}
+    shapes |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes |= {name: shapes[saved] for name, saved in contents.same.items()}
+    for name, shape in shapes.items():
+        if expected[name] != shape:
+            raise MismatchError(f"{path} has {name} of shape {shape}, the model {expected[name]}")
     is_meta = any(tensor.is_meta for tensor in model.state_dict().values())
-    for name, tensor in tensors.items():
-        if expected[name] != tuple(tensor.shape):
-            raise MismatchError(
-                f"{path} has {name} of shape {tuple(tensor.shape)}, the model {expected[name]}"
-            )
     shared = {name: tensors[saved] for name, saved in contents.same.items() if saved in tensors}
     model.load_state_dict(tensors | shared, strict=False, assign=is_meta)
     for name, module in layers.items():
@@ -166,8 +162,11 @@ def _can_be_sparse(module: nn.Module) -> bool:
 
 
 def _read_tensors(file: Any, contents: FileContents) -> tuple[dict[str, Tensor], FileContents]:
-    """The tensors of a file, checked."""
-    tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    """The tensors of a file, checked, as copies: others would change when the file is replaced."""
+    tensors: dict[str, Tensor] = {
+        name: file.get_tensor(name).clone()
+        for name in file.keys()  # noqa: SIM118
+    }
     for name, shape in contents.shapes.items():
         values, indices = tensors[name + ".values"], tensors[name + ".indices"]
         check_entries(name, shape, tuple(values.shape), indices.numpy())

@@ -41,7 +41,9 @@ def save_forward(model: nn.Module, path: str | PathLike[str]) -> None:
     Raises
     ------
     MismatchError
-        If no weight of the model is sparse.
+        If no weight of the model is sparse, or an entry of its state dict is no tensor.
+    OSError
+        If the file cannot be written.
 
     See Also
     --------
@@ -91,7 +93,10 @@ def save_forward(model: nn.Module, path: str | PathLike[str]) -> None:
     described, sequence = describe_layers(model)
     entries = {"shapes": shapes, "same": same, "layers": described, "sequence": sequence}
     metadata = {name: json.dumps(entry) for name, entry in entries.items()}
-    save_file(tensors, path, metadata={"format": FILE_FORMAT} | metadata)
+    try:
+        save_file(tensors, path, metadata={"format": FILE_FORMAT} | metadata)
+    except import_safetensors().SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def is_smaller_sparse(tensor: Tensor) -> bool:
@@ -118,14 +123,25 @@ def _other_tensors(
     tensors: dict[str, Tensor] = {}
     same: dict[str, str] = {}
     saved_names: dict[Any, str] = {}
+    storages: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name not in layer_entries:
-            key = tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+            if not isinstance(tensor, Tensor):
+                raise MismatchError(
+                    f"{name} is a {type(tensor).__name__}, but the file can hold tensors alone: "
+                    "save the state dict of topkast.densify with torch.save"
+                )
+            view = tensor.dtype, tensor.is_conj(), tuple(tensor.shape), tensor.stride()
+            key = tensor.data_ptr(), *view
             if tensor.numel() and key in saved_names:
                 same[name] = saved_names[key]
             else:
                 saved_names[key] = name
-                tensors[name] = tensor.detach().contiguous()
+                whole = tensor.detach().contiguous()
+                storage = whole.untyped_storage().data_ptr()
+                # safetensors refuses tensors that overlap, such as a matrix and some of its rows.
+                tensors[name] = whole.clone() if storage in storages else whole
+                storages.add(storage)
     return tensors, same, saved_names
 
 

@@ -127,9 +127,13 @@ class EverActive:
         Raises :class:`topkast.StateDictError` if it is none, or if it is damaged.
         """
         check_keys(state, {"updates", "shapes", "ever_active"})
-        shapes = {name: tuple(map(int, shape)) for name, shape in state["shapes"].items()}
+        try:
+            shapes = {name: tuple(map(int, shape)) for name, shape in state["shapes"].items()}
+            updates = int(state["updates"])
+        except (TypeError, ValueError, AttributeError) as error:
+            raise StateDictError(f"the shapes of the state dict are damaged: {error!r}") from None
         self.bits = bits_from_text(state, "ever_active", shapes)
-        self._shapes, self.updates = shapes, int(state["updates"])
+        self._shapes, self.updates = shapes, updates
 
 
 def check_keys(state: Mapping[str, Any], keys: set[str]) -> None:
@@ -152,6 +156,8 @@ def bits_from_text(
 ) -> dict[str, Bits]:
     """Read a set of each tensor from a state dict."""
     saved = state[key]
+    if not isinstance(saved, Mapping):
+        raise StateDictError(f"{key!r} of the state dict is no mapping: it is damaged")
     if set(saved) != set(shapes):
         raise StateDictError(
             f"{key!r} of the state dict has the tensors {sorted(saved)}, but its shapes are of "

@@ -110,11 +110,13 @@ class MaskHistory:
         Raises
         ------
         OptionError
-            If `step` is not larger than the last one.
+            If `step` is no whole number, or not larger than the last one.
         MismatchError
             If tensors or shapes differ from the first record's, if the masks are not boolean, or if
             A is empty everywhere.
         """
+        if int(step) != step:
+            raise OptionError(f"step={step!r}: expected the number of a step, a whole number")
         if self.records and step <= self.records[-1].step:
             raise OptionError(
                 f"step={step!r}: expected a step after the last record's, {self.records[-1].step}"
@@ -159,7 +161,7 @@ class MaskHistory:
             saved = json.loads(Path(path).read_text())
             if saved["format"] == _FORMAT:
                 return [MaskRecord.from_dict(record) for record in saved["records"]]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             pass
         raise MismatchError(f"{path} is no file of mask records: pass one that MaskHistory wrote")
 
@@ -190,7 +192,7 @@ class MaskHistory:
         )
         try:
             records = [MaskRecord.from_dict(record) for record in state["records"]]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise StateDictError(f"the records of the state dict are damaged: {error!r}") from None
         self._start = {
             n: TensorSets(s, start_forward[n], start_backward[n]) for n, s in shapes.items()

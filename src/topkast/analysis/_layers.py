@@ -28,15 +28,23 @@ class UnitGroup:
         Names of the tensors whose outputs and whose inputs the units are.
     size
         Number of units.
+    dense_producer, dense_consumer
+        Whether a dense tensor produces or consumes the units too: None in the pairs of `layers`.
     """
 
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
     size: int
+    dense_producer: bool = False
+    dense_consumer: bool = False
 
     def __str__(self) -> str:
         producers, consumers = (
-            ", ".join(names) or "dense" for names in (self.producers, self.consumers)
+            ", ".join([*names, *["dense"] * dense])
+            for names, dense in (
+                (self.producers, self.dense_producer),
+                (self.consumers, self.dense_consumer),
+            )
         )
         return f"{producers} → {consumers}"
 
@@ -68,6 +76,7 @@ def unit_groups(
     """Find the hidden units between layers, in the order of their first mention."""
     pairs = _pairs(layers)
     ends: dict[tuple[str, str], int] = {}  # group number of the outputs or inputs of a tensor
+    dense: dict[int, set[str]] = {}  # of each group: which ends dense tensors have in it
     for number, (producer, consumer) in enumerate(pairs):
         pair = [
             (end, name)
@@ -81,17 +90,28 @@ def unit_groups(
                     "write None for a dense tensor in a pair (producer, consumer)"
                 )
         joined = {ends[end] for end in pair if end in ends}
+        dense[number] = {"outputs"} if producer is None else set()
+        dense[number] |= {"inputs"} if consumer is None else set()
+        dense[number].update(*(dense[group] for group in joined))
         ends.update(dict.fromkeys(pair, number))
         ends.update({end: number for end, group in ends.items() if group in joined})
     order = dict.fromkeys(ends.values())
     return tuple(
-        _group([end for end, of_end in ends.items() if of_end == number], shapes, output_axis)
+        _group(
+            [end for end, of_end in ends.items() if of_end == number],
+            shapes,
+            output_axis,
+            dense[number],
+        )
         for number in order
     )
 
 
 def _group(
-    ends: Sequence[tuple[str, str]], shapes: Mapping[str, Shape], output_axis: int
+    ends: Sequence[tuple[str, str]],
+    shapes: Mapping[str, Shape],
+    output_axis: int,
+    dense: set[str],
 ) -> UnitGroup:
     sizes = {}
     for end, name in ends:
@@ -106,7 +126,8 @@ def _group(
     producers, consumers = (
         tuple(name for kind, name in ends if kind == wanted) for wanted in ("outputs", "inputs")
     )
-    return UnitGroup(producers, consumers, next(iter(sizes.values())))
+    size = next(iter(sizes.values()))
+    return UnitGroup(producers, consumers, size, "outputs" in dense, "inputs" in dense)
 
 
 def _pairs(layers: Layers) -> list[tuple[str | None, str | None]]:

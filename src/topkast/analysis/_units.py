@@ -83,6 +83,8 @@ def unit_counts(sets: Any, /, params: Any = None, *, output_axis: int = 0) -> di
     output_axis
         0 for weights (outputs, inputs, ...), as in PyTorch; -1 for weights (..., inputs, outputs),
         as in Flax. The other axes, of a convolution's kernel, belong to their units.
+        PyTorch's transposed convolutions have (inputs, outputs, ...): swap these axes first.
+        Inputs of a grouped convolution are numbered inside a group.
 
     Returns
     -------
@@ -129,7 +131,7 @@ def dead_units(
     layers
         Names of consecutive layers, from the first to the last; or pairs (producer, consumer) of
         names, where the outputs of the one are the inputs of the other. None stands for a dense
-        tensor.
+        tensor, which connects all units.
     params
         The weights, needed with a functional state and with supports.
     output_axis
@@ -166,11 +168,19 @@ def dead_units(
     names = {name for group in groups for name in (*group.producers, *group.consumers)}
     weights = {name: _connections(name, read[name].mask, output_axis) for name in names}
     has_input = [
-        _any_of([_any_along(weights[name], 1) for name in group.producers], group.size)
+        _any_of(
+            [_any_along(weights[name], 1) for name in group.producers],
+            group.size,
+            dense=group.dense_producer,
+        )
         for group in groups
     ]
     has_output = [
-        _any_of([_any_along(weights[name], 0) for name in group.consumers], group.size)
+        _any_of(
+            [_any_along(weights[name], 0) for name in group.consumers],
+            group.size,
+            dense=group.dense_consumer,
+        )
         for group in groups
     ]
     reached = _spread(has_input, groups, weights, forwards=True)
@@ -199,9 +209,9 @@ def _any_along(flags: Flags, axis: int) -> Flags:
     return np.asarray(flags.any(axis=axis))
 
 
-def _any_of(flags: list[Flags], size: int) -> Flags:
-    """Units with a connection in any tensor; all units if the tensor is dense."""
-    return np.logical_or.reduce(flags) if flags else np.ones(size, dtype=np.bool_)
+def _any_of(flags: list[Flags], size: int, *, dense: bool) -> Flags:
+    """Units with a connection in any tensor; all units if one of the tensors is dense."""
+    return np.ones(size, dtype=np.bool_) if dense else np.logical_or.reduce(flags)
 
 
 def _spread(
@@ -231,7 +241,8 @@ def _spread(
                 else _any_along(matrices[name], 1)
                 for name in names
             ]
-            grown.append(_any_of(from_each, group.size) & flags)
+            dense = group.dense_producer if forwards else group.dense_consumer
+            grown.append(_any_of(from_each, group.size, dense=dense) & flags)
         if all(np.array_equal(old, new) for old, new in zip(alive, grown, strict=True)):
             return alive
         alive = grown

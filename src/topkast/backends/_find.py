@@ -7,6 +7,9 @@ import importlib
 from importlib.metadata import entry_points
 from typing import Any
 
+import numpy as np
+
+from topkast._errors import UnsupportedTensorError
 from topkast.backends._base import Backend
 
 # The entry-point group in which other packages register the backend of a library.
@@ -24,7 +27,17 @@ def backend_of(array: Any) -> Backend:
 
 @functools.cache
 def load_backend(array_type: type[Any]) -> Backend:
-    """Load the backend for arrays of a type, by the package of the type or of one of its bases."""
+    """Load the backend for arrays of a type, by the package of the type or of one of its bases.
+
+    Raises :class:`topkast.UnsupportedTensorError` for NumPy's masked arrays, whose masks most
+    operations drop or spread, and for its matrices, which have no vectors.
+    """
+    if issubclass(array_type, np.ma.MaskedArray):
+        raise UnsupportedTensorError(
+            "numpy.ma arrays are not supported: pass array.filled(0), or another number"
+        )
+    if issubclass(array_type, np.matrix):
+        raise UnsupportedTensorError("numpy.matrix is not supported: pass numpy.asarray(array)")
     for base in array_type.__mro__:
         root = base.__module__.partition(".")[0]
         for entry in entry_points(group=ENTRY_POINTS, name=root):

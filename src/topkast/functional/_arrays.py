@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from array_api_compat import array_namespace
 
+from topkast._errors import MismatchError
 from topkast._primitives import Array, cond, take
 from topkast._step import is_due
 from topkast.backends import backend_of
@@ -27,12 +28,28 @@ def apply_updates(params: Mapping[str, Array], updates: Mapping[str, Array], /) 
     -------
     dict of str to array
 
+    Raises
+    ------
+    MismatchError
+        If names or shapes differ.
+
     Examples
     --------
     >>> import numpy as np, topkast
     >>> topkast.apply_updates({"w": np.asarray([1.0, 2.0])}, {"w": np.asarray([0.5, -0.0])})
     {'w': array([1.5, 2. ])}
     """
+    if params.keys() != updates.keys():
+        raise MismatchError(
+            f"params and updates must have the same names, but {sorted(params.keys() ^ updates)} "
+            "are in one alone"
+        )
+    for name, param in params.items():
+        shapes = tuple(param.shape), tuple(updates[name].shape)
+        if shapes[0] != shapes[1]:  # the sum might have a third one
+            raise MismatchError(
+                f"{name}: the update has the shape {shapes[1]}, but the parameter {shapes[0]}"
+            )
     return {
         name: array_namespace(param).astype(param + updates[name], param.dtype)
         for name, param in params.items()

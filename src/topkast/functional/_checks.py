@@ -6,15 +6,41 @@ from collections.abc import Mapping
 
 from array_api_compat import array_namespace, is_jax_array
 
-from topkast._errors import MismatchError
+from topkast._errors import MismatchError, UnsupportedTensorError
 from topkast._primitives import (
     Array,
     device,
 )
+from topkast.backends import backend_of
+from topkast.backends._base import Backend
 from topkast.functional._plan import Plan
 from topkast.functional._state import TopKASTState
 
-_MAX_COUNT = (1 << 31) - 1  # updates: they are counted in int32
+_FLOATS = ("real floating", "complex floating")
+
+
+def check_weights(params: Mapping[str, Array]) -> None:
+    """Raise :class:`UnsupportedTensorError` unless all are arrays of floats, of a known library."""
+    for name, array in params.items():
+        backend = _backend_of(name, array)
+        try:
+            is_float = array_namespace(array).isdtype(array.dtype, _FLOATS)
+        except TypeError:  # a dtype of another package, such as ml_dtypes
+            raise UnsupportedTensorError(
+                f"{name}: {type(array).__module__} does not know the dtype {array.dtype}: convert "
+                "the weights to float32"
+            ) from None
+        if not is_float:
+            raise UnsupportedTensorError(f"{name}: weights must be floats, got {array.dtype}")
+        backend.check(name, array)
+
+
+def _backend_of(name: str, array: Array) -> Backend:
+    try:
+        array_namespace(array)
+        return backend_of(array)
+    except TypeError as error:
+        raise UnsupportedTensorError(f"{name}: {error}") from None
 
 
 def check_gradients(grads: Mapping[str, Array], params: Mapping[str, Array]) -> None:
@@ -26,6 +52,7 @@ def check_gradients(grads: Mapping[str, Array], params: Mapping[str, Array]) -> 
         )
     for name, grad in grads.items():
         param = params[name]
+        _backend_of(f"the gradient of {name}", grad)
         check_compatible({name: param, f"the gradient of {name}": grad})
         xp = array_namespace(param)
         is_real = [xp.isdtype(array.dtype, "real floating") for array in (grad, param)]

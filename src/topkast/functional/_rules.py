@@ -155,7 +155,10 @@ class Adam:
 
     def __post_init__(self) -> None:
         _set_numbers(self, "lr", "eps", "weight_decay")
-        object.__setattr__(self, "betas", tuple(map(float, self.betas)))
+        betas: Any = self.betas
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise OptionError(f"betas must be two numbers, such as (0.9, 0.999), got {betas!r}")
+        object.__setattr__(self, "betas", tuple(map(float, betas)))
         _check_not_negative(self, "lr", "eps", "weight_decay")
         for beta in self.betas:
             _check_factor("betas", beta)

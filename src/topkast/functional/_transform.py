@@ -18,7 +18,7 @@ from typing import Any
 from array_api_compat import array_namespace
 
 from topkast._age import grow, scale_young, settled_ages
-from topkast._errors import MismatchError, UnsupportedTensorError
+from topkast._errors import MismatchError
 from topkast._options import Options
 from topkast._primitives import Array, cond, possibly_true
 from topkast._step import Step, is_due
@@ -32,7 +32,7 @@ from topkast.functional._arrays import (
     to_compact,
     zero_count,
 )
-from topkast.functional._checks import check_compatible, check_gradients, check_plan
+from topkast.functional._checks import check_compatible, check_gradients, check_plan, check_weights
 from topkast.functional._plan import Plan, TensorInfo, make_plan
 from topkast.functional._state import Arrays, TopKASTState
 from topkast.functional._wrapped_rule import UpdateRule, WrappedRule
@@ -280,12 +280,7 @@ class TopKASTTransform:
         """Return the plan for parameters of these shapes; it is made once and cached."""
         if not params:
             raise MismatchError("params is empty")
-        for name, array in params.items():
-            if not array_namespace(array).isdtype(
-                array.dtype, ("real floating", "complex floating")
-            ):
-                raise UnsupportedTensorError(f"{name}: weights must be floats, got {array.dtype}")
-            backend_of(array).check(name, array)
+        check_weights(params)
         check_compatible(params)
         signature = tuple(
             (name, tuple(array.shape), str(array.dtype)) for name, array in params.items()

@@ -61,7 +61,11 @@ def read_file(path: Any, framework: str, read: Callable[[Any, FileContents], T])
             f"{path} is damaged, or no safetensors file: {error}. Write it again with "
             "topkast_torch.save_forward"
         ) from error
-    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+    except OSError as error:
+        if str(path) in str(error):
+            raise
+        raise OSError(f"{path} cannot be read: {error}") from error
+    except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         raise MismatchError(
             f"{path} is not a valid file of topkast_torch.save_forward: {error}"
         ) from error
@@ -123,7 +127,7 @@ def _read_object(metadata: Mapping[str, str], name: str, default: str = "null") 
 
 def _read_shape(name: str, shape: Any) -> tuple[int, ...]:
     if not isinstance(shape, list) or not all(
-        isinstance(length, int) and length >= 0 for length in shape
+        type(length) is int and length >= 0 for length in shape
     ):
         raise ValueError(f"the shape of {name} must be a list of lengths, got {shape!r}")
     return tuple(shape)

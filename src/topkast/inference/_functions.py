@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from topkast._errors import MismatchError
-from topkast.inference._layers import Layer
+from topkast.inference._layers import Layer, check_array, check_axes
 from topkast.inference._weights import Array
 
 
@@ -28,20 +28,34 @@ def make_function(name: str, description: Mapping[str, Any]) -> Layer | None:
 
 def relu(x: Array) -> Array:
     """Negative numbers become 0."""
+    _check_floats("ReLU", x)
     out: Array = np.maximum(x, x.dtype.type(0))
     return out
 
 
 def sigmoid(x: Array) -> Array:
-    """1 / (1 + exp(−x)), without overflow."""
-    half = x.dtype.type(0.5)
-    out: Array = half * (np.tanh(half * x) + x.dtype.type(1))
+    """1 / (1 + exp(−x)), without overflow, and as precise where it is close to 0."""
+    _check_floats("Sigmoid", x)
+    power, one = np.exp(-np.abs(x)), x.dtype.type(1)
+    out: Array = np.where(x < 0, power, one) / (one + power)
+    return out
+
+
+def tanh(x: Array) -> Array:
+    """The hyperbolic tangent."""
+    _check_floats("Tanh", x)
+    out: Array = np.tanh(x)
     return out
 
 
 def flatten(x: Array, start: int, end: int) -> Array:
     """Join the axes from `start` to `end`, both included."""
-    first, last = (axis % x.ndim for axis in (start, end))
+    check_array("Flatten", x)
+    if not all(-x.ndim <= axis < x.ndim for axis in (start, end)) or start % x.ndim > end % x.ndim:
+        raise MismatchError(
+            f"Flatten joins the axes {start} to {end}, which an input of shape {x.shape} lacks"
+        )
+    first, last = start % x.ndim, end % x.ndim
     length = math.prod(x.shape[first : last + 1])
     return x.reshape(*x.shape[:first], length, *x.shape[last + 1 :])
 
@@ -49,10 +63,12 @@ def flatten(x: Array, start: int, end: int) -> Array:
 def max_pool(
     x: Array, size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
 ) -> Array:
-    """The largest pixel under each window, of images (…, height, width)."""
+    """The largest pixel under each window, of images (…, height, width) of three or four axes."""
+    _check_floats("MaxPool2d", x)
+    check_axes("MaxPool2d", x, (3, 4))
     margins = [(0, 0)] * (x.ndim - 2) + [(zeros, zeros) for zeros in padding]
     padded = np.pad(x, margins, constant_values=-np.inf) if any(padding) else x
-    if padded.ndim < 2 or padded.shape[-2] < size[0] or padded.shape[-1] < size[1]:
+    if padded.shape[-2] < size[0] or padded.shape[-1] < size[1]:
         raise MismatchError(f"a window of {size} does not fit an input of shape {x.shape}")
     windows = np.lib.stride_tricks.sliding_window_view(padded, size, axis=(-2, -1))
     out: Array = windows[..., :: stride[0], :: stride[1], :, :].max(axis=(-2, -1))
@@ -61,6 +77,9 @@ def max_pool(
 
 def mean_pool(x: Array) -> Array:
     """The mean of all pixels, (…, 1, 1)."""
+    _check_floats("AdaptiveAvgPool2d", x)
+    if x.ndim < 2:
+        raise MismatchError(f"AdaptiveAvgPool2d takes images, got an input of shape {x.shape}")
     out: Array = x.mean(axis=(-2, -1), keepdims=True)
     return out
 
@@ -75,8 +94,15 @@ _FUNCTIONS: dict[str, Layer] = {
     "MeanPool2d": mean_pool,
     "ReLU": relu,
     "Sigmoid": sigmoid,
-    "Tanh": np.tanh,
+    "Tanh": tanh,
 }
+
+
+def _check_floats(name: str, x: Any) -> None:
+    """Raise :class:`topkast.MismatchError` unless x is an array of floats."""
+    check_array(name, x)
+    if x.dtype.kind != "f":
+        raise MismatchError(f"the layer {name} takes floats, got {x.dtype}: convert the input")
 
 
 def read_pair(name: str, value: Any, *, min: int = 1) -> tuple[int, int]:  # noqa: A002

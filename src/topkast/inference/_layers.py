@@ -204,21 +204,24 @@ class BatchNorm:
         weight: Array | None,
         bias: Array | None,
         epsilon: float,
+        axes: Sequence[int],
     ) -> None:
         scale = 1 / np.sqrt(variance.astype(np.float64) + epsilon)
         scale = scale if weight is None else scale * weight
         shift = -mean * scale if bias is None else bias - mean * scale
-        self._name = name
+        self._name, self._axes = name, tuple(axes)
         self.scale, self.shift = scale.astype(mean.dtype), shift.astype(mean.dtype)
         self.nbytes = self.scale.nbytes + self.shift.nbytes
 
     def __call__(self, x: Array, /) -> Array:
         """The same shape, (batch, channels, …).
 
-        Raises :class:`topkast.MismatchError` for other channels or another dtype.
+        Raises :class:`topkast.MismatchError` for other channels, another number of axes, or another
+        dtype.
         """
         check_dtype(self._name, x, self.scale.dtype)
-        if x.ndim < 2 or x.shape[1] != len(self.scale):
+        check_axes(self._name, x, self._axes)
+        if x.shape[1] != len(self.scale):
             raise MismatchError(
                 f"the layer {self._name} takes {len(self.scale)} channels, got an input of shape "
                 f"{x.shape}"
@@ -246,12 +249,26 @@ def check_input(name: str, x: Any, dtype: Any, width: int) -> None:
         )
 
 
-def check_dtype(name: str, x: Any, dtype: Any) -> None:
-    """Raise :class:`topkast.MismatchError` unless x is an array of the dtype."""
-    if not isinstance(x, np.ndarray):
+def check_axes(name: str, x: Array, axes: Sequence[int]) -> None:
+    """Raise :class:`topkast.MismatchError` unless x has one of these numbers of axes."""
+    if x.ndim not in axes:
+        raise MismatchError(
+            f"the layer {name} takes an input of {' or '.join(map(str, axes))} axes, got one of "
+            f"shape {x.shape}"
+        )
+
+
+def check_array(name: str, x: Any) -> None:
+    """Raise :class:`topkast.MismatchError` unless x is a NumPy array without a mask."""
+    if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
         raise MismatchError(
             f"the layer {name} takes a NumPy array, got {type(x).__module__}.{type(x).__qualname__}"
         )
+
+
+def check_dtype(name: str, x: Any, dtype: Any) -> None:
+    """Raise :class:`topkast.MismatchError` unless x is an array of the dtype."""
+    check_array(name, x)
     if x.dtype != dtype:
         raise MismatchError(
             f"the layer {name} has dtype {dtype}, its input {x.dtype}: convert the input"

@@ -65,8 +65,9 @@ class Model(Mapping[str, Layer]):
         """
         if self.sequence is None:
             raise MismatchError(
-                "the saved model was not a torch.nn.Sequential of layers that topkast.inference "
-                f"knows: call its layers by name, such as model[{next(iter(self), 'name')!r}](x)"
+                "the saved model was not a torch.nn.Sequential of layers without hooks that "
+                "topkast.inference knows: call its layers by name, such as "
+                f"model[{next(iter(self), 'name')!r}](x)"
             )
         for step in self._steps:
             x = step(x)
@@ -141,13 +142,13 @@ def _make_model(file: Any, contents: FileContents) -> Model:
         tensors[name] = tensors[saved]
     used: set[str] = set()
     layers: dict[str, Layer] = {}
-    made: dict[Any, Layer] = {}  # by the weight: layers that share it are one object
+    made: dict[Any, Layer] = {}  # by its tensors: layers that share all of them are one object
     for name, description in contents.layers.items():
         prefix = f"{name}." if name else ""
         own = {key: tensors.get(prefix + key) for key in ("weight", "bias", *_STATISTICS)}
-        own |= {key: _dense(entry) for key, entry in own.items() if key != "weight"}
         used.update(prefix + key for key in own)
-        key = id(own["weight"]), repr(description)
+        key = repr(description), *(id(tensor) for tensor in own.values())
+        own |= {key: _dense(entry) for key, entry in own.items() if key != "weight"}
         if own["weight"] is None or key not in made:
             made[key] = _make_layer(name or "model", description, own)
         layers[name] = made[key]
@@ -155,6 +156,7 @@ def _make_model(file: Any, contents: FileContents) -> Model:
     return Model(layers, contents.sequence, arrays)
 
 
+_ANY_AXES = 2, 3, 4  # of a batch norm in a file that does not say which it takes
 _STATISTICS = "running_mean", "running_var", "num_batches_tracked"
 
 
@@ -208,8 +210,8 @@ def _make_layer(name: str, description: Mapping[str, Any], tensors: Mapping[str,
         mean, variance = tensors["running_mean"], tensors["running_var"]
         if mean is None or variance is None:
             raise ValueError(f"the layer {name} needs running_mean and running_var")
-        epsilon = float(description["epsilon"])
-        return BatchNorm(name, mean, variance, _dense(weight), bias, epsilon)
+        epsilon, axes = float(description["epsilon"]), description.get("axes", _ANY_AXES)
+        return BatchNorm(name, mean, variance, _dense(weight), bias, epsilon, axes)
     raise ValueError(
         f"the layer {name} has the type {layer_type!r}, which this version does not know"
     )

@@ -107,5 +107,4 @@ def densities(
 
 
 def _is_drawn(row: TensorSummary) -> bool:
-    is_sparse = row.forward_sparsity or row.backward_sparsity
-    return bool(math.prod(row.shape) and (len(row.shape) > 1 or is_sparse))
+    return bool(math.prod(row.shape) and (len(row.shape) > 1 or row.has_sets))

@@ -162,7 +162,12 @@ def percent(share: float) -> str:
 
 def shorten(name: str, length: int) -> str:
     """The end of a long name, which says more than its beginning."""
-    return name if len(name) <= length else f"…{name[1 - length :]}"
+    return literal(name if len(name) <= length else f"…{name[1 - length :]}")
+
+
+def literal(name: str) -> str:
+    """A name as matplotlib writes it: not as a formula, if it has dollar signs."""
+    return name.replace("$", r"\$")
 
 
 def label_rows(axes: Axes, labels: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from topkast.plot._figure import (
     Style,
     add_legend,
     font_size,
+    literal,
     open_figure,
     percent,
     prepare_axes,
@@ -124,7 +125,7 @@ def mask(
         )
         active = int(forward.sum())
         drawn.suptitle(
-            f"{name or 'tensor'}: {active:,} of {tensor.size:,} weights in A "
+            f"{literal(name) or 'tensor'}: {active:,} of {tensor.size:,} weights in A "
             f"({percent(active / tensor.size)})\n"
             f"without a weight: {rows} output units, {columns} input units",
             fontsize=font_size(1.0),

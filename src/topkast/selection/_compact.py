@@ -6,6 +6,7 @@ import math
 
 from array_api_compat import array_namespace
 
+from topkast._errors import MismatchError
 from topkast._primitives import Array, flatten, scatter_flat, take
 from topkast.selection._support import Support
 
@@ -57,6 +58,11 @@ def scatter(
     array
         An array of the given shape and the dtype of `values`.
 
+    Raises
+    ------
+    MismatchError
+        If `values` has another number of entries.
+
     Examples
     --------
     >>> import numpy as np, topkast
@@ -65,6 +71,7 @@ def scatter(
     array([[2., 0.],
            [0., 1.]])
     """
+    check_compact(values, support)
     xp = array_namespace(values)
     flat = scatter_flat(xp.reshape(values, (-1,)), support.entries, math.prod(shape), fill)
     return xp.reshape(flat, shape)
@@ -89,6 +96,11 @@ def forward_view(values: Array, support: Support, /, *, shape: tuple[int, ...]) 
     array
         An array of the given shape and the dtype of `values`.
 
+    Raises
+    ------
+    MismatchError
+        If `values` has another number of entries.
+
     Examples
     --------
     >>> import numpy as np, topkast
@@ -102,7 +114,17 @@ def forward_view(values: Array, support: Support, /, *, shape: tuple[int, ...]) 
     ----------
     Top-KAST, section 2.1.
     """
+    check_compact(values, support)
     xp = array_namespace(values)
     active = xp.reshape(values, (-1,))[: support.forward_size]
     flat = scatter_flat(active, support.active_entries, math.prod(shape), 0.0)
     return xp.reshape(flat, shape)
+
+
+def check_compact(values: Array, support: Support) -> None:
+    """Raise :class:`topkast.MismatchError` unless there is one value for each weight in B."""
+    if math.prod(values.shape) != support.backward_size:
+        raise MismatchError(
+            f"expected the {support.backward_size} values of a tensor on B, as topkast.gather "
+            f"returns them, got an array of shape {tuple(values.shape)}"
+        )

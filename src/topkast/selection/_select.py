@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 from array_api_compat import array_namespace
 
-from topkast._errors import NonFiniteError, UnsupportedTensorError
+from topkast._errors import NonFiniteError, OptionError, UnsupportedTensorError
 from topkast._method import View
 from topkast._options import (
     Explore,
@@ -89,8 +89,8 @@ def select(
     ------
     OptionError
         If a sparsity is out of range, if `block` is not two positive integers or does not divide
-        the matrix, if `block_score` is unknown, or if `pattern` does not fit the sparsities or the
-        rows, or is combined with `block`.
+        the matrix, if `block_score` or `explore` is unknown, or if `pattern` does not fit the
+        sparsities or the rows, or is combined with `block`.
     NonFiniteError
         If an entry is NaN or infinite. Inside ``jax.jit``, where values cannot be inspected, NaN
         ranks last instead, and the counts stay exact.
@@ -123,6 +123,8 @@ def select(
     """
     check_sparsities(fwd, bwd)
     check_block_score(block_score)
+    if explore not in ("magnitude", "random"):
+        raise OptionError(f"explore must be 'magnitude' or 'random', got {explore!r}")
     flat = flatten(params)
     shape, block, pattern = tuple(params.shape), check_block(block), check_pattern(pattern)
     blocks = blocks_of(name or "params", shape, block)

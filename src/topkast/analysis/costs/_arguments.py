@@ -13,7 +13,7 @@ from topkast._errors import OptionError
 from topkast._options import Options, Overrides
 from topkast.analysis.costs._formulas import FORMULAS, Formula
 from topkast.analysis.costs._layers import is_count
-from topkast.analysis.costs._schedule import stretches, while_pruning
+from topkast.analysis.costs._schedule import mean_remaining, stretches, while_pruning
 from topkast.selection._distribution import exact_fraction
 
 
@@ -110,11 +110,15 @@ def find_pruning(
     steps: int | None,
     window: Any,
     initial: float | None,
+    linear: tuple[int, float] | None = None,
 ) -> list[tuple[int, Options]]:
-    """The stretches of a cubic schedule: number of steps, and options in force.
+    """The stretches of a sparsity schedule: number of steps, and options in force.
 
-    Empty for methods of constant sparsity. Raises :class:`topkast.OptionError` for a schedule that
-    is not given, or not possible.
+    `linear` is the end of a linear schedule, and the sparsity at its start; its stretches are those
+    at its first and its last sparsity which have the same mean. Empty for methods of constant
+    sparsity.
+
+    Raises :class:`topkast.OptionError` for a schedule that is not given, or not possible.
     """
     if formula.initial is None:
         given = {"window": window, "initial": initial}
@@ -124,17 +128,24 @@ def find_pruning(
                     f"{name}={value!r} is of a sparsity schedule, but method={method!r} has a "
                     "constant sparsity: leave it out"
                 )
-        return []
-    if not is_count(steps) or not steps:
+        if linear is None:
+            return []
+    if steps is None:
         raise OptionError(
             f"method={method!r} changes its sparsity, and its cost is a mean over the steps: pass "
-            f"steps, a positive integer, got {steps!r}"
+            "steps, a positive integer, got None"
         )
+    if linear is not None:
+        end, first = linear
+        share = mean_remaining(steps, end, options.refresh_every)
+        parts = share.numerator, share.denominator - share.numerator
+        stages = while_pruning(options, first, Fraction(1)), options
+        return [(count, stage) for count, stage in zip(parts, stages, strict=True) if count]
     if window is None:
         window = int(formula.window[0] * steps), int(formula.window[1] * steps)
     elif not (isinstance(window, tuple) and len(window) == 2 and all(map(is_count, window))):
         raise OptionError(f"window must be two steps, such as (0, {steps}), got {window!r}")
-    start = formula.initial if initial is None else initial
+    start = (formula.initial or 0.0) if initial is None else initial
     if initial is not None and not 0 <= check_fraction("initial", initial, max=1) <= options.fwd:
         raise OptionError(
             f"initial is the sparsity from which pruning starts: it must lie in [0, fwd], got "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +20,7 @@ from topkast.analysis.costs._arguments import (
     make_options,
 )
 from topkast.analysis.costs._formulas import Formula, Products, Schedule
-from topkast.analysis.costs._layers import Layer, Sets, sets_of
+from topkast.analysis.costs._layers import Layer, Sets, is_count, sets_of
 from topkast.analysis.costs._memory import OPTIMIZERS, Storage, dense_bytes, sparse_bytes
 from topkast.analysis.costs._methods import describe_method
 from topkast.analysis.costs._report import Cost, LayerCost
@@ -84,7 +85,9 @@ def cost(
         Steps between two refreshes, ΔT. None: 100 for RigL and SRigL, 1000 for GSE and GMP, 4000
         for GraNet. Other formulas do not depend on it.
     steps
-        Steps of the run, which GMP and GraNet need: their FLOPs are means over the steps.
+        Steps of the run, which GMP and GraNet need, and a :class:`topkast.methods.IHT` whose
+        sparsity changes: their FLOPs are means over the steps. A :class:`topkast.methods.ACDC` has
+        its exact share of dense steps with it, and that of two phases in the middle without it.
     window
         First and last step of the cubic schedule of GMP and GraNet. None: from 10/32 to 25/32 of
         the steps for GMP, over the first three tenths for GraNet.
@@ -145,7 +148,9 @@ def cost(
     ----------
     Evci et al., "Rigging the Lottery", 2020; Jayakumar et al., "Top-KAST", 2020.
     """
-    method_name, settings = describe_method(method)
+    if steps is not None and not (is_count(steps) and steps):
+        raise OptionError(f"steps must be a positive integer, got {steps!r}")
+    method_name, settings = describe_method(method, steps, refresh_every)
     formula = find_formula(method_name)
     if refresh_every is None:
         refresh_every = settings.get("refresh_every")
@@ -177,10 +182,17 @@ def cost(
         OPTIMIZERS[optimizer],
         is_masked=execution == "masked",
         keeps_resting=formula.keeps_resting,
-        has_reserve=method_name == "topkast",
+        has_momentum=formula.has_momentum,
+        has_reserve=method_name == "topkast" and getattr(method, "takes_largest", True),
     )
     pruning = find_pruning(
-        method_name, formula, options, steps=steps, window=window, initial=initial
+        method_name,
+        formula,
+        options,
+        steps=steps,
+        window=window,
+        initial=initial,
+        linear=settings.get("linear"),
     )
     layers = _layers_of(model, example)
     sizes = _sizes_of(layers, options, formula, pruning)
@@ -235,7 +247,10 @@ def _sizes_of(
             largest = Sets.full(layers[name])
         elif stages:
             mean = Fraction(sum(count * stage[name].forward for count, stage in stages), steps)
-            largest = max((stage[name] for _, stage in stages), key=lambda stage: stage.backward)
+            largest = max((stage[name] for _, stage in stages), key=lambda stage: stage.forward)
+        if formula.holds is not None:
+            held = layers[name].size if formula.holds == "all" else largest.forward
+            largest = replace(largest, backward=held)
         sizes[name] = _Sizes(sets, mean, largest)
     return sizes
 

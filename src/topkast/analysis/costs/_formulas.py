@@ -87,6 +87,11 @@ class Formula:
         Default start and end of the schedule, as shares of the steps.
     has_dense_phases
         Whether all weights are in A for some of the steps.
+    holds
+        The weights that the library holds with their state, if these are not those that it trains:
+        all, of methods that prune, or A alone.
+    has_momentum
+        Whether a running mean of the gradient of all weights is held.
     """
 
     text: str
@@ -97,6 +102,8 @@ class Formula:
     initial: float | None = None
     window: tuple[Fraction, Fraction] = (Fraction(0), Fraction(1))
     has_dense_phases: bool = False
+    holds: Literal["A", "all"] | None = None
+    has_momentum: bool = False
 
 
 _STATIC = Formula("3 f_S", _sparse)
@@ -107,6 +114,7 @@ _PRUNING = {
     "interval": 1000,
     "initial": 0.0,
     "window": (Fraction(10, 32), Fraction(25, 32)),
+    "holds": "all",
 }
 
 FORMULAS = {
@@ -127,9 +135,10 @@ FORMULAS = {
         interval=4000,
         initial=0.5,
         window=(Fraction(0), Fraction(3, 10)),
+        holds="all",
     ),
     "gse": Formula("3 f_S + γ f_S / ΔT", _sampled, interval=1000),
-    "snfs": Formula("2 f_S + f_D", _dense_gradient, "all"),
+    "snfs": Formula("2 f_S + f_D", _dense_gradient, "all", holds="A", has_momentum=True),
     "dnw": Formula("2 f_S + f_D", _dense_gradient, "all", keeps_resting=True),
     "iht": Formula("2 f_S + f_D", _dense_gradient, "all"),
     "acdc": Formula("3 (p f_D + (1 - p) f_S)", _phases, has_dense_phases=True),

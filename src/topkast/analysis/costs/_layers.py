@@ -43,8 +43,8 @@ class Layer:
     Raises
     ------
     OptionError
-        If a dimension is not an integer of at least 0, `positions` is negative or not finite, or
-        `itemsize` or a side of `block` is not positive.
+        If a dimension is not an integer of at least 0, `positions` is negative or not finite,
+        `sets` are no numbers of weights, or `itemsize` or a side of `block` is not positive.
 
     Examples
     --------
@@ -77,6 +77,17 @@ class Layer:
             )
         if not is_count(self.itemsize) or not self.itemsize:
             raise OptionError(f"itemsize must be a positive integer, got {self.itemsize!r}")
+        sets: Any = self.sets
+        if sets is not None and not (
+            isinstance(sets, (tuple, list))
+            and len(sets) == 2
+            and all(map(is_count, sets))
+            and sets[0] <= sets[1] <= self.size
+        ):
+            raise OptionError(
+                f"sets must be the numbers of weights in A and in B, such as ({self.size // 10}, "
+                f"{self.size // 5}) of {self.size}, with A in B, got {sets!r}"
+            )
         block: Any = self.block
         if block is not None and (len(block) != 2 or not all(is_count(n) and n for n in block)):
             raise OptionError(f"block must be two positive integers or None, got {block!r}")

@@ -41,12 +41,15 @@ class Storage:
         Whether weights outside B keep their values.
     has_reserve
         Whether a refresh chooses among candidates.
+    has_momentum
+        Whether a running mean of the gradient of all weights is held.
     """
 
     optimizer: Moments
     is_masked: bool
     keeps_resting: bool
     has_reserve: bool
+    has_momentum: bool
 
 
 def dense_bytes(layer: Layer, optimizer: Moments) -> dict[str, int]:
@@ -72,6 +75,7 @@ def sparse_bytes(
         "indices": index * sets.units,
         "layouts": _layout_bytes(layer, sets, is_masked=storage.is_masked),
         "ages": 2 * sets.backward if storage.optimizer.has_ages else 0,
+        "momentum": dense if storage.has_momentum else 0,
         "reserve": (index + layer.itemsize) * reserved,
         "reservoir": dense if storage.keeps_resting and reservoir in ("device", "host") else 0,
         "model": 2 * dense if storage.is_masked else 0,  # α, and the gradient of all weights

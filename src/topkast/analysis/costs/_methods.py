@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 from topkast._errors import OptionError
@@ -49,10 +50,15 @@ _FORMULAS: dict[type[Method], str] = {
 }
 
 
-def describe_method(method: Any) -> tuple[Any, dict[str, Any]]:
+def describe_method(
+    method: Any, steps: int | None, refresh_every: int | None
+) -> tuple[Any, dict[str, Any]]:
     """The name of a method's formula, and the arguments of ``cost`` that follow from the method.
 
-    A name stays as it is. Raises :class:`topkast.OptionError` for a method without a formula.
+    A name stays as it is. ``"linear"`` are the end of a linear schedule and the sparsity at its
+    start. `steps` and `refresh_every` are arguments of ``cost``.
+
+    Raises :class:`topkast.OptionError` for a method without a formula.
     """
     if not isinstance(method, Method):
         return method, {}
@@ -68,4 +74,19 @@ def describe_method(method: Any) -> tuple[Any, dict[str, Any]]:
         settings["sample_ratio"] = method.samples
     if isinstance(method, ACDC):
         settings["dense_share"] = method.dense / (method.dense + method.sparse)
+        if steps is not None:
+            interval = refresh_every or method.default_refresh_every
+            settings["dense_share"] = float(_dense_share(method, steps, interval))
+    if isinstance(method, IHT) and method.end:
+        settings["linear"] = method.end, method.initial
     return _FORMULAS[type(method)], settings
+
+
+def _dense_share(method: ACDC, steps: int, interval: int) -> Fraction:
+    """Share of the steps in dense phases, the first and the last phase included."""
+    dense = sum(
+        min(interval, steps - update)
+        for update in range(0, min(steps, method.end), interval)
+        if not method.is_sparse(update)
+    )
+    return Fraction(dense, steps)

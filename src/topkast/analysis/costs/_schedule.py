@@ -42,6 +42,21 @@ def stretches(steps: int, window: tuple[int, int], interval: int) -> Iterator[tu
     yield steps - start - changes * interval, Fraction(0)
 
 
+def mean_remaining(steps: int, end: int, interval: int) -> Fraction:
+    """Mean over the steps of what remains of a linear schedule that reaches 0 at the update `end`.
+
+    It changes at every `interval`-th update.
+
+    >>> str(mean_remaining(4, 2, 1))  # 1, 1/2, 0, 0
+    '3/8'
+    """
+    remaining = sum(
+        (end - update) * min(interval, steps - update)
+        for update in range(0, min(end, steps), interval)
+    )
+    return Fraction(remaining, end * steps)
+
+
 def while_pruning(options: Options, initial: float, remaining: Fraction) -> Options:
     """The options of a stretch: all sparsities between `initial` and their final values."""
 

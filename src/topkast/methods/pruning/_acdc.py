@@ -69,13 +69,14 @@ class ACDC(Method):
 
     def choose(self, view: View, /) -> Support:
         """Choose all weights, the largest, or those of the present sparse phase."""
-        if not self._is_sparse(updates_of(view, self)):
+        if not self.is_sparse(updates_of(view, self)):
             return split_by_magnitude(view, view.backward)
         if view.support is not None and view.support.forward == view.forward < view.backward:
             return view.support
         return split_by_magnitude(view, view.forward)
 
-    def _is_sparse(self, update: int) -> bool:
+    def is_sparse(self, update: int) -> bool:
+        """Whether a refresh after `update` updates is in a sparse phase."""
         if update >= self.end:
             return True
         return update >= self.warm_up and (
