@@ -38,6 +38,7 @@ OPTIONS: dict[str, Any] = {
     "copies": {"refresh_every": 2},
     "first gradient": {"refresh_every": 2},
     "convolution": {"refresh_every": 3, "penalty": 0.0},
+    "static": {"method": topkast.methods.Static()},
 }
 ODD: dict[str, Any] = {"stacked": Stacked, "copies": Copies, "first gradient": FirstGradient}
 STEPS, SAVED = 9, 4
