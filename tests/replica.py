@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import FileStore
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_wrapper
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import topkast
@@ -171,6 +172,26 @@ def train_differently(
     return {"theta": topkast.dense_params(optimizer), "masks": dict(topkast.masks(optimizer))}
 
 
+def train_joined(rank: int, uneven: bool) -> dict[str, Any]:
+    """Train inside of PyTorch's Join, the first process perhaps with fewer batches."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4))
+    optimizer = topkast.wrap_optimizer(
+        torch.optim.SGD(model.named_parameters(), 0.05), fwd=0.9, bwd=0.7, refresh_every=2
+    )
+    topkast.sparsify(model, optimizer)
+    wrapped = DistributedDataParallel(model)
+    MODELS.append(wrapped)
+    torch.manual_seed(100 + rank)
+    with Join([wrapped]):
+        for _ in range(3 + rank if uneven else 4):
+            optimizer.zero_grad()
+            inputs = torch.randn(8, 12)
+            (wrapped(inputs) - inputs[:, :4]).square().mean().backward()
+            optimizer.step()
+    return {"theta": topkast.dense_params(optimizer), "masks": dict(topkast.masks(optimizer))}
+
+
 def sensitivities_of(rank: int) -> topkast.methods.SNIP:
     """Those of each process's own batch."""
     generator = torch.Generator().manual_seed(rank)
@@ -219,6 +240,8 @@ RUNS: dict[str, Callable[[int], dict[str, Any]]] = (
         "sparse": lambda rank: train(rank, seeds=(3, 3)),
         "blocks": lambda rank: train(rank, seeds=(3, 3), block=(4, 1)),
         "other weights": lambda rank: train(rank, seeds=(3, 4)),
+        "joined": lambda rank: train_joined(rank, uneven=False),
+        "joined unevenly": lambda rank: train_joined(rank, uneven=True),
         "other sets": lambda rank: train_with_hook(rank, "hook", diverge=True),
     }
     | {kind: functools.partial(train_differently, **options) for kind, options in DIFFERENT.items()}

@@ -14,6 +14,7 @@ from torch.multiprocessing.spawn import spawn
 import topkast
 
 QUICK = ["masked", "random", "sparse", "blocks", "magnitude", "magnitude_hook", "hook_fp16"]
+QUICK += ["joined", "joined unevenly"]
 REFUSED = ["other weights", "other sets"]  # the last ones: they leave a step unfinished
 SLOW = ["rigl", "rigl_hook", "hook_bf16"]
 
@@ -57,6 +58,7 @@ def test_replicas_agree(quick: Path, name: str) -> None:
         ("sensitivities", "sets A and B differ between the processes: wrap the optimizer after"),
         ("weights before", "sets A and B differ between the processes: wrap the optimizer after"),
         ("weights outside A", "weights that the optimizer holds differ between the processes"),
+        ("joined unevenly", "took different numbers of updates inside of Join"),
         ("other weights", "start all processes with the same weights"),
         ("other sets", "the sets A and B differ between"),
     ],
@@ -66,7 +68,7 @@ def test_replicas_that_differ_raise(quick: Path, name: str, message: str) -> Non
         assert message in state["error"]
 
 
-@pytest.mark.parametrize("name", ["weights in A", "weights after", "reservoirs"])
+@pytest.mark.parametrize("name", ["weights in A", "weights after", "reservoirs", "joined"])
 def test_what_may_differ_makes_no_difference(quick: Path, name: str) -> None:
     assert_same(*states(quick, name))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from optimizer_runs import assert_same_bits
 from torch import nn
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.algorithms.join import Join
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -181,6 +183,17 @@ def test_ages_of_earlier_files_are_read() -> None:
     optimizer.load_state_dict(saved)
     train(model, optimizer, 3, 4)
     assert_same_bits(after, report(optimizer))
+
+
+def test_wrapped_modules_are_copied_and_pickled() -> None:
+    model = DistributedDataParallel(make_model())
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        with Join([other]):
+            other(torch.ones(2, 12)).sum().backward()
+        assert_same_bits(model.state_dict(), other.state_dict())
 
 
 def test_only_prefixes_are_left_out() -> None:

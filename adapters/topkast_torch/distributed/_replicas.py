@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -57,6 +58,12 @@ _WEIGHTS_DIFFER = (
     "dict in each"
 )
 
+_JOINED = (
+    "the processes took different numbers of updates inside of Join, which would copy the weights "
+    "in A of the last one to the others, without its sets and the weights outside A: give all "
+    "processes equally many batches, as DistributedSampler does, or step the optimizer in all"
+)
+
 
 def _check_replicas(parent: nn.Module, name: str, model: Any) -> None:
     """Raise if DistributedDataParallel gets a model that differs between processes."""
@@ -83,6 +90,32 @@ def _check_replicas(parent: nn.Module, name: str, model: Any) -> None:
         _compare(checksums, [getattr(parent, "process_group", None)], device)
     for param in params:
         _DATA_PARALLEL[param] = weakref.ref(parent)
+    parent.join_hook = partial(_make_join_hook, parent)  # type: ignore[method-assign]
+
+
+def _make_join_hook(parent: DistributedDataParallel, **options: Any) -> Any:
+    """A hook of PyTorch's Join that first compares the processes.
+
+    At its end Join copies the Parameters of the last process to the others, without their sets.
+    """
+    hook = DistributedDataParallel.join_hook(parent, **options)
+    copy_parameters = hook.post_hook
+
+    def compare_and_copy(is_last_joiner: bool) -> None:
+        executions = _owners(parent.module.parameters())
+        if executions:
+            numbers = (
+                number
+                for execution in executions
+                for number in (execution.steps, _sets_checksum(execution))
+            )
+            _compare(
+                {_JOINED: _checksum(numbers)}, [parent.process_group], executions[0].values.device
+            )
+        copy_parameters(is_last_joiner)
+
+    hook.post_hook = compare_and_copy
+    return hook
 
 
 def check_new(groups: Iterable[tuple[Group, Options]]) -> None:
