@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import FileStore
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_wrapper
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import topkast
@@ -80,7 +81,7 @@ def train(
     return {"theta": topkast.dense_params(optimizer), "masks": dict(topkast.masks(optimizer))}
 
 
-def train_with_hook(rank: int, kind: str, wrong_seed: bool = False) -> dict[str, Any]:
+def train_with_hook(rank: int, kind: str, *, diverge: bool = False) -> dict[str, Any]:
     """Train masked tensors by whole gradients, or by `ddp_comm_hook`, and count what is sent."""
     torch.manual_seed(0)
     body: nn.Module = nn.Sequential(
@@ -99,8 +100,6 @@ def train_with_hook(rank: int, kind: str, wrong_seed: bool = False) -> dict[str,
         refresh_every=4,
         dense="module.4.*",
         method=method,
-        seed=rank if wrong_seed else 0,
-        explore="random" if wrong_seed else "magnitude",
     )
     sent: list[int] = []
     original = dist.all_reduce
@@ -126,6 +125,8 @@ def train_with_hook(rank: int, kind: str, wrong_seed: bool = False) -> dict[str,
         bytes_of_steps.append(sum(sent))
         grads.append([param.grad.clone() for param in model.parameters() if param.grad is not None])
         optimizer.step()
+        if diverge:
+            optimizer.param_groups[0]["penalty"] = 1.0 * rank
     return {
         "theta": topkast.dense_params(optimizer),
         "masks": dict(topkast.masks(optimizer)),
@@ -134,14 +135,118 @@ def train_with_hook(rank: int, kind: str, wrong_seed: bool = False) -> dict[str,
     }
 
 
-RUNS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "masked": train,
-    "random": lambda rank: train(rank, "random"),
-    "sparse": lambda rank: train(rank, seeds=(3, 3)),
-    "blocks": lambda rank: train(rank, seeds=(3, 3), block=(4, 1)),
-    "other weights": lambda rank: train(rank, seeds=(3, 4)),
-    "other sets": lambda rank: train_with_hook(rank, "hook", wrong_seed=True),
-} | {
-    kind: functools.partial(train_with_hook, kind=kind)
-    for kind in ("magnitude", "magnitude_hook", "rigl", "rigl_hook", "hook_bf16", "hook_fp16")
+def train_differently(
+    rank: int,
+    order: str = "after",
+    weights: Callable[[int], int] = lambda rank: 3,
+    zeros: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train processes that differ: options that are functions give each process its own.
+
+    The optimizer is wrapped after or before DistributedDataParallel; "sparse": before, and layers
+    are made sparse.
+    """
+    torch.manual_seed(weights(rank))
+    model: nn.Module = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4))
+    if zeros:
+        for param in model.parameters():
+            param.detach().zero_()
+    wrapped: nn.Module = DistributedDataParallel(model) if order == "after" else model
+    own = {name: entry(rank) if callable(entry) else entry for name, entry in options.items()}
+    optimizer = topkast.wrap_optimizer(
+        torch.optim.SGD(model.named_parameters(), 0.05),
+        **{"fwd": 0.9, "bwd": 0.7, "refresh_every": 2} | own,
+    )
+    if order == "sparse":
+        topkast.sparsify(model, optimizer)
+    if order != "after":
+        wrapped = DistributedDataParallel(model)
+    MODELS.append(wrapped)
+    torch.manual_seed(100 + rank)
+    for _ in range(5):
+        optimizer.zero_grad()
+        inputs = torch.randn(8, 12)
+        (wrapped(inputs) - inputs[:, :4]).square().mean().backward()
+        optimizer.step()
+    return {"theta": topkast.dense_params(optimizer), "masks": dict(topkast.masks(optimizer))}
+
+
+def train_joined(rank: int, uneven: bool) -> dict[str, Any]:
+    """Train inside of PyTorch's Join, the first process perhaps with fewer batches."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4))
+    optimizer = topkast.wrap_optimizer(
+        torch.optim.SGD(model.named_parameters(), 0.05), fwd=0.9, bwd=0.7, refresh_every=2
+    )
+    topkast.sparsify(model, optimizer)
+    wrapped = DistributedDataParallel(model)
+    MODELS.append(wrapped)
+    torch.manual_seed(100 + rank)
+    with Join([wrapped]):
+        for _ in range(3 + rank if uneven else 4):
+            optimizer.zero_grad()
+            inputs = torch.randn(8, 12)
+            (wrapped(inputs) - inputs[:, :4]).square().mean().backward()
+            optimizer.step()
+    return {"theta": topkast.dense_params(optimizer), "masks": dict(topkast.masks(optimizer))}
+
+
+def sensitivities_of(rank: int) -> topkast.methods.SNIP:
+    """Those of each process's own batch."""
+    generator = torch.Generator().manual_seed(rank)
+    shapes = {"0.weight": (16, 12), "2.weight": (4, 16)}
+    own = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return topkast.methods.SNIP(own)
+
+
+def own_number(rank: int) -> int:
+    return rank
+
+
+DIFFERENT: dict[str, dict[str, Any]] = {
+    "seeds": {"explore": "random", "seed": own_number},
+    "seeds before": {"order": "before", "zeros": True, "seed": own_number},
+    "seeds of layers": {
+        "order": "sparse",
+        "bwd": 0.9,
+        "method": topkast.methods.SET(),
+        "seed": own_number,
+    },
+    "intervals": {"refresh_every": lambda rank: 2 + rank},
+    "shares": {"bwd": 0.9, "method": lambda rank: topkast.methods.SET(0.3 + 0.1 * rank)},
+    "sensitivities": {"bwd": 0.9, "method": sensitivities_of},
+    "weights before": {"order": "before", "weights": own_number},
+    "weights outside A": {
+        "order": "before",
+        "weights": own_number,
+        "method": topkast.methods.Static(),
+    },
+    # What DistributedDataParallel copies, or what changes no set, may differ.
+    "weights in A": {
+        "order": "before",
+        "weights": own_number,
+        "bwd": 0.9,
+        "method": topkast.methods.SET(),
+    },
+    "weights after": {"weights": own_number},
+    "reservoirs": {"reservoir": lambda rank: ("device", "host")[rank]},
 }
+
+RUNS: dict[str, Callable[[int], dict[str, Any]]] = (
+    {
+        "masked": train,
+        "random": lambda rank: train(rank, "random"),
+        "sparse": lambda rank: train(rank, seeds=(3, 3)),
+        "blocks": lambda rank: train(rank, seeds=(3, 3), block=(4, 1)),
+        "other weights": lambda rank: train(rank, seeds=(3, 4)),
+        "joined": lambda rank: train_joined(rank, uneven=False),
+        "joined unevenly": lambda rank: train_joined(rank, uneven=True),
+        "other sets": lambda rank: train_with_hook(rank, "hook", diverge=True),
+    }
+    | {kind: functools.partial(train_differently, **options) for kind, options in DIFFERENT.items()}
+    | {
+        kind: functools.partial(train_with_hook, kind=kind)
+        for kind in ("magnitude", "magnitude_hook", "rigl", "rigl_hook", "hook_bf16", "hook_fp16")
+    }
+)

@@ -38,6 +38,7 @@ OPTIONS: dict[str, Any] = {
     "copies": {"refresh_every": 2},
     "first gradient": {"refresh_every": 2},
     "convolution": {"refresh_every": 3, "penalty": 0.0},
+    "static": {"method": topkast.methods.Static()},
 }
 ODD: dict[str, Any] = {"stacked": Stacked, "copies": Copies, "first gradient": FirstGradient}
 STEPS, SAVED = 9, 4
@@ -168,7 +169,11 @@ def run_two(rank: int, folder: str) -> None:
         else:
             train(model, opt, case, range(STEPS), rank)
         result[case] = report(opt) | {"parts": topkast.summary(opt).held_parts}
-    result["errors"] = [_refuse_other_weights(rank), *_refuse_bad_weights(rank)]
+    result["errors"] = [
+        _refuse_other_weights(rank),
+        _refuse_other_options(rank),
+        *_refuse_bad_weights(rank),
+    ]
     torch.save(result, f"{folder}/two_{rank}.pt")
     leave()
 
@@ -178,6 +183,18 @@ def _refuse_other_weights(rank: int) -> str:
     model = nn.Sequential(topkast_torch.SparseLinear(9, 9, **SPARSITIES))
     try:
         topkast_torch.fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    except topkast.MismatchError as error:
+        return str(error)
+    return ""
+
+
+def _refuse_other_options(rank: int) -> str:
+    """Otherwise one process would wait for the other at a refresh that only one has."""
+    model = build("adamw")
+    shard(model, 2)
+    inner = torch.optim.AdamW(model.named_parameters(), 0.05)
+    try:
+        topkast.wrap_optimizer(inner, **SPARSITIES, refresh_every=2 + rank)
     except topkast.MismatchError as error:
         return str(error)
     return ""

@@ -14,7 +14,7 @@ import torch
 from array_api_compat import array_namespace, device
 from hypothesis import given
 from hypothesis import strategies as st
-from libraries import Library, host
+from libraries import LIBRARIES, Library, host
 from torch import nn
 
 import topkast
@@ -329,7 +329,48 @@ class Curious(Leading):
     needs: ClassVar[frozenset[str]] = frozenset({"weights", "hessian"})
 
 
+class Undeclared(TopKAST):
+    """The largest weights, which it does not ask for."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def choose(self, view: View) -> Support:
+        return super().choose(view)
+
+
+class UndeclaredLater(Undeclared):
+    """The same at refreshes alone, where PyTorch passes zeros."""
+
+    def choose(self, view: View) -> Support:
+        if isinstance(view.draw, int) and view.draw == 0:
+            return Leading().choose(view)
+        return super().choose(view)
+
+
+class OwnGenerator(Method):
+    """Draws that are other ones in each process, and after a checkpoint."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"weights"})
+
+    def choose(self, view: View) -> Support:
+        drawn = np.random.default_rng().permutation(view.weights.shape[0])[: view.backward]
+        active, exploring = np.sort(drawn[: view.forward]), np.sort(drawn[view.forward :])
+        indices = np.concatenate([active, exploring])
+        if isinstance(view.weights, torch.Tensor):
+            return Support(torch.from_numpy(indices), view.forward)
+        return Support(indices, view.forward)
+
+
 class TestRefusals:
+    @pytest.mark.parametrize("method", [Undeclared(), UndeclaredLater(), OwnGenerator()])
+    @pytest.mark.parametrize("training", ["arrays", "masked"])
+    def test_sets_that_depend_on_what_was_not_declared(self, method: Method, training: str) -> None:
+        runs = TRAININGS | {"arrays": lambda own, count: train_arrays(own, LIBRARIES[0], count)}
+        message = f"{type(method).__name__} chose other sets of w when it was called again"
+        with pytest.raises(topkast.MismatchError, match=message) as caught:
+            runs[training](method, 1)
+        assert ("`needs` lack 'weights'" in str(caught.value)) == ("weights" not in method.needs)
+
     @pytest.mark.parametrize(
         ("method", "message"),
         [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -121,3 +122,52 @@ def test_a_missing_hypothesis_is_named(strategy: Any, monkeypatch: pytest.Monkey
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'topkast\[testing\]'") as caught:
         strategy()
     assert caught.value.name == "hypothesis"
+
+
+NUMBERS: dict[str, Any] = {
+    "counts": lambda masks: testing.assert_counts(masks, **PAIR),
+    "nested": testing.assert_nested,
+    "order": lambda masks: testing.assert_magnitude_order(THETA, masks.forward),
+    "ties": lambda masks: testing.assert_tie_order(THETA, masks.forward),
+    "masks": lambda masks: testing.assert_masks(THETA, masks, **PAIR),
+    "view": lambda masks: testing.assert_forward_view(THETA, THETA * masks.forward, masks.forward),
+    "reservoir": lambda masks: testing.assert_reservoir_unchanged(THETA, THETA, masks.backward),
+}
+
+
+@pytest.mark.parametrize("assertion", NUMBERS)
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.float32])
+def test_masks_of_numbers_are_refused(assertion: str, dtype: Any) -> None:
+    """NumPy takes them for indices, so that wrong weights would pass."""
+    masks = Masks(*(mask.astype(dtype) for mask in GOOD))
+    with pytest.raises(topkast.MismatchError, match=r"expected booleans: mask != 0"):
+        NUMBERS[assertion](masks)
+
+
+def test_other_shapes_are_refused_where_numpy_would_broadcast() -> None:
+    row = GOOD.forward[:1]
+    checks: list[Callable[[], None]] = [
+        lambda: testing.assert_nested(Masks(row, GOOD.backward)),
+        lambda: testing.assert_magnitude_order(THETA, GOOD.forward.T),
+        lambda: testing.assert_tie_order(THETA, GOOD.forward.T),
+        lambda: testing.assert_forward_view(THETA, THETA[:1], GOOD.forward),
+        lambda: testing.assert_forward_view(THETA, THETA, row),
+        lambda: testing.assert_reservoir_unchanged(THETA, THETA[:1], GOOD.backward),
+        lambda: testing.assert_reservoir_unchanged(THETA, THETA, row),
+    ]
+    for check in checks:
+        with pytest.raises(topkast.MismatchError, match="got shape"):
+            check()
+    with pytest.raises(AssertionError, match="were float32, and are float64"):
+        testing.assert_reservoir_unchanged(THETA, THETA.astype(np.float64), GOOD.backward)
+
+
+def test_survivors_need_one_value_for_each_entry_of_b() -> None:
+    old, new = (Support(np.asarray(i), 0) for i in ([0, 2, 5], [2, 3, 5]))
+    before, after = np.asarray([1.0, 2.0, 3.0]), np.asarray([2.0, 0.0, 3.0])
+    for first, second, name in (
+        (before, after[:2], "after, on the new B"),
+        (np.append(before, 7.0), after, "before, on the old B"),
+    ):
+        with pytest.raises(topkast.MismatchError, match=f"values {name}: got shape"):
+            testing.assert_survivors_unchanged(first, second, old, new)

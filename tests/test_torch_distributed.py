@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import topkast_torch
 import torch
-from replica import run
+from replica import DIFFERENT, run
 from torch.multiprocessing.spawn import spawn
 
 import topkast
 
 QUICK = ["masked", "random", "sparse", "blocks", "magnitude", "magnitude_hook", "hook_fp16"]
+QUICK += ["joined", "joined unevenly"]
 REFUSED = ["other weights", "other sets"]  # the last ones: they leave a step unfinished
 SLOW = ["rigl", "rigl_hook", "hook_bf16"]
 
@@ -30,7 +31,7 @@ def states(folder: Path, name: str, count: int = 2) -> list[dict[str, Any]]:
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One start of two processes serves all tests: it takes longer than the training."""
     folder = tmp_path_factory.mktemp("replicas")
-    train(folder, QUICK + REFUSED)
+    train(folder, [*QUICK, *DIFFERENT, *REFUSED])
     return folder
 
 
@@ -49,6 +50,15 @@ def test_replicas_agree(quick: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("seeds", "options of topkast.wrap_optimizer, or the names"),
+        ("seeds before", "options of topkast.wrap_optimizer, or the names"),
+        ("seeds of layers", "options of topkast.wrap_optimizer, or the names"),
+        ("intervals", "options of topkast.wrap_optimizer, or the names"),
+        ("shares", "options of topkast.wrap_optimizer, or the names"),
+        ("sensitivities", "sets A and B differ between the processes: wrap the optimizer after"),
+        ("weights before", "sets A and B differ between the processes: wrap the optimizer after"),
+        ("weights outside A", "weights that the optimizer holds differ between the processes"),
+        ("joined unevenly", "took different numbers of updates inside of Join"),
         ("other weights", "start all processes with the same weights"),
         ("other sets", "the sets A and B differ between"),
     ],
@@ -56,6 +66,11 @@ def test_replicas_agree(quick: Path, name: str) -> None:
 def test_replicas_that_differ_raise(quick: Path, name: str, message: str) -> None:
     for state in states(quick, name):
         assert message in state["error"]
+
+
+@pytest.mark.parametrize("name", ["weights in A", "weights after", "reservoirs", "joined"])
+def test_what_may_differ_makes_no_difference(quick: Path, name: str) -> None:
+    assert_same(*states(quick, name))
 
 
 def check_hook(folder: Path, kind: str, count: int = 2) -> None:

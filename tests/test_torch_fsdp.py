@@ -93,8 +93,9 @@ def test_two_processes_are_one_and_resume_in_one(tmp_path: Path, group: Any) -> 
         assert sum(reservoirs) == weights
         assert max(reservoirs) <= 0.62 * weights  # 9 of 17 rows, and 3 of 5
 
-    for differ, bad, same in (result["errors"] for result in two):
+    for differ, options, bad, same in (result["errors"] for result in two):
         assert "the sets or weights of 0 differ between processes" in differ
+        assert "the options of topkast.wrap_optimizer, or the names" in options
         assert "0.values: 1 of 221 entries are NaN or infinite" in bad
         assert same
 

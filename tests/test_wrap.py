@@ -55,6 +55,18 @@ def test_missing_dependency_of_an_adapter_names_the_extra(monkeypatch: pytest.Mo
         topkast.wrap_optimizer(inner, fwd=0.5, bwd=0.5)
 
 
+def test_faults_of_adapters_of_others_name_no_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, message in (
+        ("toolkit_not_there:wrap", "the adapter for toolkit needs toolkit_not_there.*: install to"),
+        ("test_wrap:wrapp", "toolkit has the entry point test_wrap:wrapp.*no attribute 'wrapp'"),
+    ):
+        entry = EntryPoint("toolkit", value, _adapters.ENTRY_POINTS)
+        monkeypatch.setattr(_adapters, "entry_points", lambda group, entry=entry: [entry])
+        with pytest.raises(topkast.AdapterNotFoundError, match=message) as caught:
+            topkast.wrap_optimizer(foreign("toolkit"), fwd=0.5, bwd=0.5)
+        assert "topkast[" not in str(caught.value)
+
+
 def test_class_instead_of_an_optimizer() -> None:
     with pytest.raises(topkast.AdapterNotFoundError, match=r"got the class AdamW: construct it"):
         topkast.wrap_optimizer(torch.optim.AdamW, fwd=0.9, bwd=0.8)

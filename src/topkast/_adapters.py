@@ -42,12 +42,18 @@ def load(entry: EntryPoint, function: str | None = None) -> Any:
     adapter has no such function.
     """
     try:
-        loaded = entry.load()
         module = importlib.import_module(entry.module)
+        loaded = entry.load()
     except ModuleNotFoundError as error:
+        extra = EXTRAS.get(entry.name)
+        remedy = f"pip install 'topkast[{extra}]'" if extra else f"install {error.name}"
         raise AdapterNotFoundError(
-            f"the adapter for {entry.name} needs {error.name}, which is not installed: "
-            f"pip install 'topkast[{EXTRAS.get(entry.name, entry.name)}]'"
+            f"the adapter for {entry.name} needs {error.name}, which is not installed: {remedy}"
+        ) from error
+    except AttributeError as error:
+        raise AdapterNotFoundError(
+            f"the adapter for {entry.name} has the entry point {entry.value}, which cannot be "
+            f"loaded: {error}. Register a function of a module, as 'package.module:wrap'"
         ) from error
     if function is None:
         return loaded

@@ -69,6 +69,7 @@ from topkast.selection._across import change_sets
 from topkast.selection._distribution import Shape, exact_fraction, kept_count
 from topkast.selection._groups import group_size_of, pattern_densities
 from topkast.selection._incremental import choose_first, choose_next
+from topkast.selection._random import bare_name
 from topkast.selection._reserve import IncrementalSelection
 from topkast.selection._support import Migration
 
@@ -105,6 +106,7 @@ __all__ = [
     "Traits",
     "WrappedRule",
     "apply_updates",
+    "bare_name",
     "beta_pairs",
     "bias_correction",
     "change_sets",

@@ -30,7 +30,13 @@ Vector = np.ndarray[Any, Any]
 
 
 def tie_words(size: int, seed: int, name: str) -> Vector:
-    """A hash of (seed, tensor name, index), by which equal magnitudes rank; uint32."""
+    """A hash of (seed, tensor name, index), by which equal magnitudes rank; uint32.
+
+    The prefixes of DistributedDataParallel and torch.compile are no part of a name.
+    """
+    *modules, last = name.split(".")
+    wrappers = "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"
+    name = ".".join([module for module in modules if module not in wrappers] + [last])
     digest = hashlib.blake2s(f"{seed} ties {name}".encode(), digest_size=16).digest()
     words = np.arange(size, dtype=np.uint32)
     for key in (*struct.unpack("<4I", digest), 0):

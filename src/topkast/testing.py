@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from array_api_compat import is_cupy_array
 
+from topkast._errors import MismatchError
 from topkast._inspect import Masks
 from topkast._primitives import Array
 from topkast.selection._distribution import exact_fraction, kept_count
@@ -133,6 +134,8 @@ def assert_masks(
         If a law is broken; the message names it.
     OptionError
         If `block` does not divide the matrix.
+    MismatchError
+        If a mask has numbers instead of booleans, or another shape than `theta`.
 
     Examples
     --------
@@ -186,13 +189,9 @@ def assert_counts(
 
 
 def assert_nested(masks: Masks) -> None:
-    """Assert that A is a subset of B.
-
-    >>> import numpy as np, topkast.testing
-    >>> masks = topkast.Masks(np.asarray([True, False, False]), np.asarray([True, True, False]))
-    >>> topkast.testing.assert_nested(masks)
-    """
-    outside = to_numpy(masks.forward) & ~to_numpy(masks.backward)
+    """Assert that A is a subset of B."""
+    forward = _flags(masks.forward, "A")
+    outside = forward & ~_flags(masks.backward, "B", forward.shape)
     assert not outside.any(), f"A has {int(outside.sum())} entries outside B"
 
 
@@ -211,6 +210,7 @@ def assert_magnitude_order(
     >>> import numpy as np, topkast.testing
     >>> topkast.testing.assert_magnitude_order(np.asarray([1.0, -3.0]), np.asarray([False, True]))
     """
+    _flags(mask, "the mask", tuple(theta.shape))
     all_scores, flags = _unit_scores(theta, block, block_score), _unit_flags(mask, block)
     for group in _groups(flags, mask, pattern):
         scores, kept = all_scores[group], flags[group]
@@ -243,6 +243,7 @@ def assert_tie_order(
     >>> mask = np.isin(np.arange(4), support.active)
     >>> topkast.testing.assert_tie_order(np.ones(4), mask, seed=3)
     """
+    _flags(mask, "the mask", tuple(theta.shape))
     scores, kept = _unit_scores(theta, block, block_score), _unit_flags(mask, block)
     for group in _groups(kept, mask, pattern):
         if not kept[group].any():
@@ -262,7 +263,9 @@ def assert_forward_view(theta: Array, alpha: Array, forward: Array) -> None:
     >>> theta, alpha = np.asarray([2.0, 1.0]), np.asarray([2.0, 0.0])
     >>> topkast.testing.assert_forward_view(theta, alpha, np.asarray([True, False]))
     """
-    dense, view, mask = to_numpy(theta), to_numpy(alpha), to_numpy(forward)
+    dense, view = to_numpy(theta), to_numpy(alpha)
+    mask = _flags(forward, "A", dense.shape)
+    _check_shape("the view", view, dense.shape)
     assert view.dtype == dense.dtype, f"the view is {view.dtype}, the weights are {dense.dtype}"
     assert _bits(view[mask]) == _bits(dense[mask]), "the view differs from the weights on A"
     zeros = np.zeros_like(dense[~mask])
@@ -276,11 +279,12 @@ def assert_reservoir_unchanged(before: Array, after: Array, backward: Array) -> 
     >>> before, after = np.asarray([2.0, 1.0]), np.asarray([2.5, 1.0])
     >>> topkast.testing.assert_reservoir_unchanged(before, after, np.asarray([True, False]))
     """
-    outside = ~to_numpy(backward)
-    first, second = to_numpy(before)[outside], to_numpy(after)[outside]
-    assert _bits(first) == _bits(second), (
-        f"{int(np.sum(first != second))} of {outside.sum()} weights outside B have moved"
-    )
+    first, second = to_numpy(before), to_numpy(after)
+    outside = ~_flags(backward, "B", first.shape)
+    _check_shape("the weights after", second, first.shape)
+    assert first.dtype == second.dtype, f"the weights were {first.dtype}, and are {second.dtype}"
+    moved = int((_bytes_of(first[outside]) != _bytes_of(second[outside])).any(axis=1).sum())
+    assert not moved, f"{moved} of {outside.sum()} weights outside B have moved"
 
 
 def assert_survivors_unchanged(
@@ -297,6 +301,9 @@ def assert_survivors_unchanged(
     """
     first, second = to_numpy(before).ravel(), to_numpy(after).ravel()
     old_entries, new_entries = to_numpy(old.entries), to_numpy(new.entries)
+    _check_shape("the values before, on the old B", first, old_entries.shape)
+    _check_shape("the values after, on the new B", second, new_entries.shape)
+    assert first.dtype == second.dtype, f"the values were {first.dtype}, and are {second.dtype}"
     _, in_old, in_new = np.intersect1d(old_entries, new_entries, return_indices=True)
     assert _bits(second[in_new]) == _bits(first[in_old]), "an entry changed while it was in B"
     entered = np.ones(second.size, dtype=bool)
@@ -331,7 +338,7 @@ def _unit_scores(theta: Array, block: Block, block_score: BlockScore) -> HostArr
 
 def _unit_flags(mask: Array, block: Block, name: str = "the mask") -> HostArray:
     """Flags (n,) of the units of a tensor that are in a mask."""
-    host = to_numpy(mask)
+    host = _flags(mask, name)
     blocks = blocks_of("mask", host.shape, block)
     if blocks is None:
         return host.ravel()
@@ -361,6 +368,31 @@ def to_numpy(array: Array) -> HostArray:
         return np.asarray(array)
     except TypeError:  # the library supports only the standard's exchange protocol
         return np.from_dlpack(array)
+
+
+def _flags(mask: Array, name: str, shape: tuple[int, ...] | None = None) -> HostArray:
+    """A mask in NumPy; raises :class:`topkast.MismatchError` unless it has booleans, and a shape.
+
+    Numbers would be taken for indices.
+    """
+    host = to_numpy(mask)
+    if host.dtype != np.bool_:
+        raise MismatchError(f"{name} is an array of {host.dtype}, expected booleans: mask != 0")
+    if shape is not None:
+        _check_shape(name, host, shape)
+    return host
+
+
+def _check_shape(name: str, array: HostArray, shape: tuple[int, ...]) -> None:
+    """Raise :class:`topkast.MismatchError` for another shape: NumPy might broadcast it."""
+    if array.shape != tuple(shape):
+        raise MismatchError(f"{name}: got shape {array.shape}, expected {tuple(shape)}")
+
+
+def _bytes_of(array: HostArray) -> HostArray:
+    """The bytes of the entries (n, bytes)."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return flat.view(np.uint8).reshape(len(flat), flat.dtype.itemsize)
 
 
 def _bits(array: HostArray) -> bytes:

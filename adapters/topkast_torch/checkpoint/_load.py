@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from topkast import MismatchError, OptionError, StateDictError, Support
-from topkast.adapter import FIXED_OPTIONS, GROUP_OPTIONS
+from topkast.adapter import FIXED_OPTIONS, GROUP_OPTIONS, SETTLED, bare_name
 from topkast.reservoirs import Reservoir
 from topkast_torch.checkpoint._load_weights import expect, load_weights
 from topkast_torch.checkpoint._save import TOPKAST_KEY, VERSION, copy_tree, is_tensor
@@ -248,11 +248,16 @@ def _expect_order(names: list[str], members: Any) -> None:
 def _match_params(
     group: Group, param_group: Mapping[str, Any], saved: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The saved number of each tensor: matched by name if both sides have the same names."""
+    """The saved number of each tensor: matched by name if both sides have the same names.
+
+    Prefixes of DistributedDataParallel and torch.compile do not count.
+    """
     names, saved_names = param_group.get("param_names"), saved.get("param_names")
-    if names is not None and saved_names is not None and sorted(names) == sorted(saved_names):
-        numbers = dict(zip(saved_names, saved["params"], strict=True))
-        return {key: numbers[name] for key, name in zip(group.names, names, strict=True)}
+    if names is not None and saved_names is not None:
+        own, others = (list(map(bare_name, entry)) for entry in (names, saved_names))
+        if sorted(own) == sorted(others) and len({*own}) == len(own):
+            numbers = dict(zip(others, saved["params"], strict=True))
+            return {key: numbers[name] for key, name in zip(group.names, own, strict=True)}
     return dict(zip(group.names, saved["params"], strict=True))
 
 
@@ -280,9 +285,11 @@ def _check_sets(execution: Execution, extras: Mapping[str, Any], folder: Any) ->
         raise StateDictError(str(error)) from None
     ages = None
     if execution.young is not None:
-        expected = ((ranked.backward_size,), torch.int16)
+        dtype = torch.int16 if shared["ages"].dtype == torch.int16 else torch.int32  # older files
+        expected = ((ranked.backward_size,), dtype)
         expect(f"ages of {key}", expected, _shape_and_dtype(shared["ages"]))
-        ages = execution.saved_form.load_vector(shared["ages"]).to(device, copy=True)
+        saved_ages = execution.saved_form.load_vector(shared["ages"])
+        ages = saved_ages.clamp(0, SETTLED).to(device, torch.int16)
     momentum = None
     if execution.momentum is not None:
         expected = ((ranked.size,), execution.momentum.dtype)

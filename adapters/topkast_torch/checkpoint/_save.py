@@ -153,7 +153,7 @@ def _save_execution(execution: Execution) -> dict[str, dict[str, Any]]:
         shared["group_size"] = ranked.group_size
     shared["steps"] = execution.steps
     if execution.young is not None:
-        ages = execution.young.current_ages().clone()
+        ages = execution.young.current_ages().int()  # neither gloo nor NCCL sends int16
         shared["ages"] = execution.saved_form.save_vector(ages)
     if execution.momentum is not None:
         shared["momentum"] = execution.momentum.clone()

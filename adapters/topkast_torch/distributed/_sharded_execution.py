@@ -58,7 +58,8 @@ class ShardedExecution(SparseExecution):
         part = local_part(self.param.detach()).view(*self.ranked.compact_shape[:-1], -1)
         self.values = Parameter(part, requires_grad=self.param.requires_grad)
         reservoir: Any = layer.reservoir
-        if reservoir is None:  # loaded from a file, which has no weights outside B
+        # Loaded from a file, or trained by a method that forgets: there are no weights outside B.
+        if reservoir is None or method_of(options).forgets:
             start, stop = self._range
             reservoir = TensorReservoir(part.new_zeros(stop - start))
         rows = reservoir.tensor.to(part)
@@ -329,7 +330,7 @@ class ShardedForm(SavedForm):
         return self._map(stores, self._sharding.part_of)
 
     def save_vector(self, vector: Tensor) -> Tensor:
-        return self._sharding.gather(vector.int()).to(vector.dtype)  # gloo sends no int16
+        return self._sharding.gather(vector)
 
     def load_vector(self, vector: Tensor) -> Tensor:
         return self._sharding.part_of(vector, 0)

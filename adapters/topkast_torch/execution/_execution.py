@@ -61,6 +61,7 @@ class Execution(ABC):
     power: float
     method: Method
     saved_form: SavedForm = SavedForm()
+    options_checksum: int = 0  # which all processes must share
     # Changed by a refresh
     support: Support
     entered_active: Tensor  # number of entries new to A, by member

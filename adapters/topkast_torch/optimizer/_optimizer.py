@@ -15,6 +15,7 @@ from topkast import MismatchError, OptionError, UnsupportedOptimizerError
 from topkast.adapter import GROUP_OPTIONS, Inspection, Method, Options
 from topkast_torch.checkpoint._load import load
 from topkast_torch.checkpoint._save import save
+from topkast_torch.distributed._replicas import check_new
 from topkast_torch.execution._execution import Execution
 from topkast_torch.execution._profile import Trials
 from topkast_torch.inner._fresh import DISABLED_METHODS, class_name
@@ -75,13 +76,14 @@ class TopKASTOptimizer(torch.optim.Optimizer):
             for param_group in inner.param_groups:
                 group_options = options.override(param_group)
                 state.groups.append(prepare_group(state, param_group, group_options, trials))
-                options_by_group.append(group_options.for_group())
+                options_by_group.append(group_options)
             check_names(state.groups, inner.param_groups, options)
             check_overlap(state.groups)
             masked = [group.masked() for group in state.groups]
             check_parametrizations(
                 {name: param for group in masked for name, param in group.items()}
             )
+            check_new(zip(state.groups, options_by_group, strict=True))
             restricted = [
                 restrict_state(inner.state, group, group.params) for group in state.groups
             ]
@@ -91,11 +93,11 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         self._wrapper_state = state
         state.handle.take_over(self)
         clear_state(inner, state.stores)
-        for group, param_group, group_values, entries in zip(
+        for group, param_group, group_options, entries in zip(
             state.groups, inner.param_groups, options_by_group, restricted, strict=True
         ):
             inner.state.update(entries)
-            self._install(group, param_group, group_values)
+            self._install(group, param_group, group_options.for_group())
 
     @staticmethod
     def _install(group: Group, param_group: dict[str, Any], options: Mapping[str, Any]) -> None:
@@ -249,6 +251,7 @@ class TopKASTOptimizer(torch.optim.Optimizer):
             with discarding(group.executions):
                 check_overlap([*state.groups, group])
                 check_parametrizations(group.masked())
+                check_new([(group, options)])
                 self._add_inner_group(param_group, group)
         except Exception:
             del self.param_groups[len(state.groups) :]

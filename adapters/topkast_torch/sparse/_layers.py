@@ -15,6 +15,7 @@ from topkast import MismatchError, OptionError, UnsupportedTensorError
 from topkast.adapter import check_block, check_sparsities
 from topkast.reservoirs import Generated, Init, LayeredReservoir
 from topkast_torch._reservoirs import STREAMED
+from topkast_torch.checkpoint import _prefixes  # noqa: F401, for its hook
 from topkast_torch.optimizer._ownership import owner_of
 from topkast_torch.sparse._convolutions import Convolution, Window, make_convolution
 from topkast_torch.sparse._drawing import draw_dense, draw_streamed, set_undrawn

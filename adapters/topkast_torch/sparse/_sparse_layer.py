@@ -323,7 +323,8 @@ class SparseLayer(nn.Module):
         if len(present) < len(names):
             raise MismatchError(
                 f"the state dict has {present} but not {sorted({*names} - {*present})}: values and "
-                "indices must be loaded together"
+                "indices must be loaded together. broadcast_from_rank0 of torch.distributed "
+                "sends no indices: read the state dict in each process instead"
             )
         layer = prefix.rstrip(".") or "the layer"
         values = state_dict[names[0]]

@@ -52,6 +52,10 @@ def check_gradients(grads: Mapping[str, Array], params: Mapping[str, Array]) -> 
         )
     for name, grad in grads.items():
         param = params[name]
+        if grad is None:
+            raise MismatchError(
+                f"{name} has no gradient, None: pass zeros for a tensor that the loss does not use"
+            )
         _backend_of(f"the gradient of {name}", grad)
         check_compatible({name: param, f"the gradient of {name}": grad})
         xp = array_namespace(param)

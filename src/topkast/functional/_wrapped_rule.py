@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from topkast._age import Betas
+from topkast._errors import UnsupportedOptimizerError
 from topkast._primitives import Array
 from topkast._probe import (
     HostArray,
@@ -19,6 +20,7 @@ from topkast._probe import (
     check_permutation,
     observe,
 )
+from topkast.functional._contract import check_contract
 from topkast.functional._rules import SGD, Adam
 from topkast.functional._state import Arrays, Visit, map_dictionaries
 from topkast.selection._distribution import Shape
@@ -31,7 +33,7 @@ class UpdateRule(Protocol):
     needs a third function, ``map_entries(visit, state, fresh)``. It replaces each such entry by
     ``visit(key, entry, initial)``, where `initial` is the entry of `fresh`, a state that ``init``
     returned. A rule of the Adam family has its factors as ``betas``. A rule with
-    ``elementwise = True`` is not probed.
+    ``elementwise = True`` is not probed for rows and columns.
     """
 
     def init(self, params: Any, /) -> Any: ...
@@ -62,14 +64,28 @@ class WrappedRule:
 
     def update(self, grads: Arrays, state: Any, params: Arrays) -> tuple[Arrays, Any]:
         """Take one step of a trial."""
-        displacements, state = self._rule.update(grads, state, params)
-        return displacements, state
+        result: Any = self._rule.update(grads, state, params)
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Mapping)):
+            raise UnsupportedOptimizerError(
+                f"the rule {type(self._rule).__name__} returned a {type(result).__name__} from "
+                "update, expected a tuple (updates, state), the updates a dictionary by name"
+            )
+        displacements, state = result
+        return dict(displacements), state
 
     def map_entries(self, visit: Visit, state: Any, fresh: Any, keys: Collection[str]) -> Any:
         """Apply `visit` to the rule's entries per parameter, by its own function or by `keys`."""
         if hasattr(self._rule, "map_entries"):
             return self._rule.map_entries(visit, state, fresh)
         return map_dictionaries(visit, state, fresh, set(keys))
+
+    def check_contract(self, dimensions: Mapping[str, int]) -> None:
+        """Raise :class:`topkast.UnsupportedOptimizerError` if the rule would train wrongly.
+
+        `dimensions` are the numbers of dimensions of all tensors, by key.
+        """
+        if not isinstance(self._rule, (SGD, Adam)):
+            check_contract(self, dimensions, type(self._rule).__name__)
 
     def probe(self, shapes: Mapping[str, Shape]) -> None:
         """Raise :class:`topkast.UnsupportedOptimizerError` unless the rule is elementwise."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from array_api_compat import array_namespace
 
 from topkast._errors import MismatchError
 from topkast._method import Method, View
 from topkast._options import Options
+from topkast._primitives import device, is_traced
 from topkast.methods._random import Random
 from topkast.methods._topkast import TopKAST
 from topkast.selection._support import Support
@@ -50,4 +53,31 @@ def check_chosen(support: Support, view: View, method: Method) -> Support:
         raise MismatchError(
             f"{name} chose |A|, |B| = {counts} units of {view.name}, expected {expected}"
         )
+    _check_repeatable(support, view, method)
     return support.narrowed(size)
+
+
+def _check_repeatable(support: Support, view: View, method: Method) -> None:
+    """Raise :class:`topkast.MismatchError` unless the sets depend on what the method declares.
+
+    A method that does not need the weights gets others, since PyTorch passes it zeros.
+    """
+    is_first, reads = isinstance(view.draw, int) and view.draw == 0, "weights" in method.needs
+    if is_traced(view.weights) or is_traced(support.indices) or (reads and not is_first):
+        return
+    if not reads:
+        xp = array_namespace(view.weights)
+        numbers = xp.arange(view.weights.shape[0], device=device(view.weights)) % 97
+        view = replace(view, weights=xp.astype(numbers, view.weights.dtype))
+    again = method.choose(view)
+    xp = array_namespace(support.indices)
+    same = again.forward == support.forward and again.indices.shape == support.indices.shape
+    if same and bool(xp.all(again.indices == support.indices)):
+        return
+    problem = "draws numbers that depend on more than the seed, name and draw of its View"
+    if not reads:
+        problem += ", or reads view.weights although its `needs` lack 'weights'"
+    raise MismatchError(
+        f"{type(method).__name__} chose other sets of {view.name} when it was called again: it "
+        f"{problem}"
+    )

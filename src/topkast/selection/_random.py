@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import struct
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -20,13 +21,35 @@ BITS = 30  # bits of a draw
 _MASKS = {shift: (1 << (32 - shift)) - 1 for shift in (2, 15, 16)}
 
 
+# Prefixes that PyTorch's wrappers of modules give to the names of tensors.
+_WRAPPERS = "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"
+_PREFIX = re.compile(rf"(?:^|(?<=[. ]))(?:{'|'.join(_WRAPPERS)})\.")
+
+
+def bare_name(name: str) -> str:
+    """The name of a tensor without the prefixes that PyTorch's wrappers of modules add.
+
+    Random words depend on it, so that a model in DistributedDataParallel or torch.compile has the
+    sets that it has alone.
+
+    Examples
+    --------
+    >>> from topkast.adapter import bare_name
+    >>> bare_name("module._orig_mod.layers.0.weight")
+    'layers.0.weight'
+    """
+    return _PREFIX.sub("", name)
+
+
 def make_key(seed: int, name: str, purpose: str) -> Key:
     """Make the key of one stream of words. Streams of different seeds or names are independent.
 
     Seed and name are hashed before they meet an index: combining a seed with indices directly
     would make the words of one seed a permutation of another's.
     """
-    digest = hashlib.blake2s(f"{seed} {purpose} {name}".encode(), digest_size=16).digest()
+    digest = hashlib.blake2s(
+        f"{seed} {purpose} {bare_name(name)}".encode(), digest_size=16
+    ).digest()
     return struct.unpack("<4I", digest)
 
 
