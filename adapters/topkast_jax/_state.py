@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.tree_util import tree_flatten_with_path
 
 from topkast import MismatchError, Support, TopKASTState, WeightsMovedWarning
 from topkast.adapter import Inspection, count_bytes, forward_views, inspection, is_traced
 from topkast_jax._hosts import UnreadableSupports
-from topkast_jax._rule import find_key
+from topkast_jax._rule import guess_owners
 from topkast_jax._sharding import has_explicit_axes, is_sharded, layout_of, run_sharded
 from topkast_jax._tree import as_arrays, flatten_weights
 from topkast_jax.sparse._structure import Layouts, Structure, read_forward_values
@@ -108,8 +107,13 @@ class CheckedState(NamedTuple):
                 entered_active=jax.tree.map(_to_one_device, state.entered_active),
             )
         nbytes = dict.fromkeys({*weights, *self.supports}, 0)
-        for path, entry in tree_flatten_with_path(self.inner)[0]:
-            key = find_key(tree.paths, path)
+
+        def fits(name: str, entry: Any) -> bool:
+            if name not in self.supports:
+                return bool(jnp.shape(entry) == weights[name].shape)
+            return jnp.shape(entry)[-1:] == (self.supports[name].backward_size,)
+
+        for key, entry in guess_owners(tree.paths, self.inner, fits):
             if key in nbytes:
                 nbytes[key] += count_bytes(entry)
         data = inspection(state, weights, nbytes)
@@ -144,7 +148,13 @@ class CheckedState(NamedTuple):
         else:
             masked = {key: support for key, support in supports.items() if key not in self.layouts}
             views = view(weights, masked)
-            for name in self.layouts:
+            for name, layouts in self.layouts.items():
+                shape = weights[name].shape if name in weights else "nothing"
+                if shape != layouts.shape:
+                    raise MismatchError(
+                        f"{name} is {shape} in params, but {layouts.shape} in the state: pass the "
+                        "dense params that belong to the state"
+                    )
                 support = supports[name]
                 views[name] = read_forward_values(support.forward, support.indices, weights[name])
         return tree.unflatten(views | tree.other_leaves(params))

@@ -287,7 +287,9 @@ class TopKASTTransform:
                 raise UnsupportedTensorError(f"{name}: weights must be floats, got {array.dtype}")
             backend_of(array).check(name, array)
         check_compatible(params)
-        signature = tuple(
+        # JAX sorts dictionaries inside compiled functions: the first order decides in which order
+        # tensors are ranked as one.
+        signature = frozenset(
             (name, tuple(array.shape), str(array.dtype)) for name, array in params.items()
         )
         if signature not in self._plans:
