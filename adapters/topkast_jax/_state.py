@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -158,6 +159,27 @@ class CheckedState(NamedTuple):
                 support = supports[name]
                 views[name] = read_forward_values(support.forward, support.indices, weights[name])
         return tree.unflatten(views | tree.other_leaves(params))
+
+
+def register_with_flax() -> None:
+    """Let ``flax.serialization`` save the sets, if Flax is imported: it knows no dataclasses."""
+    serialization = sys.modules.get("flax.serialization")
+    if serialization is None:
+        return
+
+    def save(node: Any) -> dict[str, Any]:
+        return {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(node))}
+
+    def restore(node: Any, saved: dict[str, Any]) -> Any:
+        leaves, structure = jax.tree.flatten(node)
+        restored = [
+            serialization.from_state_dict(leaf, saved[str(number)])
+            for number, leaf in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(structure, restored)
+
+    for kind in (Support, Layouts):
+        serialization.register_serialization_state(kind, save, restore, override=True)
 
 
 def warn_if_stale(stale_refreshes: jax.Array) -> None:

@@ -33,7 +33,7 @@ from topkast_jax._sharding import (
     run_sharded,
 )
 from topkast_jax._stale import checksum, compare_at_refreshes
-from topkast_jax._state import CheckedState
+from topkast_jax._state import CheckedState, register_with_flax
 from topkast_jax._tree import Tree, flatten_weights, is_prng_key
 from topkast_jax.sparse._transform import SparseTransform, rebuild_layouts
 
@@ -174,6 +174,7 @@ class _Transform:
         if type(params).__name__ == "_ParamsPlaceholder":
             return self._placeholder(params)
         tree, weights = flatten_weights(params)
+        register_with_flax()
         if self.options.probe:
             self._probe_on(tree, weights)
         if not (is_sharded(weights) or has_explicit_axes(weights)):
