@@ -45,7 +45,8 @@ def test_flax_serialization_restores_bit_for_bit(sparse: bool) -> None:
     if sparse:
         start = topkast_jax.sparsify(params, start)
 
-    def train(params: Any, state: Any, steps: int) -> Any:
+    def train(run: Any, steps: int) -> Any:
+        params, state = run
         for number in range(steps):
             grads = jax.tree.map(
                 lambda leaf, number=number: jnp.full_like(leaf, 0.5**number),
@@ -54,8 +55,8 @@ def test_flax_serialization_restores_bit_for_bit(sparse: bool) -> None:
             params, state = tx.step(grads, state, params)
         return params, state
 
-    half = train(params, start, 4)
+    half = train((params, start), 4)
     saved = serialization.to_bytes(half)
     restored = serialization.from_bytes((params, start), saved)
-    assert_equal(train(*restored, 3), train(*half, 3))
+    assert_equal(train(restored, 3), train(half, 3))
     assert_equal(jax.tree.map(jnp.asarray, restored), half)
