@@ -294,8 +294,9 @@ def _refuse_arrays(**numbers: Any) -> None:
         if hasattr(value, "dtype") and not isinstance(value, Real):
             raise OptionError(
                 f"{name} must be a Python number, got an array ({type(value).__name__}): options "
-                "are fixed when the optimizer is wrapped. Pass float(...) or int(...) of it, or name it in "
-                "static_args of optax.inject_hyperparams, which makes arrays of all other arguments"
+                "are fixed when the optimizer is wrapped. Pass float(...) or int(...) of it, or "
+                "name it in static_args of optax.inject_hyperparams, which makes arrays of all "
+                "other arguments"
             )
 
 
