@@ -379,6 +379,9 @@ def test_errors_name_the_remedy() -> None:
     state = topkast_jax.sparsify(params, tx.init(params))
     with pytest.raises(topkast.MismatchError, match="w has sparse execution, so its gradient has"):
         tx.step(params, state, params)
+    batch = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), tx.init(params))
+    with pytest.raises(topkast.MismatchError, match="batch of 3"):
+        topkast_jax.sparsify(params, batch)
     with pytest.raises(topkast.MismatchError, match="without MultiSteps"):
         topkast_jax.sparsify(params, optax.MultiSteps(tx, 2).init(params))
     rigl = topkast.wrap_optimizer(optax.sgd(0.1), fwd=0.5, bwd=0.5, method=topkast.methods.RigL())

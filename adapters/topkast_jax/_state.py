@@ -96,7 +96,7 @@ class CheckedState(NamedTuple):
         if params is None:
             raise MismatchError("a functional state does not hold the weights: pass params too")
         self = as_arrays(self)
-        self._check_single()
+        self.check_single()
         warn_if_stale(self.stale_refreshes)
         tree, weights = flatten_weights(params, strict=False)
         state = self.core
@@ -128,7 +128,8 @@ class CheckedState(NamedTuple):
         supports = data.supports if is_readable else UnreadableSupports(iter(self.supports))
         return replace(data, held=held, model_bytes=model_bytes, supports=supports)
 
-    def _check_single(self) -> None:
+    def check_single(self) -> None:
+        """Raise :class:`topkast.MismatchError` for a batch of states."""
         if jnp.ndim(self.updates):
             raise MismatchError(
                 f"the state is a batch of {jnp.shape(self.updates)[0]} states, as from jax.vmap: "
@@ -137,7 +138,7 @@ class CheckedState(NamedTuple):
             )
 
     def __topkast_forward__(self, params: Any) -> Any:
-        self._check_single()
+        self.check_single()
         tree, weights = flatten_weights(params, strict=False)
         supports = as_arrays(self.supports)
 
