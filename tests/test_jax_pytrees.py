@@ -19,6 +19,13 @@ class Pair(NamedTuple):
     second: Any
 
 
+class Reversed(eqx.Module):
+    """Attributes that are not in the order of their names."""
+
+    second: Any
+    first: Any
+
+
 class TestPytrees:
     def test_names_are_key_paths(self) -> None:
         params = (Pair({"w": jnp.ones((4, 5))}, None), [jnp.ones((4, 5)), jnp.arange(4)])
@@ -139,6 +146,68 @@ class TestPytrees:
         assert step(tx, tx.init(params))[1].updates == 1
 
 
+class Layer(eqx.Module):
+    weight: Any
+
+
+class Encoder(eqx.Module):
+    """A model whose attributes have the names of the state of Adam, as in variational encoders."""
+
+    weight: Any
+    mu: Layer
+    nu: Layer
+    log: Any
+
+
+@pytest.mark.parametrize(
+    ("inner", "options", "second"),
+    [
+        (optax.adam(0.1), {}, (8, 12)),
+        (optax.adam(0.1), {}, (9, 12)),
+        pytest.param(
+            optax.masked(optax.trace(0.9), Encoder(True, Layer(False), Layer(False), False)),
+            {},
+            (8, 12),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(optax.adam(0.1), {"distribution": "global"}, (8, 12), marks=pytest.mark.slow),
+        pytest.param(optax.adam(0.1), {"dense": "*mu*"}, (9, 12), marks=pytest.mark.slow),
+    ],
+    ids=["one shape", "two shapes", "masked", "global", "dense"],
+)
+def test_attributes_with_the_names_of_the_state(inner: Any, options: Any, second: Any) -> None:
+    """An entry ``mu.weight`` of a state is of ``weight``, or of ``mu.weight`` of the model."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes, scalar = [(8, 12), second, (8, 12)], jnp.float32(0.5)
+    theta = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=False)]
+
+    def nested(leaves: Any) -> Any:
+        first, second, third = leaves
+        return Encoder(first, Layer(second), Layer(third), scalar)
+
+    def flat(leaves: Any) -> Any:
+        return dict(zip("abcd", [*leaves, scalar], strict=True))
+
+    results = []
+    for build in (nested, flat):
+        transformation = inner
+        if build is flat and isinstance(inner.init(nested(theta)), optax.MaskedState):
+            mask = {"a": True, "b": False, "c": False, "d": False}
+            transformation = optax.masked(optax.trace(0.9), mask)
+        dense = options.get("dense") and ("*mu*" if build is nested else "b")
+        all_options = {"fwd": 0.8, "bwd": 0.6, "refresh_every": 1, **options, "dense": dense}
+        tx = topkast.wrap_optimizer(transformation, **all_options)
+        step, params = jax.jit(tx.step), build(theta)
+        state = tx.init(params)
+        for key in keys:
+            grads = build([jax.random.normal(key, shape) for shape in shapes])
+            params, state = step(grads, state, params)
+        results.append((params, [row.held_bytes for row in topkast.summary(state, params).tensors]))
+    (params, held), (expected, expected_held) = results
+    assert_equal(jax.tree.leaves(params), jax.tree.leaves(expected))
+    assert held == expected_held
+
+
 @jax.tree_util.register_pytree_node_class
 class Labelled:
     """A node whose static content is a list, which has no hash."""
@@ -164,7 +233,67 @@ def test_static_content_without_hash() -> None:
     assert_equal(params.weight, expected["w"])
 
 
+def test_models_that_differ_in_static_content_keep_their_own() -> None:
+    """JAX hashes trees without their static content, so that a hash does not identify a tree."""
+    tx = wrap()
+    for labels in (["first"], ["second"], ["first"]):
+        params = Labelled(jax.random.normal(jax.random.key(0), (20, 30)), labels)
+        state = tx.init(params)
+        assert structure(optax.tree.get(state, "mu")) == structure(params)
+
+
+def test_models_are_forgotten_when_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    from topkast_jax import _transform
+
+    monkeypatch.setattr(_transform, "_MAX_TREES", 2)
+    tx, weight = wrap(optax.sgd(0.1)), jnp.ones((4, 5))
+    for number in range(5):
+        params = Labelled(weight, [str(number)])
+        _, state = tx.step(params, tx.init(params), params)
+        assert state.updates == 1
+
+
+def test_the_order_of_attributes_in_a_global_ranking() -> None:
+    """Compiled functions sort names, but the joint vector keeps the order of the model."""
+    weights = jax.random.normal(jax.random.key(0), (2, 12, 20))
+    options: Any = {"distribution": "global", "refresh_every": 2, "bwd": 0.0}
+    results = []
+    for params in ({"a": weights[0], "b": weights[1]}, Reversed(*weights)):
+        tx = wrap(optax.adam(0.1), **options)
+        state, step = tx.init(params), jax.jit(tx.step)
+        for _ in range(3):
+            params, state = step(params, state, params)
+        results.append(jax.tree.leaves(params))
+    assert [*state.supports] == ["second + first"]
+    assert_equal(*results)
+
+
+def test_numbers_among_the_gradients() -> None:
+    """Params may contain floats, and so may gradients."""
+    params = {"w": jnp.ones((4, 5)), "scale": 0.5}
+    tx = wrap(optax.sgd(0.1), penalty=0.0)
+    moved, _ = tx.step({"w": jnp.ones((4, 5)), "scale": 1.0}, tx.init(params), params)
+    assert moved["scale"] == pytest.approx(0.4)
+
+
 class TestErrors:
+    def test_inspecting_with_other_params(self) -> None:
+        tx, params = wrap(), make_params()
+        state = tx.init(params)
+        fewer = {"body": params["body"]}
+        smaller = {**params, "head": {"w": jnp.ones((2, 3))}}
+        for inspect in (
+            lambda params: topkast.forward_params(params, state),
+            lambda params: topkast.masks(state, params),
+            lambda params: topkast.summary(state, params),
+        ):
+            with pytest.raises(topkast.MismatchError, match=r"has the sets of head\.w, but params"):
+                inspect(fewer)
+            with pytest.raises(
+                topkast.MismatchError, match=r"head\.w has 6 entries in params, but"
+            ):
+                inspect(smaller)
+
     def test_leaves_of_one_name(self) -> None:
         """Options and checkpoints name tensors: two of one name could not be told apart."""
         params = {"a.b": jnp.ones((4, 4)), "a": {"b": jnp.ones((4, 4))}}

@@ -387,3 +387,33 @@ def test_thresholds_of_many_keys() -> None:
 
 def test_public_names() -> None:
     assert {"sparse_linear", "sparsify", "densify", "Structure"} <= {*topkast_jax.__all__}
+
+
+@pytest.mark.skipif(len(jax.devices()) < 4, reason="needs 4 devices")
+def test_gradients_on_several_devices_are_summed_or_refused() -> None:
+    """With ``check_vma`` JAX sums gradients by types, which the products do not have."""
+    problem = Problem(batch=8)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec: Any = jax.sharding.PartitionSpec
+
+    def loss(values: Any, bias: Any, structure: Any, x: Any) -> Any:
+        return jnp.sum(jnp.sin(sparse_linear(values, structure, x, bias)))
+
+    differentiate = jax.grad(loss, argnums=(0, 1))
+
+    def summed(*arguments: Any) -> Any:
+        return jax.lax.psum(differentiate(*arguments), "data")
+
+    def on_devices(function: Any, *, check_vma: bool) -> Any:
+        specs = spec(), spec(), spec(), spec("data")
+        mapped = jax.shard_map(
+            function, mesh=mesh, in_specs=specs, out_specs=spec(), check_vma=check_vma
+        )
+        return jax.jit(mapped)(*arguments)
+
+    arguments = problem.values, problem.bias, problem.structure, problem.x
+    actual = on_devices(summed, check_vma=False)
+    for gradient, expected in zip(actual, differentiate(*arguments), strict=True):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-9)
+    with pytest.raises(topkast.UnsupportedTensorError, match="check_vma=False"):
+        on_devices(differentiate, check_vma=True)

@@ -347,12 +347,42 @@ def test_what_has_no_kernel_stays_masked_and_is_named() -> None:
     assert [*obstacles.values()] == ["it is ranked with others: distribution='global'"]
 
 
+def test_arguments_like_gradients_reach_the_inner_transformation_on_b() -> None:
+    """Some tensors are sparse and others masked: their gradients have two forms."""
+    received: dict[str, Any] = {}
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        received.update(extra, updates=updates)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    tx, params = wrap(inner, penalty=0.0, probe=False), make_params()
+    state = topkast_jax.sparsify(params, tx.init(params), only="body.0.*")
+    grads = jax.tree.map(lambda leaf: 2 * leaf, topkast.forward_params(params, state))
+    assert grads["body"][0]["w"].shape != params["body"][0]["w"].shape
+    tx.step(grads, state, params, grad=grads, at=params, value=1.0)
+    assert_close(received["grad"], received["updates"], 0.0)
+    assert jax.tree.map(jnp.shape, received["at"]) == jax.tree.map(jnp.shape, received["grad"])
+    assert received["value"] == 1.0
+
+
+def test_params_of_another_model_are_refused_by_name() -> None:
+    tx, params = wrap(), make_params()
+    state = topkast_jax.sparsify(params, tx.init(params))
+    for other in (topkast.forward_params(params, state), {"body": params["body"][:1]}):
+        with pytest.raises(topkast.MismatchError, match=r"body\.[01]\.w is .* in params, but"):
+            topkast.forward_params(other, state)
+
+
 def test_errors_name_the_remedy() -> None:
     params = {"w": jax.random.normal(jax.random.key(2), (8, 8))}
     tx = topkast.wrap_optimizer(optax.sgd(0.1), fwd=0.5, bwd=0.25)
     state = topkast_jax.sparsify(params, tx.init(params))
     with pytest.raises(topkast.MismatchError, match="w has sparse execution, so its gradient has"):
         tx.step(params, state, params)
+    batch = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), tx.init(params))
+    with pytest.raises(topkast.MismatchError, match="batch of 3"):
+        topkast_jax.sparsify(params, batch)
     with pytest.raises(topkast.MismatchError, match="without MultiSteps"):
         topkast_jax.sparsify(params, optax.MultiSteps(tx, 2).init(params))
     rigl = topkast.wrap_optimizer(optax.sgd(0.1), fwd=0.5, bwd=0.5, method=topkast.methods.RigL())

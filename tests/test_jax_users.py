@@ -229,11 +229,34 @@ class TestTraced:
         assert list(state.supports) == ["body.w"]
         assert set(received) == {((8, 12), 2, "float32"), ((12, 10), 2, "float32")}
 
+    def test_a_summary_needs_arrays(self) -> None:
+        params, tx = make_params(), wrap()
+        state = tx.init(params)
+        with pytest.raises(topkast.MismatchError, match="which a compiled function cannot"):
+            jax.jit(lambda state: topkast.summary(state, params).updates)(state)
+
     def test_huge_intervals(self) -> None:
         params = make_params()
         tx = wrap(refresh_every=2**40, explore_until=2**40)
         _, state = jax.jit(tx.update)(params, tx.init(params), params)
         assert int(state.updates) == 1
+
+
+@pytest.mark.parametrize("name", ["fwd", "bwd", "refresh_every", "penalty", "power", "seed"])
+def test_arrays_in_place_of_options(name: str) -> None:
+    """``inject_hyperparams`` makes arrays of all arguments that are not static."""
+
+    def build(learning_rate: Any, option: Any) -> Any:
+        return wrap(optax.sgd(learning_rate), **{name: option})
+
+    value = {"fwd": 0.8, "bwd": 0.6, "penalty": 0.1}.get(name, 1)
+    with pytest.raises(topkast.OptionError, match=f"^{name} must be a Python number.*static_args"):
+        optax.inject_hyperparams(build)(learning_rate=0.1, option=float(value)).init(make_params())
+    for array in (np.asarray(value), jnp.asarray(value)):
+        with pytest.raises(topkast.OptionError, match=f"^{name} must be a Python number"):
+            build(0.1, array)
+    tx = optax.inject_hyperparams(build, static_args="option")(learning_rate=0.1, option=value)
+    assert topkast.summary(tx.init(make_params()), make_params()).updates == 0
 
 
 class TestLeaves:

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from libraries import Library, host
 
 import topkast
-from topkast.testing import assert_forward_view, assert_masks, assert_reservoir_unchanged, to_numpy
+from topkast.testing import (
+    assert_forward_view,
+    assert_masks,
+    assert_reservoir_unchanged,
+    assert_same_support,
+    to_numpy,
+)
 
 Arrays = dict[str, Any]
 
@@ -236,8 +242,32 @@ def test_misuse_raises_errors(library: Library) -> None:
         tx.init({})
     with pytest.raises(topkast.MismatchError, match="pass params too"):
         topkast.masks(state)
+    with pytest.raises(topkast.MismatchError, match="has the sets of v, but params only w, b"):
+        topkast.forward_params(smaller, state)
+    with pytest.raises(topkast.MismatchError, match="w has 3 entries in params, but"):
+        topkast.masks(state, params | {"w": params["w"][0, :3]})
     with pytest.raises(topkast.UnsupportedTensorError, match="n: weights must be floats"):
         tx.init({"n": library.asarray(np.ones((3, 3), dtype=np.int32))})
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "global"])
+def test_the_order_of_names_does_not_matter_after_init(library: Library, distribution: Any) -> None:
+    """A function that JAX compiles gets dictionaries in the order of their names."""
+    tx = topkast.wrap_optimizer(
+        topkast.Adam(), fwd=0.9, bwd=0.7, refresh_every=2, distribution=distribution
+    )
+    first, second = make(library), make(library)
+    assert [*first] != sorted(first)
+    states = [tx.init(first)] * 2
+    for number in range(3):
+        grads = grads_like(library, first, number)
+        first, states[0] = tx.step(grads, states[0], first)
+        second = dict(sorted(second.items()))
+        second, states[1] = tx.step(grads, states[1], second)
+    for name in first:
+        np.testing.assert_array_equal(to_numpy(first[name]), to_numpy(second[name]))
+    for key, support in states[0].supports.items():
+        assert_same_support(support, states[1].supports[key])
 
 
 def test_non_finite_weight_is_named(library: Library) -> None:

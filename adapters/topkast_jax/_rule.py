@@ -27,8 +27,15 @@ class OptaxRule:
         self.tx = optax.with_extra_args_support(tx)
         self.tree = tree
         self._expected: dict[Any, Any] = {}  # a state's shapes, by signature of params
+        self._has_nested_paths = _has_nested_paths(tree.paths)
+        self._owners: dict[Path, str] = {}  # of entries that paths alone do not decide
+        self._learned: set[Any] = set()  # signatures of params
 
     def init(self, params: Arrays, /) -> Any:
+        self._learn_owners(params)
+        return self._init(params)
+
+    def _init(self, params: Arrays) -> Any:
         # Copies: a state that keeps parameters must survive the donation of `params`.
         return self.tx.init(self.unflatten({key: jnp.array(leaf) for key, leaf in params.items()}))
 
@@ -51,13 +58,44 @@ class OptaxRule:
         """Replace each entry per parameter in `state` by ``visit(key, entry, initial)``."""
         return tree_map_with_path(
             lambda path, entry, initial: (
-                entry
-                if (key := find_key(self.tree.paths, path)) is None
-                else visit(key, entry, initial)
+                entry if (key := self.find_owner(path)) is None else visit(key, entry, initial)
             ),
             state,
             fresh,
         )
+
+    def find_owner(self, path: Path) -> str | None:
+        """Find the parameter that the entry of the state at `path` belongs to."""
+        return self._owners.get(path) or find_key(self.tree.paths, path)
+
+    def _learn_owners(self, params: Arrays) -> None:
+        """Find the owners of entries whose paths end with the paths of several parameters.
+
+        Of a model with a matrix ``weight`` and a layer ``mu``, the state of Adam has an entry
+        ``mu.weight``, which can belong to either. Its owner is the parameter that it gets longer
+        with.
+        """
+        if not self._has_nested_paths or (signature := _signature(params)) in self._learned:
+            return
+        same, longer = (
+            {
+                key: _resize(array, number * is_longer)
+                for number, (key, array) in enumerate(params.items(), 1)
+            }
+            for is_longer in (False, True)
+        )
+        entries, longer_entries = (
+            tree_flatten_with_path(jax.eval_shape(self._init, shapes))[0]
+            for shapes in (same, longer)
+        )
+        for (path, entry), (_, longer_entry) in zip(entries, longer_entries, strict=True):
+            keys = [key for key in _matching_keys(self.tree.paths, path) if key in params]
+            for key in keys if len(keys) > 1 else ():
+                shapes = same[key].shape, longer[key].shape
+                if (entry.shape, longer_entry.shape) == shapes:
+                    self._owners[path] = key
+                    break
+        self._learned.add(signature)
 
     def check(self, params: Arrays, sparse: Collection[str]) -> None:
         """Raise :class:`UnsupportedOptimizerError` unless the state can be migrated to a new B.
@@ -68,17 +106,15 @@ class OptaxRule:
 
         def state_entries(extra_length: int) -> list[tuple[Path, Any]]:
             shapes = {
-                key: jax.ShapeDtypeStruct(
-                    (*array.shape[:-1], array.shape[-1] + extra_length), array.dtype
-                )
-                if key in sparse
-                else jax.ShapeDtypeStruct(array.shape, array.dtype)
+                key: _resize(array, extra_length if key in sparse else 0)
                 for key, array in params.items()
             }
-            return tree_flatten_with_path(jax.eval_shape(self.init, shapes))[0]
+            return tree_flatten_with_path(jax.eval_shape(self._init, shapes))[0]
+
+        self._learn_owners(params)
 
         for (path, entry), (_, longer) in zip(state_entries(0), state_entries(1), strict=True):
-            key = find_key(self.tree.paths, path)
+            key = self.find_owner(path)
             is_migrated = key is not None and key in sparse and entry.shape == params[key].shape
             if entry.shape != longer.shape and not is_migrated:
                 raise UnsupportedOptimizerError(
@@ -89,9 +125,10 @@ class OptaxRule:
 
     def check_state(self, params: Arrays, state: Any) -> None:
         """Raise :class:`topkast.MismatchError` unless `state` has the shapes that `params` need."""
-        signature = tuple((key, leaf.shape, str(leaf.dtype)) for key, leaf in params.items())
+        self._learn_owners(params)
+        signature = _signature(params)
         if signature not in self._expected:
-            shapes = jax.eval_shape(self.init, params)
+            shapes = jax.eval_shape(self._init, params)
             self._expected[signature] = tree_flatten_with_path(shapes)[0]
         entries = {path: jnp.asarray(entry) for path, entry in tree_flatten_with_path(state)[0]}
         for path, entry in self._expected[signature]:
@@ -119,6 +156,16 @@ def _dtype_class(entry: Any) -> str:
     return "float" if jnp.issubdtype(entry.dtype, jnp.floating) else str(entry.dtype)
 
 
+def _signature(params: Arrays) -> Any:
+    return tuple((key, leaf.shape, str(leaf.dtype)) for key, leaf in params.items())
+
+
+def _resize(array: Any, extra_length: int) -> jax.ShapeDtypeStruct:
+    """The description of an array whose last axis is longer, if it has one."""
+    shape = (*array.shape[:-1], array.shape[-1] + extra_length) if array.shape else ()
+    return jax.ShapeDtypeStruct(shape, array.dtype)
+
+
 def find_key(paths: Mapping[str, Path], path: Path) -> str | None:
     """Find the parameter that an entry of the state belongs to, by the entry's path.
 
@@ -126,11 +173,47 @@ def find_key(paths: Mapping[str, Path], path: Path) -> str | None:
     then ends with the parameter's path, the longest if several match. The joint vector of several
     tensors goes by its key in a dictionary.
     """
-    matches = [
-        name for name, suffix in paths.items() if not suffix or path[-len(suffix) :] == suffix
-    ]
+    matches = _matching_keys(paths, path)
     if matches:
-        return max(matches, key=lambda name: len(paths[name]))
+        return matches[0]
     if path and path[-1] == GetAttrKey("value"):  # of a Flax variable
         return find_key(paths, path[:-1])
     return str(path[-1].key) if path and isinstance(path[-1], DictKey) else None
+
+
+def guess_owners(
+    paths: Mapping[str, Path], state: Any, fits: Callable[[str, Any], bool]
+) -> list[tuple[str | None, Any]]:
+    """:func:`find_key` for all entries of a state whose transformation is not known.
+
+    If several parameters match, ``fits(name, entry)`` decides, and then where in the state most of
+    the parameters have entries beside this one. Returns each entry with its parameter.
+    """
+    entries = tree_flatten_with_path(state)[0]
+    known = {path for path, _ in entries}
+    owners = []
+    for path, entry in entries:
+        key, matches = find_key(paths, path), _matching_keys(paths, path)
+        if len(matches) > 1:
+
+            def rank(name: str, path: Path = path, entry: Any = entry) -> tuple[bool, int]:
+                root = path[: len(path) - len(paths[name])]
+                return fits(name, entry), sum(root + other in known for other in paths.values())
+
+            key = max(matches, key=rank)
+        owners.append((key, entry))
+    return owners
+
+
+def _matching_keys(paths: Mapping[str, Path], path: Path) -> list[str]:
+    """The parameters whose paths end `path`, the longest first."""
+    matches = [
+        name for name, suffix in paths.items() if not suffix or path[-len(suffix) :] == suffix
+    ]
+    return sorted(matches, key=lambda name: -len(paths[name]))
+
+
+def _has_nested_paths(paths: Mapping[str, Path]) -> bool:
+    """Whether the path of a parameter ends with the path of another one."""
+    suffixes = {*paths.values()}
+    return any(path[start:] in suffixes for path in suffixes for start in range(1, len(path)))

@@ -14,8 +14,7 @@ from jax.tree_util import tree_map_with_path
 from topkast import UnsupportedTensorError
 from topkast.adapter import is_traced, members
 from topkast_jax._hosts import spans_processes
-from topkast_jax._rule import find_key
-from topkast_jax._tree import Tree
+from topkast_jax._tree import Path
 
 
 def is_sharded(weights: Mapping[str, jax.Array]) -> bool:
@@ -90,10 +89,13 @@ def mesh_of(weights: Mapping[str, jax.Array]) -> Any:
     )
 
 
-def layout_of_state(shapes: Any, tree: Tree, weights: Mapping[str, jax.Array]) -> Any:
+def layout_of_state(
+    shapes: Any, find_owner: Callable[[Path], str | None], weights: Mapping[str, jax.Array]
+) -> Any:
     """Return shardings for a state with these `shapes`; its entries follow their tensors.
 
-    Vectors on B are sharded over all mesh axes that their tensor is sharded over.
+    Vectors on B are sharded over all mesh axes that their tensor is sharded over. `find_owner`
+    names the tensor of an entry by its path in the inner state.
     """
     mesh = mesh_of(weights)
     axes = {
@@ -102,7 +104,7 @@ def layout_of_state(shapes: Any, tree: Tree, weights: Mapping[str, jax.Array]) -
     }
 
     def choose_sharding(path: Any, entry: Any) -> NamedSharding:
-        key = find_key(tree.paths, path)
+        key = find_owner(path)
         if key is None:
             return NamedSharding(mesh, PartitionSpec())
         if key in axes and entry.ndim and entry.shape[-1] == shapes.supports[key].backward_size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -9,12 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.tree_util import tree_flatten_with_path
 
 from topkast import MismatchError, Support, TopKASTState, WeightsMovedWarning
 from topkast.adapter import Inspection, count_bytes, forward_views, inspection, is_traced
 from topkast_jax._hosts import UnreadableSupports
-from topkast_jax._rule import find_key
+from topkast_jax._rule import guess_owners
 from topkast_jax._sharding import has_explicit_axes, is_sharded, layout_of, run_sharded
 from topkast_jax._tree import as_arrays, flatten_weights
 from topkast_jax.sparse._structure import Layouts, Structure, read_forward_values
@@ -96,7 +96,7 @@ class CheckedState(NamedTuple):
         if params is None:
             raise MismatchError("a functional state does not hold the weights: pass params too")
         self = as_arrays(self)
-        self._check_single()
+        self.check_single()
         warn_if_stale(self.stale_refreshes)
         tree, weights = flatten_weights(params, strict=False)
         state = self.core
@@ -108,8 +108,13 @@ class CheckedState(NamedTuple):
                 entered_active=jax.tree.map(_to_one_device, state.entered_active),
             )
         nbytes = dict.fromkeys({*weights, *self.supports}, 0)
-        for path, entry in tree_flatten_with_path(self.inner)[0]:
-            key = find_key(tree.paths, path)
+
+        def fits(name: str, entry: Any) -> bool:
+            if name not in self.supports:
+                return bool(jnp.shape(entry) == weights[name].shape)
+            return jnp.shape(entry)[-1:] == (self.supports[name].backward_size,)
+
+        for key, entry in guess_owners(tree.paths, self.inner, fits):
             if key in nbytes:
                 nbytes[key] += count_bytes(entry)
         data = inspection(state, weights, nbytes)
@@ -123,7 +128,8 @@ class CheckedState(NamedTuple):
         supports = data.supports if is_readable else UnreadableSupports(iter(self.supports))
         return replace(data, held=held, model_bytes=model_bytes, supports=supports)
 
-    def _check_single(self) -> None:
+    def check_single(self) -> None:
+        """Raise :class:`topkast.MismatchError` for a batch of states."""
         if jnp.ndim(self.updates):
             raise MismatchError(
                 f"the state is a batch of {jnp.shape(self.updates)[0]} states, as from jax.vmap: "
@@ -132,7 +138,7 @@ class CheckedState(NamedTuple):
             )
 
     def __topkast_forward__(self, params: Any) -> Any:
-        self._check_single()
+        self.check_single()
         tree, weights = flatten_weights(params, strict=False)
         supports = as_arrays(self.supports)
 
@@ -144,10 +150,37 @@ class CheckedState(NamedTuple):
         else:
             masked = {key: support for key, support in supports.items() if key not in self.layouts}
             views = view(weights, masked)
-            for name in self.layouts:
+            for name, layouts in self.layouts.items():
+                shape = weights[name].shape if name in weights else "nothing"
+                if shape != layouts.shape:
+                    raise MismatchError(
+                        f"{name} is {shape} in params, but {layouts.shape} in the state: pass the "
+                        "dense params that belong to the state"
+                    )
                 support = supports[name]
                 views[name] = read_forward_values(support.forward, support.indices, weights[name])
         return tree.unflatten(views | tree.other_leaves(params))
+
+
+def register_with_flax() -> None:
+    """Let ``flax.serialization`` save the sets, if Flax is imported: it knows no dataclasses."""
+    serialization = sys.modules.get("flax.serialization")
+    if serialization is None:
+        return
+
+    def save(node: Any) -> dict[str, Any]:
+        return {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(node))}
+
+    def restore(node: Any, saved: dict[str, Any]) -> Any:
+        leaves, structure = jax.tree.flatten(node)
+        restored = [
+            serialization.from_state_dict(leaf, saved[str(number)])
+            for number, leaf in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(structure, restored)
+
+    for kind in (Support, Layouts):
+        serialization.register_serialization_state(kind, save, restore, override=True)
 
 
 def warn_if_stale(stale_refreshes: jax.Array) -> None:

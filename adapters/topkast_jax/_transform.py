@@ -33,11 +33,12 @@ from topkast_jax._sharding import (
     run_sharded,
 )
 from topkast_jax._stale import checksum, compare_at_refreshes
-from topkast_jax._state import CheckedState
+from topkast_jax._state import CheckedState, register_with_flax
 from topkast_jax._tree import Tree, flatten_weights, is_prng_key
 from topkast_jax.sparse._transform import SparseTransform, rebuild_layouts
 
 Arrays = dict[str, jax.Array]
+_MAX_TREES = 32  # that a transformation remembers
 _CoreTransform: TypeAlias = Any  # a TopKASTTransform, typed for the containers of JAX
 
 
@@ -173,6 +174,7 @@ class _Transform:
         if type(params).__name__ == "_ParamsPlaceholder":
             return self._placeholder(params)
         tree, weights = flatten_weights(params)
+        register_with_flax()
         if self.options.probe:
             self._probe_on(tree, weights)
         if not (is_sharded(weights) or has_explicit_axes(weights)):
@@ -180,10 +182,10 @@ class _Transform:
         check_layout(weights)
         if spans_processes(weights):
             check_agreement(weights, self.options, mesh_of(weights))
-        transform, _ = self._transform_for(tree)
+        transform, rule = self._transform_for(tree)
         transform.check_finite(weights)
         shapes = jax.eval_shape(self._init, jax.tree.map(_shape_of, params))
-        layout = layout_of_state(shapes, tree, weights)
+        layout = layout_of_state(shapes, rule.find_owner, weights)
         return run_sharded(self._init, layout, params)  # type: ignore[no-any-return]
 
     def _placeholder(self, params: Any) -> CheckedState:
@@ -256,9 +258,10 @@ class _Transform:
             transform = SparseTransform(transform, state.layouts.keys())
         gradients = tree.weights(grads, "grads")
         plan = transform.check(gradients, weights, state.core)
+        shapes = {name: {leaf.shape, gradients[name].shape} for name, leaf in weights.items()}
         compact_extra = {
-            name: rule.unflatten(transform.compact(tree.weights(value, name), state.supports))
-            if tree.is_like(value, weights)
+            name: rule.unflatten(transform.read(plan, tree.weights(value, name), state.supports))
+            if tree.is_like(value, shapes)
             else value
             for name, value in extra.items()
         }
@@ -279,18 +282,20 @@ class _Transform:
 
     def _transform_for(self, tree: Tree) -> tuple[_CoreTransform, OptaxRule]:
         """Return the core's transform for a tree, cached with the plans that it makes."""
+        key: Any = (tree.treedef, tree.names)
         try:
-            key = hash((tree.treedef, tree.names))
-        except TypeError:  # static content of the tree has no hash
-            key = None
-        if key is None or key not in self._transforms:
+            cached = self._transforms.get(key)
+        except (TypeError, ValueError):  # static content of the tree cannot be compared
+            key, cached = None, None
+        if cached is None:
             rule = OptaxRule(self.tx, tree)
             probed = ProbedRule(rule)
-            transform = TopKASTTransform(rule, self.options, probed)
-            if key is None:
-                return transform, rule
-            self._transforms[key] = transform, rule, probed
-        return self._transforms[key][:2]
+            cached = TopKASTTransform(rule, self.options, probed), rule, probed
+            if key is not None:
+                if len(self._transforms) >= _MAX_TREES:
+                    self._transforms.clear()
+                self._transforms[key] = cached
+        return cached[:2]
 
     @staticmethod
     def _common_interval(transform: _CoreTransform, weights: Arrays) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ class Tree:
         weights = {}
         for name, leaf in zip(self.names, leaves, strict=True):
             if name in self.paths:
-                if not hasattr(leaf, "shape"):
+                if not hasattr(leaf, "shape") and not isinstance(leaf, (float, complex)):
                     raise MismatchError(f"{label} must have an array for {name!r}, got {leaf!r}")
                 weights[name] = jnp.asarray(leaf)
         return weights
@@ -53,14 +53,14 @@ class Tree:
         """Build the pytree with `arrays` as its leaves, and None for names without an array."""
         return self.treedef.unflatten([arrays.get(name) for name in self.names])
 
-    def is_like(self, value: Any, weights: Mapping[str, Any]) -> bool:
-        """Whether `value` is such a pytree, with arrays of the shapes of `weights`."""
+    def is_like(self, value: Any, shapes: Mapping[str, Collection[tuple[int, ...]]]) -> bool:
+        """Whether `value` is such a pytree, whose weights have one of these `shapes` each."""
         try:
             pairs = list(zip(self.names, self.treedef.flatten_up_to(value), strict=True))
         except (ValueError, TypeError, KeyError):
             return False
         return all(
-            jnp.shape(leaf) == weights[name].shape for name, leaf in pairs if name in weights
+            getattr(leaf, "shape", ()) in shapes[name] for name, leaf in pairs if name in shapes
         )
 
     def other_leaves(self, tree: Any) -> dict[str, Any]:

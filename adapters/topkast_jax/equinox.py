@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jax.tree_util import keystr, tree_map_with_path
 
 from topkast import MismatchError
@@ -16,30 +17,77 @@ from topkast_jax.sparse._structure import Structure
 Model = TypeVar("Model")
 
 
-class SparseLinear(eqx.Module):
-    r"""``equinox.nn.Linear`` with a sparse weight; :func:`with_structures` makes it.
+class SparseWeight(eqx.Module):
+    r"""A sparse weight in place of a matrix W, for products; :func:`with_structures` makes it.
+
+    ``W @ x``, ``x @ W`` and the same with ``W.T`` are the products of the forward view α. Other
+    operations raise a TypeError.
 
     Attributes
     ----------
-    weight
+    values
         Values of the weight on B, (1, \|B\|).
-    bias
-        (out_features,), or None.
     structure
-        The sets of the weight, of shape (out_features, in_features).
+        The sets of the weight.
+    is_transposed
+        Whether this is the transpose of the weight that `structure` describes.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, topkast, topkast_jax
+    >>> from topkast_jax.equinox import SparseWeight
+    >>> support = topkast.Support.of(
+    ...     active=jnp.asarray([0, 3], "int32"), exploring=jnp.asarray([1], "int32"))
+    >>> structure = topkast_jax.Structure.of(support, (2, 2))
+    >>> weight = SparseWeight(jnp.asarray([[2.0, 3.0, 9.0]]), structure)
+    >>> weight @ jnp.asarray([1.0, 10.0])
+    Array([ 2., 30.], dtype=float32)
     """
 
-    weight: jax.Array
-    bias: jax.Array | None
+    values: jax.Array
     structure: Structure
+    is_transposed: bool = eqx.field(static=True, default=False)
+    __array_ufunc__ = None  # a NumPy array on the left leaves the product to this class
 
-    def __call__(self, x: jax.Array, *, key: Any = None) -> jax.Array:
-        """Apply the layer to one example (in_features,); `key` is not used."""
-        return sparse_linear(self.weight, self.structure, x, self.bias, output_axis=0)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the matrix."""
+        rows, columns = self.structure.shape
+        return (columns, rows) if self.is_transposed else (rows, columns)
+
+    @property
+    def ndim(self) -> int:
+        """2."""
+        return 2
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the values."""
+        return self.values.dtype
+
+    @property
+    def T(self) -> SparseWeight:  # noqa: N802 - the name of JAX
+        """The transpose, which holds the same arrays."""
+        return SparseWeight(self.values, self.structure, not self.is_transposed)
+
+    def __matmul__(self, x: Any) -> jax.Array:
+        """``W @ x`` for a vector (columns,), or matrices (…, columns, batch)."""
+        x = jnp.asarray(x)
+        if x.ndim < 2:
+            return self.T.__rmatmul__(x)
+        return jnp.swapaxes(self.T.__rmatmul__(jnp.swapaxes(x, -1, -2)), -1, -2)
+
+    def __rmatmul__(self, x: Any) -> jax.Array:
+        """``x @ W`` for a vector (rows,), or matrices (…, batch, rows)."""
+        axis = 0 if self.is_transposed else 1
+        return sparse_linear(self.values, self.structure, jnp.asarray(x), output_axis=axis)
 
 
 def with_structures(model: Model, structures: Mapping[str, Structure], /) -> Model:
-    """Replace the linear layers of a model that hold values on B by sparse ones.
+    """Replace the weights of a model that hold values on B by sparse ones.
+
+    Layers stay as they are, those of your own too: ``self.weight @ x`` then runs the kernels. A
+    layer that uses its weight in another way raises a TypeError that names :class:`SparseWeight`.
 
     Parameters
     ----------
@@ -51,8 +99,8 @@ def with_structures(model: Model, structures: Mapping[str, Structure], /) -> Mod
     Raises
     ------
     MismatchError
-        If a structure has the name of no ``equinox.nn.Linear`` of the model: that weight must stay
-        masked.
+        If a structure has the name of no weight of the model, or of an ``equinox.nn.Embedding``,
+        which uses rows of its weight: that weight must stay masked.
 
     Examples
     --------
@@ -64,26 +112,27 @@ def with_structures(model: Model, structures: Mapping[str, Structure], /) -> Mod
     >>> state = topkast_jax.sparsify(theta, tx.init(theta))
     >>> alpha = topkast.forward_params(theta, state)
     >>> model = with_structures(eqx.combine(alpha, static), state.structures)
-    >>> type(model).__name__, model.weight.shape, model(jax.numpy.ones(20)).shape
-    ('SparseLinear', (1, 120), (30,))
+    >>> model.weight.shape, model.weight.values.shape, model(jax.numpy.ones(20)).shape
+    ((30, 20), (1, 120), (30,))
     """
     missing = {*structures}
 
-    def convert(path: Any, node: Any) -> Any:
-        name = keystr((*path, jax.tree_util.GetAttrKey("weight")), simple=True, separator=".")
-        if not _is_linear(node) or name not in structures:
-            return node
+    def convert(path: Any, leaf: Any) -> Any:
+        if isinstance(leaf, eqx.nn.Embedding):
+            return leaf
+        name = keystr(path, simple=True, separator=".")
+        if name not in structures:
+            return leaf
         missing.remove(name)
-        return SparseLinear(node.weight, node.bias, structures[name])
+        return SparseWeight(leaf, structures[name])
 
-    converted: Model = tree_map_with_path(convert, model, is_leaf=_is_linear)
+    converted: Model = tree_map_with_path(
+        convert, model, is_leaf=lambda node: isinstance(node, eqx.nn.Embedding)
+    )
     if missing:
         raise MismatchError(
-            f"{', '.join(sorted(missing))} has sparse execution, but is not the weight of an "
-            "equinox.nn.Linear of this model: leave it out by `only` of topkast_jax.sparsify"
+            f"{', '.join(sorted(missing))} has sparse execution, but is not a weight of this "
+            "model, or one of an equinox.nn.Embedding: leave it out by `only` of "
+            "topkast_jax.sparsify"
         )
     return converted
-
-
-def _is_linear(node: Any) -> bool:
-    return isinstance(node, eqx.nn.Linear)

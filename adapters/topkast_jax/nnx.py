@@ -13,13 +13,14 @@ from topkast_jax.sparse._linear import sparse_linear
 from topkast_jax.sparse._structure import Structure
 
 Model = TypeVar("Model", bound=nnx.Module)
+_REMEDY = "leave it out by `only` of topkast_jax.sparsify"
 
 
 def with_structures(model: Model, structures: Mapping[str, Structure], /) -> Model:
     """Let the linear layers of a model that hold values on B compute with these alone.
 
-    It sets `dot_general` of these layers, and changes the model in place: pass one that was merged
-    for a single evaluation.
+    Layers that share a kernel share its values. It sets `dot_general` of these layers, and changes
+    the model in place: pass one that was merged for a single evaluation.
 
     Parameters
     ----------
@@ -36,7 +37,9 @@ def with_structures(model: Model, structures: Mapping[str, Structure], /) -> Mod
     Raises
     ------
     MismatchError
-        If a structure has the name of no ``nnx.Linear`` of the model: that weight must stay masked.
+        If a structure has the name of no kernel of an ``nnx.Linear`` of the model, if another
+        module holds that kernel too, or if the layer has a `dot_general` of its own: that weight
+        must stay masked.
 
     Examples
     --------
@@ -51,18 +54,43 @@ def with_structures(model: Model, structures: Mapping[str, Structure], /) -> Mod
     >>> model.kernel.shape, model(jax.numpy.ones((4, 20))).shape
     ((1, 120), (4, 30))
     """
+    names = {
+        id(node): ".".join(map(str, path))
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Variable)
+    }
     missing = {*structures}
     for path, module in nnx.iter_modules(model):
-        name = ".".join(map(str, (*path, "kernel")))
-        if isinstance(module, nnx.Linear) and name in structures:
+        for attribute, value in vars(module).items():
+            name = names.get(id(value))
+            if name is None or name not in structures:
+                continue
+            if not isinstance(module, nnx.Linear) or attribute != "kernel":
+                raise MismatchError(
+                    f"{name} has sparse execution, but {_format(path)} holds it as {attribute!r}, "
+                    f"and only the kernel of an nnx.Linear can be sparse: {_REMEDY}"
+                )
+            if not _is_replaceable(module.dot_general):
+                raise MismatchError(
+                    f"{name} has sparse execution, but {_format(path)} has a dot_general of its "
+                    f"own, which sparse products would replace: {_REMEDY}"
+                )
             module.dot_general = nnx.static(_SparseDot(structures[name]))
-            missing.remove(name)
+            missing.discard(name)
     if missing:
         raise MismatchError(
             f"{', '.join(sorted(missing))} has sparse execution, but is not the kernel of an "
-            "nnx.Linear of this model: leave it out by `only` of topkast_jax.sparsify"
+            f"nnx.Linear of this model: {_REMEDY}"
         )
     return model
+
+
+def _is_replaceable(dot_general: Any) -> bool:
+    return dot_general is jax.lax.dot_general or isinstance(dot_general, _SparseDot)
+
+
+def _format(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path)) or "the model"
 
 
 class _SparseDot:
@@ -71,5 +99,19 @@ class _SparseDot:
     def __init__(self, structure: Structure) -> None:
         self._structure = structure
 
-    def __call__(self, x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
-        return sparse_linear(kernel, self._structure, x)
+    def __call__(
+        self,
+        x: jax.Array,
+        kernel: jax.Array,
+        dimensions: Any,
+        precision: Any = None,
+        preferred_element_type: Any = None,
+        **_: Any,
+    ) -> jax.Array:
+        if dimensions != (((x.ndim - 1,), (0,)), ((), ())):
+            raise MismatchError(
+                f"a layer multiplies along the dimensions {dimensions}, but sparse products take "
+                f"the last axis of x and the first of the kernel: {_REMEDY}"
+            )
+        output = sparse_linear(kernel, self._structure, x)
+        return output if preferred_element_type is None else output.astype(preferred_element_type)

@@ -321,6 +321,11 @@ def summary(x: Any, params: Any = None, /) -> Summary:
     held: state 480, indices 80, ages 40
     """
     inspections = _inspect(x, params)
+    if any(not isinstance(inspection.updates, int) for inspection in inspections):
+        raise MismatchError(
+            "summary counts weights, which a compiled function cannot: call it on the arrays that "
+            "the function returns"
+        )
     rows: dict[str, TensorSummary] = {}
     for inspection in inspections:
         for name, shape in inspection.shapes.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, Unpack, overload
 
 from topkast._adapters import EXTRAS, find_entry, known_packages, load
@@ -244,6 +245,15 @@ def wrap_optimizer(
     ----------
     Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", 2020.
     """
+    _refuse_arrays(
+        fwd=fwd,
+        bwd=bwd,
+        refresh_every=refresh_every,
+        penalty=penalty,
+        explore_until=explore_until,
+        power=power,
+        seed=seed,
+    )
     options = Options(
         fwd=fwd,
         bwd=bwd,
@@ -276,6 +286,18 @@ def wrap_optimizer(
             "neither"
         )
     return _find_adapter(optimizer)(optimizer, options)
+
+
+def _refuse_arrays(**numbers: Any) -> None:
+    """Raise :class:`topkast.OptionError` for an array in place of a number."""
+    for name, value in numbers.items():
+        if hasattr(value, "dtype") and not isinstance(value, Real):
+            raise OptionError(
+                f"{name} must be a Python number, got an array ({type(value).__name__}): options "
+                "are fixed when the optimizer is wrapped. Pass float(...) or int(...) of it, or "
+                "name it in static_args of optax.inject_hyperparams, which makes arrays of all "
+                "other arguments"
+            )
 
 
 def _find_adapter(optimizer: Any) -> Callable[[Any, Options], Any]:

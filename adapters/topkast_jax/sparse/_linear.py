@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from topkast import MismatchError
+from topkast import MismatchError, UnsupportedTensorError
 from topkast_jax.sparse._products import multiply
 from topkast_jax.sparse._structure import Structure
 
@@ -55,6 +56,8 @@ def sparse_linear(
     ------
     MismatchError
         If shapes or dtypes do not fit, with the names of the arguments.
+    UnsupportedTensorError
+        Inside ``jax.shard_map`` with ``check_vma=True``: gradients would be those of one device.
 
     Examples
     --------
@@ -89,6 +92,12 @@ def _check(
     output_axis: int,
 ) -> None:
     """Raise :class:`topkast.MismatchError` unless all arguments fit the structure."""
+    if any(map(_varies, (values, x, structure.indices, structure.layouts.vector))):
+        # The types of the products do not say so, and JAX would leave out the sum over devices.
+        raise UnsupportedTensorError(
+            "sparse products do not track which values differ between the devices of a "
+            "jax.shard_map: pass it check_vma=False, and add up gradients by jax.lax.psum"
+        )
     features, outputs = structure.shape if output_axis == 1 else structure.shape[::-1]
     if values.size != structure.backward:
         raise MismatchError(
@@ -110,3 +119,10 @@ def _check(
             f"values are {dtypes[0]} and x is {dtypes[1]}, but sparse products need one dtype, "
             "float32 or float64: convert x, for example by x.astype(values.dtype)"
         )
+
+
+def _varies(array: Any) -> bool:
+    """Whether the type of an array says that its values differ between devices."""
+    array_type = jax.typeof(array)
+    axes = getattr(array_type, "manual_axis_type", array_type)  # since JAX 0.10
+    return bool(getattr(axes, "varying", getattr(axes, "vma", ())))

@@ -74,10 +74,9 @@ def sparsify(
     >>> topkast.forward_params(params, topkast_jax.densify(state))["w"].shape
     (20, 30)
     """
-    _check_state(state)
+    obstacles = find_obstacles(params, state)
     names = [*state.supports]
     check_patterns(names, "only", only)
-    obstacles = find_obstacles(params, state)
     _, weights = flatten_weights(params)
     layouts = {}
     for name in names:
@@ -143,6 +142,7 @@ def find_obstacles(params: Any, state: CheckedState, /) -> dict[str, str]:
     {'kernel': 'it has 4 dimensions, and kernels serve matrices'}
     """
     _check_state(state)
+    state.check_single()
     _, weights = flatten_weights(params)
     reasons = {name: _find_obstacle(name, weights, state) for name in state.supports}
     return {name: reason for name, reason in reasons.items() if reason is not None}

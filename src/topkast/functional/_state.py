@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -72,7 +73,7 @@ def inspection(state: Any, params: Arrays, nbytes: Mapping[str, int]) -> Inspect
     ranked = {}
     held = {key: {"state": count} for key, count in nbytes.items()}
     for key, support in state.supports.items():
-        shapes = {name: tuple(params[name].shape) for name in members(key, params)}
+        shapes = _shapes_of(key, support, params)
         ranked[key] = _ranked(shapes, support)
         held[key]["indices"] = count_bytes(support.indices)
         if support.blocks is not None and not is_jax_array(support.indices):  # cached entries
@@ -132,7 +133,7 @@ def forward_views(params: Mapping[str, Array], supports: Mapping[str, Support]) 
     """:func:`forward_params`, for parameters by name."""
     views = dict(params)
     for key, support in supports.items():
-        shapes = {name: tuple(params[name].shape) for name in members(key, params)}
+        shapes = _shapes_of(key, support, params)
         ranked = _ranked(shapes, support)
         if is_jax_array(support.indices):
             # If parameters are sharded over devices, XLA shards the result of `where` likewise.
@@ -143,6 +144,26 @@ def forward_views(params: Mapping[str, Array], supports: Mapping[str, Support]) 
             values = gather(ranked.flatten(params), support)
             views |= ranked.unflatten(forward_view(values, support, shape=(ranked.size,)))
     return views
+
+
+def _shapes_of(key: str, support: Support, params: Mapping[str, Array]) -> dict[str, Shape]:
+    """Shapes of the tensors of a support, by name, if `params` has room for it."""
+    names = members(key, params)
+    missing = [name for name in names if name not in params]
+    if missing:
+        raise MismatchError(
+            f"the state has the sets of {', '.join(missing)}, but params only "
+            f"{', '.join(params)}: pass the params that belong to the state, or the state that "
+            "init(params) returns"
+        )
+    shapes = {name: tuple(params[name].shape) for name in names}
+    size = sum(math.prod(shape) for shape in shapes.values())
+    if size < support.backward_size:
+        raise MismatchError(
+            f"{key} has {size} entries in params, but |B| = {support.backward_size} in the state: "
+            "pass the params that belong to the state, or the state that init(params) returns"
+        )
+    return shapes
 
 
 def _ranked(shapes: Mapping[str, Shape], support: Support) -> RankedTensors:

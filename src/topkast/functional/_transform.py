@@ -282,7 +282,9 @@ class TopKASTTransform:
             raise MismatchError("params is empty")
         check_weights(params)
         check_compatible(params)
-        signature = tuple(
+        # JAX sorts dictionaries inside compiled functions: the first order decides in which order
+        # tensors are ranked as one.
+        signature = frozenset(
             (name, tuple(array.shape), str(array.dtype)) for name, array in params.items()
         )
         if signature not in self._plans:
