@@ -265,6 +265,21 @@ class WrittenInConstructor(torch.optim.Optimizer):
                 param.data.sub_(momentum, alpha=group["lr"])
 
 
+class MaskedInConstructor(WrittenInConstructor):
+    """Writes a mask of the smallest weights before the first step, as SaRA does."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        for param, state in self.state.items():
+            state["mask"] = param.detach().abs() < 0.1
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = param.grad * self.state[param]["mask"]
+        super().step()
+
+
 class WrittenToAttribute(torch.optim.Optimizer):
     """Writes to a dictionary of its own, by Parameter, before the first step."""
 
@@ -307,6 +322,10 @@ REFUSED: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], str]] = {
     ),
     "by shape": (ByShape, "ByShape does not treat a tensor as a bag"),
     "late": (Late, "Late does not treat a tensor as a bag"),
+    "mask of the constructor": (
+        MaskedInConstructor,
+        r"dense gradient: KeyError: 'mask'\. Entries that the constructor writes",
+    ),
     "attribute of the constructor": (
         WrittenToAttribute,
         r"dense gradient: KeyError: Parameter containing\. Entries that the constructor writes",

@@ -105,13 +105,25 @@ def _add_first_entries(
     options: Mapping[str, Any],
     params: Sequence[Parameter],
 ) -> None:
-    """Add the entries that the constructor writes for each weight, as Adagrad's does."""
+    """Add the entries that the constructor writes for each weight, if all start at one number.
+
+    Adagrad's do. Masks do not: those of a vector on B would have to be chosen among all weights.
+    """
     if not optimizer.state:
         return  # all entries are written later
     accepted = inspect.signature(type(optimizer)).parameters
     arguments = {name: value for name, value in options.items() if name in accepted}
     with suppress(Exception):  # it needs other arguments, and is tried without the entries
-        fresh.state.update(type(optimizer)(params, **arguments).state)
+        state = type(optimizer)(params, **arguments).state
+        starts = [entry for entries in state.values() for entry in entries.values()]
+        if all(map(_is_constant, starts)):
+            fresh.state.update(state)
+
+
+def _is_constant(start: Any) -> bool:
+    if isinstance(start, Tensor):
+        return start.is_floating_point() and bool((start == start.reshape(-1)[:1]).all())
+    return isinstance(start, (int, float))
 
 
 def _copy(optimizer: torch.optim.Optimizer, params: Sequence[Parameter]) -> torch.optim.Optimizer:
