@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from topkast import OptionError, UnsupportedOptimizerError
+from topkast import UnsupportedOptimizerError
 from topkast.adapter import GROUP_OPTIONS, Options, check_any
 from topkast_torch.inner._fresh import attributes_of, class_name
 from topkast_torch.optimizer._callers import is_called_by
@@ -56,20 +55,6 @@ def check_inner(inner: torch.optim.Optimizer) -> None:
     if clash:
         raise UnsupportedOptimizerError(
             f"{name} has options named {', '.join(clash)}, which Top-KAST uses in parameter groups"
-        )
-
-
-# Options of the whole optimizer. Another optimizer may have an option of such a name.
-_NOT_OF_GROUPS = ("stacked", "overrides", "power", "seed", "probe")
-
-
-def check_group_options(param_group: Mapping[str, Any], inner: torch.optim.Optimizer) -> None:
-    """Raise :class:`topkast.OptionError` for options that a parameter group cannot set."""
-    unused = [name for name in _NOT_OF_GROUPS if name in param_group and name not in inner.defaults]
-    if unused:
-        raise OptionError(
-            f"a parameter group cannot set {', '.join(unused)}, which would have no effect: pass "
-            "them to topkast.wrap_optimizer, where overrides= sets the options of single tensors"
         )
 
 

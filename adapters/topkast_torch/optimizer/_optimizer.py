@@ -18,12 +18,7 @@ from topkast_torch.checkpoint._save import save
 from topkast_torch.execution._execution import Execution
 from topkast_torch.execution._profile import Trials
 from topkast_torch.inner._fresh import DISABLED_METHODS, class_name
-from topkast_torch.optimizer._checks import (
-    check_group_options,
-    check_inner,
-    check_names,
-    name_params,
-)
+from topkast_torch.optimizer._checks import check_inner, check_names, name_params
 from topkast_torch.optimizer._groups import (
     Group,
     WrapperState,
@@ -78,7 +73,6 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         options_by_group, trials = [], Trials(inner)
         with discarding(state.executions):
             for param_group in inner.param_groups:
-                check_group_options(param_group, inner)
                 group_options = options.override(param_group)
                 state.groups.append(prepare_group(state, param_group, group_options, trials))
                 options_by_group.append(group_options.for_group())
@@ -177,7 +171,9 @@ class TopKASTOptimizer(torch.optim.Optimizer):
             If an option of a group has an invalid value, or ``fwd``, ``bwd``, ``distribution``,
             ``block`` or ``pattern`` was changed.
         MismatchError
-            If other code has written weights outside A, or replaced Parameters.
+            If other code has written weights outside A, or replaced or converted Parameters.
+        UnsupportedTensorError
+            If a gradient is a sparse tensor.
         NonFiniteError
             If a weight is NaN or infinite at a refresh. The weights have moved then, but no set has
             changed; repair them and call ``step`` again.
@@ -247,7 +243,6 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         if state is None:  # called by the constructor of the base class
             super().add_param_group(param_group)
             return
-        check_group_options(param_group, state.inner)
         options = state.options.override(param_group)
         name_params(param_group, len(state.groups), self.param_groups)
         super().add_param_group(param_group)  # checks the group and fills in defaults
