@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -72,7 +73,7 @@ def inspection(state: Any, params: Arrays, nbytes: Mapping[str, int]) -> Inspect
     ranked = {}
     held = {key: {"state": count} for key, count in nbytes.items()}
     for key, support in state.supports.items():
-        shapes = {name: tuple(params[name].shape) for name in members(key, params)}
+        shapes = _shapes_of(key, support, params)
         ranked[key] = _ranked(shapes, support)
         held[key]["indices"] = count_bytes(support.indices)
         if support.blocks is not None and not is_jax_array(support.indices):  # cached entries
@@ -113,6 +114,11 @@ def forward_params(params: Params, state: Any, /) -> Params:
     dict of str to array, or a pytree
         Sparsified tensors with zeros outside A; dense tensors unchanged.
 
+    Raises
+    ------
+    MismatchError
+        If `state` is no such state, or `params` lack a tensor of it or have too few entries.
+
     Examples
     --------
     >>> import numpy as np, topkast
@@ -132,7 +138,7 @@ def forward_views(params: Mapping[str, Array], supports: Mapping[str, Support]) 
     """:func:`forward_params`, for parameters by name."""
     views = dict(params)
     for key, support in supports.items():
-        shapes = {name: tuple(params[name].shape) for name in members(key, params)}
+        shapes = _shapes_of(key, support, params)
         ranked = _ranked(shapes, support)
         if is_jax_array(support.indices):
             # If parameters are sharded over devices, XLA shards the result of `where` likewise.
@@ -143,6 +149,29 @@ def forward_views(params: Mapping[str, Array], supports: Mapping[str, Support]) 
             values = gather(ranked.flatten(params), support)
             views |= ranked.unflatten(forward_view(values, support, shape=(ranked.size,)))
     return views
+
+
+def _shapes_of(key: str, support: Support, params: Mapping[str, Array]) -> dict[str, Shape]:
+    """Shapes of the tensors of a support, by name, in `params` that may be those of another state.
+
+    Only what is known of traced values too is checked: names, and whether B fits.
+    """
+    names = members(key, params)
+    missing = [name for name in names if name not in params]
+    if missing:
+        raise MismatchError(
+            f"the state has sets of {', '.join(missing)}, but params have only "
+            f"{', '.join(params)}: pass the params for which init made this state"
+        )
+    shapes = {name: tuple(params[name].shape) for name in names}
+    size = sum(math.prod(shape) for shape in shapes.values())
+    if size < support.backward_size:
+        found = ", ".join(map(str, shapes.values()))
+        raise MismatchError(
+            f"the state has {support.backward_size} entries of {key} in B, but params have {size} "
+            f"in all, of shape {found}: pass the params for which init made this state"
+        )
+    return shapes
 
 
 def _ranked(shapes: Mapping[str, Shape], support: Support) -> RankedTensors:
