@@ -251,7 +251,10 @@ class TestChoice:
             topkast.sparsify(model, torch.optim.SGD(model.parameters(), 0.1))
         others: list[Any] = [{}, torch.optim.SGD(model.parameters(), 0.1)]
         for swapped in others:
-            with pytest.raises(topkast.AdapterNotFoundError, match=r"expected a torch\.nn\.Module"):
+            with pytest.raises(
+                topkast.AdapterNotFoundError,
+                match=r"expected a torch\.nn\.Module \(in JAX, call topkast_jax\.",
+            ):
                 topkast.sparsify(swapped, model)
         with pytest.raises(topkast.OptionError, match="not built for the parameters of this"):
             topkast.sparsify(nn.Linear(3, 3), prepare("mlp")[1])

@@ -181,6 +181,7 @@ def _function_for(model: Any, name: str) -> Any:
     if entry is None:
         raise AdapterNotFoundError(
             f"no adapter has sparse layers for a model of type {type(model).__module__}."
-            f"{type(model).__qualname__}: expected a torch.nn.Module"
+            f"{type(model).__qualname__}: expected a torch.nn.Module (in JAX, call "
+            f"topkast_jax.{name})"
         )
     return load(entry, name)
