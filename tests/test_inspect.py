@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 import torch
 from libraries import Library
 from torch import nn
@@ -89,3 +93,25 @@ def test_loggers_get_the_same_quantities_while_a_has_all_weights() -> None:
         grads = {name: np.ones_like(param) for name, param in params.items()}
         params, state = tx.step(grads, state, params)
     assert active == [16, 16, 8, 8, 16, 16, 8, 8]
+
+
+@pytest.mark.parametrize("rule", [topkast.Adam(1e-3), optax.adam(1e-3)], ids=["arrays", "optax"])
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"v": (10, 10)}, r"the state has the sets of w, but params only v"),
+        ({"w": (3, 6)}, r"w has 18 entries in params, but \|B\| = 20 in the state"),
+    ],
+    ids=["name", "size"],
+)
+def test_params_of_another_state_are_refused(
+    rule: Any, shapes: dict[str, tuple[int, ...]], message: str
+) -> None:
+    tx = topkast.wrap_optimizer(rule, fwd=0.9, bwd=0.8)
+    state = tx.init({"w": jnp.ones((10, 10))})
+    others = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    for function in (topkast.summary, topkast.masks, topkast.dense_params):
+        with pytest.raises(topkast.MismatchError, match=message):
+            function(state, others)
+    with pytest.raises(topkast.MismatchError, match=message):
+        topkast.forward_params(others, state)

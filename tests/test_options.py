@@ -118,3 +118,40 @@ def test_a_group_replaces_what_differs() -> None:
     for name in ("refresh_every", "penalty"):  # equal to 1, but no number
         with pytest.raises(OptionError, match=name):
             options.override(group | {name: True})
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"power": 2.0}, {"stacked": "weight"}, {"overrides": {}}, {"seed": 1}, {"probe": False}],
+    ids=lambda option: next(iter(option)),
+)
+def test_a_group_cannot_set_options_of_the_whole_optimizer(option: dict[str, Any]) -> None:
+    (name,) = option
+    layer, later = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    before = layer.weight.detach().clone()
+    group: Any = {"params": list(layer.named_parameters())}
+    with pytest.raises(OptionError, match=f"a parameter group cannot set {name}"):
+        topkast.wrap_optimizer(torch.optim.SGD([group | option], 0.1), fwd=0.9, bwd=0.8)
+    assert torch.equal(layer.weight, before)
+    optimizer = topkast.wrap_optimizer(torch.optim.SGD([group], 0.1), fwd=0.9, bwd=0.8)
+    added: Any = {"params": list(later.named_parameters("later"))}
+    with pytest.raises(OptionError, match=f"a parameter group cannot set {name}"):
+        optimizer.add_param_group(added | option)
+    assert len(optimizer.param_groups) == 1
+
+
+class SeededSGD(torch.optim.SGD):
+    """An optimizer with an option of its own that is called `seed`."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr)
+        self.defaults["seed"] = 0
+        for group in self.param_groups:
+            group.setdefault("seed", 0)
+
+
+def test_a_group_may_set_the_inner_optimizers_option_of_the_same_name() -> None:
+    layer = torch.nn.Linear(8, 8)
+    inner = SeededSGD([{"params": list(layer.named_parameters()), "seed": 3}], 0.1)
+    optimizer = topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.8)
+    assert optimizer.param_groups[0]["seed"] == 3

@@ -253,6 +253,10 @@ class TestChoice:
         for swapped in others:
             with pytest.raises(topkast.AdapterNotFoundError, match=r"expected a torch\.nn\.Module"):
                 topkast.sparsify(swapped, model)
+        with pytest.raises(
+            topkast.AdapterNotFoundError, match=r"in JAX, call topkast_jax\.sparsify"
+        ):
+            topkast.sparsify({"w": 1.0}, model)
         with pytest.raises(topkast.OptionError, match="not built for the parameters of this"):
             topkast.sparsify(nn.Linear(3, 3), prepare("mlp")[1])
         for example in (torch.ones(2, 3), (torch.ones(2, 30), 1), "x"):

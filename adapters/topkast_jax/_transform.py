@@ -58,8 +58,8 @@ class TopKASTGradientTransformation(optax.GradientTransformationExtraArgs):  # t
     wrapped transformation cannot be migrated when B changes. On devices of several processes,
     it raises :class:`topkast.MismatchError` unless all of them pass the same options and the same
     values of what they hold copies of. ``update(grads, state, params)``
-    raises :class:`topkast.MismatchError` without `params`, and if the trees, shapes or dtypes of
-    `grads` and `params` are not those of ``init``.
+    raises :class:`topkast.MismatchError` without `params`, if the trees or shapes of `grads` and
+    `params` are not those of ``init``, and if a gradient is no float.
 
     Examples
     --------
@@ -113,8 +113,8 @@ class TopKASTGradientTransformation(optax.GradientTransformationExtraArgs):  # t
         Raises
         ------
         MismatchError
-            As ``update``: if the trees, shapes or dtypes of `grads` and `params` are not those
-            of ``init``.
+            As ``update``: if the trees or shapes of `grads` and `params` are not those of
+            ``init``, or a gradient is no float.
 
         Examples
         --------

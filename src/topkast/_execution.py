@@ -27,12 +27,12 @@ def sparsify(
     Layers whose weight `optimizer` keeps sparse change in place. Their Parameter becomes the values
     on B, of shape (1, …, \|B\|); the forward pass multiplies by A, the input gradient by A's
     transpose, and the weight gradient is computed on B alone. No dense weight and no dense gradient
-    remain. Training continues with the same optimizer, state and sets. A refresh takes as long as
-    one to three steps: sparse layers save most time if `refresh_every` is large.
+    remain. Training continues with the same optimizer, state and sets. A refresh can take as long
+    as several steps: sparse layers save most time if `refresh_every` is large.
 
     ``torch.nn.Linear`` and ``torch.nn.Conv2d`` have a sparse form in float32 and float64. All else
-    (``torch.nn.MultiheadAttention``, subclasses, tied weights, blocks of weights, tensors that are
-    ranked together) stays masked, and the report says why. Linear layers in a row, with or without
+    (``torch.nn.MultiheadAttention``, subclasses, tied weights, tensors that are ranked together)
+    stays masked, and the report says why. Linear layers in a row, with or without
     ``torch.nn.ReLU`` between them, run together: a ``torch.nn.Sequential`` with such layers becomes
     a ``topkast_torch.SparseSequential``. So do layers that read the same activations, in a
     ``topkast_torch.SparseParallel``.
@@ -181,6 +181,7 @@ def _function_for(model: Any, name: str) -> Any:
     if entry is None:
         raise AdapterNotFoundError(
             f"no adapter has sparse layers for a model of type {type(model).__module__}."
-            f"{type(model).__qualname__}: expected a torch.nn.Module"
+            f"{type(model).__qualname__}: expected a torch.nn.Module (in JAX, call "
+            f"topkast_jax.{name})"
         )
     return load(entry, name)

@@ -230,6 +230,11 @@ def masks(x: Any, params: Any = None, /) -> dict[str, Masks]:
     dict of str to Masks
         Boolean arrays of the tensors' shapes, by name; dense tensors are left out.
 
+    Raises
+    ------
+    MismatchError
+        If `x` is neither, or if `params` are missing, or lack a tensor of the state.
+
     Examples
     --------
     >>> import numpy as np, topkast
@@ -271,6 +276,11 @@ def dense_params(x: Any, params: Any = None, /) -> dict[str, Array]:
     dict of str to array
         Copies (PyTorch), or the arrays of `params`.
 
+    Raises
+    ------
+    MismatchError
+        If `x` is neither, or if `params` are missing, or lack a tensor of the state.
+
     Examples
     --------
     >>> import torch, topkast
@@ -307,6 +317,11 @@ def summary(x: Any, params: Any = None, /) -> Summary:
     -------
     Summary
         Prints as a table; ``to_dict()`` for JSON, ``scalars()`` for a logger.
+
+    Raises
+    ------
+    MismatchError
+        If `x` is neither, or if `params` are missing, or lack a tensor of the state.
 
     Examples
     --------

@@ -111,9 +111,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=Settings.refresh_every,
         metavar="UPDATES",
-        help="number of updates between two selections of A and B (default: %(default)s, which "
-        "costs next to nothing). 1 is the paper's main setting; it is slower and often better in a "
-        "run as short as this",
+        help="number of updates between two selections of A and B (default: %(default)s, the "
+        "paper's main setting). More is faster, and often worse in a run as short as this",
     )
     add(
         "--penalty",

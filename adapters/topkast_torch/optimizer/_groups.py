@@ -176,6 +176,7 @@ def prepare_group(
     state: WrapperState, param_group: Mapping[str, Any], options: Options, trials: Trials
 ) -> Group:
     """Choose the sets of a group's tensors, without changing anything."""
+    _check_options(param_group, state.inner)
     params: list[Parameter] = list(param_group["params"])
     names = _name_params(param_group, state.groups)
     tensors = dict(zip(names, params, strict=True))
@@ -289,6 +290,19 @@ def _name_params(param_group: Mapping[str, Any], earlier: list[Group]) -> list[s
     taken = {name for group in earlier for name in group.names}
     names: list[str] = list(param_group.get("param_names", numbered))
     return [f"{number}.{name}" if name in taken else name for name in names]
+
+
+# Options of the whole optimizer. An inner optimizer may have options of such names.
+_NOT_OF_GROUPS = ("stacked", "overrides", "power", "seed", "probe")
+
+
+def _check_options(param_group: Mapping[str, Any], inner: torch.optim.Optimizer) -> None:
+    unused = [name for name in _NOT_OF_GROUPS if name in param_group and name not in inner.defaults]
+    if unused:
+        raise OptionError(
+            f"a parameter group cannot set {', '.join(unused)}, which would have no effect: pass "
+            "them to topkast.wrap_optimizer, where overrides= sets the options of single tensors"
+        )
 
 
 def _check_initialised(name: str, param: Tensor) -> None:

@@ -173,7 +173,9 @@ class TopKASTOptimizer(torch.optim.Optimizer):
             If an option of a group has an invalid value, or ``fwd``, ``bwd``, ``distribution``,
             ``block`` or ``pattern`` was changed.
         MismatchError
-            If other code has written weights outside A, or replaced Parameters.
+            If other code has written weights outside A, or replaced or converted Parameters.
+        UnsupportedTensorError
+            If a gradient is a sparse tensor.
         NonFiniteError
             If a weight is NaN or infinite at a refresh. The weights have moved then, but no set has
             changed; repair them and call ``step`` again.

@@ -114,6 +114,11 @@ def forward_params(params: Params, state: Any, /) -> Params:
     dict of str to array, or a pytree
         Sparsified tensors with zeros outside A; dense tensors unchanged.
 
+    Raises
+    ------
+    MismatchError
+        If `state` is no such state, or `params` lack a tensor of it or have too few entries.
+
     Examples
     --------
     >>> import numpy as np, topkast

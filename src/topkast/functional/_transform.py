@@ -117,8 +117,8 @@ class TopKASTTransform:
         array([[-0.1, -0.1],
                [-0. , -0. ]])
 
-        Raises :class:`topkast.MismatchError` if the names, shapes or dtypes of `grads` and
-        `params` are not those of ``init``.
+        Raises :class:`topkast.MismatchError` if the names or shapes of `grads` and `params` are
+        not those of ``init``, or a gradient is no float.
         """
         if params is None:
             raise MismatchError("update needs params: update(grads, state, params)")
