@@ -197,7 +197,8 @@ class FileBase:
     def _has_digest(self) -> bool:
         """Whether the weights have the digest of the header; reads them all."""
         ranges = chunks(self.size, f"checking {self.path.name}")
-        return _digest(self.read(start, stop) for start, stop in ranges) == self.digest
+        digest: str = self.digest
+        return _digest(self.read(start, stop) for start, stop in ranges) == digest
 
     def __deepcopy__(self, memo: Any) -> FileBase:
         self._created = None  # the copy needs it too
