@@ -12,6 +12,7 @@ import re
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import NormalDist
@@ -628,6 +629,29 @@ def test_a_checkpoint_writes_a_file_again(change: str, checkpoint: str, tmp_path
     assert loaded.read(0, 10).tolist() == theta.tolist()
     assert base.path.read_bytes() == content
     assert before in (None, base.path.stat().st_ino)  # an intact file is not written again
+
+
+@pytest.mark.parametrize("change", ["cut off", "overwritten", "touched"])
+def test_a_file_that_was_changed_in_place_is_named(change: str, tmp_path: Path) -> None:
+    """Memory-mapped weights change with it, and a read beyond its end would crash the process."""
+    base = FileBase.create(tmp_path, "w", np.ones(9_000, np.float32))
+    with base.path.open("r+b") as file:
+        if change == "cut off":
+            file.truncate(5_000)
+        elif change == "overwritten":
+            file.seek(4_096)
+            file.write(bytes(100))
+    os.utime(base.path, ns=(0, 10**9))
+    if change == "touched":
+        assert FileBase.from_description(base.describe()).path == base.path
+        pickle.dumps(base)
+        return
+    uses: list[Callable[[], Any]] = [base.describe, lambda: pickle.dumps(base)]
+    if change == "cut off":
+        uses += [lambda: base.read(0, 9_000), lambda: base.take(np.asarray([8_999]))]
+    for use in uses:
+        with pytest.raises(topkast.ReservoirError, match="was changed while it was in use"):
+            use()
 
 
 def test_a_file_can_be_shared(tmp_path: Path) -> None:

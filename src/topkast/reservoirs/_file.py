@@ -28,6 +28,11 @@ _PART = ".reservoir.part"  # of a file that is being written
 _MAX_NAME = 2048  # bytes of a tensor's name in the header
 _LOCKED_AFTER = 60.0  # seconds: an empty file may not be locked yet
 
+_CHANGED = (
+    "{} was changed while it was in use, and the weights outside B are lost: continue from a "
+    "checkpoint whose file is intact, and keep other programs from writing to it"
+)
+
 _fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 
@@ -134,10 +139,12 @@ class FileBase:
 
     def read(self, start: int, stop: int) -> Vector:
         """The weights of a range of flat indices, as a new array."""
+        self._check_length()
         return np.array(self._weights[start:stop])
 
     def take(self, indices: Vector) -> Vector:
         """The weights at flat indices (k,)."""
+        self._check_length()
         return np.asarray(self._weights.take(indices))
 
     def describe(self) -> dict[str, Any]:
@@ -180,19 +187,40 @@ class FileBase:
             FileBase.create(self.path.parent, self.name, self._weights)
 
     def _is_intact(self) -> bool:
-        """Whether the file at the path has the weights: it is read only if it is another one."""
+        """Whether the file at the path has the weights: it is read only if its stamp is another.
+
+        Raises :class:`ReservoirError` if the mapped file itself was changed.
+        """
         try:
-            if _identity(self.path.stat()) == self._mapped:
-                return True
-            if _read_header(self.path) != self.header:
+            status = self.path.stat()
+        except OSError:
+            return False
+        if _stamp(status) == self._mapped:
+            return True
+        if _identity(status) == self._mapped[:2]:
+            self._check_length()
+            if _read_header(self.path) != self.header or not self._has_digest():
+                raise ReservoirError(_CHANGED.format(self.path))
+        else:
+            try:
+                present = FileBase(self.path, self.header)
+                is_intact = _read_header(self.path) == self.header and present._has_digest()
+            except ReservoirError:
                 return False
-            present = FileBase(self.path, self.header)
-        except (OSError, ReservoirError):
-            return False
-        if not present._has_digest():
-            return False
-        self._mapped = present._mapped
+            if not is_intact:
+                return False
+            self._weights = present._weights
+        self._mapped = _stamp(status)
         return True
+
+    def _check_length(self) -> None:
+        """Raise :class:`ReservoirError` if the mapped file was cut off: reading it would crash."""
+        try:
+            status = self.path.stat()
+        except OSError:
+            return  # removed: what is mapped stays
+        if _identity(status) == self._mapped[:2] and status.st_size < self.disk_bytes:
+            raise ReservoirError(_CHANGED.format(self.path))
 
     def _has_digest(self) -> bool:
         """Whether the weights have the digest of the header; reads them all."""
@@ -246,8 +274,8 @@ def _read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _map(path: Path, header: dict[str, Any]) -> tuple[Vector, tuple[int, int]]:
-    """Map the weights of a file into memory, to be read only; also return the file's identity."""
+def _map(path: Path, header: dict[str, Any]) -> tuple[Vector, tuple[int, ...]]:
+    """Map the weights of a file into memory, to be read only; also return the file's stamp."""
     dtype, size = np.dtype(header["dtype"]).newbyteorder("<"), header["size"]
     try:
         status = path.stat()
@@ -257,7 +285,7 @@ def _map(path: Path, header: dict[str, Any]) -> tuple[Vector, tuple[int, int]]:
                 f"{path} has {actual:,} bytes, but its header asks for "
                 f"{_HEADER + size * dtype.itemsize:,}: it is damaged"
             )
-        return np.memmap(path, dtype, "r", _HEADER, (size,)), _identity(status)
+        return np.memmap(path, dtype, "r", _HEADER, (size,)), _stamp(status)
     except OSError as error:
         if isinstance(error, ReservoirError):
             raise
@@ -274,6 +302,11 @@ def _shorten(name: str) -> str:
 def _identity(status: os.stat_result) -> tuple[int, int]:
     """What distinguishes a file from others that had its path."""
     return status.st_dev, status.st_ino
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    """What changes if another file takes the path, or the file is written to."""
+    return (*_identity(status), status.st_size, status.st_mtime_ns)
 
 
 @contextmanager
