@@ -201,6 +201,22 @@ def test_scores_that_overflow_leave_it_to_a_full_selection() -> None:
             choose(*weights)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_thresholds_may_be_expected_beyond_all_numbers(dtype: str) -> None:
+    """Predicted from the last three thresholds, the next may exceed the largest number."""
+    theta = np.random.default_rng(0).uniform(0.5, 1.0, 5_000).astype(dtype)
+    support, selection = select(theta, (0.9, 0.8)), IncrementalSelection()
+    largest = float(np.finfo(dtype).max)
+    for magnitude in (largest * 1e-4, largest * 1e-2, largest * 0.9, largest * 0.9, 1.0):
+        theta[support.indices] = magnitude * np.linspace(0.9, 1.0, support.backward)
+        expected = select(theta, (0.9, 0.8))
+        values = theta[support.indices]
+        outcome = selection.choose(support, values, ArrayReservoir(theta), RANKS)
+        assert outcome is not None
+        (support, selection) = outcome[0].support, outcome[1]
+        np.testing.assert_array_equal(support.indices, expected.indices)
+
+
 def test_the_reserve_serves_one_score() -> None:
     theta = np.random.default_rng(0).standard_normal((40, 60))
     options: Any = {"fwd": 0.9, "bwd": 0.8, "block": (2, 3), "seed": SEED, "name": NAME}

@@ -12,6 +12,7 @@ import re
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import NormalDist
@@ -578,6 +579,8 @@ def test_long_names_leave_the_weights_alone(letter: str, tmp_path: Path) -> None
         assert base.read(0, 1_000).tolist() == theta.tolist()
         assert FileBase.from_description(base.describe()).name == base.name
         assert FileBase.create(tmp_path, name, theta).path == base.path
+        base.path.unlink()
+        assert FileBase.from_description(base.describe()).path == base.path  # written again
 
 
 def test_paths_survive_a_change_of_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -602,13 +605,53 @@ def test_a_file_that_others_need_stays(tmp_path: Path) -> None:
         assert base.path.exists()
 
 
-def test_a_checkpoint_writes_a_missing_file_again(tmp_path: Path) -> None:
-    theta = np.arange(10, dtype=np.float32)
+@pytest.mark.parametrize("checkpoint", ["description", "pickle"])
+@pytest.mark.parametrize("change", ["missing", "short", "damaged", "foreign", "copied"])
+def test_a_checkpoint_writes_a_file_again(change: str, checkpoint: str, tmp_path: Path) -> None:
+    theta = np.arange(1, 11, dtype=np.float32)
     base = FileBase.create(tmp_path, "w", theta)
+    content = base.path.read_bytes()
     base.path.unlink()
-    loaded = FileBase.from_description(base.describe())
+    other = {
+        "short": content[:-4],
+        "damaged": content[:-4] + bytes(4),
+        "foreign": b"something else",
+        "copied": content,
+    }
+    if change != "missing":
+        base.path.write_bytes(other[change])
+    before = base.path.stat().st_ino if change == "copied" else None
+    if checkpoint == "pickle":
+        loaded = pickle.loads(pickle.dumps(base))
+    else:
+        loaded = FileBase.from_description(base.describe())
     assert loaded.path == base.path
     assert loaded.read(0, 10).tolist() == theta.tolist()
+    assert base.path.read_bytes() == content
+    assert before in (None, base.path.stat().st_ino)  # an intact file is not written again
+
+
+@pytest.mark.parametrize("change", ["cut off", "overwritten", "touched"])
+def test_a_file_that_was_changed_in_place_is_named(change: str, tmp_path: Path) -> None:
+    """Memory-mapped weights change with it, and a read beyond its end would crash the process."""
+    base = FileBase.create(tmp_path, "w", np.ones(9_000, np.float32))
+    with base.path.open("r+b") as file:
+        if change == "cut off":
+            file.truncate(5_000)
+        elif change == "overwritten":
+            file.seek(4_096)
+            file.write(bytes(100))
+    os.utime(base.path, ns=(0, 10**9))
+    if change == "touched":
+        assert FileBase.from_description(base.describe()).path == base.path
+        pickle.dumps(base)
+        return
+    uses: list[Callable[[], Any]] = [base.describe, lambda: pickle.dumps(base)]
+    if change == "cut off":
+        uses += [lambda: base.read(0, 9_000), lambda: base.take(np.asarray([8_999]))]
+    for use in uses:
+        with pytest.raises(topkast.ReservoirError, match="was changed while it was in use"):
+            use()
 
 
 def test_a_file_can_be_shared(tmp_path: Path) -> None:

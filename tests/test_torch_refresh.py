@@ -12,9 +12,13 @@ import reservoir_training
 import torch
 from products import star
 from reservoir_training import train
+from topkast_torch.execution import _flat
+from topkast_torch.inner import _young
 from torch import Tensor
 
 import topkast
+from topkast.backends import _compiled
+from topkast.kernels import scale_displacement
 from topkast.methods import TopKAST, View
 
 
@@ -233,3 +237,42 @@ def test_a_weight_without_a_rank_changes_no_set(sparse: bool, block: Any) -> Non
     with pytest.raises(topkast.NonFiniteError, match="768 of 3840 entries are NaN"):
         train(model, opt, 1)
     assert [execution.support for execution in executions] == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1, 7, 40_000])
+def test_young_entries_move_alike_with_and_without_kernels(size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(size)
+    old, new = torch.randn(2, size, dtype=dtype)
+    factors = torch.cat([torch.linspace(0, 2, 200, dtype=dtype), torch.ones(1, dtype=dtype)])
+    ages = torch.randint(0, 300, (size,), dtype=torch.int16)
+    weight = factors[ages.long().add(3).clamp(max=200)]
+    expected = _young._interpolate(old, new, weight)
+    scale_displacement(new.numpy(), old.numpy(), ages.numpy(), factors.numpy(), since=3)
+    assert torch.equal(new, expected)
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["masked", "sparse"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_kernels_change_no_bit_of_an_update(
+    optimizer: str, sparse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The products of sparse layers round differently: gradients are written by hand."""
+    gradients = torch.randn(8, 3_840, generator=torch.Generator().manual_seed(3))
+    states = []
+    for min_entries in (0, 1 << 60):
+        monkeypatch.setattr(_compiled, "_MIN_ENTRIES", min_entries)
+        monkeypatch.setattr(_flat, "_KERNEL_MIN_ENTRIES", min_entries)
+        monkeypatch.setattr(_young, "_KERNEL_MIN_ENTRIES", min_entries)
+        _, opt = build(optimizer, sparse=sparse, penalty=0.1)
+        execution = next(iter(opt._wrapper_state.executions))
+        for gradient in gradients:
+            if sparse:
+                on_b = gradient[execution.support.entries.long()]
+                execution.values.grad = on_b.view(execution.values.shape)
+            else:
+                param = execution.members["0.weight"].param
+                param.grad = gradient.view(param.shape).clone()
+            opt.step()
+        states.append(opt)
+    assert_same(*states)

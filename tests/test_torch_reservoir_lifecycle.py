@@ -11,11 +11,15 @@ import pytest
 import topkast_torch
 import torch
 from reservoir_training import INPUTS, build, train
+from topkast_torch.execution import _execution
+from topkast_torch.inner._inner_state import Moving
 from torch import nn
 
 import topkast
 from topkast import MismatchError, OptionError, StateDictError
 from topkast.methods import Random, Static
+from topkast.reservoirs import LayeredReservoir
+from topkast.selection._reserve import Ranking
 
 SPARSITIES: Any = {"fwd": 0.9, "bwd": 0.8}
 
@@ -242,6 +246,92 @@ def test_an_interruption_after_the_inner_step_loses_nothing(
     train(other, other_opt, 1)
     assert opt._wrapper_state.refreshes == other_opt._wrapper_state.refreshes == 1
     assert_same(opt, other_opt)
+
+
+FAILING = {
+    "move": (Moving, "run"),
+    "state": (_execution, "add_entries"),
+    "sets": (_execution.Execution, "_switch_to"),
+    "reservoir": (LayeredReservoir, "write"),
+}
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["masked", "sparse"])
+@pytest.mark.parametrize("failing", FAILING)
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_refresh_that_fails_halfway_is_not_continued(
+    number: int, failing: str, sparse: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when memory ends while new sets are applied, to the first tensor or to the second."""
+    options: Any = {"folder": tmp_path, "sparse": sparse}
+    options["optimizer"] = lambda params: torch.optim.AdamW(params, lr=3e-2)  # much enters B
+    model, opt = build("disk", **options)
+    train(model, opt, 3)
+    saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    original, calls = getattr(*FAILING[failing]), []
+
+    def fail(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(failing)
+        if len(calls) == number:
+            raise MemoryError
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(*FAILING[failing], fail)
+    with pytest.raises(MemoryError):
+        train(model, opt, 1)
+    monkeypatch.undo()
+    for use in (
+        lambda: train(model, opt, 1),
+        opt.state_dict,
+        lambda: copy.deepcopy(opt),
+        lambda: topkast.unwrap(opt),
+    ):
+        with pytest.raises(MismatchError, match="failed halfway"):
+            use()
+    model.load_state_dict(saved[0])
+    opt.load_state_dict(saved[1])
+    train(model, opt, 3)
+    other, other_opt = build("disk", **options)
+    train(other, other_opt, 6)
+    assert_same(opt, other_opt)
+
+
+def test_a_load_that_fails_halfway_is_not_continued(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, opt = build()
+    saved = opt.state_dict()
+    train(model, opt, 2)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(_execution.Execution, "_switch_to", fail)
+    with pytest.raises(MemoryError):
+        opt.load_state_dict(saved)
+    monkeypatch.undo()
+    with pytest.raises(MismatchError, match="failed halfway"):
+        train(model, opt, 1)
+    opt.load_state_dict(saved)
+    train(model, opt, 1)
+
+
+def test_a_refresh_that_fails_before_it_changes_a_tensor_follows_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, opt = build()
+    train(model, opt, 3)
+
+    def fail(_: Ranking) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Ranking, "exchange", fail)
+    with pytest.raises(MemoryError):
+        train(model, opt, 1)
+    monkeypatch.undo()
+    train(model, opt, 2)
+    for execution in opt._wrapper_state.executions:
+        ((name, shape),) = execution.ranked.shapes.items()
+        expected = topkast.select(execution.theta().view(shape), **SPARSITIES, name=name)
+        assert torch.equal(execution.support.indices, expected.indices)
 
 
 # Methods

@@ -48,6 +48,8 @@ def load(state: WrapperState, state_dict: Mapping[str, Any]) -> None:
 def _apply(state: WrapperState, loaded: _Loaded) -> None:
     """Load what was checked."""
     inner = state.inner
+    for execution in state.executions:
+        execution.is_divided = True  # until it is restored
     state.updates, state.overdue = loaded.updates, loaded.overdue
     clear_state(inner, state.stores)
     for name, value in loaded.attributes.items():

@@ -28,6 +28,7 @@ TOPKAST_KEY = "topkast"  # of the entries that Top-KAST adds
 
 def save(state: WrapperState) -> dict[str, Any]:
     """Implements :meth:`TopKASTOptimizer.state_dict`."""
+    state.check_whole()
     numbers = _number_params(state)
     saved: dict[int, dict[str, Any]] = {}
     for group, param_group in zip(state.groups, state.inner.param_groups, strict=True):

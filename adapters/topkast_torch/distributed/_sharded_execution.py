@@ -224,6 +224,7 @@ class ShardedExecution(SparseExecution):
         moves = ShardedMigration(self.sharding, migration)
         entrants = (~migration.survives).nonzero().view(-1)
         entering = self._fetch(new, entrants, self.reservoir, values)
+        self.is_divided = True
         self._store_leaving(old, migration, values)
         values.copy_(moves.apply(values, entering))
         if self.param.grad is not None:  # the next backward may add to it
@@ -233,6 +234,7 @@ class ShardedExecution(SparseExecution):
         self._migrate_entries(inner, moves)
         if self.young is not None:
             self.young.migrate(moves, group)  # type: ignore[arg-type]
+        self.is_divided = False
 
     def _fetch(self, support: Support, positions: Tensor, rows: Reservoir, like: Tensor) -> Tensor:
         """A part of a vector over B: the weights at `positions` (k,), and zero elsewhere.

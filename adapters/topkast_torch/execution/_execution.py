@@ -68,6 +68,7 @@ class Execution(ABC):
     young: YoungEntries | None
     momentum: Tensor | None  # the running mean of the gradient on all weights (n,), if needed
     selection: IncrementalSelection
+    is_divided: bool = False  # while a refresh or a load changes the fields
     # Changed by a step
     step: Step  # the next step
     awaits_gradient: bool  # whether the refresh after it needs the gradient outside B
@@ -343,9 +344,10 @@ class Execution(ABC):
             host, migration = chosen.support, Migration(*map(self._to_device, chosen.migration))
             values, entered_active = map(self._to_device, (chosen.values, chosen.entered_active))
             new = Support(self._to_device(host.indices), host.forward, host.blocks)
+            self.is_divided = True
             self.reservoir.write(*chosen.left, host.ascending_entries())
             self.selection = chosen.selection
-        moving = Moving(migration)
+        self.is_divided, moving = True, Moving(migration)
         self.move_gradient(moving)
         self.values.detach().view(-1).copy_(values)
         if self.method.forgets:
@@ -358,6 +360,7 @@ class Execution(ABC):
         if (young := self.young) is not None:
             moving.add(*young.move(), lambda ages: young.take(ages, group))
         moving.run()
+        self.is_divided = False
 
     def _to_device(self, host: Any) -> Tensor:
         return torch.from_numpy(host).to(self.values.device)
@@ -368,6 +371,7 @@ class Execution(ABC):
         self.values.detach().view(-1).copy_(values)
         self._switch_to(support)
         self.selection = IncrementalSelection(loss=self.selection.loss)
+        self.is_divided = False
 
     def _switch_to(self, support: Support) -> None:
         """Take a support whose values are set, and write them into the model."""

@@ -222,9 +222,10 @@ def _true_positions(flags: Tensor) -> Tensor:
 
 def _interpolate(old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
     """``old + weight · (new − old)``, with the bits of `new` where the weight is 1."""
-    if new.is_complex():
-        return torch.where(weight == 1, new, old + (new - old) * weight)
-    return torch.lerp(old, new, weight)
+    if new.dtype in (torch.float16, torch.bfloat16):
+        return torch.lerp(old, new, weight)  # which rounds once
+    # As the kernel rounds: torch.lerp starts at the other end where the weight is 1/2 or more.
+    return torch.where(weight == 1, new, old + (new - old) * weight)
 
 
 @functools.lru_cache(maxsize=4)  # of tensors that were stepped equally often

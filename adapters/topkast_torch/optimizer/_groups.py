@@ -136,6 +136,16 @@ class WrapperState:
         """The executions of all groups."""
         return (execution for group in self.groups for execution in group.executions)
 
+    def check_whole(self) -> None:
+        """Raise :class:`MismatchError` if sets and values do not belong together any more."""
+        for execution in self.executions:
+            if execution.is_divided:
+                raise MismatchError(
+                    f"a refresh, or a load_state_dict, of {execution.ranked.key} failed halfway: "
+                    "its sets, values and optimizer state do not belong together any more. Load a "
+                    "state dict that was saved before"
+                )
+
     @property
     def stores(self) -> tuple[str, ...]:
         """Attributes in which the inner optimizer keeps entries by Parameter."""

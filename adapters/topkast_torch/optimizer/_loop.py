@@ -16,6 +16,7 @@ Pairs: TypeAlias = list[tuple[Execution, dict[str, Any]]]
 
 def step(state: WrapperState, pairs: Pairs) -> None:
     """Update all tensors with the inner optimizer, and refresh the sets that are due."""
+    state.check_whole()
     for execution, param_group in pairs:
         execution.accept_external_writes()
         execution.decide(param_group, state.updates, overdue=state.overdue)

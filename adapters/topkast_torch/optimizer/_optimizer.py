@@ -355,6 +355,7 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         return call
 
     def __getstate__(self) -> dict[str, Any]:
+        self._wrapper_state.check_whole()
         self._accept_external_writes()
         return {"defaults": self.defaults, "_wrapper_state": self._wrapper_state}
 

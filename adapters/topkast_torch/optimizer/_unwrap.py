@@ -30,6 +30,7 @@ def unwrap(optimizer: TopKASTOptimizer, weights: Weights) -> torch.optim.Optimiz
             f"unwrap needs whole tensors, but {sharded[0]} is sharded over processes: save the run "
             "with torch.distributed.checkpoint, load it in one process, and unwrap there"
         )
+    state.check_whole()
     with torch.no_grad():
         for execution in state.executions:
             execution.accept_external_writes()

@@ -28,6 +28,11 @@ _PART = ".reservoir.part"  # of a file that is being written
 _MAX_NAME = 2048  # bytes of a tensor's name in the header
 _LOCKED_AFTER = 60.0  # seconds: an empty file may not be locked yet
 
+_CHANGED = (
+    "{} was changed while it was in use, and the weights outside B are lost: continue from a "
+    "checkpoint whose file is intact, and keep other programs from writing to it"
+)
+
 _fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 
@@ -63,7 +68,7 @@ class FileBase:
         self._created = created  # the identity of the file, if only this object needs it
         self.name, self.digest = header["name"], header["digest"]
         self.size, self.dtype = header["size"], header["dtype"]
-        self._weights = _map(path, header)
+        self._weights, self._mapped = _map(path, header)
 
     @classmethod
     def create(cls, folder: Any, name: str, weights: Vector) -> FileBase:
@@ -128,26 +133,29 @@ class FileBase:
                     f"{path} belongs to another tensor or run: its {field} is "
                     f"{base.header[field]!r}, the checkpoint has {saved[field]!r}"
                 )
-        pieces = (
-            base.read(start, stop) for start, stop in chunks(base.size, f"checking {path.name}")
-        )
-        if _digest(pieces) != base.digest:
+        if not base._has_digest():
             raise ReservoirError(f"{path} is damaged: its weights do not have its digest")
         return base
 
     def read(self, start: int, stop: int) -> Vector:
         """The weights of a range of flat indices, as a new array."""
+        self._check_length()
         return np.array(self._weights[start:stop])
 
     def take(self, indices: Vector) -> Vector:
         """The weights at flat indices (k,)."""
+        self._check_length()
         return np.asarray(self._weights.take(indices))
 
     def describe(self) -> dict[str, Any]:
-        """Numbers and strings by which the file is found and recognised."""
-        self._created = None  # a checkpoint needs it from now on
-        if not self.path.exists():  # removed since: what is mapped still has the weights
-            FileBase.create(self.path.parent, self.name, self._weights)
+        """Numbers and strings by which the file is found and recognised.
+
+        Raises
+        ------
+        ReservoirError
+            If the file was removed or replaced, and cannot be written again.
+        """
+        self._keep()
         fields = ("name", "size", "dtype", "digest")
         return {field: self.header[field] for field in fields} | {"path": str(self.path)}
 
@@ -169,12 +177,63 @@ class FileBase:
                     self.path.unlink()
             self._created = None
 
+    def _keep(self) -> None:
+        """Leave the file to a checkpoint, which needs it from now on.
+
+        If it was removed or replaced since, it is written again from what is mapped.
+        """
+        self._created = None
+        if not self._is_intact():
+            FileBase.create(self.path.parent, self.name, self._weights)
+
+    def _is_intact(self) -> bool:
+        """Whether the file at the path has the weights: it is read only if its stamp is another.
+
+        Raises :class:`ReservoirError` if the mapped file itself was changed.
+        """
+        try:
+            status = self.path.stat()
+        except OSError:
+            return False
+        if _stamp(status) == self._mapped:
+            return True
+        if _identity(status) == self._mapped[:2]:
+            self._check_length()
+            if _read_header(self.path) != self.header or not self._has_digest():
+                raise ReservoirError(_CHANGED.format(self.path))
+        else:
+            try:
+                present = FileBase(self.path, self.header)
+                is_intact = _read_header(self.path) == self.header and present._has_digest()
+            except ReservoirError:
+                return False
+            if not is_intact:
+                return False
+            self._weights = present._weights
+        self._mapped = _stamp(status)
+        return True
+
+    def _check_length(self) -> None:
+        """Raise :class:`ReservoirError` if the mapped file was cut off: reading it would crash."""
+        try:
+            status = self.path.stat()
+        except OSError:
+            return  # removed: what is mapped stays
+        if _identity(status) == self._mapped[:2] and status.st_size < self.disk_bytes:
+            raise ReservoirError(_CHANGED.format(self.path))
+
+    def _has_digest(self) -> bool:
+        """Whether the weights have the digest of the header; reads them all."""
+        ranges = chunks(self.size, f"checking {self.path.name}")
+        digest: str = self.digest
+        return _digest(self.read(start, stop) for start, stop in ranges) == digest
+
     def __deepcopy__(self, memo: Any) -> FileBase:
         self._created = None  # the copy needs it too
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        self._created = None
+        self._keep()
         return {"path": self.path, "header": self.header}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -215,17 +274,18 @@ def _read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _map(path: Path, header: dict[str, Any]) -> Vector:
-    """Map the weights of a file into memory, to be read only."""
+def _map(path: Path, header: dict[str, Any]) -> tuple[Vector, tuple[int, ...]]:
+    """Map the weights of a file into memory, to be read only; also return the file's stamp."""
     dtype, size = np.dtype(header["dtype"]).newbyteorder("<"), header["size"]
     try:
-        actual = path.stat().st_size
+        status = path.stat()
+        actual = status.st_size
         if actual != _HEADER + size * dtype.itemsize:
             raise ReservoirError(
                 f"{path} has {actual:,} bytes, but its header asks for "
                 f"{_HEADER + size * dtype.itemsize:,}: it is damaged"
             )
-        return np.memmap(path, dtype, "r", _HEADER, (size,))
+        return np.memmap(path, dtype, "r", _HEADER, (size,)), _stamp(status)
     except OSError as error:
         if isinstance(error, ReservoirError):
             raise
@@ -233,15 +293,20 @@ def _map(path: Path, header: dict[str, Any]) -> Vector:
 
 
 def _shorten(name: str) -> str:
-    """A name that leaves the header space for its other fields."""
+    """A name that leaves the header space for its other fields; a shortened name stays as it is."""
     if len(json.dumps(name)) <= _MAX_NAME:
         return name
-    return f"{name[:200]}… {hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}"
+    return f"{name[:100]}… {hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}"
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
     """What distinguishes a file from others that had its path."""
     return status.st_dev, status.st_ino
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    """What changes if another file takes the path, or the file is written to."""
+    return (*_identity(status), status.st_size, status.st_mtime_ns)
 
 
 @contextmanager

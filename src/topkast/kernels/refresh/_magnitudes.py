@@ -89,8 +89,10 @@ def check_magnitudes(vector: Vector, dtype: Any) -> None:
 
 
 def key_of_magnitude(magnitude: float, dtype: Any) -> int:
-    """Return the key of a magnitude that is a number of `dtype`."""
-    return int(np.asarray(magnitude, dtype).view(unsigned_of(dtype)))
+    """Return the key of a magnitude, rounded to `dtype`: of infinity if it exceeds all numbers."""
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = np.asarray(magnitude, dtype)
+    return int(rounded.view(unsigned_of(dtype)))
 
 
 def unsigned_of(dtype: Any) -> Any:

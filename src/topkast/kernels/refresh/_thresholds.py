@@ -185,7 +185,8 @@ def _count_digits(
     threads: int | None,
 ) -> Vector:
     """Number of keys with each digit among those with a prefix; (2 ** digit_bits,)."""
-    counts = np.zeros((threads or default_threads(), 1 << digit_bits), dtype=np.int32)
+    threads = threads or default_threads()  # once: each thread has a row of its own
+    counts = np.zeros((threads, 1 << digit_bits), dtype=np.int32)
     for values in lists:
         run_kernel(
             (_count_single, _count_double),
