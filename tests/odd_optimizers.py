@@ -251,11 +251,11 @@ class StandsStill(Odd):
 class WrittenInConstructor(torch.optim.Optimizer):
     """Writes its state before the first step."""
 
-    def __init__(self, params: Any, lr: float = 0.1) -> None:
+    def __init__(self, params: Any, lr: float = 0.1, start: float = 0.0) -> None:
         super().__init__(params, {"lr": lr})
         for group in self.param_groups:
             for param in group["params"]:
-                self.state[param]["momentum"] = torch.zeros_like(param)
+                self.state[param]["momentum"] = torch.full_like(param, start)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
@@ -303,7 +303,7 @@ WRAPPED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "copies": Copies,
     "first gradient": FirstGradient,
     "switching": Switching,
-    "state of the constructor": WrittenInConstructor,
+    "state of the constructor": lambda params: WrittenInConstructor(params, start=0.01),
 }
 REFUSED: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], str]] = {
     "quantised": (Quantised, "Quantised keeps scales"),

@@ -172,6 +172,30 @@ def train_differently(
     return {"theta": topkast.dense_params(optimizer), "masks": dict(topkast.masks(optimizer))}
 
 
+def train_own_heads(rank: int) -> dict[str, Any]:
+    """Train a model of which only the first layer is in DistributedDataParallel."""
+    torch.manual_seed(3)
+    body = nn.Sequential(nn.Linear(12, 16), nn.Tanh())
+    wrapped = DistributedDataParallel(body)
+    torch.manual_seed(rank)
+    head = nn.Linear(16, 4)
+    MODELS.append(wrapped)
+    named: dict[str, Any] = {"body.weight": body[0].weight, "head.weight": head.weight}
+    optimizer = topkast.wrap_optimizer(
+        torch.optim.SGD([*named.items()], 0.05), fwd=0.9, bwd=0.7, refresh_every=2
+    )
+    for _ in range(5):
+        optimizer.zero_grad()
+        inputs = torch.randn(8, 12)
+        (head(wrapped(inputs)) - inputs[:, :4]).square().mean().backward()
+        optimizer.step()
+    theta, masks = topkast.dense_params(optimizer), topkast.masks(optimizer)
+    return {
+        "theta": {"body.weight": theta["body.weight"]},
+        "masks": {"body.weight": masks["body.weight"]},
+    }
+
+
 def train_joined(rank: int, uneven: bool) -> dict[str, Any]:
     """Train inside of PyTorch's Join, the first process perhaps with fewer batches."""
     torch.manual_seed(3)
@@ -240,6 +264,7 @@ RUNS: dict[str, Callable[[int], dict[str, Any]]] = (
         "sparse": lambda rank: train(rank, seeds=(3, 3)),
         "blocks": lambda rank: train(rank, seeds=(3, 3), block=(4, 1)),
         "other weights": lambda rank: train(rank, seeds=(3, 4)),
+        "own heads": train_own_heads,
         "joined": lambda rank: train_joined(rank, uneven=False),
         "joined unevenly": lambda rank: train_joined(rank, uneven=True),
         "other sets": lambda rank: train_with_hook(rank, "hook", diverge=True),

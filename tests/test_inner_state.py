@@ -172,6 +172,14 @@ def test_state_that_cannot_be_migrated_is_refused_and_nothing_changes(name: str)
 
 
 class TestProbe:
+    def test_entries_of_the_constructor_start_where_it_starts_them(self) -> None:
+        """The start is an argument that the options do not hold; no constructor is called again."""
+        layer = nn.Linear(20, 30)
+        inner = odd_optimizers.WrittenInConstructor(layer.parameters(), start=0.25)
+        opt: Any = topkast.wrap_optimizer(inner, fwd=0.9, bwd=0.8)
+        (group,) = opt._wrapper_state.groups
+        assert [*group.profiles[2].layout.starts.values()] == [0.25]
+
     def test_groups_that_differ_in_the_learning_rate_share_their_trials(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -288,3 +288,25 @@ def test_a_missing_gradient_is_named() -> None:
     grads = {"w": None, "b": np.zeros(3)}
     with pytest.raises(topkast.MismatchError, match="w has no gradient, None: pass zeros"):
         tx.step(grads, tx.init(params), params)
+
+
+class OnBiases(Momentum):
+    """Momentum for tensors of one dimension alone, which stay dense; it gets other arrays, too."""
+
+    def init(self, params: Arrays, /) -> Any:
+        return {key: 0 * array for key, array in params.items() if array.ndim < 2}
+
+    def update(self, grads: Arrays, state: Any, params: Any = None, /) -> Any:
+        for key in grads:
+            grads[key] = 1.0 * grads[key] / (1e-9 + np.linalg.norm(grads[key]))
+        velocity = {key: MOMENTUM * state[key] + grads[key] for key in state}
+        return [{key: -LR * array for key, array in (grads | velocity).items()}, velocity]
+
+
+def test_what_a_rule_may_do() -> None:
+    """State of dense tensors anywhere, other arrays in the dictionaries, a list as the result."""
+    params = {"w": np.linspace(-1, 1, 200).reshape(10, 20), "b": np.ones(20)}
+    tx: Any = topkast.wrap_optimizer(OnBiases(), **OPTIONS | {"probe": True})
+    with np.errstate(all="raise"):
+        params, _ = tx.step({"w": params["w"], "b": params["b"]}, tx.init(params), params)
+    assert np.isfinite(params["w"]).all()

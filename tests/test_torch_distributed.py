@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import spawn
 import topkast
 
 QUICK = ["masked", "random", "sparse", "blocks", "magnitude", "magnitude_hook", "hook_fp16"]
-QUICK += ["joined", "joined unevenly"]
+QUICK += ["own heads", "joined", "joined unevenly"]
 REFUSED = ["other weights", "other sets"]  # the last ones: they leave a step unfinished
 SLOW = ["rigl", "rigl_hook", "hook_bf16"]
 
@@ -68,7 +68,9 @@ def test_replicas_that_differ_raise(quick: Path, name: str, message: str) -> Non
         assert message in state["error"]
 
 
-@pytest.mark.parametrize("name", ["weights in A", "weights after", "reservoirs", "joined"])
+@pytest.mark.parametrize(
+    "name", ["weights in A", "weights after", "reservoirs", "own heads", "joined"]
+)
 def test_what_may_differ_makes_no_difference(quick: Path, name: str) -> None:
     assert_same(*states(quick, name))
 

@@ -72,7 +72,7 @@ def train(model: nn.Module, optimizer: Any, first: int, last: int) -> None:
     for step in range(first, last):
         inputs = torch.randn(8, 12, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
-        (model(inputs) - inputs[:, :4]).square().mean().backward()
+        (model(inputs)[:, :4] - inputs[:, :4]).square().mean().backward()
         optimizer.step()
 
 
@@ -201,3 +201,47 @@ def test_only_prefixes_are_left_out() -> None:
         assert bare_name(name) == name
     joined = "module.0.weight + module._orig_mod.net.module.weight"
     assert bare_name(joined) == "0.weight + net.weight"
+
+
+class OwnHook(DistributedDataParallel):
+    """A class of one's own, with a hook of its own."""
+
+    def join_hook(self, **options: Any) -> Any:
+        self.is_joined = True
+        return super().join_hook(**options)  # type: ignore[no-untyped-call]
+
+
+def test_a_join_hook_of_ones_own_is_called() -> None:
+    model = OwnHook(make_model())
+    optimizer = wrap(model)
+    with Join([model]):
+        train(model, optimizer, 0, 1)
+    assert model.is_joined
+
+
+class WithModule(nn.Module):
+    """Its names without the prefix would be one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, 12))
+        self.module = nn.Linear(12, 12, bias=False)
+
+    def forward(self, x: Any) -> Any:
+        return self.module(x @ self.weight)
+
+
+def test_names_that_are_equal_without_prefixes_are_matched_whole() -> None:
+    models, optimizers = [], []
+    for order in (1, -1):
+        torch.manual_seed(order + 1)
+        model = WithModule()
+        named = [*model.named_parameters()][::order]
+        inner = torch.optim.SGD(named, 0.1, momentum=0.9)
+        models.append(model)
+        optimizers.append(topkast.wrap_optimizer(inner, fwd=0.5, bwd=0.25))
+    train(models[0], optimizers[0], 0, 3)
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    first, second = map(topkast.dense_params, optimizers)
+    assert_same_bits(first, second)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,7 +53,7 @@ class ProbedRule(WrappedRule):
         self._compiled: Any = None
         self._held_count: int | None = None
 
-    def check_contract(self, dimensions: Mapping[str, int]) -> None:
+    def check_contract(self, dimensions: Mapping[str, int], sparse: Collection[str]) -> None:
         pass  # optax's functions are pure, and OptaxRule.check finds their entries
 
     def probe(self, shapes: Mapping[str, Shape]) -> None:

@@ -256,10 +256,11 @@ def _match_params(
     """
     names, saved_names = param_group.get("param_names"), saved.get("param_names")
     if names is not None and saved_names is not None:
-        own, others = (list(map(bare_name, entry)) for entry in (names, saved_names))
-        if sorted(own) == sorted(others) and len({*own}) == len(own):
-            numbers = dict(zip(others, saved["params"], strict=True))
-            return {key: numbers[name] for key, name in zip(group.names, own, strict=True)}
+        for shorten in (str, bare_name):
+            own, theirs = (list(map(shorten, entry)) for entry in (names, saved_names))
+            if sorted(own) == sorted(theirs) and len({*own}) == len(own):
+                numbers = dict(zip(theirs, saved["params"], strict=True))
+                return {key: numbers[name] for key, name in zip(group.names, own, strict=True)}
     return dict(zip(group.names, saved["params"], strict=True))
 
 

@@ -15,11 +15,12 @@ from topkast.adapter import bare_name
 from topkast_torch.sparse._sparse_layer import SparseLayer
 from topkast_torch.sparse._structure import BLOCK, STRUCTURE
 
+# The name of the wrapped module by that of the wrapper's class, which subclasses share.
 _NAMES = {"DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
 
 
 def _notice_wrapper(parent: nn.Module, name: str, module: Any) -> None:
-    if _NAMES.get(type(parent).__name__) == name:
+    if any(_NAMES.get(base.__name__) == name for base in type(parent).__mro__):
         parent.register_load_state_dict_pre_hook(_add_prefixes)
 
 

@@ -6,7 +6,7 @@ Gradients alone pass between replicas, so that nothing would ever correct a diff
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -71,9 +71,14 @@ def _check_replicas(parent: nn.Module, name: str, model: Any) -> None:
         return
     if not dist.is_initialized():
         return
-    params = list(model.parameters())
+    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    params = [param for key, param in model.named_parameters() if key not in ignored]
     executions = _owners(params)
-    layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
+    layers = [
+        module
+        for key, module in model.named_modules()
+        if isinstance(module, SparseLayer) and f"{key}.values" not in ignored
+    ]
     layers = [layer for layer in layers if layer.sharding is None]
     for execution in executions:
         if not isinstance(execution, MaskedExecution):
@@ -87,7 +92,7 @@ def _check_replicas(parent: nn.Module, name: str, model: Any) -> None:
             _WEIGHTS_DIFFER: _checksum(_weights_checksum(execution) for execution in masked),
         }
         device = (executions[0] if executions else layers[0]).values.device
-        _compare(checksums, [getattr(parent, "process_group", None)], device)
+        _compare(checksums, getattr(parent, "process_group", None), device)
     for param in params:
         _DATA_PARALLEL[param] = weakref.ref(parent)
     parent.join_hook = partial(_make_join_hook, parent)  # type: ignore[method-assign]
@@ -98,7 +103,7 @@ def _make_join_hook(parent: DistributedDataParallel, **options: Any) -> Any:
 
     At its end Join copies the Parameters of the last process to the others, without their sets.
     """
-    hook = DistributedDataParallel.join_hook(parent, **options)
+    hook = type(parent).join_hook(parent, **options)
     copy_parameters = hook.post_hook
 
     def compare_and_copy(is_last_joiner: bool) -> None:
@@ -109,9 +114,8 @@ def _make_join_hook(parent: DistributedDataParallel, **options: Any) -> Any:
                 for execution in executions
                 for number in (execution.steps, _sets_checksum(execution))
             )
-            _compare(
-                {_JOINED: _checksum(numbers)}, [parent.process_group], executions[0].values.device
-            )
+            device = executions[0].values.device
+            _compare({_JOINED: _checksum(numbers)}, parent.process_group, device)
         copy_parameters(is_last_joiner)
 
     hook.post_hook = compare_and_copy
@@ -124,26 +128,41 @@ def check_new(groups: Iterable[tuple[Group, Options]]) -> None:
     Called with new parameter groups and their options. The processes are compared whose gradients
     are exchanged: by DistributedDataParallel, or by FSDP2 with sparse layers.
     """
-    executions: list[Execution] = []
-    process_groups: dict[Any, Any] = {}
+    exchanged: dict[Any, _Exchange] = {}  # by what exchanges gradients
     for new, options in groups:
         for execution in new.executions:
             execution.options_checksum = _describe(execution.ranked.key, options)
-            executions.append(execution)
             if (sharding := getattr(execution, "sharding", None)) is not None:
                 for axis in range(sharding.mesh.ndim):
-                    process_groups[sharding.mesh, axis] = sharding.mesh.get_group(axis)
-        for param in new.params:
+                    exchange = _Exchange(sharding.mesh.get_group(axis), execution.values.device)
+                    exchanged.setdefault((sharding.mesh, axis), exchange).add(execution)
+        for name, param in zip(new.names, new.params, strict=True):
             reference = _DATA_PARALLEL.get(param)
             parent = None if reference is None else reference()
-            if parent is not None:
-                process_groups[parent] = parent.process_group
-    if executions and process_groups:
+            if parent is not None:  # also for a dense tensor: it may be sparse in other processes
+                exchange = _Exchange(parent.process_group, param.device)
+                exchanged.setdefault(parent, exchange).add(new.execution_by_name.get(name))
+    _compare_all([exchange.comparison() for exchange in exchanged.values()])
+
+
+class _Exchange:
+    """The executions whose gradients one process group exchanges."""
+
+    def __init__(self, group: Any, device: torch.device) -> None:
+        self._group, self._device = group, device
+        self._executions: dict[int, Execution] = {}
+
+    def add(self, execution: Execution | None) -> None:
+        if execution is not None:
+            self._executions[id(execution)] = execution
+
+    def comparison(self) -> tuple[dict[str, int], Any, torch.device]:
+        executions = list(self._executions.values())
         checksums = {
             _OPTIONS_DIFFER: _checksum(execution.options_checksum for execution in executions),
             _SETS_DIFFER: _checksum(_sets_checksum(execution) for execution in executions),
         }
-        _compare(checksums, process_groups.values(), executions[0].values.device)
+        return checksums, self._group, self._device
 
 
 def _owners(params: Iterable[Tensor]) -> list[Execution]:
@@ -152,17 +171,29 @@ def _owners(params: Iterable[Tensor]) -> list[Execution]:
     return list({id(owner): owner for owner in owners if owner is not None}.values())
 
 
-def _compare(checksums: Mapping[str, int], groups: Iterable[Any], device: torch.device) -> None:
+def _compare(checksums: Mapping[str, int], group: Any, device: torch.device) -> None:
     """Raise the first message whose checksum differs between the processes of a group."""
-    numbers = list(checksums.values())
-    for group in groups:
-        extremes = [*numbers, *(-number for number in numbers)]
-        found = torch.tensor(extremes, dtype=torch.int64, device=device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
-        largest, smallest = found.tolist()[: len(numbers)], found.tolist()[len(numbers) :]
-        for message, first, second in zip(checksums, largest, smallest, strict=True):
-            if first != -second:
-                raise MismatchError(message)
+    _compare_all([(checksums, group, device)])
+
+
+def _compare_all(comparisons: Sequence[tuple[Mapping[str, int], Any, torch.device]]) -> None:
+    """Raise the first message whose checksum differs, after all comparisons.
+
+    A process that raised before the last one would leave others waiting in it.
+    """
+    different: list[str] = []
+    for checksums, group, device in comparisons:
+        numbers = list(checksums.values())
+        extremes = torch.tensor([*numbers, *(-number for number in numbers)], device=device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+        largest, smallest = extremes.view(2, -1).tolist()
+        different += [
+            message
+            for message, first, second in zip(checksums, largest, smallest, strict=True)
+            if first != -second
+        ]
+    if different:
+        raise MismatchError(different[0])
 
 
 def _checksum(numbers: Iterable[int]) -> int:
@@ -173,7 +204,9 @@ def _describe(name: str, options: Options) -> int:
     """A number that differs for other options of a tensor, if they decide its sets or updates."""
     own = options.for_tensor(name)
     method = method_of(own)
-    settings = [entry for entry in vars(method).items() if isinstance(entry[1], (int, float, str))]
+    # Other attributes may belong to one process, such as its rank or a path.
+    fields = {name: getattr(method, name) for name in getattr(method, "__dataclass_fields__", ())}
+    settings = [entry for entry in fields.items() if isinstance(entry[1], (int, float, str))]
     described = type(method).__qualname__, settings, own.for_group(), own.seed, own.power
     return crc32(f"{name} {described}".encode())
 

@@ -36,6 +36,8 @@ _MESSAGE_WIDTH = 200  # of what other libraries' errors say
 LEAST_LEARNING_RATE, _LEARNING_RATE = 1e-7, 1e-3
 # The group of a fresh optimizer after its trial steps, by optimizer.
 _STEPPED_GROUPS: WeakKeyDictionary[torch.optim.Optimizer, dict[str, Any]] = WeakKeyDictionary()
+# Whether a step fails on a tensor without the entries of the constructor, by optimizer.
+_LACKS_ENTRIES: WeakKeyDictionary[torch.optim.Optimizer, bool] = WeakKeyDictionary()
 
 
 def class_name(optimizer: torch.optim.Optimizer) -> str:
@@ -71,7 +73,13 @@ def make_fresh_optimizer(
     if others:
         counters = _find_counters(optimizer, options)
         options |= {name: value for name, value in others.items() if name not in counters}
-    return _fresh(optimizer, options, params)
+    fresh = _fresh(optimizer, options, params)
+    if entries := first_entries(optimizer, group):
+        for param in params:
+            fresh.state[param] = {
+                name: _copy_start(entry, param.detach()) for name, entry in entries.items()
+            }
+    return fresh
 
 
 def with_moving_weights(group: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -92,38 +100,55 @@ def _fresh(
         raise UnsupportedOptimizerError(
             f"{class_name(optimizer)} cannot be copied to try it on other tensors: {error}"
         ) from error
-    _add_first_entries(optimizer, fresh, options, params)
     train = getattr(fresh, "train", None)
     if callable(train):
         train()
     return fresh
 
 
-def _add_first_entries(
-    optimizer: torch.optim.Optimizer,
-    fresh: torch.optim.Optimizer,
-    options: Mapping[str, Any],
-    params: Sequence[Parameter],
-) -> None:
-    """Add the entries that the constructor writes for each weight, if all start at one number.
+def first_entries(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that only the constructor writes for a weight, as Adagrad's does; mostly none.
 
-    Adagrad's do. Masks do not: those of a vector on B would have to be chosen among all weights.
+    Those of all weights have to start at one number. Masks do not: a mask of a vector on B would
+    have to be chosen among all weights.
     """
-    if not optimizer.state:
-        return  # all entries are written later
-    accepted = inspect.signature(type(optimizer)).parameters
-    arguments = {name: value for name, value in options.items() if name in accepted}
-    with suppress(Exception):  # it needs other arguments, and is tried without the entries
-        state = type(optimizer)(params, **arguments).state
-        starts = [entry for entries in state.values() for entry in entries.values()]
-        if all(map(_is_constant, starts)):
-            fresh.state.update(state)
+    if optimizer not in _LACKS_ENTRIES and optimizer.state:
+        _LACKS_ENTRIES[optimizer] = _lacks_entries(optimizer, group)
+    if _LACKS_ENTRIES.get(optimizer, False):
+        for param in group["params"]:
+            entries: dict[str, Any] = optimizer.state.get(param, {})
+            if entries and all(_is_start(entry, param) for entry in entries.values()):
+                return entries
+    return {}
 
 
-def _is_constant(start: Any) -> bool:
-    if isinstance(start, Tensor):
-        return start.is_floating_point() and bool((start == start.reshape(-1)[:1]).all())
-    return isinstance(start, (int, float))
+def _lacks_entries(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
+    """Whether a step on a tensor without entries fails: it does not write them itself."""
+    param = Parameter(torch.ones(1, 3, dtype=torch.float32, device="cpu"))
+    param.grad = torch.ones_like(param)
+    try:
+        fresh = _fresh(optimizer, _constructor_options(optimizer, group), [param])
+        take_step(optimizer, fresh, param.device)
+    except UnsupportedOptimizerError as error:
+        return isinstance(error.__cause__, KeyError)
+    return False
+
+
+def _is_start(entry: Any, param: Tensor) -> bool:
+    """Whether an entry is a number, or one number for each weight."""
+    if not isinstance(entry, Tensor):
+        return isinstance(entry, (int, float))
+    if not entry.is_floating_point() or entry.shape not in (param.shape, ()):
+        return False
+    return entry.numel() > 0 and bool((entry == entry.reshape(-1)[0]).all())
+
+
+def _copy_start(entry: Any, param: Tensor) -> Any:
+    """A copy of an entry for another weight."""
+    if isinstance(entry, Tensor) and entry.dim():
+        number = float(entry.reshape(-1)[0])
+        return torch.full_like(param, number, dtype=entry.dtype, device=entry.device)
+    return copy.deepcopy(entry)
 
 
 def _copy(optimizer: torch.optim.Optimizer, params: Sequence[Parameter]) -> torch.optim.Optimizer:

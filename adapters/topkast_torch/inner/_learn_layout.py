@@ -15,6 +15,7 @@ from topkast import UnsupportedOptimizerError
 from topkast_torch.inner._fresh import (
     attributes_of,
     class_name,
+    first_entries,
     is_store,
     make_fresh_optimizer,
     take_step,
@@ -72,7 +73,14 @@ def learn_layout(
                 f"{class_name(optimizer)} changes its attribute {name} at each step: it is a "
                 f"{type(after[name]).__name__}, which a state dict cannot hold"
             )
-    return replace(layout, starts_suffice=_do_starts_suffice(optimizer, group, dimensions, layout))
+    starts_suffice = _do_starts_suffice(optimizer, group, dimensions, layout)
+    if not starts_suffice and first_entries(optimizer, group):
+        raise UnsupportedOptimizerError(
+            f"{class_name(optimizer)} writes the first entries of a weight in its constructor, "
+            "from which weights that enter B cannot start: write them at a weight's first step, as "
+            "torch.optim.Adam does"
+        )
+    return replace(layout, starts_suffice=starts_suffice)
 
 
 class _Run:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,21 +19,30 @@ _STEPS = 5
 _TOLERANCE = 1e-4  # relative to the largest update: sums over a tensor round differently
 
 
-def check_contract(rule: WrappedRule, dimensions: Mapping[str, int], name: str) -> None:
+def check_contract(
+    rule: WrappedRule, dimensions: Mapping[str, int], sparse: Collection[str], name: str
+) -> None:
     """Raise :class:`UnsupportedOptimizerError` for a rule that would train wrongly, silently.
 
     It returns a displacement of each tensor, reads nothing but its arguments, writes to neither
     parameters nor gradients, and keeps what it stores for each weight where the library finds it.
-    `dimensions` are the numbers of dimensions of the tensors, by key; `name` is the rule's.
+    `dimensions` are the numbers of dimensions of the tensors, by key, `sparse` the keys of the
+    sparse ones; `name` is the rule's.
     """
-    _Contract(rule, dimensions, name).check()
+    _Contract(rule, dimensions, sparse, name).check()
 
 
 class _Contract:
     """Runs of a rule on small tensors, which stay where they are."""
 
-    def __init__(self, rule: WrappedRule, dimensions: Mapping[str, int], name: str) -> None:
-        self._rule, self._name = rule, name
+    def __init__(
+        self,
+        rule: WrappedRule,
+        dimensions: Mapping[str, int],
+        sparse: Collection[str],
+        name: str,
+    ) -> None:
+        self._rule, self._sparse, self._name = rule, sparse, name
         self._shapes = {key: (1,) * (count - 1) + (_ENTRIES,) for key, count in dimensions.items()}
         generator = np.random.default_rng(3)
         shape = _STEPS + 1, _ENTRIES
@@ -53,10 +62,12 @@ class _Contract:
         state = self._rule.init(params)
         for number in range(2):
             grads = self._gradient(number)
+            given = dict(params), dict(grads)  # a rule may put other arrays into the dictionaries
             updates, state = self._rule.update(grads, state, params)
+            params = given[0]
             self._check_shapes(updates)
             self._check_unchanged("params", params, self._weights)
-            self._check_unchanged("grads", grads, self._host_gradient(number))
+            self._check_unchanged("grads", given[1], self._host_gradient(number))
 
     def _check_shapes(self, updates: Mapping[str, Array]) -> None:
         for key, shape in self._shapes.items():
@@ -82,7 +93,8 @@ class _Contract:
         """Without a gradient, an update is no multiple of the weights near 1."""
         params = self._arrays(self._weights)
         zeros = self._arrays({key: np.zeros(_ENTRIES) for key in self._shapes})
-        updates, _ = self._rule.update(zeros, self._rule.init(params), params)
+        with np.errstate(all="ignore"):  # a rule may divide by the norm of the gradient
+            updates, _ = self._rule.update(zeros, self._rule.init(params), params)
         for key, weights in self._weights.items():
             update = np.asarray(updates[key], np.float64).reshape(-1)
             if (np.abs(update - weights) <= 0.5 * np.abs(weights)).all():
@@ -130,7 +142,9 @@ class _Contract:
         for number in range(_STEPS):
             results = [self._rule.update(self._gradient(number), own, params) for own in states]
             states = [state for _, state in results]
-            if self._differ(*(self._host(updates) for updates, _ in results)):
+            # What is kept for a dense tensor may lie anywhere: its weights never change.
+            first, second = (self._host(updates, self._sparse) for updates, _ in results)
+            if self._differ(first, second):
                 self._refuse(
                     "keeps numbers for each weight where they are not found, so that they would "
                     "belong to other weights when B changes: keep them in dictionaries whose keys "
@@ -158,8 +172,11 @@ class _Contract:
             for key, vector in vectors.items()
         }
 
-    def _host(self, updates: Mapping[str, Array]) -> HostArrays:
-        return {key: np.array(updates[key], np.float64) for key in self._shapes}
+    def _host(
+        self, updates: Mapping[str, Array], keys: Collection[str] | None = None
+    ) -> HostArrays:
+        chosen = self._shapes if keys is None else keys
+        return {key: np.array(updates[key], np.float64) for key in chosen}
 
     @staticmethod
     def _differ(first: HostArrays, second: HostArrays) -> bool:

@@ -95,7 +95,7 @@ def make_plan(tensors: Mapping[str, TensorInfo], options: Options, rule: Wrapped
     dimensions = {ranked.key: len(ranked.compact_shape) for ranked in groups}
     dimensions |= {name: len(tensor.shape) for name, tensor in tensors.items() if name in dense}
     if options.probe:
-        rule.check_contract(dimensions)
+        rule.check_contract(dimensions, {ranked.key for ranked in groups})
         rule.probe({ranked.key: next(iter(ranked.shapes.values())) for ranked in groups})
         for ranked in groups:
             if len(ranked.shapes) > 1:

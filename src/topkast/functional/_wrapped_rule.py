@@ -65,7 +65,8 @@ class WrappedRule:
     def update(self, grads: Arrays, state: Any, params: Arrays) -> tuple[Arrays, Any]:
         """Take one step of a trial."""
         result: Any = self._rule.update(grads, state, params)
-        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Mapping)):
+        is_pair = isinstance(result, (tuple, list)) and len(result) == 2
+        if not (is_pair and isinstance(result[0], Mapping)):
             raise UnsupportedOptimizerError(
                 f"the rule {type(self._rule).__name__} returned a {type(result).__name__} from "
                 "update, expected a tuple (updates, state), the updates a dictionary by name"
@@ -79,13 +80,14 @@ class WrappedRule:
             return self._rule.map_entries(visit, state, fresh)
         return map_dictionaries(visit, state, fresh, set(keys))
 
-    def check_contract(self, dimensions: Mapping[str, int]) -> None:
+    def check_contract(self, dimensions: Mapping[str, int], sparse: Collection[str]) -> None:
         """Raise :class:`topkast.UnsupportedOptimizerError` if the rule would train wrongly.
 
-        `dimensions` are the numbers of dimensions of all tensors, by key.
+        `dimensions` are the numbers of dimensions of all tensors, by key, `sparse` the keys of the
+        sparse ones.
         """
         if not isinstance(self._rule, (SGD, Adam)):
-            check_contract(self, dimensions, type(self._rule).__name__)
+            check_contract(self, dimensions, sparse, type(self._rule).__name__)
 
     def probe(self, shapes: Mapping[str, Shape]) -> None:
         """Raise :class:`topkast.UnsupportedOptimizerError` unless the rule is elementwise."""

@@ -14,6 +14,7 @@ from topkast.methods._random import Random
 from topkast.methods._topkast import TopKAST
 from topkast.selection._support import Support
 
+_FEW = 1 << 16  # entries of tensors whose choice is repeated at each refresh
 _SHORTHANDS: dict[str, Method] = {"magnitude": TopKAST(), "random": Random()}
 
 
@@ -63,7 +64,9 @@ def _check_repeatable(support: Support, view: View, method: Method) -> None:
     A method that does not need the weights gets others, since PyTorch passes it zeros.
     """
     is_first, reads = isinstance(view.draw, int) and view.draw == 0, "weights" in method.needs
-    if is_traced(view.weights) or is_traced(support.indices) or (reads and not is_first):
+    # Of a large tensor, only the first choice is repeated: it takes the memory of all weights.
+    is_checked = is_first or not (reads or view.weights.shape[0] > _FEW)
+    if is_traced(view.weights) or is_traced(support.indices) or not is_checked:
         return
     if not reads:
         xp = array_namespace(view.weights)
