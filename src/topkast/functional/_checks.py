@@ -44,7 +44,10 @@ def _backend_of(name: str, array: Array) -> Backend:
 
 
 def check_gradients(grads: Mapping[str, Array], params: Mapping[str, Array]) -> None:
-    """Raise :class:`MismatchError` unless gradients and parameters agree in names and shapes."""
+    """Raise :class:`MismatchError` unless gradients and parameters agree in names and shapes.
+
+    Raises :class:`UnsupportedTensorError` for a gradient of an unknown library.
+    """
     if grads.keys() != params.keys():
         unmatched = sorted(grads.keys() ^ params.keys())
         raise MismatchError(
