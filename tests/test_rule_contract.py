@@ -225,7 +225,7 @@ WRONG: dict[type[Momentum], str] = {
     Noisy: IMPURE,
     IntoParams: r"wrote into params\['w'\]",
     IntoGrads: r"wrote into grads\['w'\]",
-    NewWeights: "returned the new weights of w: return what is to be added",
+    NewWeights: "returned the new weights of w: return the update, which is added",
     OneMissing: "returned no update of b",
     OtherShape: r"returned an update of shape \(16,\) for w, whose values have shape \(1, 16\)",
     UpdatesAlone: r"UpdatesAlone returned a dict from update, expected a tuple \(updates, state\)",

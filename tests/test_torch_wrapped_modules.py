@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from optimizer_runs import assert_same_bits
+from topkast_torch.distributed import _replicas
 from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.algorithms.join import Join
@@ -245,3 +246,18 @@ def test_names_that_are_equal_without_prefixes_are_matched_whole() -> None:
     optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
     first, second = map(topkast.dense_params, optimizers)
     assert_same_bits(first, second)
+
+
+def test_all_comparisons_are_made_before_one_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other processes would wait in those that are left out, as on meshes of two axes."""
+    compared = []
+
+    def all_reduce(extremes: torch.Tensor, **options: Any) -> None:
+        compared.append(options["group"])
+        extremes[0] += 1  # another process has a larger number
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    cpu = torch.device("cpu")
+    with pytest.raises(topkast.MismatchError, match="first"):
+        _replicas._compare_all([({"first": 3}, "rows", cpu), ({"second": 4}, "columns", cpu)])
+    assert compared == ["rows", "columns"]

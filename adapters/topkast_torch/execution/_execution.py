@@ -344,10 +344,11 @@ class Execution(ABC):
             host, migration = chosen.support, Migration(*map(self._to_device, chosen.migration))
             values, entered_active = map(self._to_device, (chosen.values, chosen.entered_active))
             new = Support(self._to_device(host.indices), host.forward, host.blocks)
-            self.is_divided = True
+            self.is_divided = True  # from the first write on
             self.reservoir.write(*chosen.left, host.ascending_entries())
             self.selection = chosen.selection
-        self.is_divided, moving = True, Moving(migration)
+        self.is_divided = True
+        moving = Moving(migration)
         self.move_gradient(moving)
         self.values.detach().view(-1).copy_(values)
         if self.method.forgets:

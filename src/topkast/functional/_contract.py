@@ -99,7 +99,7 @@ class _Contract:
             update = np.asarray(updates[key], np.float64).reshape(-1)
             if (np.abs(update - weights) <= 0.5 * np.abs(weights)).all():
                 self._refuse(
-                    f"returned the new weights of {key}: return what is to be added to them"
+                    f"returned the new weights of {key}: return the update, which is added to them"
                 )
 
     def _check_state(self) -> None:
