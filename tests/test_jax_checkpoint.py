@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 import resume
 import topkast_jax
@@ -60,3 +61,53 @@ def test_flax_serialization_restores_bit_for_bit(sparse: bool) -> None:
     restored = serialization.from_bytes((params, start), saved)
     assert_equal(train(restored, 3), train(half, 3))
     assert_equal(jax.tree.map(jnp.asarray, restored), half)
+
+
+@pytest.mark.filterwarnings("ignore::topkast.WeightsMovedWarning")  # before the error
+@pytest.mark.parametrize(
+    ("options", "transpose"),
+    [({"fwd": 0.85}, False), ({"overrides": {"v": {"fwd": 0.8}}}, False), ({}, True)],
+    ids=["fwd", "one tensor's fwd", "shape"],
+)
+@pytest.mark.parametrize("distribution", ["uniform", "global"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_state_restored_into_that_of_other_sets_is_refused(
+    options: dict[str, Any], transpose: bool, distribution: Any, sharded: bool
+) -> None:
+    """Every array has the shape of the template's: |A| and the tensors' shapes are no arrays."""
+
+    def wrap(**changed: Any) -> Any:
+        common: Any = {"fwd": 0.9, "bwd": 0.8, "refresh_every": 5, "distribution": distribution}
+        return topkast.wrap_optimizer(optax.adam(0.1), **common | changed)
+
+    if distribution == "global" and "overrides" in options:
+        pytest.skip("global sets have no options of single tensors")
+    params = {
+        name: jax.random.normal(jax.random.key(seed), (8, 20)) for seed, name in enumerate("vw")
+    }
+    if sharded:
+        mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+        params = jax.device_put(params, rows)
+    tx, state = wrap(**options), wrap().init(params)
+    if transpose:
+        params = jax.tree.map(lambda leaf: jnp.reshape(leaf, (20, 8)), params)
+    template = tx.init(params)
+    restored = jax.tree.unflatten(jax.tree.structure(template), jax.tree.leaves(state))
+    grads = jax.tree.map(jnp.ones_like, params)
+    uses: list[Any] = [
+        lambda: tx.update(grads, restored, params),
+        lambda: tx.step(grads, restored, params),
+        lambda: topkast.forward_params(params, restored),
+        lambda: topkast.summary(restored, params),
+        lambda: topkast.masks(restored, params),
+    ]
+    for use in uses:
+        with pytest.raises(topkast.MismatchError, match="belongs to other tensors or other sets"):
+            use()
+    _, state = jax.jit(tx.step)(grads, restored, params)  # which cannot raise
+    for inspector in (topkast.summary, topkast.masks):
+        with pytest.warns(topkast.WeightsMovedWarning, match="saved with other options"):
+            inspector(state, params)
+    _, state = jax.jit(tx.step)(grads, tx.init(params), params)
+    assert not state.stale_refreshes

@@ -287,11 +287,14 @@ class TestLeaves:
             topkast.forward_params(params, numpy_state),
         )
 
-    def test_a_state_of_transposed_tensors_warns(self) -> None:
+    def test_a_state_of_transposed_tensors_is_refused(self) -> None:
         params, tx = {"w": jax.random.normal(jax.random.key(0), (8, 9))}, wrap()
         state = tx.init(params)
         transposed = {"w": params["w"].T}
-        with pytest.warns(topkast.WeightsMovedWarning):
+        with (
+            pytest.warns(topkast.WeightsMovedWarning),
+            pytest.raises(topkast.MismatchError, match="belongs to other tensors"),
+        ):
             tx.update(transposed, state, transposed)
 
 

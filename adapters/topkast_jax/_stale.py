@@ -1,4 +1,4 @@
-"""Detection of weights that changed between a refresh and the next update.
+"""Detection of weights that changed after a refresh, and of states of other sets.
 
 If the updates of the wrapped transformation are changed before they are applied, A and B belong to
 other weights.
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from topkast import Support, TopKASTState
-from topkast.adapter import TopKASTTransform, cond, is_due, possibly_true
-from topkast_jax._state import CheckedState, warn_if_stale
+from topkast.adapter import TopKASTTransform, cond, is_due, is_traced, possibly_true
+from topkast_jax._state import CheckedState, checksum_sets, warn_if_stale
 
 Arrays = dict[str, jax.Array]
 
@@ -55,7 +55,14 @@ def compare_at_refreshes(
     weights_checksum = cond(
         due, update_checksum, weights_checksum, next_state.supports, next_weights
     )
-    return CheckedState(next_state, weights_checksum, stale_refreshes)
+    sets_checksum = state.sets_checksum
+    if is_traced(sets_checksum):  # nothing can be raised
+        expected = jnp.uint32(checksum_sets(state.supports, weights))
+        stale_refreshes += (sets_checksum != expected).astype(jnp.int32)
+        sets_checksum = expected
+    else:
+        state.check_sets(weights)
+    return CheckedState(next_state, weights_checksum, stale_refreshes, sets_checksum)
 
 
 def checksum(compact: Arrays, supports: Mapping[str, Support], weights: Arrays) -> jax.Array:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+import zlib
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,7 +14,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from topkast import MismatchError, Support, TopKASTState, WeightsMovedWarning
-from topkast.adapter import Inspection, count_bytes, forward_views, inspection, is_traced
+from topkast.adapter import (
+    Inspection,
+    count_bytes,
+    forward_views,
+    inspection,
+    is_traced,
+    members,
+)
 from topkast_jax._hosts import UnreadableSupports
 from topkast_jax._rule import guess_owners
 from topkast_jax._sharding import has_explicit_axes, is_sharded, layout_of, run_sharded
@@ -36,7 +45,11 @@ class CheckedState(NamedTuple):
     weights_checksum
         Checksum of the shapes and of the weights on B from which the sets were chosen; 0-d uint32.
     stale_refreshes
-        Number of refreshes after which the weights changed before the next update; 0-d int32.
+        Number of refreshes after which the weights changed before the next update, and of compiled
+        updates of a state that was made for other sets; 0-d int32.
+    sets_checksum
+        Checksum of the names and shapes of sparse tensors and of the sizes of their sets; 0-d
+        uint32.
     layouts
         For tensors with sparse execution (:func:`topkast_jax.sparsify`), the order in which kernels
         visit the weights, by name of the tensor. Empty: masked execution.
@@ -53,6 +66,7 @@ class CheckedState(NamedTuple):
     core: TopKASTState
     weights_checksum: jax.Array
     stale_refreshes: jax.Array
+    sets_checksum: jax.Array
     layouts: dict[str, Layouts] = {}  # noqa: RUF012 - never written to
 
     @property
@@ -118,6 +132,7 @@ class CheckedState(NamedTuple):
             if key in nbytes:
                 nbytes[key] += count_bytes(entry)
         data = inspection(state, weights, nbytes)
+        self.check_sets(weights)
         held = {name: dict(parts) for name, parts in data.held.items()}
         model_bytes = data.model_bytes
         for name, layouts in self.layouts.items():
@@ -135,6 +150,21 @@ class CheckedState(NamedTuple):
                 f"the state is a batch of {jnp.shape(self.updates)[0]} states, as from jax.vmap: "
                 "pass one of them, jax.tree.map(lambda leaf: leaf[0], state), with its params, or "
                 "apply jax.vmap to this call too"
+            )
+
+    def check_sets(self, weights: Arrays) -> None:
+        """Raise :class:`topkast.MismatchError` if the state was made for other sets or shapes.
+
+        Other leaves do not show that: |A| and the shapes of tensors are no arrays, so that a state
+        can be restored into one with others. Nothing is raised while the state is traced.
+        """
+        known, expected = self.sets_checksum, checksum_sets(self.supports, weights)
+        if not is_traced(known) and jax.device_get(known) != expected:
+            raise MismatchError(
+                "the state belongs to other tensors or other sets: names or shapes of params, |A|, "
+                "|B| or blocks are not those at init. Restore a state into tx.init(params) of a "
+                "transformation with the options with which it was saved; to go on with other "
+                "options, call init with the restored params"
             )
 
     def __topkast_forward__(self, params: Any) -> Any:
@@ -159,7 +189,20 @@ class CheckedState(NamedTuple):
                     )
                 support = supports[name]
                 views[name] = read_forward_values(support.forward, support.indices, weights[name])
+        self.check_sets(weights)
         return tree.unflatten(views | tree.other_leaves(params))
+
+
+def checksum_sets(supports: Mapping[str, Support], weights: Mapping[str, Any]) -> int:
+    """Checksum of the names and shapes of sparse tensors, and of the sizes of their sets."""
+    sets = [
+        (
+            [(name, jnp.shape(weights[name])) for name in members(key, weights) if name in weights],
+            (support.forward, support.backward, support.blocks, support.group_size),
+        )
+        for key, support in sorted(supports.items())
+    ]
+    return zlib.crc32(repr(sets).encode())
 
 
 def register_with_flax() -> None:
@@ -193,8 +236,8 @@ def warn_if_stale(stale_refreshes: jax.Array) -> None:
         warnings.warn(
             "the weights are not those from which the last refresh chose A and B. If another "
             "transformation changes the updates, as in optax.chain(wrapped, other), put it inside "
-            "the wrapped one, which must be the outermost. If you changed weights yourself, call "
-            "init again",
+            "the wrapped one, which must be the outermost. If you changed weights yourself, or "
+            "restored a state that was saved with other options, call init again",
             WeightsMovedWarning,
             stacklevel=2,
         )

@@ -33,7 +33,7 @@ from topkast_jax._sharding import (
     run_sharded,
 )
 from topkast_jax._stale import checksum, compare_at_refreshes
-from topkast_jax._state import CheckedState, register_with_flax
+from topkast_jax._state import CheckedState, checksum_sets, register_with_flax
 from topkast_jax._tree import Tree, flatten_weights, is_prng_key
 from topkast_jax.sparse._transform import SparseTransform, rebuild_layouts
 
@@ -193,7 +193,7 @@ class _Transform:
         filler = jnp.zeros(())
         fields: Any = dict.fromkeys(TopKASTState._fields, filler)
         core = TopKASTState(**fields | {"inner": self.tx.init(params)})
-        return CheckedState(core, filler, filler)
+        return CheckedState(core, filler, filler, filler)
 
     def update(
         self, grads: Any, state: CheckedState, params: Any = None, **extra: Any
@@ -228,9 +228,9 @@ class _Transform:
         def advance(grads: Any, state: Any, params: Any, arrays: Any) -> Any:
             return self._advance(grads, state, params, {**arrays, **static}, fused=fused)
 
-        return run_sharded(  # type: ignore[no-any-return]
-            advance, layout, grads, state, params, arrays
-        )
+        advanced = run_sharded(advance, layout, grads, state, params, arrays)
+        state.check_sets(weights)  # inside, it is traced
+        return advanced  # type: ignore[no-any-return]
 
     def _init(self, params: Any) -> CheckedState:
         tree, weights = flatten_weights(params)
@@ -240,7 +240,8 @@ class _Transform:
         rule.check(compact, state.supports)
         refuse_skipping(state.inner)
         weights_checksum = checksum(compact, state.supports, weights)
-        return CheckedState(state, weights_checksum, jnp.zeros((), jnp.int32))
+        sets_checksum = jnp.asarray(checksum_sets(state.supports, weights), jnp.uint32)
+        return CheckedState(state, weights_checksum, jnp.zeros((), jnp.int32), sets_checksum)
 
     def _advance(
         self,
