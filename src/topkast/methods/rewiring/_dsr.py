@@ -22,13 +22,15 @@ from topkast.selection._support import Support
 class DSR(Method):
     """The smallest weights of all tensors are dropped, and tensors that keep many grow many.
 
-    With ``distribution="global"`` the number of weights is constant in all, and each tensor's share
-    of those that are grown is its share of those that stay. B is A.
+    This needs ``distribution="global"``: the number of weights is constant in all, and the share of
+    a tensor in those that are grown is its share in those that stay. With another distribution,
+    each tensor keeps its number. B is A.
 
     Parameters
     ----------
     fraction
-        Share of A that a refresh replaces, rounded down. In each tensor at least one weight stays.
+        Share of A that a refresh replaces, rounded down, and no more than are outside A. In each
+        tensor at least one weight stays.
 
     Raises
     ------
@@ -55,7 +57,8 @@ class DSR(Method):
     ----------
     Mostafa and Wang, "Parameter efficient training of deep convolutional neural networks by dynamic
     sparse reparameterization", 2019. There, a threshold that adapts drops about as many weights as
-    wanted; here, it is exactly as many.
+    wanted, every 1,000 steps at first and less often later, and weights that are dropped may be
+    drawn at once; here, it is exactly as many, and others are drawn.
     """
 
     fraction: float = 0.1
@@ -80,7 +83,8 @@ class DSR(Method):
         assert view.support is not None
         active, scores = view.support.active, magnitudes(view.values)
         bounds = view.members or {view.name: (0, view.weights.shape[0])}
-        dropped = math.floor(exact_fraction(self.fraction) * view.forward)
+        outside = view.weights.shape[0] - view.forward
+        dropped = min(math.floor(exact_fraction(self.fraction) * view.forward), outside)
         kept = keep_largest(view, scores, view.forward - dropped)
         inside = [(active >= start) & (active < stop) for start, stop in bounds.values()]
         kept = _keep_one_of_each(scores, kept, inside)
