@@ -31,6 +31,7 @@ class Group:
     mask: Vector = field(init=False)
     buffer: Vector = field(init=False)  # of momentum
     mean: Vector = field(init=False)  # of the gradient on all weights
+    moments: Vector = field(init=False)  # of Adam, and the steps of each entry
 
     def __post_init__(self) -> None:
         self.mask = np.zeros(self.theta.size, bool)
@@ -288,3 +289,25 @@ class Original:
         group.mean = 0.5 * group.mean + 0.5 * gradient
         if (update + 1) % every == 0:
             self.refresh(group, gradient, update + 1)
+
+
+class ByEntry(Original):
+    """Steps by Adam, whose averages each entry corrects by the steps that it has taken itself."""
+
+    def step(
+        self, group: Group, gradient: Vector, update: int, rates: tuple[float, float], every: int
+    ) -> None:
+        """The step after `update` updates, and the refresh after it."""
+        if not update:
+            group.moments = np.zeros((3, group.theta.size))
+        mean, square, taken = group.moments
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+        taken = taken + 1
+        scale = np.sqrt(square / (1 - 0.999**taken))
+        direction = mean / (1 - 0.9**taken) / np.where(square > 0, scale, 1)
+        group.theta = group.theta - rates[0] * direction * group.mask
+        group.mean = 0.5 * group.mean + 0.5 * gradient
+        old = group.mask
+        if (update + 1) % every == 0:
+            self.refresh(group, gradient, update + 1)
+        group.moments = np.stack([mean, square, taken]) * (old & group.mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -128,7 +129,10 @@ STEPWISE = ("deep rewiring", "dnw", "iht")  # they refresh after each step
 
 def gradients(alphas: dict[str, Array], update: int) -> dict[str, Array]:
     """Dense gradients of a network of two layers."""
-    first, second = (torch.tensor(to_numpy(alphas[name]), requires_grad=True) for name in SHAPES)
+    first, second = (
+        torch.tensor(to_numpy(alphas[name]).reshape(shape), requires_grad=True)
+        for name, shape in SHAPES.items()
+    )
     outputs = torch.tanh(torch.tensor(INPUTS[update]) @ first.T) @ second.T
     (outputs - torch.tensor(GOALS[update])).square().sum().backward()
     return dict(zip(SHAPES, (to_numpy(first.grad), to_numpy(second.grad)), strict=True))
@@ -157,7 +161,7 @@ def train_original(
         original.start(group)
     for update in range(UPDATES):
         alphas = {
-            name: (group.theta * group.mask)[start:stop].reshape(SHAPES[name])
+            name: (group.theta * group.mask)[start:stop]
             for group in made
             for name, (start, stop) in group.bounds.items()
         }
@@ -179,9 +183,10 @@ def options_of(method: Method, distribution: str, fwd: float, every: int) -> dic
 
 
 def train_arrays(
-    method: Method, distribution: Any, fwd: float, every: int
-) -> Iterator[dict[str, tuple[Array, Array, Array]]]:
-    rule = topkast.SGD(RATES[0], momentum=RATES[1])
+    method: Method, distribution: Any, fwd: float, every: int, *, rule: Any = None
+) -> Iterator[dict[str, tuple[Array, Array, Any]]]:
+    """The same by the rules for arrays; momentum if the rule is SGD."""
+    rule = topkast.SGD(RATES[0], momentum=RATES[1]) if rule is None else rule
     tx: Any = topkast.wrap_optimizer(rule, **options_of(method, distribution, fwd, every))
     params: Any = {name: weight.copy() for name, weight in WEIGHTS.items()}
     state = tx.init(params)
@@ -192,7 +197,8 @@ def train_arrays(
         buffers = {}
         for key, support in state.supports.items():
             buffer = np.zeros(sum(params[name].size for name in key.split(" + ")))
-            buffer[support.entries] = state.inner.velocity[key].reshape(-1)
+            if isinstance(rule, topkast.SGD):
+                buffer[support.entries] = state.inner.velocity[key].reshape(-1)
             start = 0
             for name in key.split(" + "):
                 buffers[name] = buffer[start : start + params[name].size]
@@ -203,13 +209,18 @@ def train_arrays(
         }
 
 
-def train_torch(
-    method: Method, distribution: Any, fwd: float, every: int, *, sparse: bool
-) -> Iterator[dict[str, tuple[Array, Array, None]]]:
+def network() -> nn.Module:
     model = nn.Sequential(
         nn.Linear(10, 12, bias=False), nn.Tanh(), nn.Linear(12, 9, bias=False)
     ).double()
     model.load_state_dict({name: torch.tensor(weight) for name, weight in WEIGHTS.items()})
+    return model
+
+
+def train_torch(
+    method: Method, distribution: Any, fwd: float, every: int, *, sparse: bool
+) -> Iterator[dict[str, tuple[Array, Array, None]]]:
+    model = network()
     inner = torch.optim.SGD(model.named_parameters(), RATES[0], momentum=RATES[1])
     opt = topkast.wrap_optimizer(inner, **options_of(method, distribution, fwd, every))
     if sparse:
@@ -273,7 +284,85 @@ def test_torch(name: str, distribution: str, sparse: bool) -> None:
     run(name, distribution, FWD, train_torch, sparse=sparse)
 
 
-@pytest.mark.parametrize("name", [*FULL, "set, until", "rigl"])
+def test_each_entry_counts_its_own_steps_of_adam() -> None:
+    """SMET's optimizer; it is that of all methods whose weights start at zero."""
+    replacing = [name for name, (method, _) in CASES.items() if method.forgets]
+    for name in replacing:
+        if name in STEPWISE:
+            continue
+        method, original = CASES[name]
+        by_entry = originals.ByEntry(original.start, original.refresh)
+        ours = train_arrays(method, "uniform", FWD, EVERY, rule=topkast.Adam(RATES[0], eps=1e-30))
+        theirs = train_original(by_entry, "uniform", FWD, EVERY)
+        for own, other in zip(ours, theirs, strict=True):
+            for key in SHAPES:
+                mask, theta, _ = other[key]
+                np.testing.assert_array_equal(own[key][0], mask, name)
+                np.testing.assert_allclose(own[key][1][mask], theta[mask], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("by_group", [False, True])
+def test_methods_of_single_tensors_resume(by_group: bool, sparse: bool) -> None:
+    """Each tensor has a method and an interval; gradients add up over two backward passes."""
+    names, intervals = list(CASES), (3, 4)
+    for first, second in zip(names[::4], [*names[5:], *names[:5]][::4], strict=True):
+        pair = CASES[first], CASES[second]
+        every = [
+            1 if name in STEPWISE else interval
+            for name, interval in zip((first, second), intervals, strict=True)
+        ]
+        made = groups("uniform", FWD)
+        options = {}
+        for group, (method, original), interval in zip(made, pair, every, strict=True):
+            original.start(group)
+            own = options_of(method, "uniform", FWD, interval)
+            own |= {"penalty": method.default_penalty, "penalty_kind": method.default_penalty_kind}
+            options[group.name] = {
+                key: own[key] for key in own if key not in ("distribution", "probe")
+            }
+        model, opt = make_torch(options, by_group=by_group, sparse=sparse)
+        for update in range(24):
+            if update == 11:
+                saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
+                model, opt = make_torch(options, by_group=by_group, sparse=sparse)
+                model.load_state_dict(saved[0])
+                opt.load_state_dict(saved[1])
+            dense = gradients({group.name: group.theta * group.mask for group in made}, update)
+            for group, (_, original), interval in zip(made, pair, every, strict=True):
+                original.step(group, dense[group.name].reshape(-1), update, RATES, interval)
+            opt.zero_grad()
+            for part in (slice(0, 3), slice(3, 8)):
+                outputs = model(torch.tensor(INPUTS[update][part]))
+                (outputs - torch.tensor(GOALS[update][part])).square().sum().backward()
+            opt.step()
+            masks, weights = topkast.masks(opt), topkast.dense_params(opt)
+            for group, (method, _) in zip(made, pair, strict=True):
+                mask = to_numpy(masks[group.name].forward).reshape(-1)
+                np.testing.assert_array_equal(mask, group.mask, f"{first}, {second}, {update}")
+                seen = mask if method.forgets else np.ones_like(mask)
+                theta = to_numpy(weights[group.name]).reshape(-1)
+                np.testing.assert_allclose(theta[seen], group.theta[seen], rtol=1e-8, atol=1e-11)
+
+
+def make_torch(options: Any, *, by_group: bool, sparse: bool) -> tuple[nn.Module, Any]:
+    """The network, with options by tensor: of parameter groups, or as overrides."""
+    model = network()
+    named = dict(model.named_parameters())
+    whole: Any = {"fwd": 0.9, "bwd": 0.9, "probe": False}
+    if by_group:
+        params = [{"params": [(name, named[name])], **options[name]} for name in named]
+        inner: Any = torch.optim.SGD(params, RATES[0], momentum=RATES[1])
+        opt = topkast.wrap_optimizer(inner, **whole)
+    else:
+        inner = torch.optim.SGD(list(named.items()), RATES[0], momentum=RATES[1])
+        opt = topkast.wrap_optimizer(inner, **whole, overrides=options)
+    if sparse:
+        topkast.sparsify(model, opt)
+    return model, opt
+
+
+@pytest.mark.parametrize("name", ["set, signed", "smet"])
 def test_few_weights_outside_inside_jit(name: str) -> None:
     """Counts that depend on the update, or on the weights, are read from tables there."""
     method = (CASES | FULL)[name][0]
