@@ -384,3 +384,29 @@ def test_few_weights_outside_inside_jit(name: str) -> None:
         assert len(left) <= 5
         if "signed" not in name and draw < 18:  # no larger one has left
             assert abs(weights[left]).max() <= np.sort(abs(weights[active]))[:28].max()
+
+
+def test_dsr_of_many_tensors() -> None:
+    """Ties, zeros, tensors that would lose all, and more to grow than there is room for."""
+    rng, compared = np.random.default_rng(0), 0
+    for draw in range(400):
+        sizes = rng.integers(1, 14, rng.integers(1, 5)).tolist()
+        ends = np.cumsum(sizes).tolist()
+        bounds = {f"t{end}": (end - size, end) for size, end in zip(sizes, ends, strict=True)}
+        count = int(rng.integers(1, ends[-1] + 1))
+        active = np.sort(rng.permutation(ends[-1])[:count]).astype(np.int32)
+        weights = np.zeros(ends[-1])
+        weights[active] = rng.integers(-3, 4, count)
+        group = Group(bounds, weights, count)
+        group.mask[active] = True
+        fraction = float(rng.choice([0.1, 0.3, 0.5, 0.9, 1.0]))
+        support = topkast.Support(active, count)
+        seen = View(weights, count, count, name=group.name, draw=draw, support=support)
+        seen = replace(seen, values=weights[active], members=bounds)
+        indices = DSR(fraction).choose(seen).indices
+        assert len(np.unique(indices)) == len(indices) == count
+        originals.reparameterize(fraction)(group, weights, draw)
+        if group.mask.sum() == count:  # no tensor had too little room for its share
+            np.testing.assert_array_equal(indices, np.flatnonzero(group.mask))
+            compared += 1
+    assert compared > 200

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import numpy as np
 from array_api_compat import array_namespace
 
 from topkast._method import Method, View
-from topkast._primitives import Array, asarray_like
+from topkast._primitives import Array, where
 from topkast.methods._schedules import check_share
 from topkast.selection._distribution import exact_fraction
 from topkast.selection._replace import choose_on_host, grow_at_random, keep_largest, magnitudes
@@ -87,7 +86,7 @@ class DSR(Method):
         dropped = min(math.floor(exact_fraction(self.fraction) * view.forward), outside)
         kept = keep_largest(view, scores, view.forward - dropped)
         inside = [(active >= start) & (active < stop) for start, stop in bounds.values()]
-        kept = _keep_one_of_each(scores, kept, inside)
+        kept = _keep_one_of_each(view, scores, kept, inside)
         xp = array_namespace(active)
         present, stay = (
             [int(xp.count_nonzero(flags & chosen)) for flags in inside]
@@ -126,12 +125,12 @@ def share_out(total: int, weights: list[int], limits: list[int]) -> list[int]:
             shares[index] += int(shares[index] < limits[index])
 
 
-def _keep_one_of_each(scores: Array, kept: Array, inside: list[Array]) -> Array:
+def _keep_one_of_each(view: View, scores: Array, kept: Array, inside: list[Array]) -> Array:
     """Also keep the largest unit of each tensor that would lose all."""
     xp = array_namespace(scores)
+    # Units of other tensors rank behind: their score is 0, and that of no unit inside.
+    scores = xp.clip(scores, xp.finfo(scores.dtype).smallest_normal, None)
     for flags in inside:
         if bool(xp.any(flags)) and not bool(xp.any(kept & flags)):
-            own = xp.where(flags, scores, xp.full_like(scores, -1))
-            positions: Any = np.arange(scores.shape[0])
-            kept = kept | (asarray_like(positions, scores) == xp.argmax(own))
+            kept = kept | keep_largest(view, where(flags, scores, 0.0), 1)
     return kept
