@@ -472,3 +472,43 @@ def test_the_bwd_that_wrap_optimizer_asks_for_is_taken(method: str, bwd: float) 
     both = {"w": {"fwd": 0.5, "bwd": 0.5 if bwd else 0}}
     expected = topkast.cost({"w": (10, 100)}, overrides={"w": {"fwd": 0.5}}, **options)
     assert topkast.cost({"w": (10, 100)}, bwd=bwd, overrides=both, **options) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "every"),
+    [
+        (methods.GradualPruning(start=0, end=30), 10),
+        (methods.GradualPruning(start=5, end=35), 10),  # changes at 10, 20, 30 and 40
+        (methods.GradualPruning(start=0, end=7), 10),  # one change
+        (methods.GradualPruning(start=3, end=50, initial=0.3), 4),
+        (methods.GradualPruning(start=0, end=200), 7),  # longer than the run
+        (methods.GradualPruning(start=20, end=60, initial=0.9), 10),  # none: it starts too sparse
+        (methods.GraNet(start=5, end=35), 10),
+        (methods.GraNet(start=0, end=33, initial=0.0), 6),
+    ],
+    ids=repr,
+)
+def test_schedules_of_objects_are_those_of_runs(method: Any, every: int) -> None:
+    options: Any = {"fwd": 0.8, "method": method, "refresh_every": every}
+    tx: Any = topkast.wrap_optimizer(topkast.SGD(0.1), bwd=0.0, **options)
+    params: Any = {"w": np.linspace(-1, 1, 1000).reshape(10, 100)}
+    state, active = tx.init(params), 0
+    for _ in range(80):
+        active += state.supports["w"].forward
+        params, state = tx.step({"w": np.ones((10, 100))}, state, params)
+    flops = 2 * active / 80
+    expected = 3 * flops
+    if isinstance(method, methods.GraNet):
+        expected = (3 * flops * every + 2 * flops + 2000) / (every + 1)
+    result = topkast.cost(ONE, steps=80, **options)
+    assert result.training_flops == pytest.approx(expected, rel=1e-3)
+    given = topkast.cost(
+        ONE,
+        steps=80,
+        window=(0, 40),
+        **options | {"method": type(method)(start=0, end=40, initial=0.5), "refresh_every": 4},
+    )
+    named = topkast.cost(
+        ONE, steps=80, window=(0, 40), initial=0.5, fwd=0.8, refresh_every=4, method=result.method
+    )
+    assert given.training_flops == named.training_flops

@@ -19,18 +19,22 @@ from topkast.selection._distribution import exact_fraction, kept_count
 _SCALE = 10**12
 
 
-def drop_count(view: View, size: int, fraction: float, until: int | None) -> Array | int:
+def drop_count(
+    view: View, size: int, fraction: float, until: int | None, *, regrow: bool = True
+) -> Array | int:
     """Number of `size` units that are dropped now: ``floor(f · size)``.
 
-    f is `fraction`, or falls from it to 0 along half a cosine until the update `until`.
+    f is `fraction`, or falls from it to 0 along half a cosine until the update `until`. Unless
+    units that are dropped may grow at once (`regrow`), no more are dropped than are outside A.
     """
+    most = size if regrow else min(size, view.weights.shape[0] - view.forward)
     if until is None:
-        return math.floor(exact_fraction(fraction) * size)
+        return min(math.floor(exact_fraction(fraction) * size), most)
     draw = view.draw
     if not is_traced(draw):
-        return _cosine_count(size, exact_fraction(fraction), int(draw), until)
+        return min(_cosine_count(size, exact_fraction(fraction), int(draw), until), most)
     assert not isinstance(draw, int)
-    table = asarray_like(_cosine_counts(size, fraction, until), draw)
+    table = asarray_like(np.minimum(_cosine_counts(size, fraction, until), most), draw)
     last = asarray_like(np.asarray(until), draw, draw.dtype)
     return table[array_namespace(draw).minimum(draw, last)]
 

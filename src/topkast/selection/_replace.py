@@ -106,17 +106,14 @@ def grow_by_gradient(
     *,
     regrow: bool,
     among: Array | None = None,
-    count: int | None = None,
 ) -> Support:
     """Replace the units of A that are not `kept` (k,) by those with the largest gradients.
 
-    `among` (n,) flags the units that may be grown; None: all. `count` is the new size of A; None:
-    that of the view.
+    `among` (n,) flags the units that may be grown; None: all.
     """
     gradient: Any = view.gradient
     if hasattr(gradient, "blocks"):
-        size = view.forward if count is None else count
-        return _grow_from_blocks(view, kept, gradient.blocks(), size, regrow=regrow, among=among)
+        return _grow_from_blocks(view, kept, gradient.blocks(), regrow=regrow, among=among)
     check_finite(gradient)
     scores = magnitudes(gradient)
     xp = array_namespace(scores)
@@ -125,30 +122,28 @@ def grow_by_gradient(
     scores = xp.clip(scores, info.smallest_normal, info.max / 2)
     if among is not None:
         scores = where(among, scores, 0.0)
-    return _take_largest(view, _mark(view, scores, kept, info.max, regrow), count)
+    return _take_largest(view, _mark(view, scores, kept, info.max, regrow))
 
 
 def _grow_from_blocks(
     view: View,
     kept: Array,
     blocks: Iterator[tuple[int, Array]],
-    size: int,
     *,
     regrow: bool,
     among: Array | None,
 ) -> Support:
     """:func:`grow_by_gradient` from pieces of the gradient, of which none but the last is held.
 
-    `blocks` are first indices and gradients (entries,), `size` is that of the new A. What is chosen
-    is the same.
+    `blocks` are first indices and gradients (entries,). What is chosen is the same.
     """
     assert view.support is not None
     active = view.support.active
     xp = array_namespace(active)
     stays, dropped = active[kept], active[~kept]
-    count = size - stays.shape[0]
+    count = view.forward - stays.shape[0]
     if not count:
-        return Support(stays, size)
+        return Support(stays, view.forward)
     ties = Ranks(make_key(view.seed, view.name, "ties"), view.first)
     scores: Any = None
     indices: Any = None
@@ -173,7 +168,7 @@ def _grow_from_blocks(
         if scores.shape[0] > count:
             largest = backend_of(scores).largest_flags(scores, count, ties.at(indices))
             scores, indices = scores[largest], indices[largest]
-    return Support(xp.sort(xp.concat([stays, indices])), size)
+    return Support(xp.sort(xp.concat([stays, indices])), view.forward)
 
 
 def sample_outside(view: View, count: int) -> Array:
@@ -197,9 +192,9 @@ def _mark(view: View, scores: Array, kept: Array, mark: float, regrow: bool) -> 
     return backend_of(scores).put(scores, active, where(~kept, own, mark))
 
 
-def _take_largest(view: View, scores: Array, count: int | None = None) -> Support:
-    """The sets A = B of the largest scores (n,), `count` or as many as the view asks for."""
-    backend, count = backend_of(scores), view.forward if count is None else count
+def _take_largest(view: View, scores: Array) -> Support:
+    """The sets A = B of the largest scores (n,)."""
+    backend, count = backend_of(scores), view.forward
     ties = Ranks(make_key(view.seed, view.name, "ties"), view.first)
     flags = backend.largest_flags(scores, count, ties)
     return Support(backend.true_indices(flags, count), count)

@@ -13,7 +13,12 @@ from topkast._errors import OptionError
 from topkast._options import Options, Overrides
 from topkast.analysis.costs._formulas import FORMULAS, Formula
 from topkast.analysis.costs._layers import is_count
-from topkast.analysis.costs._schedule import mean_remaining, stretches, while_pruning
+from topkast.analysis.costs._schedule import (
+    at_refreshes,
+    mean_remaining,
+    stretches,
+    while_pruning,
+)
 from topkast.selection._distribution import exact_fraction
 
 
@@ -111,12 +116,14 @@ def find_pruning(
     window: Any,
     initial: float | None,
     linear: tuple[int, float] | None = None,
+    cubic: tuple[int, int, float] | None = None,
 ) -> list[tuple[int, Options]]:
     """The stretches of a sparsity schedule: number of steps, and options in force.
 
     `linear` is the end of a linear schedule, and the sparsity at its start; its stretches are those
-    at its first and its last sparsity which have the same mean. Empty for methods of constant
-    sparsity.
+    at its first and its last sparsity which have the same mean. `cubic` are the start and the end
+    of a cubic schedule, and the sparsity at its start: the sparsity changes at refreshes, unless a
+    `window` or an `initial` sparsity is given too. Empty for methods of constant sparsity.
 
     Raises :class:`topkast.OptionError` for a schedule that is not given, or not possible.
     """
@@ -141,6 +148,15 @@ def find_pruning(
         parts = share.numerator, share.denominator - share.numerator
         stages = while_pruning(options, first, Fraction(1)), options
         return [(count, stage) for count, stage in zip(parts, stages, strict=True) if count]
+    if cubic is not None:
+        begin, end, first = cubic
+        if window is None and initial is None:
+            return [
+                (count, while_pruning(options, first, remaining))
+                for count, remaining in at_refreshes(steps, (begin, end), options.refresh_every)
+            ]
+        window = (begin, end) if window is None else window
+        initial = first if initial is None else initial
     if window is None:
         window = int(formula.window[0] * steps), int(formula.window[1] * steps)
     elif not (isinstance(window, tuple) and len(window) == 2 and all(map(is_count, window))):

@@ -89,8 +89,9 @@ def cost(
         sparsity changes: their FLOPs are means over the steps. A :class:`topkast.methods.ACDC` has
         its exact share of dense steps with it, and that of two phases in the middle without it.
     window
-        First and last step of the cubic schedule of GMP and GraNet. None: from 10/32 to 25/32 of
-        the steps for GMP, over the first three tenths for GraNet.
+        First and last step of the cubic schedule of GMP and GraNet, whose changes are counted from
+        the first. None: from 10/32 to 25/32 of the steps for GMP, over the first three tenths for
+        GraNet; of an object, its own schedule at each refresh.
     initial
         Sparsity at the start of that schedule. None: 0 for GMP, 0.5 for GraNet.
     dense_share
@@ -154,8 +155,6 @@ def cost(
     formula = find_formula(method_name)
     if refresh_every is None:
         refresh_every = settings.get("refresh_every")
-    window = settings.get("window") if window is None else window
-    initial = settings.get("initial") if initial is None else initial
     sample_ratio = settings.get("sample_ratio", 1.0) if sample_ratio is None else sample_ratio
     dense_share = settings.get("dense_share", 0.5) if dense_share is None else dense_share
     options = make_options(
@@ -193,6 +192,7 @@ def cost(
         window=window,
         initial=initial,
         linear=settings.get("linear"),
+        cubic=settings.get("cubic"),
     )
     layers = _layers_of(model, example)
     sizes = _sizes_of(layers, options, formula, pruning)

@@ -56,7 +56,8 @@ def describe_method(
     """The name of a method's formula, and the arguments of ``cost`` that follow from the method.
 
     A name stays as it is. ``"linear"`` are the end of a linear schedule and the sparsity at its
-    start. `steps` and `refresh_every` are arguments of ``cost``.
+    start, ``"cubic"`` the start, the end and the first sparsity of a cubic one. `steps` and
+    `refresh_every` are arguments of ``cost``.
 
     Raises :class:`topkast.OptionError` for a method without a formula.
     """
@@ -69,7 +70,7 @@ def describe_method(
         )
     settings: dict[str, Any] = {"refresh_every": method.default_refresh_every}
     if isinstance(method, GradualPruning):
-        settings |= {"window": (method.start, method.end), "initial": method.initial}
+        settings["cubic"] = method.start, method.end, method.initial
     if isinstance(method, GSE):
         settings["sample_ratio"] = method.samples
     if isinstance(method, ACDC):

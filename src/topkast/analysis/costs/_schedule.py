@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -40,6 +41,23 @@ def stretches(steps: int, window: tuple[int, int], interval: int) -> Iterator[tu
     for change in range(1, changes):
         yield interval, (1 - Fraction(change, changes)) ** 3
     yield steps - start - changes * interval, Fraction(0)
+
+
+def at_refreshes(
+    steps: int, window: tuple[int, int], interval: int
+) -> Iterator[tuple[int, Fraction]]:
+    """:func:`stretches` of a run whose sets change at every `interval`-th update, in any window.
+
+    >>> [(count, str(remaining)) for count, remaining in at_refreshes(100, (15, 35), 20)]
+    [(20, '1'), (20, '27/64'), (60, '0')]
+    """
+    start, stop = window
+    for update in range(0, min(steps, stop), interval):
+        progress = Fraction(max(update - start, 0), stop - start)
+        yield min(interval, steps - update), (1 - progress) ** 3
+    final = steps - math.ceil(stop / interval) * interval
+    if final > 0:
+        yield final, Fraction(0)
 
 
 def mean_remaining(steps: int, end: int, interval: int) -> Fraction:

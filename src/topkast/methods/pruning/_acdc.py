@@ -15,8 +15,10 @@ from topkast.selection._support import Support
 class ACDC(Method):
     """Phases with all weights and phases with the largest ones alternate; a sparse one is last.
 
-    At the start of a sparse phase, all other weights become zero. Phases begin at refreshes:
-    `refresh_every` should divide the numbers below.
+    At the start of a sparse phase, all other weights become zero; at the start of the next phase,
+    they learn again, from zero and with fresh state of the optimizer. Phases begin at refreshes:
+    `refresh_every` should divide the numbers below. The paper ranks all tensors as one:
+    ``distribution="global"``.
 
     Parameters
     ----------
@@ -47,7 +49,8 @@ class ACDC(Method):
     References
     ----------
     Peste et al., "AC/DC: alternating compressed/decompressed training of deep neural networks",
-    2021.
+    2021. There, the momentum of weights outside A falls without a gradient through a sparse phase,
+    and what is left of it acts in the next one.
     """
 
     warm_up: int

@@ -68,7 +68,8 @@ class IHT(DNW):
     References
     ----------
     Gao et al., "Weight-sparse transformers have interpretable circuits", 2025: the number of
-    weights falls linearly.
+    weights falls linearly. There, it begins to fall after 1 % of the training, and four weights of
+    each neuron always stay: here, none is guarded. Biases are sparse there too: ``dense=False``.
     """
 
     end: int = 0

@@ -56,7 +56,9 @@ class DeepRewiring(Method):
     ----------
     Bellec et al., "Deep rewiring: training very sparse deep networks", 2018, with the settings of
     its code: noise of 1e-5 and an l1 penalty of 1e-5, at a learning rate of 0.5. Where a position
-    is drawn again there, it may get another sign.
+    is drawn again in its sparse code, it may get another sign; in its dense code it keeps the
+    sign, as here. There, weights that were just dropped may be drawn at once, and weights start at
+    1e-12; here, others are drawn and start at zero, where the penalty has no gradient.
     """
 
     noise: float = 1e-5

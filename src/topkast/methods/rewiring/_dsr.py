@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import numpy as np
 from array_api_compat import array_namespace
 
 from topkast._method import Method, View
-from topkast._primitives import Array, asarray_like
+from topkast._primitives import Array, where
 from topkast.methods._schedules import check_share
 from topkast.selection._distribution import exact_fraction
 from topkast.selection._replace import choose_on_host, grow_at_random, keep_largest, magnitudes
@@ -22,13 +21,15 @@ from topkast.selection._support import Support
 class DSR(Method):
     """The smallest weights of all tensors are dropped, and tensors that keep many grow many.
 
-    With ``distribution="global"`` the number of weights is constant in all, and each tensor's share
-    of those that are grown is its share of those that stay. B is A.
+    This needs ``distribution="global"``: the number of weights is constant in all, and the share of
+    a tensor in those that are grown is its share in those that stay. With another distribution,
+    each tensor keeps its number. B is A.
 
     Parameters
     ----------
     fraction
-        Share of A that a refresh replaces, rounded down. In each tensor at least one weight stays.
+        Share of A that a refresh replaces, rounded down, and no more than are outside A. In each
+        tensor at least one weight stays.
 
     Raises
     ------
@@ -55,7 +56,8 @@ class DSR(Method):
     ----------
     Mostafa and Wang, "Parameter efficient training of deep convolutional neural networks by dynamic
     sparse reparameterization", 2019. There, a threshold that adapts drops about as many weights as
-    wanted; here, it is exactly as many.
+    wanted, every 1,000 steps at first and less often later, and weights that are dropped may be
+    drawn at once; here, it is exactly as many, and others are drawn.
     """
 
     fraction: float = 0.1
@@ -80,10 +82,11 @@ class DSR(Method):
         assert view.support is not None
         active, scores = view.support.active, magnitudes(view.values)
         bounds = view.members or {view.name: (0, view.weights.shape[0])}
-        dropped = math.floor(exact_fraction(self.fraction) * view.forward)
+        outside = view.weights.shape[0] - view.forward
+        dropped = min(math.floor(exact_fraction(self.fraction) * view.forward), outside)
         kept = keep_largest(view, scores, view.forward - dropped)
         inside = [(active >= start) & (active < stop) for start, stop in bounds.values()]
-        kept = _keep_one_of_each(scores, kept, inside)
+        kept = _keep_one_of_each(view, scores, kept, inside)
         xp = array_namespace(active)
         present, stay = (
             [int(xp.count_nonzero(flags & chosen)) for flags in inside]
@@ -122,12 +125,12 @@ def share_out(total: int, weights: list[int], limits: list[int]) -> list[int]:
             shares[index] += int(shares[index] < limits[index])
 
 
-def _keep_one_of_each(scores: Array, kept: Array, inside: list[Array]) -> Array:
+def _keep_one_of_each(view: View, scores: Array, kept: Array, inside: list[Array]) -> Array:
     """Also keep the largest unit of each tensor that would lose all."""
     xp = array_namespace(scores)
+    # Units of other tensors rank behind: their score is 0, and that of no unit inside.
+    scores = xp.clip(scores, xp.finfo(scores.dtype).smallest_normal, None)
     for flags in inside:
         if bool(xp.any(flags)) and not bool(xp.any(kept & flags)):
-            own = xp.where(flags, scores, xp.full_like(scores, -1))
-            positions: Any = np.arange(scores.shape[0])
-            kept = kept | (asarray_like(positions, scores) == xp.argmax(own))
+            kept = kept | keep_largest(view, where(flags, scores, 0.0), 1)
     return kept

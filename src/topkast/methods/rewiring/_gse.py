@@ -22,7 +22,8 @@ class GSE(RigL):
     Parameters
     ----------
     until, fraction
-        As for :class:`RigL`. Weights that are dropped are not in the sample.
+        As for :class:`RigL`: `until` is about 0.6 of the training in the paper. Weights that are
+        dropped are not in the sample, and no more are dropped than there are weights outside A.
     samples
         Size of the sample, as a multiple of \|A\|.
 
@@ -45,7 +46,10 @@ class GSE(RigL):
     References
     ----------
     Heddes et al., "Always-sparse training by growing connections with guided stochastic
-    exploration", 2024: its uniform sample.
+    exploration", 2024: its uniform sample. There, tensors begin at densities by Erdős and Rényi and
+    are then ranked as one, every 1,000 steps; the sample is drawn in each tensor with replacement
+    and includes weights of A, which do not count; and the gradient is that of ten samples of each
+    class.
     """
 
     fraction: float = 0.2

@@ -25,7 +25,7 @@ class RigL(Method):
         Share of A that a refresh replaces, rounded down.
     regrow
         Whether weights that are dropped may be grown at once, as in the paper; they keep their
-        values then.
+        values then. If not, no more are dropped than there are weights outside A.
 
     Raises
     ------
@@ -45,9 +45,10 @@ class RigL(Method):
 
     References
     ----------
-    Evci et al., "Rigging the lottery: making all tickets winners", 2020. There, the optimizer does
-    not step at an update of the sets; here it does, so that weights are dropped by their values
-    after the step, and grown by the gradient before it.
+    Evci et al., "Rigging the lottery: making all tickets winners", 2020. There, the first update of
+    the sets comes before the first step, and the optimizer does not step at an update of the sets;
+    here it does, so that weights are dropped by their values after the step, and grown by the
+    gradient before it.
     """
 
     until: int | None = None
@@ -71,7 +72,7 @@ class RigL(Method):
         return choose_on_host(self._replace, view)
 
     def _replace(self, view: View) -> Support:
-        dropped = drop_count(view, view.forward, self.fraction, self.until)
+        dropped = drop_count(view, view.forward, self.fraction, self.until, regrow=self.regrow)
         if view.support is not None and isinstance(dropped, int) and not dropped:
             return view.support
         kept = keep_largest(view, magnitudes(view.values), view.forward - dropped)
@@ -88,7 +89,8 @@ class ITOP(RigL):
     Parameters
     ----------
     until, fraction, regrow
-        As for :class:`RigL`.
+        As for :class:`RigL`. In the paper, `until` is the end of the training, and 0.005 of A are
+        replaced then.
 
     Examples
     --------

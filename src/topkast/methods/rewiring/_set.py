@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -36,7 +36,8 @@ class SET(Method):
         Whether the share is taken of the positive weights and of the negative ones separately, as
         in the paper; else of all by magnitude, as most implementations do. Zero counts as positive.
     regrow
-        Whether weights that are dropped may be drawn at once.
+        Whether weights that are dropped may be drawn at once; they keep their values then. If not,
+        no more are dropped than there are weights outside A.
     until
         Update at which `fraction`, falling along half a cosine, reaches 0; None: it is constant.
 
@@ -59,7 +60,8 @@ class SET(Method):
     References
     ----------
     Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse
-    connectivity", 2018. There, weights that are grown are drawn too; here, they start at zero.
+    connectivity", 2018. There, the values of weights that are grown are drawn too, and the sets
+    change at the end of each epoch but the last; here, weights that are grown start at zero.
     """
 
     fraction: float = 0.3
@@ -95,23 +97,32 @@ class SET(Method):
                 f"{view.name} has complex weights, which have no sign: pass signed=False"
             )
         if not self.signed:
-            count = view.forward - drop_count(view, view.forward, self.fraction, self.until)
-            return grow_at_random(view, keep_largest(view, scores, count), regrow=self.regrow)
+            dropped = drop_count(view, view.forward, self.fraction, self.until, regrow=self.regrow)
+            kept = keep_largest(view, scores, view.forward - dropped)
+            return grow_at_random(view, kept, regrow=self.regrow)
         positive = ~(view.values < 0)
-        kept = self._keep_of(view, scores, positive) | self._keep_of(view, scores, ~positive)
+        counts = self._count_staying(view, positive)
+        # Units of the other sign rank behind: their score is 0, and that of no others.
+        scores = xp.clip(scores, xp.finfo(scores.dtype).smallest_normal, None)
+        own = where(positive, scores, 0.0), where(~positive, scores, 0.0)
+        kept = keep_largest(view, own[0], counts[0]) | keep_largest(view, own[1], counts[1])
         return grow_at_random(view, kept, regrow=self.regrow)
 
-    def _keep_of(self, view: View, scores: Array, flags: Array) -> Array:
-        """Flags of the units that stay, of those with one sign."""
-        xp = array_namespace(scores)
-        size = xp.sum(xp.astype(flags, xp.int32), dtype=xp.int32)
-        share = exact_fraction(self.fraction)
-        if is_traced(size):
-            counts = [n - math.floor(share * n) for n in range(view.forward + 1)]
-            count = asarray_like(np.asarray(counts, dtype=np.int32), size)[size]
-        else:
-            count = int(size) - math.floor(share * int(size))
-        # Units of the other sign rank behind: their score is 0, and that of no others.
-        smallest = xp.finfo(scores.dtype).smallest_normal
-        own = where(flags, xp.clip(scores, smallest, None), 0.0)
-        return keep_largest(view, own, count)
+    def _count_staying(self, view: View, positive: Array) -> Any:
+        """Numbers of units that stay: of those that are positive, and of the others."""
+        xp = array_namespace(positive)
+        number = xp.sum(xp.astype(positive, xp.int32), dtype=xp.int32)
+        if not is_traced(number):
+            return self._divide(view, int(number))
+        table = [self._divide(view, count) for count in range(view.forward + 1)]
+        return asarray_like(np.asarray(table, dtype=np.int32), number)[number]
+
+    def _divide(self, view: View, positive: int) -> tuple[int, int]:
+        """Numbers of units that stay, if so many are positive."""
+        share, negative = exact_fraction(self.fraction), view.forward - positive
+        first, second = math.floor(share * positive), math.floor(share * negative)
+        outside = view.weights.shape[0] - view.forward
+        if not self.regrow and first + second > outside:
+            first = first * outside // (first + second)
+            second = outside - first
+        return positive - first, negative - second

@@ -16,8 +16,11 @@ class SMET(SET):
 
     Parameters
     ----------
-    fraction, signed, regrow, until
-        As for :class:`SET`.
+    fraction, signed, until
+        As for :class:`SET`. In the authors' code, `until` is the end of the training, and 0.005 of
+        A are replaced then.
+    regrow
+        Whether weights that are dropped may be drawn at once: not in the authors' code.
 
     Examples
     --------
@@ -28,7 +31,9 @@ class SMET(SET):
     References
     ----------
     Xiao et al., "Memory-efficient LLM training with dynamic sparsity: from stability to practical
-    scaling", 2026.
+    scaling", 2026. There, the first 100 steps of a weight that is grown also rise linearly in size,
+    and the learning rate is larger for a smaller density: here, choose it for yours.
     """
 
     fraction: float = 0.2
+    regrow: bool = False

@@ -19,7 +19,8 @@ class SNFS(RigL):
     Parameters
     ----------
     until, fraction, regrow
-        As for :class:`RigL`. Weights that are dropped now are not grown at once.
+        As for :class:`RigL`. In the authors' code, `until` is the end of the training, and 0.005 of
+        A are replaced then.
     momentum
         Share of the running mean that a step keeps.
 
@@ -44,12 +45,14 @@ class SNFS(RigL):
     References
     ----------
     Dettmers and Zettlemoyer, "Sparse networks from scratch: faster training without losing
-    performance", 2019. There, tensors also exchange weights by their mean momentum: here they do so
-    with ``distribution="global"``, which ranks them as one.
+    performance", 2019. There, the sets change at the end of each epoch, the momentum is that of the
+    optimizer, with which a weight that is grown continues, and tensors exchange weights in
+    proportion to their mean momentum on A. Here, it is a mean of its own, a weight that is grown
+    starts without momentum, and tensors exchange weights with ``distribution="global"`` alone,
+    which ranks them as one.
     """
 
     fraction: float = 0.5
-    regrow: bool = False
     momentum: float = 0.9
 
     needs: ClassVar[frozenset[str]] = frozenset({"sets", "momentum", "random"})
