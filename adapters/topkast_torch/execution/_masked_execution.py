@@ -128,7 +128,7 @@ class MaskedExecution(Execution):
             # Always gather: writes through `param.data` or NumPy leave the stamp unchanged.
             on_active = values[member.slices[0]]
             member.entries[0].gather(member.param.detach(), out=on_active)
-            if thorough and _sum_bits(member.param.detach()) != _sum_bits(on_active):
+            if thorough and bool(_sum_bits(member.param.detach()) != _sum_bits(on_active)):
                 self._check_write(name, member)
 
     def _check_write(self, name: str, member: Member) -> None:
@@ -296,14 +296,14 @@ class _RestrictGradient:
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _sum_bits(tensor: Tensor) -> int:
-    """The sum of the entries' bits as integers, which wraps around; zeros add nothing.
+def _sum_bits(tensor: Tensor) -> Tensor:
+    """The sum () of the entries' bits as integers, which wraps around; zeros add nothing.
 
     It takes the time of one sum, a tenth or less of that of counting nonzeros.
     """
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     bits = real.view(_INTEGERS[real.itemsize])
-    return int(bits.sum(dtype=bits.dtype))
+    return bits.sum(dtype=bits.dtype)
 
 
 def make_stamp(tensor: Tensor) -> Stamp:
