@@ -116,11 +116,11 @@ class ShardedExecution(SparseExecution):
         self.param.requires_grad_(requires_grad)
         weakref.finalize(self, self._hook.remove)
 
-    def note_replacement(self, param: Tensor) -> None:
+    def note_replacement(self, param: Tensor, *, is_replaced: bool) -> None:
         pass  # FSDP replaces it in each pass; see accept_external_writes
 
     @torch.no_grad()
-    def accept_external_writes(self) -> None:
+    def accept_external_writes(self, *, thorough: bool = False) -> None:
         name, current = self.ranked.key, self.layer.values
         if is_sharded(current) and current is not self.param:
             raise MismatchError(

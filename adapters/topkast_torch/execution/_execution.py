@@ -127,12 +127,15 @@ class Execution(ABC):
         """Remove the hooks and give up the Parameters."""
 
     @abstractmethod
-    def note_replacement(self, param: Tensor) -> None:
-        """Record that the model now has another Parameter in place of `param`."""
+    def note_replacement(self, param: Tensor, *, is_replaced: bool) -> None:
+        """Record whether the model has another Parameter in place of `param`."""
 
     @abstractmethod
-    def accept_external_writes(self) -> None:
-        """Accept what others wrote into the model's Parameters, or raise MismatchError."""
+    def accept_external_writes(self, *, thorough: bool = False) -> None:
+        """Accept what others wrote into the model's Parameters, or raise MismatchError.
+
+        If `thorough`, find writes outside A too that left no trace, as those by ``param.data``.
+        """
 
     @abstractmethod
     def gather_gradient(self) -> Tensor | None:
@@ -233,6 +236,7 @@ class Execution(ABC):
         if self.power != 1:
             self._enter_base(gradient)
         if self.young is not None:
+            self.steps = self.young.notice_reset(inner, group, self.values, self.steps)
             self.young.before_step(inner, group, self.values, self.step.betas)
 
     def _enter_base(self, gradient: Tensor) -> None:

@@ -97,6 +97,15 @@ def compress(tensor: Tensor, kept: Sequence[FlatEntries], outs: Sequence[Tensor]
         out.copy_(values)
 
 
+def restrict(tensor: Tensor, kept: Sequence[FlatEntries]) -> Tensor:
+    """A tensor with the kept entries of another and zeros elsewhere, differentiable in it."""
+    with torch.enable_grad():
+        mask = torch.zeros_like(tensor, dtype=torch.bool)
+        for entries in kept:
+            entries.put(mask, mask.new_ones(len(entries)))
+        return torch.where(mask, tensor, 0)
+
+
 def _kernel_applies(tensor: Tensor, kept: Sequence[FlatEntries], vectors: Sequence[Tensor]) -> bool:
     """Whether the kernels take a tensor and these vectors, and are faster."""
     return (

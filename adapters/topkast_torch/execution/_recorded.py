@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,20 +32,28 @@ class Recording:
 
     def __init__(self) -> None:
         self._passes: Passes = []
-        self._running: list[tuple[int, tuple[Tensor, Tensor]]] = []  # with the number of the pass
+        self._running: dict[int, Passes] = {}  # of passes that have not ended, by number
         self._stamp = NEVER  # of the gradient that has the passes
 
-    def add(self, grad: Tensor | None, x: Tensor, grad_output: Tensor) -> None:
-        """Record a product of the running backward pass; `grad` is the gradient before it."""
+    def add(self, grad: Tensor | None, x: Tensor, grad_output: Tensor | None) -> None:
+        """Record a product of the running backward pass; `grad` is the gradient before it.
+
+        Without `grad_output`, `x` is a gradient of the dense weight.
+        """
         self._drop_zeroed(grad)
         number = torch._C._current_graph_task_id()
-        self._running.append((number, (x.detach(), grad_output.detach())))
+        if number not in self._running:
+            self._running[number] = []
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(lambda: self._running.pop(number, None))  # at its end
+        pair = x.detach(), None if grad_output is None else grad_output.detach()
+        self._running[number].append(pair)
 
     def accept(self, grad: Tensor) -> None:
         """Keep the products of the running backward pass, which was accumulated into `grad`."""
-        number = torch._C._current_graph_task_id()
-        self._passes += [entry for task, entry in self._running if task == number]
-        self._running = [(task, entry) for task, entry in self._running if task != number]
+        running = self._running.get(torch._C._current_graph_task_id(), [])
+        self._passes += running
+        running.clear()
         self._stamp = make_stamp(grad)
 
     def passes_in(self, grad: Tensor) -> Passes:
@@ -66,7 +75,8 @@ class RecordedGradient:
     ----------
     pairs
         For each product in a backward pass since gradients were zeroed, the input and the gradient
-        of the output: rows of features, or images.
+        of the output: rows of features, or images. For each use of the dense weight, its gradient
+        and None.
     shape
         Shape of the weight.
     like
@@ -93,7 +103,9 @@ class RecordedGradient:
             total += self._block_of(*pair, start, stop)
         return total
 
-    def _block_of(self, x: Tensor, grad_output: Tensor, start: int, stop: int) -> Tensor:
+    def _block_of(self, x: Tensor, grad_output: Tensor | None, start: int, stop: int) -> Tensor:
+        if grad_output is None:
+            return x[start:stop].reshape(stop - start, -1)
         if self._window is None:
             return grad_output[:, start:stop].T @ x
         (top, bottom), (left, right) = self._window.margins

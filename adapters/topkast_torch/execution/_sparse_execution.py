@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import weakref
 from collections.abc import Mapping
@@ -167,10 +166,10 @@ class SparseExecution(Execution):
         self.layer.recording = None
         release(self.values)
 
-    def note_replacement(self, param: Tensor) -> None:
-        self._replaced = True
+    def note_replacement(self, param: Tensor, *, is_replaced: bool) -> None:
+        self._replaced = is_replaced
 
-    def accept_external_writes(self) -> None:
+    def accept_external_writes(self, *, thorough: bool = False) -> None:
         layer, name = self.layer, self.ranked.key
         values = getattr(layer, "values", None)
         if values is None:
@@ -243,7 +242,11 @@ class SparseExecution(Execution):
 
     def move_gradient(self, moving: Moving) -> None:
         if self.values.grad is not None:  # the next backward may add to it
-            moving.add(self.values.grad, 0.0, functools.partial(setattr, self.values, "grad"))
+            moving.add(self.values.grad.detach(), 0.0, self._set_gradient)
+
+    def _set_gradient(self, moved: Tensor) -> None:
+        # Not a view, which `detach_` of old training loops refuses.
+        self.values.grad = torch.ops.aten._unsafe_view(moved, self.values.shape)
 
     def write_forward_view(self, *, everywhere: bool = False) -> None:
         pass  # the inner optimizer updated the model's Parameter itself

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from topkast.adapter import SETTLED, Betas, Migration, corrections, kappa, young_limit
+from topkast.adapter import (
+    SETTLED,
+    Betas,
+    Migration,
+    corrections,
+    kappa,
+    settled_ages,
+    young_limit,
+)
 from topkast_torch.inner._fresh import make_fresh_optimizer, step_without_hooks
 from topkast_torch.inner._inner_state import Start, entries_of, walk
 from topkast_torch.inner._probe import betas_of
@@ -99,6 +107,25 @@ class YoungEntries:
         mean = 0.0 if learned[0] == 0 else current[0]
         square = min(current[1:], key=lambda beta: abs(beta - learned[1]), default=learned[1])
         return mean, square
+
+    def notice_reset(
+        self,
+        inner: torch.optim.Optimizer,
+        group: Mapping[str, Any],
+        values: Parameter,
+        steps: int,
+    ) -> int:
+        """The steps that the inner optimizer's state counts: 0 if its entries were deleted.
+
+        All entries are then as old as each other, as before the first step.
+        """
+        layout = self._profile.layout
+        if not (steps and layout.specs):
+            return steps
+        if next(walk(entries_of(inner, values, layout.stores)), None) is not None:
+            return steps
+        self.restore(settled_ages(len(self.ages), self.ages), group)
+        return 0
 
     def before_step(
         self,

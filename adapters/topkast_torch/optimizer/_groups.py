@@ -350,6 +350,8 @@ def _check_tensor(name: str, param: Any) -> None:
         problem = f"of layout {param.layout} on {param.device}, but must be a strided tensor"
     elif not (param.is_floating_point() or param.is_complex()):
         problem = f"of dtype {param.dtype}, but weights must be floats"
+    elif param.is_inference():
+        problem = "an inference tensor, which nothing can train: build it outside inference mode"
     elif any(
         stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)
     ):

@@ -18,7 +18,8 @@ def step(state: WrapperState, pairs: Pairs) -> None:
     """Update all tensors with the inner optimizer, and refresh the sets that are due."""
     state.check_whole()
     for execution, param_group in pairs:
-        execution.accept_external_writes()
+        is_due = execution.is_due(param_group, state.updates + 1) or state.overdue
+        execution.accept_external_writes(thorough=is_due or not state.updates)
         execution.decide(param_group, state.updates, overdue=state.overdue)
     has_gradient = any(param.grad is not None for group in state.groups for param in group.params)
     loaded: Pairs = []

@@ -50,15 +50,18 @@ def check_free(named: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def _notice_replacement(module: nn.Module, name: str, param: Tensor) -> None:
-    """Notify the owner of a Parameter that its module replaces it.
+    """Notify the owner of a Parameter that its module replaces it, or has it again.
 
     ``load_state_dict(assign=True)`` replaces Parameters: the model then no longer holds what the
     optimizer trains.
     """
     old = module._parameters.get(name)
-    owner = owner_of(old) if old is not None and old is not param else None
-    if owner is not None and old is not None:
-        owner.note_replacement(old)
+    if old is param:
+        return
+    for other, is_replaced in ((old, True), (param, False)):
+        owner = None if other is None else owner_of(other)
+        if owner is not None and other is not None:
+            owner.note_replacement(other, is_replaced=is_replaced)
 
 
 register_module_parameter_registration_hook(_notice_replacement)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,27 +23,35 @@ def to_dense(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor
     return dense.index_copy_(0, support.active_entries.long(), active).view(shape)
 
 
-def dense_weight(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor:
-    """:func:`to_dense`, with a gradient on B, as that of the products."""
-    dense: Tensor = _ToDense.apply(values, support, shape)  # type: ignore[no-untyped-call]
+def dense_weight(
+    values: Tensor, support: Support, shape: tuple[int, ...], record: Callable[[Tensor], None]
+) -> Tensor:
+    """:func:`to_dense`, with a gradient on B, as that of the products.
+
+    `record` gets the gradient of the dense weight in each backward pass.
+    """
+    dense: Tensor = _ToDense.apply(values, support, shape, record)  # type: ignore[no-untyped-call]
     return dense
 
 
 class _ToDense(torch.autograd.Function):
     @staticmethod
-    def forward(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor:
+    def forward(values: Tensor, support: Support, shape: tuple[int, ...], _: Any) -> Tensor:
         return to_dense(values, support, shape)
 
     @staticmethod
     def setup_context(context: Any, inputs: Any, output: Tensor) -> None:
-        values, support, _ = inputs
+        values, support, _, context.record = inputs
         context.save_for_backward(support.entries)
         context.shape = values.shape
 
     @staticmethod
     def backward(context: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (entries,) = context.saved_tensors
-        return grad_output.reshape(-1).index_select(0, entries).view(context.shape), None, None
+        if not torch._C._are_functorch_transforms_active():
+            context.record(grad_output)
+        on_b = grad_output.reshape(-1).index_select(0, entries)
+        return on_b.view(context.shape), None, None, None
 
 
 class ReadOnlyTensor(Tensor):

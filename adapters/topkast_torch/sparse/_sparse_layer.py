@@ -31,8 +31,9 @@ from topkast_torch.sparse._structure import (
     read_structure,
 )
 
-# Inputs of a layer and gradients of its outputs, by backward pass.
-Passes: TypeAlias = list[tuple[Tensor, Tensor]]
+# Inputs of a layer and gradients of its outputs, or gradients of its dense weight and None, by
+# backward pass.
+Passes: TypeAlias = list[tuple[Tensor, Tensor | None]]
 
 # The layer by its Parameter of values, since an optimizer knows only the Parameter.
 _LAYERS: Any = WeakTensorKeyDictionary()
@@ -141,7 +142,8 @@ class SparseLayer(nn.Module):
         Writing to the copy would not change the layer, and raises :class:`topkast.MismatchError`.
         """
         self._check_whole("weight")
-        return read_only(dense_weight(self.values, self.support, self.weight_shape))
+        dense = dense_weight(self.values, self.support, self.weight_shape, self._record_dense)
+        return read_only(dense)
 
     def _check_whole(self, what: str) -> None:
         """Raise :class:`topkast.MismatchError` if the values are divided among processes."""
@@ -181,6 +183,11 @@ class SparseLayer(nn.Module):
         """Record a product of a backward pass, if an optimizer has asked for it."""
         if self.recording is not None:
             self.recording.add(self.values.grad, x, grad_output)
+
+    def _record_dense(self, gradient: Tensor) -> None:
+        """Record the gradient of :attr:`weight` in a backward pass, likewise."""
+        if self.recording is not None:
+            self.recording.add(self.values.grad, gradient, None)
 
     def _make_products(self) -> Any:
         raise NotImplementedError

@@ -217,7 +217,8 @@ def _make_layer_sparse(
     replace_data(param, masked.values.detach())
     if grad is not None:
         sets = masked.members[name].entries
-        param.grad = torch.cat([entries.gather(grad) for entries in sets]).view(param.shape)
+        on_b = torch.cat([entries.gather(grad.detach()) for entries in sets])
+        param.grad = torch.ops.aten._unsafe_view(on_b, param.shape)
     for store in state.stores:
         entries = getattr(state.inner, store, {})
         if masked.values in entries:
