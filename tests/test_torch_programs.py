@@ -346,3 +346,48 @@ class TestTargetNetworks:
             largest = theta.flatten().abs().argsort(descending=True)[:count]
             torch.testing.assert_close(view.flatten()[largest], theta.flatten()[largest])
             assert view.count_nonzero() == count
+
+
+class TestOptionsOfGroups:
+    """What is fixed when an optimizer is wrapped is refused afterwards, and nothing is trained."""
+
+    @pytest.mark.parametrize("sparse", [False, True])
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("fwd", 0.7),
+            ("bwd", 0.7),
+            ("distribution", "erk"),
+            ("block", (2, 2)),
+            ("pattern", (1, 4)),
+            ("method", topkast.methods.Random()),
+            ("dense", "4.*"),
+        ],
+    )
+    def test_fixed_options_are_refused(self, sparse: bool, name: str, value: Any) -> None:
+        model, optimizer = make(sparse)
+        train(model, optimizer, range(2))
+        kept = copy.deepcopy(model.state_dict())
+        group = optimizer.param_groups[0]
+        before = {name: group[name]} if name in group else {}
+        group[name] = value
+        with pytest.raises(topkast.OptionError, match=f"^{name} of a parameter group was changed"):
+            train(model, optimizer, range(2, 3))
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(tensor, kept[key])
+        del group[name]
+        group.update(before)
+        train(model, optimizer, range(2, 4))
+
+    def test_a_method_of_the_inner_optimizer_is_its_own(self) -> None:
+        class WithMethod(torch.optim.SGD):
+            def __init__(self, params: Any, method: str = "plain") -> None:
+                super().__init__(params, lr=0.1)
+                for group in self.param_groups:
+                    group["method"] = method
+
+        model = make_model()
+        optimizer = topkast.wrap_optimizer(WithMethod(model.named_parameters()), **OPTIONS)
+        train(model, optimizer, range(2))
+        optimizer.param_groups[0]["method"] = "other"
+        train(model, optimizer, range(2, 5))

@@ -223,12 +223,15 @@ def test_an_interruption_after_the_inner_step_loses_nothing(
     options: Any = {"sparse": sparse, "power": power, "refresh_every": 4, "penalty": 0.1}
     model, opt = build(**options)
     train(model, opt, 3)
-    execution_type = type(next(opt._wrapper_state.executions))
+    executions = list(opt._wrapper_state.executions)
+    execution_type = type(executions[0])
     original, calls = getattr(execution_type, method), []
+    # Whether a refresh is due is also asked of all before the inner step.
+    interrupted = 1 + len(executions) if method == "is_due" else 1
 
     def interrupt(*arguments: Any, **keywords: Any) -> Any:
         calls.append(method)
-        if len(calls) == 1:
+        if len(calls) == interrupted:
             signal.raise_signal(signal.SIGINT)
         return original(*arguments, **keywords)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from topkast.reservoirs import (
     Zeros,
 )
 from topkast_torch.sparse._products import numpy_name
+
+if TYPE_CHECKING:
+    from topkast_torch.execution._execution import Execution
 
 STREAMED = (torch.float32, torch.float64)  # dtypes of weights outside of tensors
 
@@ -201,3 +205,15 @@ def _nothing(like: Tensor, size: int | None = None) -> LayeredReservoir:
 def _in_host_memory(theta: Tensor) -> Tensor:
     host = theta.cpu()
     return host.pin_memory() if theta.is_cuda else host
+
+
+@contextmanager
+def discarding(executions: Iterable[Execution]) -> Iterator[None]:
+    """Remove the files of the reservoirs that were made so far if what follows fails."""
+    try:
+        yield
+    except BaseException:
+        for execution in executions:
+            layer = getattr(execution, "layer", None)  # which may keep its reservoir
+            execution.reservoir.discard(getattr(layer, "reservoir", None))
+        raise

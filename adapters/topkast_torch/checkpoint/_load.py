@@ -66,7 +66,7 @@ def _apply(state: WrapperState, loaded: _Loaded) -> None:
         state.groups, inner.param_groups, loaded.groups, strict=True
     ):
         _load_options(param_group, saved, inner.defaults)
-        group.checked = ()
+        group.checked = []
         for execution in group.executions:
             loaded.sets[id(execution)].restore(execution, param_group)
             execution.decide(param_group, state.updates, overdue=state.overdue)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -24,6 +23,7 @@ from topkast.adapter import (
     kept_dense,
     rank_tensors,
 )
+from topkast_torch._reservoirs import discarding
 from topkast_torch.distributed._local_param import LocalParam
 from topkast_torch.distributed._sharded_execution import ShardedExecution
 from topkast_torch.distributed._sharding import is_sharded
@@ -49,24 +49,23 @@ class Group:
     profiles: dict[int, InnerProfile]  # of the inner optimizer, by number of dimensions
     fixed: dict[str, Any]  # options that must not change
     method: Method | None
-    checked: tuple[Any, ...] = ()  # values of the options at the last check
+    checked: list[Any] = field(default_factory=list)  # values of the options at the last check
 
     def check(self, param_group: dict[str, Any], options: Options) -> None:
         """Raise an error for invalid options, or Parameters that were replaced."""
-        current = tuple(param_group.get(name) for name in GROUP_OPTIONS)
-        if current != self.checked:
+        if watched(param_group) != self.checked:
             for name, value in self.fixed.items():
-                if param_group[name] != value:
+                if param_group.get(name, value) != value:
                     raise OptionError(
                         f"{name} of a parameter group was changed from {value!r} to "
-                        f"{param_group[name]!r}: the sizes of the sets are fixed when an optimizer "
-                        "is wrapped"
+                        f"{param_group[name]!r}, but is fixed when an optimizer is wrapped: build "
+                        "and wrap a new one"
                     )
             for execution in self.executions:
                 options.override(param_group | execution.overrides)
             current_options = options.override(param_group | {"method": self.method})
             param_group.update(current_options.for_group())
-            self.checked = tuple(param_group[name] for name in GROUP_OPTIONS)
+            self.checked = watched(param_group)
         params = param_group["params"]
         if len(params) != len(self.params) or any(
             param is not known for param, known in zip(params, self.params, strict=True)
@@ -242,6 +241,9 @@ def prepare_group(
                 )
     by_name = {name: execution for execution in executions for name in execution.ranked.shapes}
     fixed = {name: getattr(options, name) for name in FIXED_OPTIONS}
+    fixed |= {"dense": None, "method": options.method}  # neither is kept in the group
+    if not isinstance(param_group.get("method", options.method), Method | None):
+        del fixed["method"]  # it is an option of the inner optimizer
     others = {name: param for name, param in tensors.items() if name not in by_name}
     locals_ = {
         name: LocalParam(name, param, trials.find_layout(param_group, param.dim(), profiles))
@@ -251,16 +253,9 @@ def prepare_group(
     return Group(names, params, executions, by_name, locals_, profiles, fixed, options.method)
 
 
-@contextmanager
-def discarding(executions: Iterable[Execution]) -> Iterator[None]:
-    """Remove the files of the reservoirs that were made so far if what follows fails."""
-    try:
-        yield
-    except BaseException:
-        for execution in executions:
-            layer = getattr(execution, "layer", None)  # which may keep its reservoir
-            execution.reservoir.discard(getattr(layer, "reservoir", None))
-        raise
+def watched(param_group: Mapping[str, Any]) -> list[Any]:
+    """Options of a group, and what must not be set in it once it is wrapped."""
+    return [param_group.get(name) for name in (*GROUP_OPTIONS, "dense", "method")]
 
 
 def restrict_state(

@@ -12,7 +12,8 @@ import torch
 from torch.nn import Parameter
 
 from topkast import MismatchError, OptionError, UnsupportedOptimizerError
-from topkast.adapter import GROUP_OPTIONS, Inspection, Method, Options
+from topkast.adapter import Inspection, Method, Options
+from topkast_torch._reservoirs import discarding
 from topkast_torch.checkpoint._load import load
 from topkast_torch.checkpoint._save import save
 from topkast_torch.distributed._replicas import check_new
@@ -24,9 +25,9 @@ from topkast_torch.optimizer._groups import (
     Group,
     WrapperState,
     check_overlap,
-    discarding,
     prepare_group,
     restrict_state,
+    watched,
 )
 from topkast_torch.optimizer._inner_optimizer import Refusal, clear_state
 from topkast_torch.optimizer._inspection import inspect
@@ -105,7 +106,7 @@ class TopKASTOptimizer(torch.optim.Optimizer):
         if isinstance(param_group.get("method"), Method):
             del param_group["method"]  # executions hold the method, which cannot be saved
         param_group.update(options)
-        group.checked = tuple(param_group[name] for name in GROUP_OPTIONS)
+        group.checked = watched(param_group)
         with torch.no_grad():
             for execution in group.executions:
                 execution.install()
