@@ -112,7 +112,11 @@ def cases(draw: Callable[[Any], Any], *, traced: bool = False) -> Case:
     options["distribution"] = distribution
     # The densities of ERK are no powers of two.
     penalty = [0.0] if distribution == "erk" else [0.0, 0.25]
-    own: dict[str, list[Any]] = {"refresh_every": [1, 2, 3], "explore_until": [0, 2, 4], "penalty": penalty}
+    own: dict[str, list[Any]] = {
+        "refresh_every": [1, 2, 3],
+        "explore_until": [0, 2, 4],
+        "penalty": penalty,
+    }
     options |= draw(_optional(**own, penalty_kind=["l1", "l2"], seed=[1, 2]))
     options.setdefault("penalty", 0.0)
     if distribution != "global":
