@@ -31,6 +31,7 @@ def cost_of_one(method: str, **options: Any) -> topkast.Cost:
         ("dense", {}, 3 * 2000),
         ("topkast", {"bwd": 0.8}, 2 * 200 + 400),
         ("topkast", {"bwd": 0}, 2 * 200 + 2000),
+        ("static", {"bwd": 0.8}, 2 * 200 + 400),
         *(
             (name, {}, 3 * 200)
             for name in ("static", "set", "deepr", "dsr", "snip", "mest", "smet")
@@ -51,6 +52,25 @@ def test_training_flops_by_hand(method: str, options: dict[str, Any], flops: flo
     result = cost_of_one(method, **options)
     assert result.training_flops == pytest.approx(flops, rel=1e-12)
     assert result.fraction == pytest.approx(flops / 6000, rel=1e-12)
+
+
+def test_a_fixed_mask_has_the_sets_that_it_is_wrapped_with() -> None:
+    shapes = {"v": (20, 30), "w": (30, 40)}
+    given: list[dict[str, Any]] = [{"bwd": 0.8}, {"bwd": 0.9}]
+    given.append({"bwd": 0.9, "overrides": {"v": {"bwd": 0.5}}})
+    method = methods.Static()
+    for options in given:
+        tx = topkast.wrap_optimizer(topkast.SGD(0.1), fwd=0.9, method=method, **options)
+        params = {name: np.ones(shape) for name, shape in shapes.items()}
+        state = tx.init(params)
+        rows = topkast.summary(state, params).tensors
+        result = topkast.cost(shapes, fwd=0.9, method=method, **options)
+        for row, layer in zip(rows, result.layers, strict=True):
+            assert (row.forward, row.backward) == (layer.forward, layer.backward)
+            assert layer.training_flops == 2 * (2 * row.forward + row.backward)
+        overrides = {"overrides": options["overrides"]} if "overrides" in options else {}
+        if options["bwd"] == 0.9:  # B is A, unless an override says something else
+            assert topkast.cost(shapes, fwd=0.9, method=method, **overrides) == result
 
 
 def test_every_formula_has_a_text_and_a_cost() -> None:
@@ -397,6 +417,7 @@ def test_models_that_cannot_be() -> None:
     [
         (methods.TopKAST(), "topkast", {"bwd": 0.8}),
         (methods.SET(), "set", {}),
+        (methods.Static(), "static", {"bwd": 0.8}),
         (methods.RigL(), "rigl", {"refresh_every": 100}),
         (methods.ITOP(), "rigl", {"refresh_every": 4000}),
         (methods.GSE(samples=2), "gse", {"refresh_every": 100, "sample_ratio": 2}),

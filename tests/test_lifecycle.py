@@ -493,6 +493,21 @@ class TestOptionsThatChange:
                 assert changed[mask.forward].any()
                 assert changed[mask.backward & ~mask.forward].any() == moves
 
+    @pytest.mark.parametrize("sparse", [False, True], ids=["masked", "sparse"])
+    def test_exploration_that_begins_again_has_a_gradient(self, sparse: bool) -> None:
+        layer = torch.nn.Linear(8, 6, bias=False)
+        inner = torch.optim.SGD(layer.named_parameters(), 0.1)
+        optimizer = topkast.wrap_optimizer(inner, fwd=0.5, bwd=0.25, penalty=0.0, explore_until=0)
+        if sparse:
+            topkast.sparsify(layer, optimizer)
+        optimizer.param_groups[0]["explore_until"] = None
+        optimizer.zero_grad()
+        masks, theta = topkast.masks(optimizer)["weight"], topkast.dense_params(optimizer)["weight"]
+        layer(torch.eye(8)).sum().backward()
+        optimizer.step()
+        expected = torch.where(masks.backward, theta - 0.1, theta)
+        assert torch.equal(topkast.dense_params(optimizer)["weight"], expected)
+
     def test_numbers_of_numpy_can_be_saved_at_once(self) -> None:
         _, optimizer = make()
         optimizer.param_groups[0]["penalty"] = np.float64(0.1)

@@ -192,6 +192,24 @@ class TestChoice:
         assert report.to_dict()["layers"][0]["name"] == "one.weight"
         train(model, opt, torch.randn(2, 5, 8), 3)
 
+    def test_blocks_of_stacked_layers_stay_masked(self) -> None:
+        layer = nn.Conv2d(4, 4, (3, 1), bias=False)
+        inner = torch.optim.SGD(layer.named_parameters(), 0.1)
+        opt = topkast.wrap_optimizer(inner, fwd=0.5, bwd=0.25, stacked="weight", block=(2, 1))
+        (row,) = topkast.sparsify(layer, opt).layers
+        assert (row.execution, row.reason) == (
+            "masked",
+            "its blocks are cut from the layers of a stacked tensor",
+        )
+
+    def test_a_sparse_layer_cannot_be_stacked(self) -> None:
+        layer = topkast_torch.SparseLinear(8, 6, fwd=0.5, bwd=0.25)
+        inner = torch.optim.SGD(layer.named_parameters(), 0.1)
+        options: Any = {"fwd": 0.5, "bwd": 0.25, "dense": False}
+        with pytest.raises(topkast.OptionError, match=r"values is the weight .* leave it out of"):
+            topkast.wrap_optimizer(inner, stacked="values", **options)
+        topkast.wrap_optimizer(inner, **options)
+
     def test_global_ranking_stays_masked(self) -> None:
         model, opt, inputs = prepare("mlp", distribution="global")
         report = topkast.sparsify(model, opt)

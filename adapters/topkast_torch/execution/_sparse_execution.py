@@ -56,6 +56,12 @@ class SparseExecution(Execution):
                 f"{name} is the weight of a {type(layer).__name__}, whose sets have fixed sizes: "
                 "distribution='global' would move weights between tensors"
             )
+        if options.is_stacked(name):
+            raise OptionError(
+                f"{name} is the weight of a {type(layer).__name__}, whose sets are those of the "
+                "whole weight, but stacked ranks each index of its first axis separately: leave it "
+                "out of stacked, or build a dense layer, and call topkast.sparsify after wrapping"
+            )
         if not layer._is_drawn:
             raise MismatchError(
                 f"the weights of {name} were never drawn, since its {type(layer).__name__} was "

@@ -199,11 +199,10 @@ class TopKASTOptimizer(torch.optim.Optimizer):
             return
         with suppress(OptionError, MismatchError):  # which the next step raises
             for group, param_group in zip(state.groups, self.param_groups, strict=True):
-                if any("gradient" in execution.method.needs for execution in group.executions):
-                    group.check(param_group, state.options)
+                group.check(param_group, state.options)
             for execution, param_group in self._executions_with_options():
-                if "gradient" in execution.method.needs:  # whose outside B the passes keep
-                    execution.decide(param_group, state.updates, overdue=state.overdue)
+                # The backward pass drops what the next step does not need of a gradient.
+                execution.decide(param_group, state.updates, overdue=state.overdue)
 
     @torch.no_grad()
     def _step(self) -> None:

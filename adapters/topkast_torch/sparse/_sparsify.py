@@ -199,6 +199,9 @@ def _find_obstacle(modules: list[tuple[nn.Module, str]], execution: MaskedExecut
         return "its forward function was replaced"
     if execution.momentum is not None:
         return f"{type(execution.method).__name__} keeps a dense momentum"
+    blocks = execution.support.blocks
+    if blocks is not None and blocks.height != len(member.param):
+        return "its blocks are cut from the layers of a stacked tensor"
     if member.param.dtype not in (torch.float32, torch.float64):
         return f"{member.param.dtype} has no sparse products"
     return None

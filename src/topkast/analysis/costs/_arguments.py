@@ -11,7 +11,7 @@ from typing import Any
 
 from topkast._errors import OptionError
 from topkast._options import Options, Overrides
-from topkast.analysis.costs._formulas import FORMULAS, Formula
+from topkast.analysis.costs._formulas import FORMULAS, STATIC_WITH_TWO_SETS, Formula
 from topkast.analysis.costs._layers import is_count
 from topkast.analysis.costs._schedule import (
     at_refreshes,
@@ -22,14 +22,26 @@ from topkast.analysis.costs._schedule import (
 from topkast.selection._distribution import exact_fraction
 
 
-def find_formula(method: Any) -> Formula:
+def find_formula(
+    method: Any, fwd: float | None, bwd: float | None, overrides: Overrides
+) -> Formula:
     """The formula of a method; raises :class:`topkast.OptionError` for an unknown name."""
     if isinstance(method, str) and method in FORMULAS:
-        return FORMULAS[method]
+        two_sets = method == "static" and _has_two_sets(fwd, bwd, overrides)
+        return STATIC_WITH_TWO_SETS if two_sets else FORMULAS[method]
     names = ", ".join(map(repr, FORMULAS))
     close = get_close_matches(str(method).lower(), FORMULAS, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise OptionError(f"method={method!r} has no formula: expected one of {names}{hint}")
+
+
+def _has_two_sets(fwd: float | None, bwd: float | None, overrides: Any) -> bool:
+    """Whether B is larger than A, of all tensors or of some."""
+    pairs = [(fwd, bwd)]
+    if isinstance(overrides, Mapping):
+        own = [values for values in overrides.values() if isinstance(values, Mapping)]
+        pairs += [(values.get("fwd", fwd), values.get("bwd")) for values in own]
+    return any(backward not in (None, forward) for forward, backward in pairs)
 
 
 def make_options(
@@ -53,6 +65,8 @@ def make_options(
         fwd, dense = 0.0, True
     if fwd is None:
         raise OptionError(f"method={method!r} needs fwd, the forward sparsity, such as fwd=0.9")
+    if formula is STATIC_WITH_TWO_SETS and bwd is None:
+        bwd = fwd
     if formula.trains == "B" and bwd is None:
         raise OptionError(
             f"method={method!r} needs bwd, the backward sparsity, such as bwd={fwd!r} for A = B"

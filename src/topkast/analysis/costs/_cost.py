@@ -75,9 +75,9 @@ def cost(
     fwd
         Forward sparsity, in [0, 1): the final one, if it changes. Needed except for ``"dense"``.
     bwd
-        Backward sparsity, ``0 <= bwd <= fwd``, of ``"topkast"``, which needs it. Other methods
-        train A alone or all weights: leave it out, or pass the one that
-        :func:`topkast.wrap_optimizer` asks for.
+        Backward sparsity, ``0 <= bwd <= fwd``, of ``"topkast"``, which needs it, and of
+        ``"static"``, where None means `fwd`. Other methods train A alone or all weights: leave it
+        out, or pass the one that :func:`topkast.wrap_optimizer` asks for.
     distribution, dense, block, stacked, overrides
         As for :func:`topkast.wrap_optimizer`, without ``"global"``. Of overrides, ``fwd``, ``bwd``,
         ``block`` and ``reservoir`` matter.
@@ -152,7 +152,7 @@ def cost(
     if steps is not None and not (is_count(steps) and steps):
         raise OptionError(f"steps must be a positive integer, got {steps!r}")
     method_name, settings = describe_method(method, steps, refresh_every)
-    formula = find_formula(method_name)
+    formula = find_formula(method_name, fwd, bwd, overrides)
     if refresh_every is None:
         refresh_every = settings.get("refresh_every")
     sample_ratio = settings.get("sample_ratio", 1.0) if sample_ratio is None else sample_ratio

@@ -107,6 +107,8 @@ class Formula:
 
 
 _STATIC = Formula("3 f_S", _sparse)
+# Of a fixed random mask whose B is larger than A.
+STATIC_WITH_TWO_SETS = Formula("2 f_A + f_B", _two_sets, "B")
 _RIGL = Formula("(3 f_S ΔT + 2 f_S + f_D) / (ΔT + 1)", _dense_at_refresh, interval=100)
 # RigL prunes ResNet-50 from step 10,000 to step 25,000 of 32,000, at every 1,000th step.
 _PRUNING = {
