@@ -17,6 +17,7 @@ from torch import Tensor
 from topkast import MismatchError
 from topkast_torch.sparse._convolutions import Convolution
 from topkast_torch.sparse._products import CompiledProducts, Products
+from topkast_torch.sparse.chains._observers import in_transform
 
 Record: TypeAlias = Callable[[Tensor, Tensor], None]
 
@@ -29,7 +30,7 @@ def multiply(
     `products` is called outside of function transforms and compilation. `record` gets x and the
     gradient of the output in each backward pass, outside of function transforms.
     """
-    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+    if not (torch.compiler.is_compiling() or in_transform()):
         compiled = products()
         if isinstance(compiled, CompiledProducts) and compiled.passes.accepts(x, [values], [bias]):
             if not torch.is_grad_enabled():
@@ -72,6 +73,14 @@ def refuse_export() -> NoReturn:
     raise MismatchError(
         "a sparse layer cannot be exported, because its products are not PyTorch operators: "
         "export topkast.densify(copy.deepcopy(model))"
+    )
+
+
+def _refuse_forward_mode() -> NoReturn:
+    raise MismatchError(
+        "sparse layers have no forward-mode derivatives (torch.func.jvp, jacfwd and hessian, "
+        "torch.autograd.forward_ad): use reverse mode (torch.func.vjp, jacrev), or differentiate "
+        "topkast.densify(copy.deepcopy(model))"
     )
 
 
@@ -220,6 +229,10 @@ class _Product(torch.autograd.Function):
         return *_differentiate(grad_output, *arguments), None
 
     @staticmethod
+    def jvp(context: Any, *tangents: Any) -> NoReturn:
+        _refuse_forward_mode()
+
+    @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
         return _vmap_by_loop(_Product, info, in_dims, arguments)
 
@@ -260,8 +273,7 @@ class _CompiledProduct(torch.autograd.Function):
         if needs_grad[1]:
             context.record(x, grad_output)
         needs = needs_grad[0], (needs_grad[1],), (needs_grad[2],)
-        empty = values if packed is None else packed  # is not read without gradient of the values
-        grads = products.passes.backward(grad_output, empty, None, [values], needs)
+        grads = products.passes.backward(grad_output, packed, None, [values], needs)
         return grads.x, grads.values[0], grads.biases[0], None, None
 
 
@@ -337,6 +349,10 @@ class _ProductGradient(torch.autograd.Function):
             gradient = on_b.pack_gradient(grad_output, shape)
             grad_x += on_b.input_gradient(direction, gradient, shape)
         return grad_grad_output, grad_x, None, grad_values, None
+
+    @staticmethod
+    def jvp(context: Any, *tangents: Any) -> NoReturn:
+        _refuse_forward_mode()
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
