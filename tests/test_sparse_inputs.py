@@ -208,3 +208,49 @@ def test_layers_that_are_trained_after_a_call_in_inference_mode(name: str) -> No
         strict=True,
     ):
         assert torch.equal(first, second)
+
+
+def loss(output: Tensor) -> Tensor:
+    return output.sin().sum()
+
+
+@every_module
+def test_second_derivatives_by_function_transforms(name: str) -> None:
+    """Transforms of transforms see what autograd computes."""
+    module, x = MODULES[name]()
+    module, x = module.double(), x[:2].double()
+    params = dict(module.named_parameters())
+    key, first = next((key, param) for key, param in params.items() if key.endswith("values"))
+
+    def compute(x: Tensor, values: Tensor) -> Tensor:
+        return loss(torch.func.functional_call(module, {key: values}, x))
+
+    def penalty(x: Tensor, values: Tensor) -> Tensor:
+        grads = torch.func.grad(compute, argnums=(0, 1))(x, values)
+        return torch.stack([grad.square().sum() for grad in grads]).sum()
+
+    inputs = x.clone().requires_grad_()
+    grads = torch.autograd.grad(compute(inputs, first), (inputs, first), create_graph=True)
+    norm = torch.stack([grad.square().sum() for grad in grads]).sum()
+    expected = torch.autograd.grad(norm, (inputs, first))
+    values = first.detach()
+    actual = torch.func.grad(penalty, argnums=(0, 1))(x, values)
+    torch.testing.assert_close(actual, expected)
+    hessian = torch.func.jacrev(torch.func.grad(compute))(x, values)
+    torch.testing.assert_close(
+        hessian, torch.autograd.functional.hessian(lambda x: compute(x, values), x)
+    )
+    batched = torch.vmap(torch.func.grad(penalty), in_dims=(0, None))
+    examples = torch.stack([x, 2 * x])
+    one_by_one = [torch.func.grad(penalty)(example, values) for example in examples]
+    torch.testing.assert_close(batched(examples, values), torch.stack(one_by_one))
+
+
+@every_module
+def test_third_derivatives_are_refused(name: str) -> None:
+    module, x = MODULES[name]()
+    x.requires_grad_()
+    (first,) = torch.autograd.grad(loss(module(x)), x, create_graph=True)
+    (second,) = torch.autograd.grad(loss(first), x, create_graph=True)
+    with pytest.raises(topkast.MismatchError, match="first and second derivatives alone"):
+        loss(second).backward()
