@@ -213,7 +213,7 @@ def test_bad_input_is_refused() -> None:
         for pair in ((bad, part), (part, bad)):
             with pytest.raises((TypeError, ValueError), match="candidates"):
                 divide(*pair, split=1, size=9, forward=1.0, backward=1.0, bound=0.0)
-    limits = {"forward": 1.0, "backward": 1.0, "bound": 0.0}
+    limits: Any = {"forward": 1.0, "backward": 1.0, "bound": 0.0}
     for split, size in [(-1, 9), (3, 9), (1, 4)]:  # the last index is 4
         for pair in ((part, (indices[:0], values[:0])), ((indices[:0], values[:0]), part)):
             with pytest.raises(ValueError, match=r"split must lie|must ascend"):
