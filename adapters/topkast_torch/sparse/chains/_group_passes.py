@@ -79,8 +79,8 @@ class GroupPasses:
 
         Raises :class:`topkast.MismatchError` if it is not what was saved.
         """
-        if tensor is None:
-            return None
+        if tensor is None or self._is_vector(tensor, size):
+            return tensor
         if tensor.dtype != self._dtype or tensor.numel() != size or not tensor.is_cpu:
             raise MismatchError(
                 f"the backward pass of a sparse layer needs a tensor of {size} numbers of "
