@@ -188,6 +188,18 @@ def test_displacements_are_scaled_by_age(dtype: Any) -> None:
     np.testing.assert_array_equal(values, expected)
 
 
+def test_ages_out_of_range_read_no_other_memory() -> None:
+    values, before = np.full(4, 3.0), np.ones(4)
+    ages = np.asarray([-(1 << 15), -2, 0, (1 << 15) - 1], np.int16)
+    scale_displacement(values, before, ages, np.asarray([0.0, 0.5, 1.0]), since=1)
+    np.testing.assert_array_equal(values, [1, 1, 2, 3])
+    scale_displacement(values, before, ages, np.asarray([0.0, 0.5]), since=1 << 40)
+    np.testing.assert_array_equal(values, [1, 1, 1.5, 2])
+    for factors, since in (([1.0], -1), ([], 0)):
+        with pytest.raises(ValueError, match="since must not be negative"):
+            scale_displacement(values, before, ages, np.asarray(factors), since=since)
+
+
 def test_bad_input_is_refused() -> None:
     indices, values = np.asarray([0, 4], np.int32), np.ones(2)
     part = (indices, values)
@@ -201,6 +213,11 @@ def test_bad_input_is_refused() -> None:
         for pair in ((bad, part), (part, bad)):
             with pytest.raises((TypeError, ValueError), match="candidates"):
                 divide(*pair, split=1, size=9, forward=1.0, backward=1.0, bound=0.0)
+    limits: Any = {"forward": 1.0, "backward": 1.0, "bound": 0.0}
+    for split, size in [(-1, 9), (3, 9), (1, 4)]:  # the last index is 4
+        for pair in ((part, (indices[:0], values[:0])), ((indices[:0], values[:0]), part)):
+            with pytest.raises(ValueError, match=r"split must lie|must ascend"):
+                divide(*pair, split=split if len(pair[0][0]) else 0, size=min(size, 4), **limits)
     with pytest.raises(TypeError, match="float32 or float64"):
         find_thresholds([values.astype(np.float16)], [1])
     with pytest.raises(ValueError, match="count"):

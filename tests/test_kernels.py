@@ -20,6 +20,7 @@ from topkast.kernels import (
     Layout,
     LinearProducts,
     RowLayout,
+    UnitLinearProducts,
     _layout,
     make_layout,
     make_row_layout,
@@ -100,6 +101,32 @@ def test_a_linear_layer_holds_no_more_than_four_bytes_an_entry(pair: tuple[float
     assert products.nbytes <= 4 * len(indices)
     wide = LinearProducts(indices.astype(np.int64), forward, shape=(size, size))
     assert wide.nbytes == products.nbytes + 4 * len(indices)  # the new int32 columns
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (8, 0)])
+@pytest.mark.parametrize("batch", [0, 3, 20])
+def test_matrices_without_entries(
+    capfd: pytest.CaptureFixture[str], rows: int, shape: tuple[int, int], batch: int
+) -> None:
+    indices = np.empty(0, np.int64 if rows == 1 and batch else np.int32)
+    products: Any = (
+        LinearProducts(indices, 0, shape=shape)
+        if rows == 1
+        else UnitLinearProducts(indices, 0, shape=shape, rows=rows)
+    )
+    values, x, y = np.empty(0), np.ones((batch, shape[1])), np.ones((batch, shape[0]))
+    packed = np.full(products.packed_shape(x.shape, x.dtype), np.nan)
+    products.pack(x, packed)
+    packed_gradient = np.full(products.packed_shape(y.shape, y.dtype), np.nan)
+    products.pack(y, packed_gradient)
+    out, gradient = np.full_like(y, np.nan), np.full_like(x, np.nan)
+    products.forward(values, packed, out, bias=np.arange(shape[0], dtype=float))
+    products.input_gradient(values, packed_gradient, gradient)
+    products.weight_gradient(packed_gradient, packed, values)
+    assert (out == np.arange(shape[0])).all()
+    assert not gradient.any()
+    assert capfd.readouterr().err == ""  # numba prints errors of compiled code, and goes on
 
 
 def test_an_empty_batch_has_zero_gradient() -> None:

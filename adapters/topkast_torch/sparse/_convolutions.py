@@ -20,6 +20,7 @@ from topkast_torch.sparse._products import (
     numpy_name,
     unit_kernels,
 )
+from topkast_torch.sparse.chains._group_passes import readable
 
 _MAX_ENTRIES = 1 << 20  # entries unfolded at a time: they fit in an L2 cache
 
@@ -113,13 +114,13 @@ class _CompiledConvolution:
     def pack(self, images: Tensor) -> Tensor:
         shape = self._products.packed_shape(images.shape, numpy_name(images.dtype))
         packed = images.new_empty(shape)
-        self._products.pack(images.contiguous().numpy(), packed.numpy())
+        self._products.pack(readable(images).numpy(), packed.numpy())
         return packed
 
     def pack_gradient(self, grad_output: Tensor, shape: torch.Size) -> Tensor:
         packed_shape = self._products.packed_gradient_shape(shape, numpy_name(grad_output.dtype))
         packed = grad_output.new_empty(packed_shape)
-        self._products.pack_gradient(grad_output.contiguous().numpy(), packed.numpy(), shape=shape)
+        self._products.pack_gradient(readable(grad_output).numpy(), packed.numpy(), shape=shape)
         return packed
 
     def forward(
@@ -146,7 +147,7 @@ class _CompiledConvolution:
     ) -> None:
         self._guard.check()
         self._products.weight_gradient(
-            grad_output.numpy(), packed.numpy(), out.numpy(), shape=shape
+            grad_output.numpy(), readable(packed).numpy(), out.numpy(), shape=shape
         )
 
     def on_backward_set(self) -> Convolution:

@@ -158,8 +158,8 @@ class SparseLinear(SparseLayer):
         Raises :class:`topkast.MismatchError` if the input has another width or dtype.
         """
         inputs = self._check_input(input)
-        *leading, features = inputs.shape
-        if features != self.in_features:
+        *leading, features = inputs.shape or (0,)
+        if features != self.in_features or not inputs.dim():
             raise MismatchError(
                 f"SparseLinear takes {self.in_features} features, got an input of shape "
                 f"{tuple(inputs.shape)}"

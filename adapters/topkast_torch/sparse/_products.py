@@ -13,6 +13,7 @@ from torch import Tensor
 
 from topkast import Blocks, MismatchError, UnsupportedTensorError
 from topkast.adapter import has_numba
+from topkast_torch.sparse.chains._group_passes import readable
 from topkast_torch.sparse.chains._passes import Passes
 
 _UNIT_ROWS = 2, 4, 8  # of columns of weights that have kernels of their own
@@ -112,7 +113,7 @@ def array_of_param(param: Tensor) -> Any:
 
     After ``param.numpy()``, FSDP could no longer free the memory.
     """
-    return np.from_dlpack(param.detach())
+    return np.from_dlpack(readable(param.detach()))
 
 
 class GuardedIndices:
@@ -166,7 +167,7 @@ class CompiledProducts:
         batch, features = activations.shape
         shape = self.linear.packed_shape((batch, features), numpy_name(activations.dtype))
         packed = activations.new_empty(shape)
-        self.linear.pack(activations.contiguous().numpy(), packed.numpy())
+        self.linear.pack(readable(activations).numpy(), packed.numpy())
         return packed
 
     def forward(self, values: Tensor, x: Tensor, bias: Tensor | None, batch: int) -> Tensor:
@@ -183,7 +184,7 @@ class CompiledProducts:
 
     def weight_gradient(self, grad_output: Tensor, x: Tensor, out: Tensor) -> None:
         self._guard.check()
-        self.linear.weight_gradient(grad_output.numpy(), x.numpy(), out.numpy())
+        self.linear.weight_gradient(grad_output.numpy(), readable(x).numpy(), out.numpy())
 
     def on_backward_set(self) -> Products:
         return _products_on_backward_set(self._find_entries)

@@ -26,9 +26,11 @@ from topkast_torch.sparse._products import Entries
 from topkast_torch.sparse._structure import (
     BLOCK,
     STRUCTURE,
+    check_dense,
     check_sets,
     describe_units,
     read_structure,
+    with_version,
 )
 
 # Inputs of a layer and gradients of its outputs, or gradients of its dense weight and None, by
@@ -166,7 +168,8 @@ class SparseLayer(nn.Module):
         if self._products is None or self._products[1] != key:
             if self._valid_version != self.sets_version:
                 check_sets("the layer", self.support, self.weight_shape, self.values.numel())
-            self._products = self._make_products(), key
+            with torch.inference_mode(mode=False):  # training may use them later
+                self._products = self._make_products(), key
         return self._products[0]
 
     @property
@@ -201,25 +204,28 @@ class SparseLayer(nn.Module):
         return rows, math.prod(others)
 
     def _check_input(self, inputs: Tensor) -> Tensor:
+        name = type(self).__name__
+        check_dense(name, inputs)
         if torch._C._get_tracing_state() is not None:  # a trace would hold the output as a constant
             refuse_export()
         if self.values.dtype not in (torch.float32, torch.float64):
             raise MismatchError(
-                f"sparse layers need dtype float32 or float64, but this {type(self).__name__} was "
+                f"sparse layers need dtype float32 or float64, but this {name} was "
                 f"converted to {self.values.dtype}"
             )
         if inputs.device != self.values.device:
             raise MismatchError(
-                f"the input of {type(self).__name__} is on {inputs.device}, its values on "
+                f"the input of {name} is on {inputs.device}, its values on "
                 f"{self.values.device}: move the input or the layer"
             )
         if inputs.dtype == self.values.dtype:
             return inputs
-        if torch.is_autocast_enabled(inputs.device.type):
+        converts = inputs.is_floating_point()  # of others a conversion may lose something
+        if converts and torch.is_autocast_enabled(inputs.device.type):
             return inputs.to(self.values.dtype)  # no product has lower precision
         raise MismatchError(
-            f"the input of {type(self).__name__} has dtype {inputs.dtype}, its values "
-            f"{self.values.dtype}: convert the input (torch.autocast does so)"
+            f"the input of {name} has dtype {inputs.dtype}, its values {self.values.dtype}: "
+            f"convert the input{' (torch.autocast does so)' if converts else ''}"
         )
 
     def register_parameter(self, name: str, param: Parameter | None) -> None:
@@ -237,6 +243,7 @@ class SparseLayer(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("indices", "active_count", "blocks") and value is not self.__dict__.get(name):
             self._assignment_count += 1
+            value = with_version(value) if name == "indices" else value
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -244,6 +251,7 @@ class SparseLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__["indices"] = with_version(self.indices)
         if layer_of(self.values) is None:
             _LAYERS[self.values] = weakref.ref(self)
 

@@ -6,12 +6,21 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from topkast import Blocks, MismatchError, OptionError, Support
 
 STRUCTURE = ("indices", "active_count", "shape")  # entries of a state dict besides the values
 BLOCK = "block"  # another one, of layers whose units are blocks
+
+
+def with_version(indices: Tensor) -> Tensor:
+    """Indices whose writes are counted, as those made in inference mode are not."""
+    if not indices.is_inference():
+        return indices
+    with torch.inference_mode(mode=False):
+        return indices.clone()
 
 
 def blocks_of_weight(
@@ -65,6 +74,21 @@ def check_sets(name: str, support: Support, shape: tuple[int, ...], count: int) 
         raise MismatchError(
             f"{name} has {support.backward} indices of {describe_units(support.blocks)} for "
             f"{count} values"
+        )
+
+
+def check_dense(name: str, inputs: Any) -> None:
+    """Raise :class:`topkast.MismatchError` unless the input of a layer is a dense tensor."""
+    if not isinstance(inputs, Tensor):
+        raise MismatchError(
+            f"{name} takes a torch.Tensor, got {type(inputs).__module__}."
+            f"{type(inputs).__qualname__}: convert the input"
+        )
+    if inputs.layout != torch.strided or inputs.is_nested:
+        raise MismatchError(
+            f"{name} takes a dense tensor, got "
+            f"{'a nested one' if inputs.is_nested else inputs.layout}: convert the input, with "
+            "to_dense() or to_padded_tensor()"
         )
 
 

@@ -130,7 +130,7 @@ def _locate_rows(flat: Vector, height: int, width: int) -> Vector:
 def _locate_some(flat: Any, first: Any, stop: Any, height: Any, width: Any, starts: Any) -> None:
     """Search the first entry of some rows, from that of the row before on."""
     low = 0
-    row_length = len(flat) // height + 1
+    row_length = len(flat) // max(height, 1) + 1
     for row in range(first, stop):
         edge, step, high = np.int64(row) * width, row_length, low
         while high < len(flat) and flat[high] < edge:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from topkast import MismatchError
+
 if TYPE_CHECKING:
     from topkast_torch.sparse._products import CompiledProducts
 
@@ -30,6 +32,18 @@ class Gradients(NamedTuple):
         return [tensor.data_ptr() for tensor in results if tensor is not None]
 
 
+def address(tensor: Tensor | None) -> int:
+    """The address of a tensor's memory; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it where its memory does not hold its entries in order."""
+    if tensor._is_zerotensor():  # has no memory
+        return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+    return tensor.contiguous().resolve_neg()
+
+
 class GroupPasses:
     """What passes of several layers with compiled products share."""
 
@@ -39,25 +53,49 @@ class GroupPasses:
 
     def accepts(self, x: Tensor, values: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
         """Whether the memory of all tensors can be read as it is."""
-        if not (
-            type(x) in _PLAIN and x.is_cpu and x.dtype == self._dtype and x.layout == torch.strided
-        ):
+        if not self._is_plain(x) or x.layout != torch.strided or x.is_nested:
             return False
         for entries, bias, products in zip(values, biases, self.products, strict=True):
             if not self._is_vector(entries, products.entry_count) or not (
                 bias is None or self._is_vector(bias, products.shape[0])
             ):
                 return False
-        return not x.is_neg()
+        return True
 
     def _is_vector(self, tensor: Tensor, size: int) -> bool:
+        return self._is_plain(tensor) and tensor.numel() == size and tensor.is_contiguous()
+
+    def _is_plain(self, tensor: Tensor) -> bool:
         return (
             type(tensor) in _PLAIN
             and tensor.is_cpu
             and tensor.dtype == self._dtype
-            and tensor.numel() == size
-            and tensor.is_contiguous()
+            and not tensor.is_neg()
+            and not tensor._is_zerotensor()
         )
+
+    def saved(self, tensor: Tensor | None, size: int) -> Tensor | None:
+        """A tensor that was saved for the backward pass, readable; None if it is not needed.
+
+        Raises :class:`topkast.MismatchError` if it is not what was saved.
+        """
+        if tensor is None or self._is_vector(tensor, size):
+            return tensor
+        if tensor.dtype != self._dtype or tensor.numel() != size or not tensor.is_cpu:
+            raise MismatchError(
+                f"the backward pass of a sparse layer needs a tensor of {size} numbers of "
+                f"{self._dtype} on the CPU that its forward pass saved, but got shape "
+                f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}: hooks for saved "
+                "tensors must return what they were given, and Parameters must keep their size"
+            )
+        return readable(tensor)
+
+    def saved_values(self, values: Sequence[Tensor]) -> list[Any]:
+        """:meth:`saved` for the values of each layer."""
+        return [
+            self.saved(entries, products.entry_count)
+            for entries, products in zip(values, self.products, strict=True)
+        ]
 
     def linear(self) -> tuple[list[Any], str]:
         """The kernels' products, and their dtype."""

@@ -108,8 +108,10 @@ class SparseParallel(nn.Module):
         passes, numbers = group
         layers = [modules[number] for number in numbers]
         values, biases = [layer.values for layer in layers], [layer.bias for layer in layers]
+        if not passes.accepts(x, values, biases):
+            return {}
         *leading, features = x.shape
-        if features != layers[0].in_features or not passes.accepts(x, values, biases):
+        if features != layers[0].in_features:
             return {}
         rows = x if len(leading) == 1 else x.reshape(math.prod(leading), features)
         outputs = run_parallel(rows, passes, values, biases)

@@ -52,8 +52,7 @@ class _Parallel(torch.autograd.Function):
             grad_x, *grads = differentiate(compute, [x, *params], needed, grad_outputs)
             return grad_x, None, *grads
         flags = needs[0], needs[2 : 2 + count], needs[2 + count :]
-        empty = params[0] if packed is None else packed  # is read for gradients of values alone
-        grads = passes.backward(grad_outputs, empty, params[:count], flags)
+        grads = passes.backward(grad_outputs, packed, params[:count], flags)
         return grads.x, None, *grads.values, *grads.biases
 
 

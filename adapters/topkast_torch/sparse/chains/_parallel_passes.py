@@ -9,7 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from topkast_torch.sparse.chains._group_passes import Gradients, GroupPasses, Needs
+from topkast_torch.sparse.chains._group_passes import (
+    Gradients,
+    GroupPasses,
+    Needs,
+    address,
+    readable,
+)
 
 
 class ParallelPasses(GroupPasses):
@@ -41,13 +47,13 @@ class ParallelPasses(GroupPasses):
     def backward(
         self,
         grad_outputs: Sequence[Tensor | None],
-        packed: Tensor,
+        packed: Tensor | None,
         values: Sequence[Tensor],
         needs: Needs,
     ) -> Gradients:
         """The gradients that are needed; those of layers whose output has none are None.
 
-        At least one output has a gradient.
+        At least one output has a gradient. `packed` is needed for gradients of values.
         """
         self.check()
         has_gradient = tuple([gradient is not None for gradient in grad_outputs])
@@ -56,13 +62,13 @@ class ParallelPasses(GroupPasses):
             tuple(map(operator.and_, flags, has_gradient)) for flags in by_layer
         )
         needs = needs_x, needs_values, needs_biases
-        contiguous = [
-            gradient.contiguous().resolve_neg() for gradient in grad_outputs if gradient is not None
-        ]
+        contiguous = [readable(gradient) for gradient in grad_outputs if gradient is not None]
         parallel, batch = self._parallel, len(contiguous[0])
+        values = self.saved_values(values)
+        packed = self.saved(packed, parallel.packed_size(batch))
         gradients = self.empty(parallel.gradient_size(batch))
         results = self.empty_gradients(batch, values, needs)
         read = *contiguous, gradients, packed, *values
-        addresses = [*(tensor.data_ptr() for tensor in read), *results.addresses()]
+        addresses = [*map(address, read), *results.addresses()]
         parallel.backward(batch, addresses, has_gradient=has_gradient, needed=needs)
         return results

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from topkast_torch.sparse.chains._group_passes import Gradients, GroupPasses, Needs
+from topkast_torch.sparse.chains._group_passes import (
+    Gradients,
+    GroupPasses,
+    Needs,
+    address,
+    readable,
+)
 
 if TYPE_CHECKING:
     from topkast_torch.sparse._products import CompiledProducts
@@ -53,23 +59,24 @@ class Passes(GroupPasses):
     def backward(
         self,
         grad_output: Tensor,
-        packed: Tensor,
+        packed: Tensor | None,
         output: Tensor | None,
         values: Sequence[Tensor],
         needs: Needs,
     ) -> Gradients:
         """The gradients that are needed: of x, of the values and of the biases of each layer.
 
-        `output` is needed if the last layer ends with a ReLU.
+        `output` is needed if the last layer ends with a ReLU, `packed` if another one does or a
+        gradient of values is needed.
         """
         self.check()
         chain, batch = self._chain, len(grad_output)
-        grad_output = grad_output.contiguous().resolve_neg()
+        grad_output, values = readable(grad_output), self.saved_values(values)
+        packed = self.saved(packed, chain.packed_size(batch))
+        output = self.saved(output, batch * self.products[-1].shape[0])
         gradients = self.empty(chain.gradient_size(batch))
         results = self.empty_gradients(batch, values, needs)
-        addresses = [grad_output.data_ptr(), gradients.data_ptr(), packed.data_ptr()]
-        addresses.append(0 if output is None else output.data_ptr())
-        addresses += [entries.data_ptr() for entries in values]
-        addresses += results.addresses()
+        read = grad_output, gradients, packed, output, *values
+        addresses = [*map(address, read), *results.addresses()]
         chain.backward(batch, addresses, needed=needs)
         return results

@@ -106,11 +106,12 @@ class _Run:
             if not all(isinstance(entry, CompiledProducts) for entry in products):
                 return None
             passes = self._passes = Passes(products, self._rectifies)
-        first = self._layers[0]
-        *leading, features = x.shape or (0,)
         values = [layer.values for layer in self._layers]
         biases = [layer.bias for layer in self._layers]
-        if features != first.in_features or not passes.accepts(x, values, biases):
+        if not passes.accepts(x, values, biases):
+            return None
+        *leading, features = x.shape or (0,)
+        if features != self._layers[0].in_features:
             return None
         rows = x if len(leading) == 1 else x.reshape(math.prod(leading), features)
         output = run_chain(rows, passes, values, biases)

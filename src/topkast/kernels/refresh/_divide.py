@@ -88,7 +88,8 @@ def divide(
     Raises
     ------
     TypeError, ValueError
-        For other dtypes or shapes, and for arrays that are not contiguous.
+        For other dtypes or shapes, for arrays that are not contiguous, and if `split`, or the first
+        or the last index of a list, is out of range.
 
     Examples
     --------
@@ -101,6 +102,7 @@ def divide(
     (array([0, 1, 3, 4], dtype=int32), (1, 1, 2, 0))
     """
     _check(inside, reserve)
+    _check_ends(inside[0], reserve[0], split, size)
     index_dtype, dtype = inside[0].dtype, inside[1].dtype
     kernels = _KERNELS if index_dtype == np.int32 else _WIDE_KERNELS
     total, threads = len(inside[0]) + len(reserve[0]), threads or default_threads()
@@ -161,6 +163,18 @@ def _check(inside: tuple[Vector, Vector], reserve: tuple[Vector, Vector]) -> Non
             raise ValueError(
                 f"candidates must be contiguous vectors of one length, got indices of shape "
                 f"{indices.shape} and values of shape {values.shape} for {name}"
+            )
+
+
+def _check_ends(inside: Vector, reserve: Vector, split: int, size: int) -> None:
+    """Raise ValueError for indices out of range: kernels would write outside of their bitmaps."""
+    if not 0 <= split <= len(inside):
+        raise ValueError(f"split must lie in [0, {len(inside)}], got {split}")
+    for indices in (inside[:split], inside[split:], reserve):
+        if len(indices) and not 0 <= indices[0] <= indices[-1] < size:
+            raise ValueError(
+                f"indices of candidates must ascend in [0, {size}), got {indices[0]} to "
+                f"{indices[-1]}"
             )
 
 

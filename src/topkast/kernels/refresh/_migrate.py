@@ -34,7 +34,7 @@ def migrate(source: Vector, survives: Vector, /, *moves: Move, threads: int | No
     Parameters
     ----------
     source
-        Positions in `entry`, int32 (m,), contiguous.
+        Positions in `entry`, int32 (m,), contiguous. They are not checked.
     survives
         Booleans (m,), contiguous.
     moves

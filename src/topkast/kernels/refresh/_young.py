@@ -44,7 +44,7 @@ def scale_displacement(
     before
         Entries before the step (k,), contiguous, of the dtype of `values`.
     ages
-        Updates since the entry of each at an earlier time (k,), contiguous, int16.
+        Updates since the entry of each at an earlier time (k,), contiguous, int16; below 0 is 0.
     factors
         Factor by age, contiguous, of the dtype of `values`; the last one is for all greater ages.
     since
@@ -55,7 +55,8 @@ def scale_displacement(
     Raises
     ------
     TypeError, ValueError
-        For other dtypes or shapes, and for arrays that are not contiguous.
+        For other dtypes or shapes, for arrays that are not contiguous, and if `since` is negative
+        or there are no factors.
 
     Examples
     --------
@@ -67,6 +68,10 @@ def scale_displacement(
     array([2., 3.])
     """
     size = (len(values),)
+    if since < 0 or not len(factors):
+        raise ValueError(
+            f"since must not be negative and factors not empty, got {since}, {factors}"
+        )
     check_arrays(values.dtype, ("values", values, size), ("before", before, size))
     check_arrays(values.dtype, ("factors", factors, (len(factors),)))
     check_writable(values=values)
@@ -83,7 +88,7 @@ def scale_displacement(
         size=len(values),
         factors=factors,
         last=len(factors) - 1,
-        since=since,
+        since=min(since, len(factors) + (1 << 15)),  # beyond all ages
     )
 
 
@@ -106,7 +111,7 @@ def _scale(address: Any, dtype: Any) -> None:
 @njit  # type: ignore[untyped-decorator]
 def _scale_part(values: Any, before: Any, ages: Any, factors: Any, since: Any, last: Any) -> None:
     for k in range(len(values)):  # no branches, so that a vector is scaled at once
-        factor = factors[np.uint32(min(np.int32(ages[k]) + since, last))]
+        factor = factors[np.uint32(max(min(np.int32(ages[k]) + since, last), np.int32(0)))]
         scaled = before[k] + (values[k] - before[k]) * factor
         values[k] = scaled if factor != 1 else values[k]
 

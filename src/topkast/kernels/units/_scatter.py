@@ -88,7 +88,7 @@ def scatter_units_of_tiles(address: Any, dtype: Any) -> None:
         end = min(panel + merged, panels)
         first, last = panel * panel_width, min(end * panel_width, width)
         y = arguments.y + arguments.leading_bytes + group * arguments.y_bytes
-        first_plane, last_plane = first * planes // width, last * planes // width
+        first_plane, last_plane = first * planes // max(width, 1), last * planes // max(width, 1)
         group_out = arguments.out + group * arguments.x_bytes
         out = scratch - first * tile_bytes if batch else group_out
         plane_bytes = tile_bytes if batch else arguments.out_plane_bytes

@@ -1,0 +1,1 @@
+"""Derivatives of sparse products: what they are products of, and gradients as functions."""
