@@ -75,6 +75,64 @@ def twice(x):
     assert run(code, copied) == "42 42\n"
 
 
+ODD = """
+import errno
+from numba.core import caching
+from kernels.runtime._compile import can_cache, compiled, kernel
+
+assert can_cache()
+
+@compiled
+def double(x):
+    return 2 * x
+
+@kernel("int64(int64)")
+def twice(x):
+    return double(x)
+
+def fill_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+"""
+
+
+def test_a_full_disk_stops_no_kernel(copied: Path) -> None:
+    (copied / "kernels/odd.py").write_text(ODD)
+    code = """
+from kernels.odd import caching, double, fill_disk, twice
+caching.IndexDataCacheFile._save_data = fill_disk
+print(double(21), twice.ctypes(21))
+"""
+    assert run(code, copied) == "42 42\n"
+
+
+@pytest.mark.parametrize(("suffix", "damage"), [(".nbi", b""), (".nbc", b"no pickle")])
+def test_a_damaged_cache_is_written_anew(copied: Path, suffix: str, damage: bytes) -> None:
+    (copied / "kernels/odd.py").write_text(ODD)
+    code = """
+from kernels.odd import double, twice
+print(double(21), twice.ctypes(21), sum(double.stats.cache_hits.values()))
+"""
+    assert run(code, copied) == "42 42 0\n"
+    files = list((copied / "kernels/__pycache__").glob(f"odd.*{suffix}"))
+    assert len(files) == 2
+    for file in files:
+        file.write_bytes(damage)
+    assert [run(code, copied) for _ in range(2)] == ["42 42 0\n", "42 42 1\n"]
+
+
+def test_kernels_in_a_zip_file_are_not_cached(tmp_path: Path) -> None:
+    """There is no folder to hash, so that a cache would not notice another version."""
+    packed = shutil.make_archive(str(tmp_path / "packed"), "zip", PACKAGE.parent, "topkast")
+    code = """
+import numpy as np, topkast.kernels
+from topkast.kernels.runtime._compile import can_cache
+flat, indices, out = np.arange(4, dtype="float32"), np.array([2], "int32"), np.zeros(1, "float32")
+topkast.kernels.gather(flat, indices, out)
+print(out, can_cache())
+"""
+    assert run(code, Path(packed)) == "[2.] False\n"
+
+
 def test_the_cache_notices_edits_of_every_file(copied: Path) -> None:
     """A kernel calls functions from several files."""
     code = """
