@@ -32,10 +32,11 @@ from topkast.kernels.runtime._compile import FolderLocator, Kernel
 from topkast.testing import assert_same_support
 
 PACKAGE = Path(topkast.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
-def run(code: str, folder: Path) -> str:
-    """Output of a new process that imports from `folder` and has no home directory."""
+def run(code: str, folder: Path | str) -> str:
+    """Output of a new process that imports from `folder`, or several, and has no home."""
     completed = subprocess.run(
         [sys.executable, "-B", "-c", code],
         capture_output=True,
@@ -275,6 +276,12 @@ def test_an_error_in_a_thread_is_raised() -> None:
     [
         ("numba", "import topkast.kernels", "cpu"),
         ("hypothesis", "import topkast.testing; topkast.testing.weights()", "testing"),
+        ("jax", "import topkast_jax", "jax"),
+        ("matplotlib", "import topkast; topkast.plot", "analysis"),
+        ("optax", "import topkast_jax", "jax"),
+        ("safetensors", "import topkast.inference; topkast.inference.load('a')", "safetensors"),
+        ("torch", "import topkast_torch", "torch"),
+        ("torch", "import topkast_torch.callbacks", "torch"),
     ],
 )
 def test_the_error_names_the_extra_of_a_missing_package(
@@ -288,7 +295,34 @@ try:
 except ModuleNotFoundError as error:
     print(error)
 """
-    assert f"pip install 'topkast[{extra}]'" in run(program, PACKAGE.parent)
+    folders = f"{PACKAGE.parent}:{ROOT / 'adapters'}"
+    assert f"pip install 'topkast[{extra}]'" in run(program, folders)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "code"),
+    [
+        ("jax", "import topkast_jax"),
+        ("matplotlib", "import topkast; topkast.plot"),
+        ("optax", "import topkast; topkast._adapters.load(ENTRY)"),
+    ],
+)
+def test_a_file_with_the_name_of_a_package_is_not_a_missing_extra(
+    tmp_path: Path, hidden: str, code: str
+) -> None:
+    """An installation would not help."""
+    (tmp_path / f"{hidden}.py").write_text("import optax.base" if hidden == "optax" else "")
+    program = f"""
+from importlib.metadata import EntryPoint
+ENTRY = EntryPoint("optax", "topkast_jax:wrap", "topkast.adapters")
+try:
+    {code}
+except (ImportError, TypeError) as error:
+    print(error)
+"""
+    printed = run(program, f"{tmp_path}:{PACKAGE.parent}:{ROOT / 'adapters'}")
+    assert printed
+    assert "pip install" not in printed
 
 
 THIRD_PARTY_BACKEND = """

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import topkast
+from topkast._adapters import find_missing_package
 from topkast_demo import DemoError
 from topkast_demo.settings import EXECUTIONS, FRAMEWORKS, OPTIMIZERS, STEPS, Settings, find_rates
 
@@ -177,9 +178,10 @@ def _demo(arguments: argparse.Namespace) -> None:
 
         compare(settings, arguments.report)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "topkast":
+        missing = find_missing_package(error)
+        if missing is None or missing == "topkast":
             raise
         extras = "demo,jax" if settings.framework == "jax" else "demo"
         raise DemoError(
-            f"the demo needs {error.name}, which is not installed: pip install 'topkast[{extras}]'"
+            f"the demo needs {missing}, which is not installed: pip install 'topkast[{extras}]'"
         ) from None

@@ -99,11 +99,6 @@ def compiled(function: Callable[..., Any]) -> Any:
     return dispatcher
 
 
-class _Callback(CFunc):  # type: ignore[misc]
-    def enable_caching(self) -> None:
-        self._cache = OptionalCache(self._pyfunc)
-
-
 class Kernel:
     """A ``numba.cfunc`` that is compiled when it is first needed, cached where possible."""
 
@@ -113,9 +108,9 @@ class Kernel:
     @functools.cached_property
     def _compiled(self) -> Any:
         signature = sigutils.normalize_signature(self._signature)
-        callback = _Callback(self._function, signature, locals={}, options={})
+        callback: Any = CFunc(self._function, signature, locals={}, options={})
         if can_cache():
-            callback.enable_caching()
+            callback._cache = OptionalCache(self._function)
         callback.compile()
         return callback
 
