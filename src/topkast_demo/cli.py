@@ -36,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(
         prog="topkast",
         description="Top-KAST: always sparse training.",
-        epilog="Another command, topkast study, repeats the paper's studies on small data.",
     )
     parser.add_argument("--version", action="version", version=f"topkast {topkast.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -46,8 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=_DESCRIPTION,
     )
     _add_options(demo)
+    # For the help, and for the error that lists the commands: topkast.__main__ runs it.
+    commands.add_parser("study", help="repeat the paper's studies on small data")
     arguments = parser.parse_args(argv)
-    if arguments.command is None:
+    if arguments.command != "demo":
         parser.print_help()
         return 0
     try:
