@@ -27,7 +27,8 @@ SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
 
 def install(session: nox.Session, *packages: str) -> None:
     # PyTorch first, at its pinned version: as a dependency of another package, pip would take the
-    # newest build, with gigabytes of CUDA.
+    # newest one. On Linux it brings gigabytes of CUDA, unless an index has the CPU build
+    # (CONTRIBUTING.md).
     session.install("-c", "constraints.txt", "torch")
     session.install("-c", "constraints.txt", *packages)
 
