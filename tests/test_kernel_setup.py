@@ -32,10 +32,11 @@ from topkast.kernels.runtime._compile import FolderLocator, Kernel
 from topkast.testing import assert_same_support
 
 PACKAGE = Path(topkast.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
-def run(code: str, folder: Path) -> str:
-    """Output of a new process that imports from `folder` and has no home directory."""
+def run(code: str, folder: Path | str) -> str:
+    """Output of a new process that imports from `folder`, or several, and has no home."""
     completed = subprocess.run(
         [sys.executable, "-B", "-c", code],
         capture_output=True,
@@ -73,6 +74,64 @@ def twice(x):
 """)
     code = "from kernels.odd import double, twice; print(double(21), twice.ctypes(21))"
     assert run(code, copied) == "42 42\n"
+
+
+ODD = """
+import errno
+from numba.core import caching
+from kernels.runtime._compile import can_cache, compiled, kernel
+
+assert can_cache()
+
+@compiled
+def double(x):
+    return 2 * x
+
+@kernel("int64(int64)")
+def twice(x):
+    return double(x)
+
+def fill_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+"""
+
+
+def test_a_full_disk_stops_no_kernel(copied: Path) -> None:
+    (copied / "kernels/odd.py").write_text(ODD)
+    code = """
+from kernels.odd import caching, double, fill_disk, twice
+caching.IndexDataCacheFile._save_data = fill_disk
+print(double(21), twice.ctypes(21))
+"""
+    assert run(code, copied) == "42 42\n"
+
+
+@pytest.mark.parametrize(("suffix", "damage"), [(".nbi", b""), (".nbc", b"no pickle")])
+def test_a_damaged_cache_is_written_anew(copied: Path, suffix: str, damage: bytes) -> None:
+    (copied / "kernels/odd.py").write_text(ODD)
+    code = """
+from kernels.odd import double, twice
+print(double(21), twice.ctypes(21), sum(double.stats.cache_hits.values()))
+"""
+    assert run(code, copied) == "42 42 0\n"
+    files = list((copied / "kernels/__pycache__").glob(f"odd.*{suffix}"))
+    assert len(files) == 2
+    for file in files:
+        file.write_bytes(damage)
+    assert [run(code, copied) for _ in range(2)] == ["42 42 0\n", "42 42 1\n"]
+
+
+def test_kernels_in_a_zip_file_are_not_cached(tmp_path: Path) -> None:
+    """There is no folder to hash, so that a cache would not notice another version."""
+    packed = shutil.make_archive(str(tmp_path / "packed"), "zip", PACKAGE.parent, "topkast")
+    code = """
+import numpy as np, topkast.kernels
+from topkast.kernels.runtime._compile import can_cache
+flat, indices, out = np.arange(4, dtype="float32"), np.array([2], "int32"), np.zeros(1, "float32")
+topkast.kernels.gather(flat, indices, out)
+print(out, can_cache())
+"""
+    assert run(code, Path(packed)) == "[2.] False\n"
 
 
 def test_the_cache_notices_edits_of_every_file(copied: Path) -> None:
@@ -217,6 +276,12 @@ def test_an_error_in_a_thread_is_raised() -> None:
     [
         ("numba", "import topkast.kernels", "cpu"),
         ("hypothesis", "import topkast.testing; topkast.testing.weights()", "testing"),
+        ("jax", "import topkast_jax", "jax"),
+        ("matplotlib", "import topkast; topkast.plot", "analysis"),
+        ("optax", "import topkast_jax", "jax"),
+        ("safetensors", "import topkast.inference; topkast.inference.load('a')", "safetensors"),
+        ("torch", "import topkast_torch", "torch"),
+        ("torch", "import topkast_torch.callbacks", "torch"),
     ],
 )
 def test_the_error_names_the_extra_of_a_missing_package(
@@ -230,7 +295,34 @@ try:
 except ModuleNotFoundError as error:
     print(error)
 """
-    assert f"pip install 'topkast[{extra}]'" in run(program, PACKAGE.parent)
+    folders = f"{PACKAGE.parent}:{ROOT / 'adapters'}"
+    assert f"pip install 'topkast[{extra}]'" in run(program, folders)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "code"),
+    [
+        ("jax", "import topkast_jax"),
+        ("matplotlib", "import topkast; topkast.plot"),
+        ("mine", "import topkast; topkast._adapters.load(ENTRY)"),
+    ],
+)
+def test_a_file_with_the_name_of_a_package_is_not_a_missing_extra(
+    tmp_path: Path, hidden: str, code: str
+) -> None:
+    """An installation would not help."""
+    (tmp_path / f"{hidden}.py").touch()
+    program = f"""
+from importlib.metadata import EntryPoint
+ENTRY = EntryPoint("mine", "mine.gone:wrap", "topkast.adapters")
+try:
+    {code}
+except (ImportError, TypeError) as error:
+    print(error)
+"""
+    printed = run(program, f"{tmp_path}:{PACKAGE.parent}:{ROOT / 'adapters'}")
+    assert printed
+    assert "install" not in printed
 
 
 THIRD_PARTY_BACKEND = """

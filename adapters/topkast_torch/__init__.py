@@ -1,5 +1,12 @@
 """Top-KAST for PyTorch: an optimizer around any elementwise ``torch.optim`` optimizer."""
 
+try:
+    import torch as _torch  # noqa: F401 - imported to name the missing extra
+except ModuleNotFoundError as error:
+    from topkast.adapter import name_extra
+
+    raise name_extra(error, "topkast_torch needs", "torch", "torch") from None
+
 from topkast_torch._averages import WeightAverage
 from topkast_torch._generate_weights import generate_weights
 from topkast_torch._measure_layers import measure_layers

@@ -1,8 +1,9 @@
-"""The installed adapters, by the package of an optimizer or of a model."""
+"""The installed adapters, by the package of an optimizer or of a model; and packages of extras."""
 
 from __future__ import annotations
 
 import importlib
+import sys
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -45,10 +46,15 @@ def load(entry: EntryPoint, function: str | None = None) -> Any:
         module = importlib.import_module(entry.module)
         loaded = entry.load()
     except ModuleNotFoundError as error:
+        missing = find_missing_package(error)
+        if missing is None:
+            raise AdapterNotFoundError(
+                f"the adapter for {entry.name} cannot be imported: {error}"
+            ) from error
         extra = EXTRAS.get(entry.name)
-        remedy = f"pip install 'topkast[{extra}]'" if extra else f"install {error.name}"
+        remedy = f"pip install 'topkast[{extra}]'" if extra else f"install {missing}"
         raise AdapterNotFoundError(
-            f"the adapter for {entry.name} needs {error.name}, which is not installed: {remedy}"
+            f"the adapter for {entry.name} needs {missing}, which is not installed: {remedy}"
         ) from error
     except AttributeError as error:
         raise AdapterNotFoundError(
@@ -60,6 +66,34 @@ def load(entry: EntryPoint, function: str | None = None) -> Any:
     if not hasattr(module, function):
         raise AdapterNotFoundError(f"the adapter for {entry.name} has no function {function}")
     return getattr(module, function)
+
+
+def find_missing_package(error: ModuleNotFoundError) -> str | None:
+    """The package that is not installed; None if a module of a package that was found is missing.
+
+    A file ``torch.py`` in the folder of a script hides PyTorch: then ``torch.nn`` is missing, and
+    an installation would not help.
+    """
+    root = (error.name or "").partition(".")[0]
+    return root if root and sys.modules.get(root) is None else None
+
+
+def name_extra(
+    error: ModuleNotFoundError, what: str, extra: str, *packages: str
+) -> ModuleNotFoundError:
+    """An error that names the extra which installs a missing one of `packages`.
+
+    The error of any other module is returned as it is.
+
+    Examples
+    --------
+    >>> name_extra(ModuleNotFoundError(name="pandas"), "tables need", "frames", "pandas")
+    ModuleNotFoundError("tables need pandas: pip install 'topkast[frames]'")
+    """
+    missing = find_missing_package(error)
+    if missing not in packages:
+        return error
+    return ModuleNotFoundError(f"{what} {missing}: pip install 'topkast[{extra}]'", name=missing)
 
 
 def known_packages() -> list[str]:

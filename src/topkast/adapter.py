@@ -12,10 +12,12 @@ containers; this interface decides.
 - :class:`Inspection` is the result of ``__topkast_inspect__``, which :func:`topkast.summary` reads.
 - :class:`Layer` describes a tensor of a model to :func:`topkast.cost`.
 - :func:`read_file` and :func:`check_entries` read files of the forward set.
+- :func:`name_extra` makes the error of a missing package name the extra that installs it.
 - :class:`Backend` adds operations that the array-API standard lacks, for one array library.
 - :func:`check_permutation`, :func:`check_joint` and :func:`observe` probe the inner optimizer.
 """
 
+from topkast._adapters import name_extra
 from topkast._age import SETTLED, Betas, corrections, grow, kappa, settled_ages, young_limit
 from topkast._inspect import Inspection
 from topkast._method import Method
@@ -140,6 +142,7 @@ __all__ = [
     "matches",
     "members",
     "method_of",
+    "name_extra",
     "noise_key",
     "observe",
     "pattern_densities",

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from array_api_compat import is_cupy_array
 
+from topkast._adapters import name_extra
 from topkast._errors import MismatchError
 from topkast._inspect import Masks
 from topkast._primitives import Array
@@ -58,11 +59,9 @@ __all__ = [
 def _need_hypothesis() -> None:
     try:
         import hypothesis  # noqa: F401
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "the strategies of topkast.testing need hypothesis: pip install 'topkast[testing]'",
-            name="hypothesis",
-        ) from None
+    except ModuleNotFoundError as error:
+        what = "the strategies of topkast.testing need"
+        raise name_extra(error, what, "testing", "hypothesis") from None
 
 
 def sparsities() -> SearchStrategy[tuple[float, float]]:

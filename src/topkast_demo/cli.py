@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import topkast
+from topkast._adapters import find_missing_package
 from topkast_demo import DemoError
 from topkast_demo.settings import EXECUTIONS, FRAMEWORKS, OPTIMIZERS, STEPS, Settings, find_rates
 
@@ -35,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(
         prog="topkast",
         description="Top-KAST: always sparse training.",
-        epilog="Another command, topkast study, repeats the paper's studies on small data.",
     )
     parser.add_argument("--version", action="version", version=f"topkast {topkast.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -45,8 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=_DESCRIPTION,
     )
     _add_options(demo)
+    # For the help, and for the error that lists the commands: topkast.__main__ runs it.
+    commands.add_parser("study", help="repeat the paper's studies on small data")
     arguments = parser.parse_args(argv)
-    if arguments.command is None:
+    if arguments.command != "demo":
         parser.print_help()
         return 0
     try:
@@ -177,9 +179,10 @@ def _demo(arguments: argparse.Namespace) -> None:
 
         compare(settings, arguments.report)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "topkast":
+        missing = find_missing_package(error)
+        if missing is None or missing == "topkast":
             raise
         extras = "demo,jax" if settings.framework == "jax" else "demo"
         raise DemoError(
-            f"the demo needs {error.name}, which is not installed: pip install 'topkast[{extras}]'"
+            f"the demo needs {missing}, which is not installed: pip install 'topkast[{extras}]'"
         ) from None

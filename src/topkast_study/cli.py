@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from topkast._adapters import find_missing_package
 from topkast_demo import DemoError
 from topkast_study import StudyError
 
@@ -64,11 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             threads=arguments.threads,
         )
     except ModuleNotFoundError as error:
-        package = (error.name or "topkast").partition(".")[0]
-        if package.startswith("topkast"):
+        missing = find_missing_package(error)
+        if missing is None or missing == "topkast":
             raise
         parser.error(
-            f"the studies need {package}, which is not installed: pip install 'topkast[demo]'"
+            f"the studies need {missing}, which is not installed: pip install 'topkast[demo]'"
         )
     except (StudyError, DemoError) as error:
         parser.error(str(error))

@@ -28,6 +28,8 @@ def register() -> None:
     try:
         from topkast.kernels.xla import IncompatibleHeaderError, check_header, handlers
     except ModuleNotFoundError as error:
+        if error.name != "numba":
+            raise
         raise UnsupportedTensorError(
             "sparse execution needs kernels compiled by numba: pip install 'topkast[cpu]'. "
             f"{_REMEDY}"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from topkast._adapters import name_extra
 from topkast._errors import OptionError
 from topkast.analysis._layers import Layers, UnitGroup, by_units, unit_axes, unit_groups
 from topkast.analysis._overlap import Overlap, overlap_of, read_pair
@@ -306,9 +307,7 @@ def _with_chance(
 def _hungarian_algorithm() -> Callable[..., tuple[Permutation, Permutation]]:
     try:
         from scipy.optimize import linear_sum_assignment
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "match_units needs scipy: pip install 'topkast[analysis]'", name="scipy"
-        ) from None
+    except ModuleNotFoundError as error:
+        raise name_extra(error, "match_units needs", "analysis", "scipy") from None
     assign: Callable[..., tuple[Permutation, Permutation]] = linear_sum_assignment
     return assign

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from topkast._adapters import name_extra
 from topkast._errors import MismatchError
 
 FILE_FORMAT = "topkast-forward-1"
@@ -76,9 +77,8 @@ def import_safetensors(submodule: str = "") -> Any:
     try:
         return importlib.import_module(f"safetensors.{submodule}" if submodule else "safetensors")
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "files of the forward view need safetensors: pip install 'topkast[safetensors]'"
-        ) from error
+        what = "files of the forward view need"
+        raise name_extra(error, what, "safetensors", "safetensors") from None
 
 
 def check_entries(

@@ -25,10 +25,10 @@ and B.
 
 try:
     import numba as _numba  # noqa: F401 - imported to name the missing extra
-except ModuleNotFoundError:
-    raise ModuleNotFoundError(
-        "the kernels need numba: pip install 'topkast[cpu]'", name="numba"
-    ) from None
+except ModuleNotFoundError as error:
+    from topkast._adapters import name_extra
+
+    raise name_extra(error, "the kernels need", "cpu", "numba") from None
 
 from topkast.backends._candidates import Division, Threshold
 from topkast.kernels._columns import find_columns, find_row_starts

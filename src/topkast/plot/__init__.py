@@ -21,10 +21,10 @@ are Okabe and Ito's, which colour-blind readers can tell apart.
 
 try:
     import matplotlib as _matplotlib  # noqa: F401 - an optional dependency
-except ModuleNotFoundError:
-    raise ModuleNotFoundError(
-        "topkast.plot needs matplotlib: pip install 'topkast[analysis]'", name="matplotlib"
-    ) from None
+except ModuleNotFoundError as error:
+    from topkast._adapters import name_extra
+
+    raise name_extra(error, "topkast.plot needs", "analysis", "matplotlib") from None
 
 from topkast.plot._costs import costs
 from topkast.plot._densities import densities

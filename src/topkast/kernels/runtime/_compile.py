@@ -2,12 +2,14 @@
 
 numba caches compiled code next to the file of a function, and recompiles it when that file changes.
 A kernel calls functions from several files, so here an edit to any file of the folder invalidates
-the cache. Where no cache can be written (a read-only image, a container without a home), each
-process compiles for itself.
+the cache. The cache is never needed: where none can be written (a read-only image, a container
+without a home, a full disk, a zip file), each process compiles for itself, and a damaged cache is
+written anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable
@@ -15,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from numba.core import caching
+from numba.core import caching, sigutils
+from numba.core.ccallback import CFunc
 
 _FOLDER = Path(__file__).parent.parent  # of all kernels
 
@@ -50,8 +53,8 @@ class FolderLocator(caching._CacheLocator):  # type: ignore[misc]
 
     @classmethod
     def from_function(cls, py_func: Any, py_file: str) -> Any:
-        if _FOLDER not in Path(py_file).parents:
-            return None
+        if _FOLDER not in Path(py_file).parents or not _FOLDER.is_dir():
+            return None  # inside a zip file there is no folder to hash
         for locator_class in caching.CacheImpl._locator_classes:
             if locator_class is not cls:
                 locator = locator_class.from_function(py_func, py_file)
@@ -72,9 +75,28 @@ def can_cache() -> bool:
         return False
 
 
+class OptionalCache(caching.FunctionCache):  # type: ignore[misc]
+    """A cache of one function that does without the files it cannot read or write."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # unpickling a damaged file raises anything
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().save_overload(sig, data)
+
+
 def compiled(function: Callable[..., Any]) -> Any:
     """``numba.njit`` that releases the GIL, cached where possible."""
-    return numba.njit(cache=can_cache(), nogil=True)(function)
+    dispatcher = numba.njit(nogil=True)(function)
+    if can_cache() and dispatcher is not function:  # NUMBA_DISABLE_JIT leaves functions as they are
+        dispatcher._cache = OptionalCache(function)
+    return dispatcher
 
 
 class Kernel:
@@ -85,7 +107,12 @@ class Kernel:
 
     @functools.cached_property
     def _compiled(self) -> Any:
-        return numba.cfunc(self._signature, cache=can_cache())(self._function)
+        signature = sigutils.normalize_signature(self._signature)
+        callback: Any = CFunc(self._function, signature, locals={}, options={})
+        if can_cache():
+            callback._cache = OptionalCache(self._function)
+        callback.compile()
+        return callback
 
     @functools.cached_property
     def address(self) -> int:
