@@ -519,6 +519,7 @@ def test_invalid_options_are_refused() -> None:
 
 
 def test_missing_scipy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    monkeypatch.delitem(sys.modules, "scipy.optimize", raising=False)
+    monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(ModuleNotFoundError, match=r"needs scipy: pip install 'topkast\[analysis\]"):
         analysis.match_units(W, W, [("w", None)])

@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 
 import topkast
+from topkast import OptionError
+from topkast.methods import GradualPruning
 from topkast_paper.settings import Settings
 
 
@@ -93,6 +95,8 @@ def measure_flops(settings: Settings, cost: Callable[..., topkast.Cost]) -> dict
     ``"training_flops"`` are those of the whole run, ``"training_fraction"`` the same as a multiple
     of those of a dense run of ordinary length, ``"forward_fraction"`` those of the trained model's
     forward pass as a fraction of the dense model's.
+
+    Raises :class:`topkast.OptionError` for a schedule that ends after the run.
     """
     parts = _costs(settings, cost)
     per_sample = sum(share * part.training_flops for share, part in parts)
@@ -118,6 +122,11 @@ def _costs(
         "distribution": settings.distribution,
         "refresh_every": settings.refresh_every,
     }
+    if isinstance(method, GradualPruning) and method.end > settings.total_steps:
+        raise OptionError(
+            f"{type(method).__name__} reaches fwd at update {method.end}, not within "
+            f"{settings.total_steps} steps of the run: choose an earlier end, or more steps"
+        )
     if method.schedules:
         options["steps"] = settings.total_steps
     if method.backward != "any" or not method.refreshes:

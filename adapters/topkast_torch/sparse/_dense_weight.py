@@ -24,11 +24,11 @@ def to_dense(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor
 
 
 def dense_weight(
-    values: Tensor, support: Support, shape: tuple[int, ...], record: Callable[[Tensor], None]
+    values: Tensor, support: Support, shape: tuple[int, ...], record: Callable[[Tensor, None], None]
 ) -> Tensor:
     """:func:`to_dense`, with a gradient on B, as that of the products.
 
-    `record` gets the gradient of the dense weight in each backward pass.
+    `record` gets the gradient of the dense weight, and None, in each backward pass.
     """
     dense: Tensor = _ToDense.apply(values, support, shape, record)  # type: ignore[no-untyped-call]
     return dense
@@ -49,7 +49,7 @@ class _ToDense(torch.autograd.Function):
     def backward(context: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (entries,) = context.saved_tensors
         if not torch._C._are_functorch_transforms_active():
-            context.record(grad_output)
+            context.record(grad_output, None)
         on_b = grad_output.reshape(-1).index_select(0, entries)
         return on_b.view(context.shape), None, None, None
 

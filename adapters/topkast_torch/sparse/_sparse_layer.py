@@ -144,8 +144,7 @@ class SparseLayer(nn.Module):
         Writing to the copy would not change the layer, and raises :class:`topkast.MismatchError`.
         """
         self._check_whole("weight")
-        dense = dense_weight(self.values, self.support, self.weight_shape, self._record_dense)
-        return read_only(dense)
+        return read_only(dense_weight(self.values, self.support, self.weight_shape, self.record))
 
     def _check_whole(self, what: str) -> None:
         """Raise :class:`topkast.MismatchError` if the values are divided among processes."""
@@ -182,15 +181,13 @@ class SparseLayer(nn.Module):
         """The window of a convolution, from its current attributes; None for other layers."""
         return None
 
-    def record(self, x: Tensor, grad_output: Tensor) -> None:
-        """Record a product of a backward pass, if an optimizer has asked for it."""
+    def record(self, x: Tensor, grad_output: Tensor | None) -> None:
+        """Record a product of a backward pass, if an optimizer has asked for it.
+
+        Without `grad_output`, `x` is a gradient of :attr:`weight`.
+        """
         if self.recording is not None:
             self.recording.add(self.values.grad, x, grad_output)
-
-    def _record_dense(self, gradient: Tensor) -> None:
-        """Record the gradient of :attr:`weight` in a backward pass, likewise."""
-        if self.recording is not None:
-            self.recording.add(self.values.grad, gradient, None)
 
     def _make_products(self) -> Any:
         raise NotImplementedError
