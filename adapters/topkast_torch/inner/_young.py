@@ -122,7 +122,8 @@ class YoungEntries:
         layout = self._profile.layout
         if not (steps and layout.specs):
             return steps
-        if next(walk(entries_of(inner, values, layout.stores)), None) is not None:
+        entries = entries_of(inner, values, layout.stores)
+        if any(entry != {} for entry in entries.values()):
             return steps
         self.restore(settled_ages(len(self.ages), self.ages), group)
         return 0
