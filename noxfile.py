@@ -81,6 +81,7 @@ def property(session: nox.Session) -> None:  # noqa: A001 - the name that the RE
     install(session, "-e", ".[cpu,demo,jax,safetensors,testing]", *TEST)
     paths = session.posargs or [
         "tests/test_analysis.py",
+        "tests/test_combinations.py",
         "tests/test_compact.py",
         "tests/test_cupy_paths.py",
         "tests/test_distribution.py",
