@@ -39,7 +39,7 @@ def test_a_new_process_continues_bit_for_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sparse", [False, True])
 def test_flax_serialization_restores_bit_for_bit(sparse: bool) -> None:
     """The sets and layouts are dataclasses, which Flax does not know by itself."""
-    from flax import serialization
+    serialization = pytest.importorskip("flax.serialization")  # not among the lowest versions
 
     tx, params = resume.make()
     start = tx.init(params)
