@@ -634,8 +634,10 @@ def test_an_unknown_command_is_answered_with_all_commands(
     assert "'demo', 'study'" in capsys.readouterr().err
 
 
-def test_a_reader_that_stops_is_no_error() -> None:
-    command = [sys.executable, "-m", "topkast", "study", "--list"]
+@pytest.mark.parametrize("arguments", ["study --list", "study --help", "--version", ""])
+def test_a_reader_that_stops_is_no_error(arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # argparse hides errors of its own writes
+    command = [sys.executable, "-m", "topkast", *arguments.split()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None

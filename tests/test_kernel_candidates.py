@@ -214,10 +214,13 @@ def test_bad_input_is_refused() -> None:
             with pytest.raises((TypeError, ValueError), match="candidates"):
                 divide(*pair, split=1, size=9, forward=1.0, backward=1.0, bound=0.0)
     limits: Any = {"forward": 1.0, "backward": 1.0, "bound": 0.0}
-    for split, size in [(-1, 9), (3, 9), (1, 4)]:  # the last index is 4
-        for pair in ((part, (indices[:0], values[:0])), ((indices[:0], values[:0]), part)):
-            with pytest.raises(ValueError, match=r"split must lie|must ascend"):
-                divide(*pair, split=split if len(pair[0][0]) else 0, size=min(size, 4), **limits)
+    empty = (indices[:0], values[:0])
+    for split in (-1, 3):
+        with pytest.raises(ValueError, match=r"split must lie in \[0, 2\]"):
+            divide(part, empty, split=split, size=9, **limits)
+    for split, pair in [(0, (part, empty)), (2, (part, empty)), (0, (empty, part))]:
+        with pytest.raises(ValueError, match=r"must ascend in \[0, 4\), got 0 to 4"):
+            divide(*pair, split=split, size=4, **limits)
     with pytest.raises(TypeError, match="float32 or float64"):
         find_thresholds([values.astype(np.float16)], [1])
     with pytest.raises(ValueError, match="count"):

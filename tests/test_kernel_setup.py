@@ -106,6 +106,20 @@ print(double(21), twice.ctypes(21))
     assert run(code, copied) == "42 42\n"
 
 
+def test_older_code_is_not_run_after_a_full_disk(copied: Path) -> None:
+    """numba writes the index of the new code before the code, which found no room."""
+    code = "from kernels.odd import caching, double, fill_disk, twice\n"
+    fill, call = "caching.IndexDataCacheFile.", "print(double(21), twice.ctypes(21))"
+    (copied / "kernels/odd.py").write_text(ODD)
+    assert run(code + call, copied) == "42 42\n"
+    (copied / "kernels/odd.py").write_text(ODD.replace("2 * x", "3 * x"))
+    assert run(f"{code}{fill}_save_data = fill_disk; {call}", copied) == "63 63\n"
+    assert run(code + call, copied) == "63 63\n"
+    for file in (copied / "kernels/__pycache__").glob("odd.*.nbi"):
+        file.write_bytes(b"")  # damaged, and no room for another one
+    assert run(f"{code}{fill}_open_for_write = fill_disk; {call}", copied) == "63 63\n"
+
+
 @pytest.mark.parametrize(("suffix", "damage"), [(".nbi", b""), (".nbc", b"no pickle")])
 def test_a_damaged_cache_is_written_anew(copied: Path, suffix: str, damage: bytes) -> None:
     (copied / "kernels/odd.py").write_text(ODD)

@@ -410,3 +410,20 @@ def test_dsr_of_many_tensors() -> None:
             np.testing.assert_array_equal(indices, np.flatnonzero(group.mask))
             compared += 1
     assert compared > 200
+
+
+def test_granet_ranks_what_is_equal_as_all_tensors_together_do() -> None:
+    """A weight ranks by the hash of its position among all, in the regrowth of each tensor too."""
+    rng, bounds = np.random.default_rng(2), {"a": (0, 20), "b": (20, 60)}
+    for draw in range(1, 8):
+        weights, gradient = rng.integers(-2, 3, (2, 60)).astype(float)
+        order = rng.permutation(60)
+        units = np.concatenate([np.sort(order[:30]), np.sort(order[30:])])
+        group = Group(bounds, np.where(np.isin(np.arange(60), order[:30]), weights, 0), 12)
+        group.mask[order[:30]] = True
+        support = topkast.Support(units, 30)
+        seen = View(weights, 12, 60, name=group.name, draw=draw, support=support, members=bounds)
+        seen = replace(seen, values=weights[units], gradient=gradient)
+        chosen = GraNet(start=0, end=10).choose(seen)
+        originals.regenerate(0, 10, fraction=0.5, until=None)(group, gradient, draw)
+        np.testing.assert_array_equal(np.sort(chosen.active), np.flatnonzero(group.mask))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -16,7 +17,7 @@ from paper_data import write_images
 from PIL import Image
 
 import topkast
-from topkast.methods import GradualPruning, Method, RigL, Static, TopKAST
+from topkast.methods import IHT, GradualPruning, Method, RigL, Static, TopKAST
 from topkast_paper import PaperError
 from topkast_paper.imagenet import (
     ImageFolder,
@@ -27,6 +28,7 @@ from topkast_paper.imagenet import (
     find_images,
 )
 from topkast_paper.resnet50 import ResNet
+from topkast_paper.sparsity import measure_flops
 from topkast_paper.train_resnet50 import ImageNetSettings, train
 
 TINY = ImageNetSettings(
@@ -155,6 +157,14 @@ def test_results_of_topkast_and_dense(tmp_path: Path) -> None:
     )
     expected = (cost.fraction + 2 * without.fraction) / 3 / 2
     assert mixed["training_fraction"] == pytest.approx(expected)
+
+
+def test_flops_of_a_fixed_mask_are_those_of_both_sets() -> None:
+    model, example = TINY.build(4), torch.zeros(1, 3, 32, 32)
+    expected = topkast.cost(model, example, fwd=0.9, bwd=0.5, dense=list(TINY.dense))
+    cost = functools.partial(topkast.cost, model, example)
+    flops = measure_flops(sparse(Static(), 0.9, 0.5), cost)
+    assert flops["training_flops"] == expected.training_flops * TINY.batch * TINY.total_steps
 
 
 def test_gradual_pruning_runs(tmp_path: Path) -> None:
@@ -385,6 +395,7 @@ def test_impossible_runs_are_refused_before_anything_is_written(
     late = GradualPruning(start=0, end=100)  # the run has six updates
     for settings, message in (
         (sparse(late, 0.9, 0.0), "within 6 steps"),
+        (sparse(IHT(end=100), 0.9, 0.0), "IHT reaches fwd at update 100, not within 6 steps"),
         (sparse(RigL(), 0.9, 0.5), "bwd"),
         (sparse(TopKAST(), 0.8, 0.9), "bwd"),
     ):

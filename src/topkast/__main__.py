@@ -8,12 +8,13 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the studies or the demo; returns the exit status."""
     try:
-        status = _run(sys.argv[1:] if argv is None else list(argv))
-        sys.stdout.flush()
+        try:
+            return _run(sys.argv[1:] if argv is None else list(argv))
+        finally:  # after --help and --version too, which raise SystemExit
+            sys.stdout.flush()
     except BrokenPipeError:  # `topkast study --list | head -1`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return status
 
 
 def _run(arguments: list[str]) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 
 import topkast
 from topkast import OptionError
-from topkast.methods import GradualPruning
+from topkast.methods import ACDC, IHT, GradualPruning
 from topkast_paper.settings import Settings
 
 
@@ -122,14 +122,14 @@ def _costs(
         "distribution": settings.distribution,
         "refresh_every": settings.refresh_every,
     }
-    if isinstance(method, GradualPruning) and method.end > settings.total_steps:
+    if isinstance(method, GradualPruning | IHT | ACDC) and method.end > settings.total_steps:
         raise OptionError(
             f"{type(method).__name__} reaches fwd at update {method.end}, not within "
             f"{settings.total_steps} steps of the run: choose an earlier end, or more steps"
         )
     if method.schedules:
         options["steps"] = settings.total_steps
-    if method.backward != "any" or not method.refreshes:
+    if method.backward != "any":
         return [(1.0, cost(**options))]
     until, total = settings.explore_until, settings.total_steps
     explored = 1.0 if until is None else min(until, total) / total

@@ -27,14 +27,14 @@ def drop_count(
     f is `fraction`, or falls from it to 0 along half a cosine until the update `until`. Unless
     units that are dropped may grow at once (`regrow`), no more are dropped than are outside A.
     """
-    most = size if regrow else min(size, view.weights.shape[0] - view.forward)
+    limit = size if regrow else min(size, view.weights.shape[0] - view.forward)
     if until is None:
-        return min(math.floor(exact_fraction(fraction) * size), most)
+        return min(math.floor(exact_fraction(fraction) * size), limit)
     draw = view.draw
     if not is_traced(draw):
-        return min(_cosine_count(size, exact_fraction(fraction), int(draw), until), most)
+        return min(_cosine_count(size, exact_fraction(fraction), int(draw), until), limit)
     assert not isinstance(draw, int)
-    table = asarray_like(np.minimum(_cosine_counts(size, fraction, until), most), draw)
+    table = asarray_like(np.minimum(_cosine_counts(size, fraction, until), limit), draw)
     last = asarray_like(np.asarray(until), draw, draw.dtype)
     return table[array_namespace(draw).minimum(draw, last)]
 

@@ -39,8 +39,11 @@ def _has_two_sets(fwd: float | None, bwd: float | None, overrides: Any) -> bool:
     """Whether B is larger than A, of all tensors or of some."""
     pairs = [(fwd, bwd)]
     if isinstance(overrides, Mapping):
-        own = [values for values in overrides.values() if isinstance(values, Mapping)]
-        pairs += [(values.get("fwd", fwd), values.get("bwd")) for values in own]
+        pairs += [
+            (values.get("fwd", fwd), values.get("bwd", bwd))
+            for values in overrides.values()
+            if isinstance(values, Mapping)
+        ]
     return any(backward not in (None, forward) for forward, backward in pairs)
 
 

@@ -44,7 +44,8 @@ def scale_displacement(
     before
         Entries before the step (k,), contiguous, of the dtype of `values`.
     ages
-        Updates since the entry of each at an earlier time (k,), contiguous, int16; below 0 is 0.
+        Updates since the entry of each at an earlier time (k,), contiguous, int16. An age that is
+        still negative after `since` updates counts as 0.
     factors
         Factor by age, contiguous, of the dtype of `values`; the last one is for all greater ages.
     since

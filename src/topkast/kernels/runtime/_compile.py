@@ -82,13 +82,19 @@ class OptionalCache(caching.FunctionCache):  # type: ignore[misc]
         try:
             return super().load_overload(sig, target_context)
         except Exception:  # unpickling a damaged file raises anything
-            with contextlib.suppress(OSError):
-                self.flush()
+            self._remove_index()
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        with contextlib.suppress(OSError):
+        try:
             super().save_overload(sig, data)
+        except OSError:
+            # numba writes the index first: it may name a file that holds older code.
+            self._remove_index()
+
+    def _remove_index(self) -> None:
+        with contextlib.suppress(OSError):
+            Path(self._cache_file._index_path).unlink()
 
 
 def compiled(function: Callable[..., Any]) -> Any:

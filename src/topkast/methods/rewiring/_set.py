@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -112,17 +112,21 @@ class SET(Method):
         """Numbers of units that stay: of those that are positive, and of the others."""
         xp = array_namespace(positive)
         number = xp.sum(xp.astype(positive, xp.int32), dtype=xp.int32)
+        share, outside = exact_fraction(self.fraction), view.weights.shape[0] - view.forward
+        limit = view.forward if self.regrow else outside
         if not is_traced(number):
-            return self._divide(view, int(number))
-        table = [self._divide(view, count) for count in range(view.forward + 1)]
+            return _staying_counts(int(number), view.forward - int(number), share, limit)
+        table = [
+            _staying_counts(count, view.forward - count, share, limit)
+            for count in range(view.forward + 1)
+        ]
         return asarray_like(np.asarray(table, dtype=np.int32), number)[number]
 
-    def _divide(self, view: View, positive: int) -> tuple[int, int]:
-        """Numbers of units that stay, if so many are positive."""
-        share, negative = exact_fraction(self.fraction), view.forward - positive
-        first, second = math.floor(share * positive), math.floor(share * negative)
-        outside = view.weights.shape[0] - view.forward
-        if not self.regrow and first + second > outside:
-            first = first * outside // (first + second)
-            second = outside - first
-        return positive - first, negative - second
+
+def _staying_counts(positive: int, negative: int, share: Fraction, limit: int) -> tuple[int, int]:
+    """Numbers of positive and of other units that stay, if at most `limit` are dropped in all."""
+    first, second = (size * share.numerator // share.denominator for size in (positive, negative))
+    if first + second > limit:
+        first = first * limit // (first + second)
+        second = limit - first
+    return positive - first, negative - second
