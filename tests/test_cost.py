@@ -535,3 +535,13 @@ def test_schedules_of_objects_are_those_of_runs(method: Any, every: int) -> None
         ONE, steps=80, window=(0, 40), initial=0.5, fwd=0.8, refresh_every=4, method=result.method
     )
     assert given.training_flops == named.training_flops
+
+
+def test_an_initial_sparsity_takes_the_place_of_the_object_s() -> None:
+    """In a run that is shorter than the schedule too, whose window nobody passed."""
+    options: dict[str, Any] = {"fwd": 0.8, "steps": 70, "refresh_every": 10}
+    own = topkast.cost(ONE, method=methods.GradualPruning(start=0, end=100, initial=0.3), **options)
+    given = topkast.cost(
+        ONE, method=methods.GradualPruning(start=0, end=100), initial=0.3, **options
+    )
+    assert given == own

@@ -140,7 +140,7 @@ def find_pruning(
     `linear` is the end of a linear schedule, and the sparsity at its start; its stretches are those
     at its first and its last sparsity which have the same mean. `cubic` are the start and the end
     of a cubic schedule, and the sparsity at its start: the sparsity changes at refreshes, unless a
-    `window` or an `initial` sparsity is given too. Empty for methods of constant sparsity.
+    `window` is given too. Empty for methods of constant sparsity.
 
     Raises :class:`topkast.OptionError` for a schedule that is not given, or not possible.
     """
@@ -165,29 +165,22 @@ def find_pruning(
         parts = share.numerator, share.denominator - share.numerator
         stages = while_pruning(options, first, Fraction(1)), options
         return [(count, stage) for count, stage in zip(parts, stages, strict=True) if count]
-    if cubic is not None:
-        begin, end, first = cubic
-        if window is None and initial is None:
-            return [
-                (count, while_pruning(options, first, remaining))
-                for count, remaining in at_refreshes(steps, (begin, end), options.refresh_every)
-            ]
-        window = (begin, end) if window is None else window
-        initial = first if initial is None else initial
-    if window is None:
-        window = int(formula.window[0] * steps), int(formula.window[1] * steps)
-    elif not (isinstance(window, tuple) and len(window) == 2 and all(map(is_count, window))):
-        raise OptionError(f"window must be two steps, such as (0, {steps}), got {window!r}")
-    start = (formula.initial or 0.0) if initial is None else initial
     if initial is not None and not 0 <= check_fraction("initial", initial, max=1) <= options.fwd:
         raise OptionError(
             f"initial is the sparsity from which pruning starts: it must lie in [0, fwd], got "
             f"{initial!r} and fwd={options.fwd!r}"
         )
-    return [
-        (count, while_pruning(options, start, remaining))
-        for count, remaining in stretches(steps, window, options.refresh_every)
-    ]
+    first = (formula.initial or 0.0) if cubic is None else cubic[2]
+    if cubic is not None and window is None:
+        changes = at_refreshes(steps, cubic[:2], options.refresh_every)
+    else:
+        if window is None:
+            window = int(formula.window[0] * steps), int(formula.window[1] * steps)
+        elif not (isinstance(window, tuple) and len(window) == 2 and all(map(is_count, window))):
+            raise OptionError(f"window must be two steps, such as (0, {steps}), got {window!r}")
+        changes = stretches(steps, window, options.refresh_every)
+    first = first if initial is None else initial
+    return [(count, while_pruning(options, first, remaining)) for count, remaining in changes]
 
 
 def check_fraction(name: str, value: Any, *, max: int | None) -> Fraction:  # noqa: A002

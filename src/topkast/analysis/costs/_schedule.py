@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -52,10 +51,11 @@ def at_refreshes(
     [(20, '1'), (20, '27/64'), (60, '0')]
     """
     start, stop = window
-    for update in range(0, min(steps, stop), interval):
-        progress = Fraction(max(update - start, 0), stop - start)
-        yield min(interval, steps - update), (1 - progress) ** 3
-    final = steps - math.ceil(stop / interval) * interval
+    first = min((start // interval + 1) * interval, steps)  # change
+    yield first, Fraction(1)
+    for update in range(first, min(steps, stop), interval):
+        yield min(interval, steps - update), (1 - Fraction(update - start, stop - start)) ** 3
+    final = steps - max(first, -(-stop // interval) * interval)
     if final > 0:
         yield final, Fraction(0)
 
