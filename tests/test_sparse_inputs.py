@@ -157,6 +157,24 @@ def test_forward_mode_is_refused(name: str, takes_gradients: bool) -> None:
             assert torch.equal(module(x), MODULES[name]()[0](x))
 
 
+def test_forward_mode_through_the_dense_weight_is_refused() -> None:
+    layer = topkast_torch.SparseLinear(8, 6, fwd=0.5, bwd=0.25)
+    kept = layer.values.detach()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(kept, kept)
+        with pytest.raises(topkast.MismatchError, match="no forward-mode derivatives"):
+            torch.func.functional_call(DenseWeight(layer), {"layer.values": dual}, (kept,))
+
+
+class DenseWeight(nn.Module):
+    def __init__(self, layer: topkast_torch.SparseLinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.layer.weight
+
+
 @every_module
 def test_what_hooks_of_saved_tensors_return_is_checked(name: str) -> None:
     module, x = MODULES[name]()
