@@ -95,6 +95,17 @@ class TestInspectedObjects:
         alpha: Any = topkast.forward_params(params, optimizer)
         assert int((alpha["kernel"].get_value() != 0).sum()) == 10
 
+    def test_an_optimizer_of_nnx_inside_jit(self) -> None:
+        """Its Variables hold tracers there, which nobody can compare."""
+        model = nnx.Linear(8, 12, rngs=nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, wrap(), wrt=nnx.Param)
+
+        @nnx.jit
+        def view(model: Any, optimizer: Any) -> Any:
+            return topkast.forward_params(nnx.state(model, nnx.Param), optimizer.opt_state)
+
+        assert int((view(model, optimizer)["kernel"].get_value() != 0).sum()) == 10
+
     def test_errors_say_which_state_to_pass(self) -> None:
         params, tx = make_params(), wrap()
         state = tx.init(params)

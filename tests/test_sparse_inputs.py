@@ -157,6 +157,39 @@ def test_forward_mode_is_refused(name: str, takes_gradients: bool) -> None:
             assert torch.equal(module(x), MODULES[name]()[0](x))
 
 
+@pytest.mark.parametrize("name", ["linear", "units", "blocks", "convolution"])
+def test_infinity_and_nan_reach_what_a_weight_of_a_connects_with_them(name: str) -> None:
+    module, x = MODULES[name]()
+    connects = (module.weight.detach().as_subclass(Tensor) != 0).to(x.dtype)
+    x.view(-1)[3], x.view(-1)[-1] = torch.nan, torch.inf
+    reached = (~x.isfinite()).to(x.dtype)
+    if isinstance(module, topkast_torch.SparseLinear):
+        expected = reached @ connects.T > 0
+    else:
+        window = module.stride, module.padding, module.dilation, module.groups
+        expected = nn.functional.conv2d(reached, connects, None, *window) > 0
+    assert torch.equal(~module(x).isfinite(), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script. is deprecated")  # PyTorch calls it
+def test_forward_mode_through_the_dense_weight_is_refused() -> None:
+    layer = topkast_torch.SparseLinear(8, 6, fwd=0.5, bwd=0.25)
+    kept = layer.values.detach()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(kept, kept)
+        with pytest.raises(topkast.MismatchError, match="no forward-mode derivatives"):
+            torch.func.functional_call(DenseWeight(layer), {"layer.values": dual}, (kept,))
+
+
+class DenseWeight(nn.Module):
+    def __init__(self, layer: topkast_torch.SparseLinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.layer.weight
+
+
 @every_module
 def test_what_hooks_of_saved_tensors_return_is_checked(name: str) -> None:
     module, x = MODULES[name]()

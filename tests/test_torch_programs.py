@@ -177,6 +177,31 @@ class TestSwappedParameters:
         setattr(model[2], name, kept[1])
         train(model, optimizer, range(1))
 
+    def test_one_that_another_module_got_is_still_replaced(self, sparse: bool) -> None:
+        """As by a list of Parameters for an average or for gradient clipping."""
+        model, optimizer = make(sparse)
+        kept = self.swap(model[0], "values" if sparse else "weight")
+        nn.ParameterList([kept])
+        loss_of(model, 0).backward()
+        with pytest.raises(topkast.MismatchError, match="another"):
+            optimizer.step()
+
+
+def test_a_tied_weight_has_to_come_back_to_all_modules() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(12, 12) for _ in range(2)]
+    kept = layers[1].weight = layers[0].weight
+    model, optimizer = make(False, model=nn.Sequential(*layers))
+    for layer in layers:
+        layer.weight = nn.Parameter(2 * kept.detach())
+    for layer in layers:
+        kept.grad = torch.ones_like(kept)
+        with pytest.raises(topkast.MismatchError, match=r"0\.weight is another Parameter"):
+            optimizer.step()
+        layer.weight = kept
+    model(batch(0)).square().mean().backward()
+    optimizer.step()
+
 
 class TestWritesWithoutTrace:
     """Those by ``param.data``, which PyTorch does not count."""
@@ -198,6 +223,33 @@ class TestWritesWithoutTrace:
         with torch.no_grad():
             optimizer.load_state_dict(optimizer.state_dict())  # writes the forward view
         optimizer.step()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("number", [1.0, -2.0, 0.5])
+    def test_equal_weights_are_refused(self, dtype: torch.dtype, number: float) -> None:
+        """The sum of their bits is that of zeros."""
+        weight = nn.Parameter(torch.randn(64, 64).to(dtype))
+        optimizer = topkast.wrap_optimizer(torch.optim.SGD([weight], lr=0.1), fwd=0.75, bwd=0.5)
+        weight.grad = torch.ones_like(weight)
+        weight.data.fill_(number)
+        with pytest.raises(topkast.MismatchError, match="has nonzero weights outside"):
+            optimizer.step()
+
+    @pytest.mark.parametrize("view", ["conjugate", "negative"])
+    def test_views_whose_bits_are_others_are_trained(self, view: str) -> None:
+        """PyTorch marks them, and reads their memory as what it is not."""
+        weights = torch.randn(8, 6, dtype=torch.complex128)
+        lazy = weights.conj() if view == "conjugate" else torch._neg_view(weights)
+        runs = []
+        for start in (lazy, lazy.clone().resolve_conj().resolve_neg()):
+            weight = nn.Parameter(start)
+            inner = torch.optim.SGD([("w", weight)], lr=0.1, momentum=0.9)
+            optimizer = topkast.wrap_optimizer(inner, **OPTIONS | {"refresh_every": 1})
+            for number in range(4):
+                weight.grad = torch.full_like(weight, 0.1 * number)
+                optimizer.step()
+            runs.append(topkast.dense_params(optimizer)["w"])
+        assert torch.equal(*runs)
 
     def test_a_single_row_is_refused_before_the_refresh(self) -> None:
         """Which would write zeros there, without a word."""
@@ -379,10 +431,12 @@ class TestOptionsOfGroups:
         group.update(before)
         train(model, optimizer, range(2, 4))
 
-    def test_a_method_of_the_inner_optimizer_is_its_own(self) -> None:
+    @pytest.mark.parametrize("method", ["plain", None])
+    def test_a_method_of_the_inner_optimizer_is_its_own(self, method: str | None) -> None:
         class WithMethod(torch.optim.SGD):
-            def __init__(self, params: Any, method: str = "plain") -> None:
+            def __init__(self, params: Any) -> None:
                 super().__init__(params, lr=0.1)
+                self.defaults["method"] = method
                 for group in self.param_groups:
                     group["method"] = method
 

@@ -158,7 +158,7 @@ class CheckedState(NamedTuple):
         Other leaves do not show that: |A| and the shapes of tensors are no arrays, so that a state
         can be restored into one with others. Nothing is raised while the state is traced.
         """
-        known, expected = self.sets_checksum, checksum_sets(self.supports, weights)
+        known, expected = as_arrays(self.sets_checksum), checksum_sets(self.supports, weights)
         if not is_traced(known) and jax.device_get(known) != expected:
             raise MismatchError(
                 "the state belongs to other tensors or other sets: names or shapes of params, |A|, "

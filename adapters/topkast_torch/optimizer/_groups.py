@@ -242,7 +242,7 @@ def prepare_group(
     by_name = {name: execution for execution in executions for name in execution.ranked.shapes}
     fixed = {name: getattr(options, name) for name in FIXED_OPTIONS}
     fixed |= {"dense": None, "method": options.method}  # neither is kept in the group
-    if not isinstance(param_group.get("method", options.method), Method | None):
+    if "method" in state.inner.defaults or not isinstance(param_group.get("method"), Method | None):
         del fixed["method"]  # it is an option of the inner optimizer
     others = {name: param for name, param in tensors.items() if name not in by_name}
     locals_ = {

@@ -17,16 +17,19 @@ if TYPE_CHECKING:
     from topkast_torch.execution._execution import Execution
 
 _OWNERS: Any = WeakTensorKeyDictionary()  # weak reference to an Execution, by Parameter
+_REPLACED: Any = WeakTensorKeyDictionary()  # modules that have another one now, by Parameter
 
 
 def claim(param: Tensor, execution: Execution) -> None:
     """Make an execution the owner of a Parameter, for as long as the execution lives."""
     _OWNERS[param] = weakref.ref(execution)
+    _REPLACED.pop(param, None)
 
 
 def release(param: Tensor) -> None:
     """Remove the owner of a Parameter."""
     _OWNERS.pop(param, None)
+    _REPLACED.pop(param, None)
 
 
 def owner_of(param: Tensor) -> Execution | None:
@@ -49,19 +52,24 @@ def check_free(named: Iterable[tuple[str, Tensor]]) -> None:
             )
 
 
-def _notice_replacement(module: nn.Module, name: str, param: Tensor) -> None:
-    """Notify the owner of a Parameter that its module replaces it, or has it again.
+def _notice_replacement(module: nn.Module, name: str, param: Tensor | None) -> None:
+    """Notify the owner of a Parameter that a module replaces it, or that all have it again.
 
     ``load_state_dict(assign=True)`` replaces Parameters: the model then no longer holds what the
-    optimizer trains.
+    optimizer trains. Another module that gets the old Parameter does not change that.
     """
     old = module._parameters.get(name)
     if old is param:
         return
-    for other, is_replaced in ((old, True), (param, False)):
-        owner = None if other is None else owner_of(other)
-        if owner is not None and other is not None:
-            owner.note_replacement(other, is_replaced=is_replaced)
+    if old is not None and (owner := owner_of(old)) is not None:
+        modules = _REPLACED.setdefault(old, weakref.WeakKeyDictionary())
+        modules.setdefault(module, set()).add(name)
+        owner.note_replacement(old, is_replaced=True)
+    if param is not None and (owner := owner_of(param)) is not None:
+        modules = _REPLACED.get(param, {})
+        if name in modules.get(module, ()):
+            modules[module].discard(name)
+            owner.note_replacement(param, is_replaced=any(modules.values()))
 
 
 register_module_parameter_registration_hook(_notice_replacement)

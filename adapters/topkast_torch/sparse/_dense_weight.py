@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from topkast import MismatchError, Support
+from topkast_torch.sparse.derivatives._gradients import refuse_forward_mode
 
 _WRITING = {"__set__", "__setitem__"}
 _NOT_WRITING = {"requires_grad_", "retain_grad"}
@@ -52,6 +53,10 @@ class _ToDense(torch.autograd.Function):
             context.record(grad_output, None)
         on_b = grad_output.reshape(-1).index_select(0, entries)
         return on_b.view(context.shape), None, None, None
+
+    @staticmethod
+    def jvp(context: Any, *tangents: Any) -> NoReturn:
+        refuse_forward_mode()
 
 
 class ReadOnlyTensor(Tensor):
