@@ -6,7 +6,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -198,7 +198,8 @@ def checksum_sets(supports: Mapping[str, Support], weights: Mapping[str, Any]) -
     sets = [
         (
             [(name, jnp.shape(weights[name])) for name in members(key, weights) if name in weights],
-            (support.forward, support.backward, support.blocks, support.group_size),
+            (support.forward, support.backward, support.group_size),
+            None if support.blocks is None else astuple(support.blocks),
         )
         for key, support in sorted(supports.items())
     ]
