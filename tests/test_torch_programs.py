@@ -400,6 +400,42 @@ class TestTargetNetworks:
             assert view.count_nonzero() == count
 
 
+class UsesWeight(nn.Module):
+    """The squared outputs of a product with the weight of a sparse layer."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.layer.weight, self.layer.bias).square().sum()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile reads it
+@pytest.mark.parametrize("how", ["grad", "jacrev", "vmap", "compile"])
+def test_weights_of_sparse_layers_inside_function_transforms(how: str) -> None:
+    model = UsesWeight(make(sparse=True)[0][0])
+    params = dict(model.named_parameters())
+    x = batch(0)
+    model(x).backward()
+    expected = model.layer.values.grad.clone()
+    model.layer.values.grad = None
+
+    def loss(params: Any, x: Tensor) -> Tensor:
+        result: Tensor = torch.func.functional_call(model, params, (x,))
+        return result
+
+    if how == "compile":
+        torch.compile(model, backend="aot_eager")(x).backward()
+        gradient = model.layer.values.grad
+    elif how == "vmap":
+        by_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(params, x[:, None])
+        gradient = by_sample["layer.values"].sum(0)
+    else:
+        gradient = getattr(torch.func, how)(loss)(params, x)["layer.values"]
+    torch.testing.assert_close(gradient, expected)
+
+
 class TestOptionsOfGroups:
     """What is fixed when an optimizer is wrapped is refused afterwards, and nothing is trained."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from topkast import MismatchError, Support
+from topkast_torch.sparse.chains._observers import in_transform
 from topkast_torch.sparse.derivatives._gradients import refuse_forward_mode
 
 _WRITING = {"__set__", "__setitem__"}
@@ -24,15 +24,27 @@ def to_dense(values: Tensor, support: Support, shape: tuple[int, ...]) -> Tensor
     return dense.index_copy_(0, support.active_entries.long(), active).view(shape)
 
 
-def dense_weight(
-    values: Tensor, support: Support, shape: tuple[int, ...], record: Callable[[Tensor, None], None]
-) -> Tensor:
-    """:func:`to_dense`, with a gradient on B, as that of the products.
+def weight_of(layer: Any) -> Tensor:
+    """The dense weight of a sparse layer, W on A, with a gradient on B as that of the products.
 
-    `record` gets the gradient of the dense weight, and None, in each backward pass.
+    It is read-only, except inside function transforms and compilation, which see no memory.
     """
-    dense: Tensor = _ToDense.apply(values, support, shape, record)  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling():
+        compiled: Tensor = _make_dense_untraced(layer)
+        return compiled
+    dense = _make_dense(layer)
+    return dense if in_transform() else dense.as_subclass(ReadOnlyTensor)
+
+
+def _make_dense(layer: Any) -> Tensor:
+    arguments = layer.values, layer.support, layer.weight_shape, layer.record
+    dense: Tensor = _ToDense.apply(*arguments)  # type: ignore[no-untyped-call]
     return dense
+
+
+_make_dense_untraced: Any = torch.compiler.disable(
+    _make_dense, reason="topkast's sparse layers are not traced: compile without fullgraph=True"
+)
 
 
 class _ToDense(torch.autograd.Function):
@@ -58,6 +70,13 @@ class _ToDense(torch.autograd.Function):
     def jvp(context: Any, *tangents: Any) -> NoReturn:
         refuse_forward_mode()
 
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, values: Tensor, *others: Any) -> tuple[Tensor, int | None]:
+        if in_dims[0] is None:
+            return _ToDense.apply(values, *others), None  # type: ignore[no-untyped-call]
+        examples = values.unbind(in_dims[0])
+        return torch.stack([_ToDense.apply(one, *others) for one in examples]), 0  # type: ignore[no-untyped-call]
+
 
 class ReadOnlyTensor(Tensor):
     """A tensor that raises an error if it, its ``data`` or a view of it is written to."""
@@ -79,12 +98,6 @@ class ReadOnlyTensor(Tensor):
             result = function(*args, **kwargs)
         memory = {_memory(arg) for arg in args if isinstance(arg, ReadOnlyTensor)}
         return tree_map(lambda value: _match_memory(value, memory), result)
-
-
-def read_only(tensor: Tensor) -> Tensor:
-    """A read-only view of a tensor; results computed from it are plain tensors."""
-    view: Tensor = tensor.as_subclass(ReadOnlyTensor)
-    return view
 
 
 def _writes(name: str) -> bool:

@@ -20,7 +20,7 @@ from topkast.reservoirs import Reservoir
 from topkast_torch._reservoirs import check_convertible, convert, forget_changes
 from topkast_torch.distributed._sharding import is_sharded
 from topkast_torch.optimizer._ownership import owner_of
-from topkast_torch.sparse._dense_weight import dense_weight, read_only
+from topkast_torch.sparse._dense_weight import weight_of
 from topkast_torch.sparse._functions import refuse_export
 from topkast_torch.sparse._products import Entries
 from topkast_torch.sparse._structure import (
@@ -144,7 +144,7 @@ class SparseLayer(nn.Module):
         Writing to the copy would not change the layer, and raises :class:`topkast.MismatchError`.
         """
         self._check_whole("weight")
-        return read_only(dense_weight(self.values, self.support, self.weight_shape, self.record))
+        return weight_of(self)
 
     def _check_whole(self, what: str) -> None:
         """Raise :class:`topkast.MismatchError` if the values are divided among processes."""
