@@ -25,6 +25,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import gc
 import resource
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,6 +58,9 @@ settings.load_profile(PROFILE)
 EAGER = LIBRARIES if PROFILE == "thorough" else [one for one in LIBRARIES if not one.traces]
 
 torch.set_num_threads(1)
+# What a shell starts in the background ignores interruptions, which some tests send.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 ECOSYSTEM = Path(__file__).parent / "ecosystem"
