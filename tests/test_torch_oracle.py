@@ -77,8 +77,8 @@ def train_critic_with_penalty(execution: str) -> list[Any]:
     for x in batches(12):
         optimizer.zero_grad()
         inputs = x.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(critic(inputs).sum(), inputs, create_graph=True)
-        (critic(x).mean() + (slope.norm(dim=1) - 1).square().mean()).backward()
+        (gradient,) = torch.autograd.grad(critic(inputs).sum(), inputs, create_graph=True)
+        (critic(x).mean() + (gradient.norm(dim=1) - 1).square().mean()).backward()
         optimizer.step()
     return [optimizer]
 

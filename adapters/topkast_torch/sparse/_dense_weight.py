@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from topkast import MismatchError, Support
 from topkast_torch.sparse.chains._observers import in_transform
-from topkast_torch.sparse.derivatives._gradients import refuse_forward_mode
+from topkast_torch.sparse.derivatives._gradients import LoopedFunction
 
 _WRITING = {"__set__", "__setitem__"}
 _NOT_WRITING = {"requires_grad_", "retain_grad"}
@@ -47,7 +47,7 @@ _make_dense_untraced: Any = torch.compiler.disable(
 )
 
 
-class _ToDense(torch.autograd.Function):
+class _ToDense(LoopedFunction):
     @staticmethod
     def forward(values: Tensor, support: Support, shape: tuple[int, ...], _: Any) -> Tensor:
         return to_dense(values, support, shape)
@@ -65,17 +65,6 @@ class _ToDense(torch.autograd.Function):
             context.record(grad_output, None)
         on_b = grad_output.reshape(-1).index_select(0, entries)
         return on_b.view(context.shape), None, None, None
-
-    @staticmethod
-    def jvp(context: Any, *tangents: Any) -> NoReturn:
-        refuse_forward_mode()
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, values: Tensor, *others: Any) -> tuple[Tensor, int | None]:
-        if in_dims[0] is None:
-            return _ToDense.apply(values, *others), None  # type: ignore[no-untyped-call]
-        examples = values.unbind(in_dims[0])
-        return torch.stack([_ToDense.apply(one, *others) for one in examples]), 0  # type: ignore[no-untyped-call]
 
 
 class ReadOnlyTensor(Tensor):

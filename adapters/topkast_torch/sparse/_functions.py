@@ -16,11 +16,7 @@ from topkast import MismatchError
 from topkast_torch.sparse._convolutions import Convolution
 from topkast_torch.sparse._products import CompiledProducts, Products
 from topkast_torch.sparse.chains._observers import in_transform
-from topkast_torch.sparse.derivatives._gradients import (
-    differentiate,
-    refuse_forward_mode,
-    vmap_by_loop,
-)
+from topkast_torch.sparse.derivatives._gradients import LoopedFunction, differentiate
 from topkast_torch.sparse.derivatives._operators import (
     ConvolutionOperator,
     LinearOperator,
@@ -100,7 +96,7 @@ _apply_untraced: Any = torch.compiler.disable(
 )
 
 
-class _Product(torch.autograd.Function):
+class _Product(LoopedFunction):
     """The output, and the packed input for the backward pass."""
 
     @staticmethod
@@ -128,14 +124,6 @@ class _Product(torch.autograd.Function):
         x, packed, values = context.saved_tensors
         arguments = x, packed, values, context.operator, context.shape, context.needs_input_grad
         return *differentiate(grad_output, *arguments), None
-
-    @staticmethod
-    def jvp(context: Any, *tangents: Any) -> NoReturn:
-        refuse_forward_mode()
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return vmap_by_loop(_Product, info, in_dims, arguments)
 
 
 class _CompiledProduct(torch.autograd.Function):

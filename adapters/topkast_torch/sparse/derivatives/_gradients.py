@@ -12,6 +12,37 @@ from topkast import MismatchError
 from topkast_torch.sparse.derivatives._operators import Operator
 
 
+class LoopedFunction(torch.autograd.Function):
+    """A function that ``torch.vmap`` calls once for each example, without forward mode."""
+
+    @staticmethod
+    def jvp(context: Any, *tangents: Any) -> NoReturn:
+        raise MismatchError(
+            "sparse layers have no forward-mode derivatives (torch.func.jvp, jacfwd and hessian, "
+            "torch.autograd.forward_ad): use reverse mode (torch.func.vjp, jacrev), or "
+            "differentiate topkast.densify(copy.deepcopy(model))"
+        )
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: Any, *arguments: Any) -> Any:
+        results = []
+        for index in range(info.batch_size):
+            example = [
+                argument
+                if dim is None or not isinstance(argument, Tensor)
+                else argument.select(dim, index)
+                for argument, dim in zip(arguments, in_dims, strict=True)
+            ]
+            results.append(cls.apply(*example))  # type: ignore[no-untyped-call]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(
+            None if outputs[0] is None else torch.stack(outputs)
+            for outputs in zip(*results, strict=True)
+        )
+        return stacked, tuple(None if output is None else 0 for output in stacked)
+
+
 def differentiate(
     grad_output: Tensor,
     x: Tensor | None,
@@ -47,7 +78,7 @@ class _Call:
     needs_grad: tuple[bool, bool]  # of input and values
 
 
-class _ProductGradient(torch.autograd.Function):
+class _ProductGradient(LoopedFunction):
     """Gradients of input and values, as a function of the output's gradient, input and values."""
 
     @staticmethod
@@ -76,16 +107,8 @@ class _ProductGradient(torch.autograd.Function):
         grad_grad_output, grad_x, grad_values = grads
         return grad_grad_output, grad_x, None, grad_values, None
 
-    @staticmethod
-    def jvp(context: Any, *tangents: Any) -> NoReturn:
-        refuse_forward_mode()
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return vmap_by_loop(_ProductGradient, info, in_dims, arguments)
-
-
-class _SecondGradient(torch.autograd.Function):
+class _SecondGradient(LoopedFunction):
     """Gradients of :class:`_ProductGradient`, as a function that transforms see."""
 
     @staticmethod
@@ -103,14 +126,6 @@ class _SecondGradient(torch.autograd.Function):
             "topkast.densify(copy.deepcopy(model)) a third time"
         )
 
-    @staticmethod
-    def jvp(context: Any, *tangents: Any) -> NoReturn:
-        refuse_forward_mode()
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return vmap_by_loop(_SecondGradient, info, in_dims, arguments)
-
 
 def _second_gradients(
     grad_output: Tensor,
@@ -126,9 +141,8 @@ def _second_gradients(
     grad_grad_output = torch.zeros_like(grad_output)
     grad_x = None if x is None else torch.zeros_like(x)
     grad_values = torch.zeros_like(values)
-    gradient = operator.pack_gradient(grad_output, shape)
     if grad_grad_x is not None:
-        packed = operator.pack(grad_grad_x)
+        packed, gradient = operator.pack(grad_grad_x), operator.pack_gradient(grad_output, shape)
         grad_grad_output += operator.forward(flat, packed, None, shape)
         operator.weight_gradient(gradient, packed, grad_values.view(-1), shape)
     if grad_grad_values is not None and x is not None and grad_x is not None:
@@ -157,30 +171,3 @@ def _gradients(
         grad_values = torch.empty_like(values)
         operator.weight_gradient(gradient, packed, grad_values.view(-1), shape)
     return grad_x, grad_values
-
-
-def vmap_by_loop(function: Any, info: Any, in_dims: Any, arguments: Any) -> Any:
-    """``torch.vmap`` of a function as a loop over the batch."""
-    results = []
-    for index in range(info.batch_size):
-        example = [
-            argument
-            if dim is None or not isinstance(argument, Tensor)
-            else argument.select(dim, index)
-            for argument, dim in zip(arguments, in_dims, strict=True)
-        ]
-        results.append(function.apply(*example))
-    stacked = tuple(
-        None if outputs[0] is None else torch.stack(outputs)
-        for outputs in zip(*results, strict=True)
-    )
-    return stacked, tuple(None if output is None else 0 for output in stacked)
-
-
-def refuse_forward_mode() -> NoReturn:
-    """Raise :class:`topkast.MismatchError`."""
-    raise MismatchError(
-        "sparse layers have no forward-mode derivatives (torch.func.jvp, jacfwd and hessian, "
-        "torch.autograd.forward_ad): use reverse mode (torch.func.vjp, jacrev), or differentiate "
-        "topkast.densify(copy.deepcopy(model))"
-    )
