@@ -14,9 +14,23 @@ from kernel_problems import DTYPES, Array
 from topkast.backends import _candidates
 from topkast.backends._threads import default_threads
 from topkast.kernels import collect, divide, find_thresholds, migrate, scale_displacement
-from topkast.kernels.refresh import _thresholds
+from topkast.kernels._columns import _count_row_by_entry, _count_row_in_lanes
+from topkast.kernels.refresh import _divide, _magnitudes, _migrate, _thresholds
+from topkast.kernels.runtime._lanes import HAS_LANES
 
 THREADS = [1, 2, 5]
+needs_lanes = pytest.mark.skipif(not HAS_LANES, reason="numba compiles without AVX-512 here")
+
+
+@pytest.fixture(params=[pytest.param("lanes", marks=needs_lanes), "plain"], autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels with AVX-512, or those for other processors."""
+    if request.param == "plain":
+        plain = _divide._divide_single, _divide._divide_double
+        monkeypatch.setattr(_divide, "_KERNELS", plain)
+        monkeypatch.setattr(_migrate, "_migrate", _migrate._migrate_entries)
+        monkeypatch.setattr(_thresholds, "_BRACKET", _thresholds._bracket_single)
+        monkeypatch.setattr(_magnitudes, "_COLLECT_SINGLE", _magnitudes._collect_single)
 
 
 @st.composite
@@ -60,6 +74,25 @@ def test_brackets_change_no_threshold(vector: Array, data: st.DataObject) -> Non
     for threads in THREADS:
         found = find_thresholds(lists, counts, brackets=brackets, threads=threads)
         assert found == find_thresholds(lists, counts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_brackets_may_hold_most_entries(dtype: Any) -> None:
+    """More than there is memory for."""
+    vector = np.random.default_rng(0).standard_normal(100_000).astype(dtype)
+    expected = find_thresholds([vector], [10_000, 50_000])
+    for brackets in ([(0.0, 5.0)] * 2, [(0.0, 5.0), (0.6, 0.7)], [(1.6, 1.7), (0.0, 5.0)]):
+        assert find_thresholds([vector], [10_000, 50_000], brackets=brackets) == expected
+
+
+def test_windows_hold_32_entries() -> None:
+    """The last of sixteen survivors was 30, 31, 32 or 33 entries behind the first."""
+    for span in range(30, 34):
+        source = np.append(np.arange(15), span).astype(np.int32)
+        for dtype in ("int16", "float32"):
+            entry, out = np.arange(span + 40).astype(dtype), np.empty(16, dtype)
+            migrate(source, np.ones(16, np.bool_), (entry, np.zeros(1, dtype), out))
+            np.testing.assert_array_equal(out, entry[source])
 
 
 def test_another_number_of_threads_moves_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +206,85 @@ def test_migrate_agrees_with_numpy(dtype: str, size: int) -> None:
         migrate(source, survives, (entry, fresh, out), (other, np.full(1, 7.0), other_out))
         np.testing.assert_array_equal(out, np.where(survives, entry[source], fresh))
         np.testing.assert_array_equal(other_out, np.where(survives, other[source], 7))
+
+
+@given(data=st.data())
+def test_entries_that_were_neighbours_are_migrated(data: st.DataObject) -> None:
+    """Sources ascend, but for some that moved between A and B∖A, and skip what left."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    size = data.draw(st.sampled_from([1, 15, 16, 31, 50, 20_000]))
+    left, entered, moved = (
+        data.draw(st.sampled_from([0.0, 0.01, 0.3, 0.5, 0.9, 1.0])) for _ in range(3)
+    )
+    stays = np.flatnonzero(rng.random(size) >= left)
+    source = np.repeat(stays, 1 + (rng.random(len(stays)) < entered)).astype(np.int32)
+    survives = np.ones(len(source), np.bool_)
+    survives[1:] = source[1:] != source[:-1]
+    elsewhere = survives & (rng.random(len(source)) < moved)
+    source[elsewhere] = rng.integers(0, size, np.count_nonzero(elsewhere))
+    source[~survives] = data.draw(st.sampled_from([0, size - 1]))
+    # Of another length each: a window of 32 entries reaches beyond the end of some.
+    entries = [
+        rng.integers(-99, 99, size + more).astype(dtype)
+        for more, dtype in ((0, "int16"), (0, "float32"), (1, "float32"), (40, "float64"))
+    ]
+    for several in (False, True):
+        count = len(source) if several else min(len(source), 1)
+        moves = [
+            (
+                entry,
+                rng.integers(-9, 9, count).astype(entry.dtype),
+                np.empty(len(source), entry.dtype),
+            )
+            for entry in entries
+        ]
+        if not count:
+            return
+        migrate(source, survives, *moves, threads=data.draw(st.sampled_from(THREADS)))
+        for entry, fresh, out in moves:
+            np.testing.assert_array_equal(out, np.where(survives, entry[source], fresh))
+
+
+def count_by_panel(columns: Array, width: int, panel: int) -> tuple[Array, Array]:
+    """Number of columns in each panel, and the first of these columns' positions."""
+    numbers = columns // panel
+    panels = np.arange(-(-width // panel))
+    counts = np.bincount(numbers, minlength=len(panels))
+    return counts, np.where(counts > 0, np.searchsorted(numbers, panels), 0)
+
+
+@pytest.mark.parametrize(
+    "count_row", [pytest.param(_count_row_in_lanes, marks=needs_lanes), _count_row_by_entry]
+)
+@given(data=st.data())
+def test_the_entries_of_a_row_are_counted_by_panel(count_row: Any, data: st.DataObject) -> None:
+    width = data.draw(st.sampled_from([1, 7, 300, 5_000]))
+    panel = data.draw(st.integers(1, width))
+    chosen = data.draw(st.sampled_from([0.0, 0.05, 0.5, 1.0]))
+    columns = np.flatnonzero(np.random.default_rng(width).random(width) < chosen)
+    before, after = (data.draw(st.sampled_from([0, 3, 40])) for _ in range(2))
+    row = data.draw(st.integers(0, 3))
+    others = np.zeros(before), row * width + columns, np.zeros(after)
+    flat = np.concatenate(others).astype(np.int32)
+    panels = np.zeros((2, -(-width // panel)), np.int32)
+
+    def is_valid(columns: Array) -> bool:
+        stop = before + number
+        arguments = columns, before, stop, row * width, (width, panel)
+        return int(count_row(*arguments, (panels[0], panels[1]))) == stop
+
+    number = len(columns)
+    assert is_valid(flat)
+    counts, starts = count_by_panel(columns, width, panel)
+    np.testing.assert_array_equal(panels[0], counts)
+    np.testing.assert_array_equal(panels[1], np.where(counts > 0, starts + before, 0))
+    if number:  # an entry that does not ascend, or lies outside of the row
+        place = before + data.draw(st.integers(0, number - 1))
+        for wrong in (-1, row * width - 1, row * width + width, *flat[place - 1 : place]):
+            damaged = flat.copy()
+            damaged[place] = wrong
+            if not (wrong == flat[place - 1] and place == before):
+                assert not is_valid(damaged)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

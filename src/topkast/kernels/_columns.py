@@ -1,19 +1,27 @@
-"""Rows and columns of a sparse matrix from flat indices of a weight."""
+"""Rows and columns of a sparse matrix from flat indices of a weight, and panels of columns."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from numba import carray, njit, types
+from numba import njit
 
-from topkast.kernels.runtime._arguments import Vector, array_at, define_arguments, fill_record
-from topkast.kernels.runtime._compile import compiled, kernel
-from topkast.kernels.runtime._pool import run
-from topkast.kernels.runtime._vector import as_pointer, fetch_add
+from topkast.kernels.runtime._arguments import Vector
+from topkast.kernels.runtime._compile import compiled
+from topkast.kernels.runtime._lanes import (
+    EVERY,
+    HAS_LANES,
+    LANE_BYTES,
+    LANES,
+    below,
+    count,
+    first_lanes,
+    load,
+    splat,
+)
 
-_ROWS = 1 << 8  # rows that a thread takes at a time
-_LOCATE = define_arguments("flat", "size", "height", "width", "first", "starts")
+_LARGEST = np.iinfo(np.int32).max
 
 
 def find_columns(
@@ -90,31 +98,8 @@ def find_row_starts(
         0 <= flat[0] <= flat[-1] < height * width and np.all(flat[1:] > flat[:-1])
     ):
         raise ValueError(f"indices must ascend in [0, {height * width})")
-    return locate_rows(indices, entries, shape=(height, width))
-
-
-def locate_rows(indices: Vector, entries: slice, /, *, shape: tuple[int, int]) -> Vector:
-    """:func:`find_row_starts` of one group, unchecked."""
-    height, width = shape
-    start, stop, _ = entries.indices(len(indices))
-    starts = np.empty(height + 1, dtype=np.int64)
-    flat = np.ascontiguousarray(indices[start:stop])
-    if flat.dtype != np.int32:
-        found: Vector = _locate_rows(flat, height, width)
-        return found + start
-    record = fill_record(
-        _LOCATE,
-        next_item=0,
-        next_thread=0,
-        flat=flat,
-        size=len(flat),
-        height=height,
-        width=width,
-        first=start,
-        starts=starts,
-    )
-    run(_locate, record)
-    return starts
+    found: Vector = _locate_rows(np.ascontiguousarray(flat), height, width)
+    return found + start
 
 
 @compiled
@@ -145,27 +130,75 @@ def _locate_some(flat: Any, first: Any, stop: Any, height: Any, width: Any, star
         starts[row] = low
 
 
-@kernel(types.void(types.intp))
-def _locate(address: Any) -> None:
-    arguments = carray(as_pointer(address), 1, _LOCATE)[0]
-    height = arguments.height
-    flat = array_at(arguments.flat, arguments.size, np.int32)
-    starts = array_at(arguments.starts, height + 1, np.int64)
-    while True:
-        first = fetch_add(address) * _ROWS
-        if first > height:
-            break
-        stop = min(first + _ROWS, height)
-        _locate_some(flat, first, stop, height, arguments.width, starts)
-        for row in range(first, stop):
-            starts[row] += arguments.first
-        if stop == height:
-            starts[height] = arguments.first + len(flat)
-
-
 def rows_and_columns(columns: Vector, pitch: int, row_starts: Vector) -> tuple[Vector, Vector]:
     """Row and column of each entry between the first and the last row start; int32 (entries,)."""
     rows: Any = np.arange(len(row_starts) - 1, dtype=np.int32)
     rows = np.repeat(rows, np.diff(row_starts))
     used = columns[row_starts[0] : row_starts[-1]]
     return rows, used - rows * np.int32(pitch) if pitch else used
+
+
+@njit  # type: ignore[untyped-decorator]
+def _count_row_by_entry(
+    columns: Any, first: Any, stop: Any, offset: Any, sizes: Any, panels: Any
+) -> Any:
+    """Count the entries of one row by panel, and find the first of each.
+
+    The columns are those of the entries from `first` on, less `offset`. Returns the position after
+    the last entry of the row, `stop` or before, or -1 if the columns do not ascend.
+    """
+    width, panel_width = sizes
+    counts, starts = panels
+    panel, panel_end, previous, start, entry = 0, panel_width, -1, first, first
+    while entry < stop:
+        column = columns[entry] - offset
+        if column >= width:
+            break
+        if column <= previous:
+            return -1
+        previous = column
+        if column >= panel_end:
+            if entry > start:
+                counts[panel], starts[panel] = entry - start, start
+            start, panel = entry, column // panel_width
+            panel_end = (panel + 1) * panel_width
+        entry += 1
+    if entry > start:
+        counts[panel], starts[panel] = entry - start, start
+    return entry
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _load_some(address: Any, entry: Any, size: Any) -> Any:
+    """Sixteen entries of an array of this size, from `entry` on; 0 behind its end."""
+    place = address + LANE_BYTES * entry
+    return load(place, EVERY) if entry + LANES <= size else load(place, first_lanes(size - entry))
+
+
+@njit  # type: ignore[untyped-decorator]
+def _count_row_in_lanes(
+    columns: Any, first: Any, stop: Any, offset: Any, sizes: Any, panels: Any
+) -> Any:
+    """:func:`_count_row_by_entry` with AVX-512: the ends of panels by comparing sixteen columns."""
+    width, panel_width = sizes
+    counts, starts = panels
+    if first < stop and columns[first] < offset:
+        return -1
+    address, size, entry = np.int64(columns.ctypes.data), len(columns), first
+    for panel in range(len(counts)):
+        start, end = entry, offset + min((panel + 1) * panel_width, width)
+        ends, inside = splat(np.int32(min(end, _LARGEST))), EVERY
+        while inside == EVERY and entry < stop:
+            inside = below(_load_some(address, entry, size), ends) & first_lanes(stop - entry)
+            entry += count(inside)
+        if entry > start:
+            counts[panel], starts[panel] = entry - start, start
+    for pair in range(first, entry - 1, LANES):
+        pairs = first_lanes(entry - 1 - pair)
+        ascends = below(_load_some(address, pair, size), _load_some(address, pair + 1, size))
+        if ascends & pairs != pairs:
+            return -1
+    return entry
+
+
+count_row = _count_row_in_lanes if HAS_LANES else _count_row_by_entry

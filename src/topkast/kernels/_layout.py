@@ -244,17 +244,43 @@ def make_row_layout(
         raise ValueError(
             f"row_starts must be {height + 1} ascending positions in [0, {len(columns)}]"
         )
-    entries = int(starts[-1] - starts[0]) if height else 0
-    chunk_rows = divide_rows(height, max_rows)
     if panel_width is None:
+        entries = int(starts[-1] - starts[0]) if height else 0
         panel_width = row_panel_width(entries, shape)
     if not 1 <= panel_width <= MAX_PANEL:
         raise ValueError(f"panel_width must lie in [1, {MAX_PANEL}], got {panel_width}")
+    return _make_row_layout(columns, starts, shape, pitch, panel_width, max_rows, finds_rows=False)
+
+
+def find_row_layout(
+    indices: Vector, entries: slice, /, *, shape: tuple[int, int], panel_width: int
+) -> tuple[RowLayout, Vector]:
+    """The layout of a slice of flat indices, contiguous int32, and the starts of its rows."""
+    height, width = shape
+    starts = np.empty(height + 1, dtype=np.int64)
+    starts[0], starts[-1], _ = entries.indices(len(indices))
+    layout = _make_row_layout(indices, starts, shape, width, panel_width, None, finds_rows=True)
+    return layout, starts
+
+
+def _make_row_layout(
+    columns: Vector,
+    starts: Vector,
+    shape: tuple[int, int],
+    pitch: int,
+    panel_width: int,
+    max_rows: int | None,
+    *,
+    finds_rows: bool,
+) -> RowLayout:
+    height, width = shape
+    chunk_rows = divide_rows(height, max_rows)
     is_valid, *arrays = make_row_layout_arrays(
-        columns, starts, pitch, width, chunk_rows, panel_width
+        columns, starts, pitch, width, chunk_rows, panel_width, finds_rows=finds_rows
     )
     if not is_valid:
-        raise ValueError(f"the columns of a row must ascend in [0, {width})")
+        what, end = ("indices", height * width) if finds_rows else ("the columns of a row", width)
+        raise ValueError(f"{what} must ascend in [0, {end})")
     chunk_entries, panel_segments, segment_rows, segment_lengths, segment_starts = arrays
     return RowLayout(
         chunk_rows,

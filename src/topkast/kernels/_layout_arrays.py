@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
+from topkast.kernels._columns import count_row
 from topkast.kernels.runtime._arguments import (
     Vector,
     array_at,
@@ -55,14 +56,20 @@ def make_row_layout_arrays(
     width: int,
     chunk_rows: Vector,
     panel_width: int,
+    *,
+    finds_rows: bool = False,
 ) -> tuple[Any, ...]:
-    """Whether the columns of each row ascend in [0, width), and the arrays of a RowLayout."""
+    """Whether the columns of each row ascend in [0, width), and the arrays of a RowLayout.
+
+    If `finds_rows`, the columns are flat indices, and all `row_starts` but the first and the last
+    are written.
+    """
     height, panels = len(row_starts) - 1, -(-max(width, 1) // panel_width)
     counts, starts = np.zeros((2, panels, height), dtype=np.int32)
     is_valid = np.ones(len(chunk_rows) - 1, dtype=np.bool_)
     inputs = _inputs(columns, row_starts, width, pitch, panel_width, chunk_rows, counts)
     inputs["starts"] = starts
-    _run(_count_rows, **inputs, is_valid=is_valid)
+    _run(_find_rows if finds_rows else _count_rows, **inputs, is_valid=is_valid)
     segments = _empty_segments(counts, chunk_rows)
     segment_starts = np.empty(segments["segments"], dtype=np.int32)
     _run(_sort_rows, **inputs, **segments, segment_starts=segment_starts)
@@ -164,30 +171,6 @@ def _segments_of(arguments: Any) -> Any:
 
 
 @njit  # type: ignore[untyped-decorator]
-def _count_row(columns: Any, first: Any, stop: Any, offset: Any, sizes: Any, panels: Any) -> Any:
-    """Count the entries of one row by panel, and find the first of each; whether they ascend.
-
-    The columns are those of the entries from `first` to `stop`, less `offset`.
-    """
-    width, panel_width = sizes
-    counts, starts = panels
-    panel, panel_end, previous = 0, panel_width, -1
-    for entry in range(first, stop):
-        column = columns[entry] - offset
-        if not previous < column < width:
-            return False
-        previous = column
-        if column >= panel_end:
-            if entry > first:
-                counts[panel], starts[panel] = entry - first, first
-            first, panel = entry, column // panel_width
-            panel_end = (panel + 1) * panel_width
-    if stop > first:
-        counts[panel], starts[panel] = stop - first, first
-    return True
-
-
-@njit  # type: ignore[untyped-decorator]
 def _sort_chunk(counts: Any, chunk: Any, chunk_rows: Any, first: Any, segments: Any) -> None:
     """Sort the segments of each panel of a chunk by length, from the position `first` on."""
     panels, start, stop = counts.shape[0], chunk_rows[chunk], chunk_rows[chunk + 1]
@@ -241,9 +224,38 @@ def _count_rows(address: Any) -> None:
         for row in range(chunk_rows[chunk], chunk_rows[chunk + 1]):
             panels, offset = (counts[:, row], starts[:, row]), row * arguments.pitch
             first, stop = row_starts[row], row_starts[row + 1]
-            if not _count_row(columns, first, stop, offset, sizes, panels):
+            if count_row(columns, first, stop, offset, sizes, panels) != stop:
                 is_valid[chunk] = 0
                 break
+
+
+@kernel(_KERNEL)
+def _find_rows(address: Any) -> None:
+    """What `_count_rows` does, for flat indices, whose rows it finds."""
+    arguments = carray(as_pointer(address), 1, _ARGUMENTS)[0]
+    columns, row_starts, chunk_rows, counts = _read(arguments, arguments.height)
+    starts = carray(as_pointer(arguments.starts), counts.shape, np.int32)
+    is_valid = array_at(arguments.is_valid, arguments.chunks, np.uint8)
+    sizes, pitch = (arguments.width, arguments.panel_width), arguments.pitch
+    first, stop = row_starts[0], row_starts[arguments.height]
+    while True:
+        chunk = fetch_add(address)
+        if chunk >= arguments.chunks:
+            break
+        row, last = np.int64(chunk_rows[chunk]), np.int64(chunk_rows[chunk + 1])
+        entry = first
+        if row:
+            entry = first + np.searchsorted(columns[first:stop], np.int64(row * pitch))
+        while row < last and entry >= 0:
+            if row:
+                row_starts[row] = entry
+            panels = counts[:, row], starts[:, row]
+            entry = count_row(columns, entry, stop, row * pitch, sizes, panels)
+            row += 1
+        end = stop
+        if row < arguments.height:
+            end = first + np.searchsorted(columns[first:stop], np.int64(row * pitch))
+        is_valid[chunk] = entry == end
 
 
 @kernel(_KERNEL)

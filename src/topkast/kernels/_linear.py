@@ -5,8 +5,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from topkast.kernels._columns import find_columns, find_row_starts, locate_rows
-from topkast.kernels._layout import Layout, make_row_layout, make_transposed_layout
+from topkast.kernels._columns import find_columns, find_row_starts
+from topkast.kernels._layout import (
+    Layout,
+    find_row_layout,
+    make_row_layout,
+    make_transposed_layout,
+)
 from topkast.kernels._packing import pack
 from topkast.kernels._products import multiply, sampled_product, tile_width
 from topkast.kernels.runtime._arguments import Vector
@@ -58,17 +63,21 @@ class LinearProducts:
         self.shape = shape
         columns, pitch = find_columns(indices, shape=shape)
         self._columns_nbytes = columns.nbytes if columns is not indices else 0
-        # With flat indices, the layouts find what does not ascend; columns tell nothing of rows.
-        find = locate_rows if pitch else find_row_starts
-        slices = slice(forward), slice(forward, len(indices))
-        active, exploring = (find(indices, entries, shape=shape) for entries in slices)
-        if active[0] != 0 or exploring[0] != forward:
-            raise ValueError(f"indices must ascend in [0, {shape[0] * shape[1]})")
         panel_width = row_panel_width(forward, shape)
-        self._active, self._exploring = (
-            make_row_layout(columns, starts, shape=shape, pitch=pitch, panel_width=panel_width)
-            for starts in (active, exploring)
-        )
+        slices, starts = (slice(forward), slice(forward, len(indices))), []
+        layouts = []
+        for entries in slices:
+            if pitch:
+                layout, first = find_row_layout(
+                    columns, entries, shape=shape, panel_width=panel_width
+                )
+            else:
+                first = find_row_starts(indices, entries, shape=shape)
+                layout = make_row_layout(columns, first, shape=shape, panel_width=panel_width)
+            layouts.append(layout)
+            starts.append(first)
+        self._active, self._exploring = layouts
+        active = starts[0]
         # Neither inference nor the first layer of a network computes an input gradient.
         self._of_transpose = Deferred(
             functools.partial(make_transposed_layout, columns, active, shape=shape, pitch=pitch),

@@ -10,16 +10,20 @@ from numba import carray, njit, types
 from topkast.backends._candidates import Division
 from topkast.backends._threads import default_threads
 from topkast.kernels.refresh._magnitudes import key_of_magnitude
+from topkast.kernels.refresh._packed import count_packed, write_packed
 from topkast.kernels.refresh._parts import count_parts, write_parts
 from topkast.kernels.runtime._arguments import Vector, array_at, define_arguments, run_kernel
 from topkast.kernels.runtime._compile import kernel
+from topkast.kernels.runtime._lanes import HAS_LANES
 from topkast.kernels.runtime._vector import as_pointer, fetch_add
 
 _DTYPES = {np.dtype(np.float32), np.dtype(np.float64)}
 _INDEX_DTYPES = {np.dtype(np.int32), np.dtype(np.int64)}
-_RANGES = 8  # least number of ranges for each thread: some have more candidates than others
-_SPANS = 4  # of consecutive ranges, for each thread: threads that write side by side wait
+# A tensor is divided into spans, which threads take one by one, and these into ranges.
+_SPANS = 4  # for each thread, since some have more candidates than others
 _CANDIDATES = 1 << 12  # of a range: what is known of them stays in the L1 cache
+_PACKED_CANDIDATES = 1 << 16  # with AVX-512, by which long ranges are read and written faster
+_MAX_PACKED = 16 * _PACKED_CANDIDATES  # entries of a list in a range
 
 _OUTPUTS = "indices", "values", "source", "survives"
 _DIVIDE = define_arguments(
@@ -31,8 +35,8 @@ _DIVIDE = define_arguments(
     "reserve_size",
     "edges",
     "counts",
+    "spans",
     "ranges",
-    "span",
     "words",
     "size",
     "split",
@@ -81,7 +85,8 @@ def divide(
         Magnitude below which entries outside B are no candidates any more.
     ties
         Ascending indices of entries of magnitude `forward` that are not in A, and of those of
-        magnitude `backward` that are not in B; int64.
+        magnitude `backward` that are not in B; int64. If both magnitudes are equal, the former hold
+        the latter.
     threads
         As for :func:`multiply`.
 
@@ -106,13 +111,16 @@ def divide(
     index_dtype, dtype = inside[0].dtype, inside[1].dtype
     kernels = _KERNELS if index_dtype == np.int32 else _WIDE_KERNELS
     total, threads = len(inside[0]) + len(reserve[0]), threads or default_threads()
-    ranges = max(_RANGES * threads, total // _CANDIDATES)
-    words = max(1, -(-size // (64 * ranges)))  # of a bitmap of a range
+    candidates = (
+        _PACKED_CANDIDATES if kernels[int(dtype != np.float32)] is _divide_packed else _CANDIDATES
+    )
+    words = max(1, -(-size // (64 * max(_SPANS * threads, total // candidates))))
     ranges = -(-size // (64 * words))
-    edges = np.empty((ranges, 3, 2), dtype=np.int64)  # first entry and end, by range and list
+    spans = min(_SPANS * threads, ranges)
+    edges = np.empty((spans, 3, 2), dtype=np.int64)  # first entry and end, by span and list
     none = np.zeros(0, dtype=np.int64)
     forward_ties, backward_ties = ties or (none, none)
-    counts = np.zeros((ranges, 3, 4), dtype=np.int64)  # entries, by range, list and next part
+    counts = np.zeros((spans, 3, 4), dtype=np.int64)  # entries, by span, list and next part
     arguments: dict[str, Any] = {
         "inside_indices": inside[0],
         "inside_values": inside[1],
@@ -122,8 +130,8 @@ def divide(
         "reserve_size": len(reserve[0]),
         "edges": edges,
         "counts": counts,
+        "spans": spans,
         "ranges": ranges,
-        "span": -(-ranges // (_SPANS * threads)),
         "words": words,
         "size": size,
         "split": split,
@@ -179,15 +187,56 @@ def _check_ends(inside: Vector, reserve: Vector, split: int, size: int) -> None:
 
 
 def _find_starts(counts: Vector) -> Vector:
-    """First place of each range's entries of each part (ranges, parts), ordered by part first."""
+    """First place of each span's entries of each part (spans, parts), ordered by part first."""
     by_part = counts.T.ravel()
     starts = (np.cumsum(by_part) - by_part).reshape(counts.T.shape)
     return np.ascontiguousarray(starts.T)
 
 
 @njit  # type: ignore[untyped-decorator]
-def _divide(address: Any, unsigned: Any, integer: Any) -> None:
-    """Count the entries of each range and list that go to each part, or write them."""
+def _find_near(indices: Any, index: Any, bounds: Any, expected: Any) -> Any:
+    """Position, within bounds, of the first index that is as large: expected so far from there."""
+    low, high = bounds
+    guess, step = low + expected, 16
+    while guess < high and indices[guess] < index:
+        low, guess, step = guess + 1, guess + step, 2 * step
+    high, step = min(guess, high), 16
+    while high - step > low and indices[high - step] >= index:
+        high, step = high - step, 2 * step
+    low = max(low, high - step)
+    while low < high:
+        middle = (low + high) // 2
+        if indices[middle] < index:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@njit  # type: ignore[untyped-decorator]
+def _divide_span(lists: Any, edge: Any, ranges: Any, length: Any, integer: Any) -> Any:
+    """First entry and end of each list (ranges, 3, 2) in the ranges of a span, of this length."""
+    first, stop = ranges
+    bounds = np.empty((stop - first, 3, 2), dtype=np.int64)
+    for part in range(3):
+        low, high = edge[part]
+        expected = (high - low) // (stop - first)
+        for number in range(stop - first):
+            end = high
+            if first + number + 1 < stop:
+                index = integer((first + number + 1) * length)
+                end = _find_near(lists[part][0], index, (low, high), expected)
+            bounds[number, part, 0], bounds[number, part, 1] = low, end
+            low = end
+    return bounds
+
+
+@njit  # type: ignore[untyped-decorator]
+def _divide(address: Any, unsigned: Any, integer: Any, in_lanes: Any) -> None:
+    """Count the entries of each span and list that go to each part, or write them.
+
+    `in_lanes` is True to do so with AVX-512, else None: the compiler leaves the other way out.
+    """
     arguments = carray(as_pointer(address), 1, _DIVIDE)[0]
     keys = (
         unsigned(arguments.forward_key),
@@ -218,50 +267,43 @@ def _divide(address: Any, unsigned: Any, integer: Any) -> None:
         (inside[0][arguments.split :], inside[1][arguments.split :]),
         reserve,
     )
-    ranges, words, span = arguments.ranges, arguments.words, arguments.span
-    edges = carray(as_pointer(arguments.edges), (ranges, 3, 2), np.int64)
-    counts = carray(as_pointer(arguments.counts), (ranges, 3, 4), np.int64)
-    starts = carray(as_pointer(arguments.starts), (ranges, 4), np.int64)
+    ranges, spans, words = arguments.ranges, arguments.spans, arguments.words
+    edges = carray(as_pointer(arguments.edges), (spans, 3, 2), np.int64)
+    counts = carray(as_pointer(arguments.counts), (spans, 3, 4), np.int64)
+    starts = carray(as_pointer(arguments.starts), (spans, 4), np.int64)
     while True:
-        start = fetch_add(address) * span
-        if start >= ranges:
+        span = fetch_add(address)
+        if span >= spans:
             break
-        for number in range(start, min(start + span, ranges)):
-            first, edge = 64 * words * number, edges[number]
-            if arguments.writes == 0:
-                stop = min(first + 64 * words, arguments.size)
-                for part in range(3):
-                    indices, values = lists[part]
-                    edge[part, 0] = np.searchsorted(indices, integer(first))
-                    edge[part, 1] = len(indices)
-                    if stop < arguments.size:
-                        edge[part, 1] = np.searchsorted(indices, integer(stop))
-                    own = slice(edge[part, 0], edge[part, 1])
-                    count_parts(
-                        indices[own], values[own], keys, ties, counts[number, part], unsigned
+        edge, length = edges[span], 64 * words  # of a range
+        first, stop = span * ranges // spans, (span + 1) * ranges // spans
+        if arguments.writes == 0:
+            for part in range(3):
+                indices, values = lists[part]
+                every = 0, len(indices)
+                edge[part, 0], edge[part, 1] = every
+                if first > 0:
+                    expected = len(indices) * first // ranges
+                    edge[part, 0] = _find_near(indices, integer(first * length), every, expected)
+                if stop < ranges:
+                    expected = len(indices) * stop // ranges
+                    edge[part, 1] = _find_near(indices, integer(stop * length), every, expected)
+                own = slice(edge[part, 0], edge[part, 1])
+                if in_lanes is None:
+                    count_parts(indices[own], values[own], keys, ties, counts[span, part], unsigned)
+                else:
+                    count_packed(
+                        indices[own], values[own], keys, ties, counts[span, part], unsigned
                     )
-                continue
-            write_parts(
-                _entries_between(lists, edge),
-                (edge[0, 0], arguments.split + edge[1, 0], np.int64(-1)),
-                integer(first),
-                words,
-                starts[number],
-                keys,
-                ties,
-                outputs,
-                unsigned,
-            )
-
-
-@njit  # type: ignore[untyped-decorator]
-def _entries_between(lists: Any, edge: Any) -> Any:
-    """The entries of the three lists from one edge to the next."""
-    return (
-        (lists[0][0][edge[0, 0] : edge[0, 1]], lists[0][1][edge[0, 0] : edge[0, 1]]),
-        (lists[1][0][edge[1, 0] : edge[1, 1]], lists[1][1][edge[1, 0] : edge[1, 1]]),
-        (lists[2][0][edge[2, 0] : edge[2, 1]], lists[2][1][edge[2, 0] : edge[2, 1]]),
-    )
+            continue
+        bounds = _divide_span(lists, edge, (first, stop), length, integer)
+        others = lists, bounds, (first, words), starts[span], keys, ties, outputs, unsigned
+        if in_lanes is None:
+            write_parts(*others)
+        elif (bounds[:, :, 1] - bounds[:, :, 0]).max() <= _MAX_PACKED:
+            write_packed(*others)
+        else:  # nearly all candidates are in few ranges, and would take much memory
+            write_parts(*others)
 
 
 _KERNEL = types.void(types.intp)
@@ -269,23 +311,28 @@ _KERNEL = types.void(types.intp)
 
 @kernel(_KERNEL)
 def _divide_single(address: Any) -> None:
-    _divide(address, np.uint32, np.int32)
+    _divide(address, np.uint32, np.int32, None)
+
+
+@kernel(_KERNEL)
+def _divide_packed(address: Any) -> None:
+    _divide(address, np.uint32, np.int32, True)
 
 
 @kernel(_KERNEL)
 def _divide_double(address: Any) -> None:
-    _divide(address, np.uint64, np.int32)
+    _divide(address, np.uint64, np.int32, None)
 
 
 @kernel(_KERNEL)
 def _divide_wide_single(address: Any) -> None:
-    _divide(address, np.uint32, np.int64)
+    _divide(address, np.uint32, np.int64, None)
 
 
 @kernel(_KERNEL)
 def _divide_wide_double(address: Any) -> None:
-    _divide(address, np.uint64, np.int64)
+    _divide(address, np.uint64, np.int64, None)
 
 
-_KERNELS = _divide_single, _divide_double
+_KERNELS = _divide_packed if HAS_LANES else _divide_single, _divide_double
 _WIDE_KERNELS = _divide_wide_single, _divide_wide_double

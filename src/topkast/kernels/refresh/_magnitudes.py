@@ -18,6 +18,22 @@ from topkast.kernels.runtime._arguments import (
     run_kernel,
 )
 from topkast.kernels.runtime._compile import kernel
+from topkast.kernels.runtime._lanes import (
+    EVERY,
+    HAS_LANES,
+    LANE_BYTES,
+    LANES,
+    add,
+    at_least,
+    count,
+    first_lanes,
+    load,
+    numbers,
+    pack,
+    splat,
+    store,
+    without_sign,
+)
 from topkast.kernels.runtime._vector import as_pointer, fetch_add
 
 _CHUNK = 1 << 15  # entries that a thread takes at a time
@@ -53,12 +69,14 @@ def collect(
     starts = np.zeros(-(-len(flat) // _CHUNK) + 1, dtype=np.int64)
     indices, values = np.empty(0, np.int32), np.empty(0, flat.dtype)
     first = key_of_magnitude(bound, flat.dtype)
-    last = np.iinfo(unsigned_of(flat.dtype)).max >> 1
+    last = (1 << (8 * flat.dtype.itemsize - 1)) - 1
     if limit is not None:
         last = key_of_magnitude(limit, flat.dtype)
+    if last < first:
+        return indices, values
     for writes in (0, 1):
         run_kernel(
-            (_collect_single, _collect_double),
+            (_COLLECT_SINGLE, _collect_double),
             flat.dtype,
             threads,
             _COLLECT,
@@ -74,6 +92,8 @@ def collect(
         if not writes:
             np.cumsum(starts, out=starts)
             count = int(starts[-1])
+            if not count:
+                break
             indices, values = np.empty(count, np.int32), np.empty(count, flat.dtype)
     return indices, values
 
@@ -90,9 +110,10 @@ def check_magnitudes(vector: Vector, dtype: Any) -> None:
 
 def key_of_magnitude(magnitude: float, dtype: Any) -> int:
     """Return the key of a magnitude, rounded to `dtype`: of infinity if it exceeds all numbers."""
-    with np.errstate(over="ignore", under="ignore"):
-        rounded = np.asarray(magnitude, dtype)
-    return int(rounded.view(unsigned_of(dtype)))
+    if not 1e-37 < magnitude < 3e38:  # not a normal number in each precision: NumPy may complain
+        with np.errstate(over="ignore", under="ignore"):
+            return int(np.asarray(magnitude, dtype).view(unsigned_of(dtype)))
+    return int(np.asarray(magnitude, dtype).view(unsigned_of(dtype)))
 
 
 def unsigned_of(dtype: Any) -> Any:
@@ -107,7 +128,8 @@ def key_of(bits: Any, unsigned: Any) -> Any:
 
 
 @njit  # type: ignore[untyped-decorator]
-def _collect(address: Any, unsigned: Any) -> None:
+def _collect(address: Any, unsigned: Any, in_lanes: Any) -> None:
+    """Count the entries of each chunk, or write them: with AVX-512 if `in_lanes` is not None."""
     arguments = carray(as_pointer(address), 1, _COLLECT)[0]
     flat = array_at(arguments.flat, arguments.size, unsigned)
     chunks = (arguments.size + _CHUNK - 1) // _CHUNK
@@ -125,7 +147,10 @@ def _collect(address: Any, unsigned: Any) -> None:
         size = starts[chunk + 1] - starts[chunk]
         indices = array_at(arguments.indices + 4 * starts[chunk], size, np.int32)
         values = array_at(arguments.values + part.itemsize * starts[chunk], size, unsigned)
-        _write_inside(part, first, bound, span, indices, values, unsigned)
+        if in_lanes is None:
+            _write_inside(part, first, bound, span, indices, values, unsigned)
+        elif size:
+            _write_packed(part, first, bound, span, indices, values)
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -156,14 +181,54 @@ def _write_inside(
         start += _BLOCK
 
 
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _pack_inside(bits: Any, valid: Any, positions: Any, ends: Any, place: Any) -> Any:
+    """Write the lanes between two ends, and their positions; return the next two addresses."""
+    key = without_sign(bits)
+    mask = at_least(key, ends[0]) & at_least(ends[1], key) & valid
+    index_place, value_place = place
+    if mask:
+        found = count(mask)
+        store(pack(positions, mask), index_place, first_lanes(found))
+        store(pack(bits, mask), value_place, first_lanes(found))
+        size = LANE_BYTES * found
+        index_place, value_place = index_place + size, value_place + size
+    return index_place, value_place
+
+
+@njit  # type: ignore[untyped-decorator]
+def _write_packed(
+    entries: Any, first: Any, bound: Any, span: Any, indices: Any, values: Any
+) -> None:
+    """:func:`_write_inside` with AVX-512."""
+    ends = splat(np.int32(bound)), splat(np.int32(bound + span))
+    positions, step = add(splat(np.int32(first)), numbers()), splat(np.int32(LANES))
+    place = np.int64(indices.ctypes.data), np.int64(values.ctypes.data)
+    source, size = entries.ctypes.data, len(entries)
+    for _ in range(size // LANES):  # processors read ahead of loads without a mask only
+        place = _pack_inside(load(source, EVERY), EVERY, positions, ends, place)
+        source += LANE_BYTES * LANES
+        positions = add(positions, step)
+    valid = first_lanes(size % LANES)
+    _pack_inside(load(source, valid), valid, positions, ends, place)
+
+
 _KERNEL = types.void(types.intp)
 
 
 @kernel(_KERNEL)
 def _collect_single(address: Any) -> None:
-    _collect(address, np.uint32)
+    _collect(address, np.uint32, None)
+
+
+@kernel(_KERNEL)
+def _collect_packed(address: Any) -> None:
+    _collect(address, np.uint32, True)
 
 
 @kernel(_KERNEL)
 def _collect_double(address: Any) -> None:
-    _collect(address, np.uint64)
+    _collect(address, np.uint64, None)
+
+
+_COLLECT_SINGLE = _collect_packed if HAS_LANES else _collect_single

@@ -16,6 +16,26 @@ from topkast.kernels.runtime._arguments import (
     fill_record,
 )
 from topkast.kernels.runtime._compile import kernel
+from topkast.kernels.runtime._lanes import (
+    EVERY,
+    HAS_LANES,
+    LANE_BYTES,
+    LANES,
+    below_unsigned,
+    broadcast,
+    first_of,
+    gather,
+    load,
+    load_flags,
+    load_short,
+    look_up,
+    look_up_short,
+    select,
+    splat,
+    store,
+    store_short,
+    subtract,
+)
 from topkast.kernels.runtime._pool import run
 from topkast.kernels.runtime._vector import as_pointer, fetch_add
 
@@ -24,6 +44,7 @@ _CHUNK = 1 << 14  # entries that a thread takes at a time
 _MIGRATE = define_arguments("moves", "count", "source", "survives", "size")
 _MOVE = define_record("entry", "old_size", "fresh", "step", "out", "itemsize")
 _ITEMSIZES = 2, 4, 8
+_LIMIT = 1 << 31  # more than the entries of a vector, which is read by address
 
 Move: TypeAlias = tuple[Vector, Vector, Vector]
 
@@ -155,8 +176,107 @@ def _gather_or_fill(entry: Any, source: Any, survives: Any, out: Any, fresh: Any
         out[k] = moved if survives[k] else fresh
 
 
-@kernel(types.void(types.intp))
-def _migrate(address: Any) -> None:
+@njit  # type: ignore[untyped-decorator]
+def _move_any(move: Any, source: Any, survives: Any, start: Any, size: Any) -> None:
+    if move.itemsize == 2:
+        _move(move, source, survives, start, size, np.uint16)
+    elif move.itemsize == 4:
+        _move(move, source, survives, start, size, np.uint32)
+    else:
+        _move(move, source, survives, start, size, np.uint64)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _move_part(moves: Any, source: Any, survives: Any, start: Any, stop: Any) -> None:
+    for number in range(len(moves)):  # what they share stays in a cache
+        _move_any(moves[number], source[start:stop], survives[start:stop], start, len(source))
+
+
+@njit  # type: ignore[untyped-decorator]
+def _find_leads(source: Any, survives: Any, leads: Any, end: Any) -> None:
+    """For each sixteen entries, the first of 32 among which all survivors were, or -1."""
+    window, address, flags = splat(np.int32(2 * LANES)), source.ctypes.data, survives.ctypes.data
+    for number in range(len(leads)):
+        first = number * LANES
+        stays = load_flags(flags + first, EVERY)
+        lead = np.int64(source[first + first_of(stays)]) if stays else 0
+        offsets = subtract(load(address + LANE_BYTES * first, EVERY), splat(np.int32(lead)))
+        near = (stays & ~below_unsigned(offsets, window)) == 0 and lead + 2 * LANES <= end
+        leads[number] = lead if near else -1
+
+
+@njit  # type: ignore[untyped-decorator]
+def _move_words(
+    entry: Any, fresh: Any, step: Any, out: Any, source: Any, survives: Any, leads: Any
+) -> None:
+    """Move entries of four bytes, sixteen at a time where they were neighbours; by addresses."""
+    filling = broadcast(load(fresh, np.uint16(1)))
+    for number in range(len(leads)):
+        lead, first = leads[number], number * LANES
+        stays = load_flags(survives + first, EVERY)
+        positions = load(source + LANE_BYTES * first, EVERY)
+        if lead >= 0:
+            offsets = subtract(positions, splat(np.int32(lead)))
+            moved = look_up(entry + LANE_BYTES * lead, offsets)
+        else:
+            moved = gather(entry, positions, stays)
+        if step:
+            filling = load(fresh + LANE_BYTES * first, EVERY)
+        store(select(stays, moved, filling), out + LANE_BYTES * first, EVERY)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _move_shorts(
+    entry: Any, fresh: Any, step: Any, out: Any, source: Any, survives: Any, leads: Any
+) -> None:
+    """:func:`_move_words` for entries of two bytes."""
+    size = len(leads) * LANES
+    positions, flags = array_at(source, size, np.int32), array_at(survives, size, np.uint8)
+    entries, moved_entries = array_at(entry, _LIMIT, np.int16), array_at(out, size, np.int16)
+    fresh_entries = array_at(fresh, _LIMIT, np.int16)
+    filling = broadcast(load_short(fresh, np.uint16(1)))
+    for number in range(len(leads)):
+        lead, first = leads[number], number * LANES
+        if lead < 0:
+            for k in range(first, first + LANES):
+                one = entries[positions[k]] if flags[k] else fresh_entries[k * step]
+                moved_entries[k] = one
+            continue
+        stays = load_flags(survives + first, EVERY)
+        offsets = subtract(load(source + LANE_BYTES * first, EVERY), splat(np.int32(lead)))
+        moved = look_up_short(entry + 2 * lead, offsets)
+        if step:
+            filling = load_short(fresh + 2 * first, EVERY)
+        store_short(select(stays, moved, filling), out + 2 * first, EVERY)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _move_part_in_lanes(moves: Any, source: Any, survives: Any, start: Any, stop: Any) -> None:
+    """Move sixteen entries at a time where those that survive were neighbours before."""
+    end, size = moves[0].old_size, len(source)  # no window reaches beyond the shortest vector
+    for number in range(1, len(moves)):
+        end = min(end, moves[number].old_size)
+    leads = np.empty((stop - start) // LANES, dtype=np.int64)
+    _find_leads(source[start:stop], survives[start:stop], leads, end)
+    source_at, survives_at = source[start:].ctypes.data, survives[start:].ctypes.data
+    for number in range(len(moves)):
+        move = moves[number]
+        fresh, step = move.fresh + move.step * move.itemsize * start, move.step
+        out = move.out + move.itemsize * start
+        if move.itemsize == 4:
+            _move_words(move.entry, fresh, step, out, source_at, survives_at, leads)
+        elif move.itemsize == 2:
+            _move_shorts(move.entry, fresh, step, out, source_at, survives_at, leads)
+        else:
+            _move_any(move, source[start:stop], survives[start:stop], start, size)
+            continue
+        first = start + len(leads) * LANES
+        _move_any(move, source[first:stop], survives[first:stop], first, size)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _migrate_all(address: Any, in_lanes: Any) -> None:
+    """Move all vectors; `in_lanes` is True for AVX-512, or None."""
     arguments = carray(as_pointer(address), 1, _MIGRATE)[0]
     size = arguments.size
     moves = carray(as_pointer(arguments.moves), arguments.count, _MOVE)
@@ -167,12 +287,20 @@ def _migrate(address: Any) -> None:
         if start >= size:
             break
         stop = min(start + _CHUNK, size)
-        part = source[start:stop], survives[start:stop]
-        for number in range(arguments.count):  # what they share stays in a cache
-            move = moves[number]
-            if move.itemsize == 2:
-                _move(move, *part, start, size, np.uint16)
-            elif move.itemsize == 4:
-                _move(move, *part, start, size, np.uint32)
-            else:
-                _move(move, *part, start, size, np.uint64)
+        if in_lanes is None:
+            _move_part(moves, source, survives, start, stop)
+        else:
+            _move_part_in_lanes(moves, source, survives, start, stop)
+
+
+@kernel(types.void(types.intp))
+def _migrate_entries(address: Any) -> None:
+    _migrate_all(address, None)
+
+
+@kernel(types.void(types.intp))
+def _migrate_packed(address: Any) -> None:
+    _migrate_all(address, True)
+
+
+_migrate = _migrate_packed if HAS_LANES else _migrate_entries

@@ -25,7 +25,7 @@ _WORD = np.uint64(63)  # a bitmap has words of 64 bits
 
 
 @njit  # type: ignore[untyped-decorator]
-def _is_tie(index: Any, ties: Any) -> Any:
+def is_tie(index: Any, ties: Any) -> Any:
     position = np.searchsorted(ties, index)
     return position < len(ties) and ties[position] == index
 
@@ -34,9 +34,9 @@ def _is_tie(index: Any, ties: Any) -> Any:
 def _find_part(key: Any, index: Any, keys: Any, ties: Any) -> Any:
     """Return 0 for A, 1 for B∖A, 2 for the reserve, 3 for entries below its bound."""
     forward, backward, bound = keys
-    if key > forward or (key == forward and not _is_tie(index, ties[0])):
+    if key > forward or (key == forward and not is_tie(index, ties[0])):
         return 0
-    if key > backward or (key == backward and not _is_tie(index, ties[1])):
+    if key > backward or (key == backward and not is_tie(index, ties[1])):
         return 1
     return 2 if key >= bound else 3
 
@@ -106,12 +106,13 @@ def _mark(indices: Any, first_index: Any, parts: Any, marks: Any, words: Any) ->
 
 @njit  # type: ignore[untyped-decorator]
 def _sum_marks(marks: Any, places: Any, starts: Any, words: Any) -> None:
-    """Write the place of the first mark of each word, given that of each part."""
+    """Write the place of the first mark of each word, given that of each part, and move these."""
     for part in range(PARTS):
         place = places[part]
         for word in range(part * words, (part + 1) * words):
             starts[word] = place
             place += np.int64(_count_bits(marks[word]))
+        places[part] = place
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -143,7 +144,7 @@ def _write_ranked(
 def _write_merged(lists: Any, positions: Any, parts: Any, places: Any, outputs: Any) -> None:
     """Write the entries of three lists by comparing their indices; `positions` as above."""
     out_indices, out_values, out_source, out_survives = outputs
-    next_places, heads = places.copy(), np.zeros(3, dtype=np.int64)
+    heads = np.zeros(3, dtype=np.int64)
     count = 0
     for own in parts:
         count += len(own)
@@ -158,8 +159,8 @@ def _write_merged(lists: Any, positions: Any, parts: Any, places: Any, outputs: 
         k = heads[first]
         heads[first] += 1
         part = parts[first][k]
-        place = next_places[part]
-        next_places[part] += 1
+        place = places[part]
+        places[part] += 1
         out_indices[place], out_values[place] = lists[first][0][k], lists[first][1][k]
         position = positions[first]
         out_source[place] = position + k if position >= 0 else 0
@@ -167,7 +168,62 @@ def _write_merged(lists: Any, positions: Any, parts: Any, places: Any, outputs: 
 
 
 @njit  # type: ignore[untyped-decorator]
+def entries_between(lists: Any, bounds: Any) -> Any:
+    """The entries of the three lists in one range of the tensor."""
+    one, two, three = bounds[0], bounds[1], bounds[2]
+    return (
+        (lists[0][0][one[0] : one[1]], lists[0][1][one[0] : one[1]]),
+        (lists[1][0][two[0] : two[1]], lists[1][1][two[0] : two[1]]),
+        (lists[2][0][three[0] : three[1]], lists[2][1][three[0] : three[1]]),
+    )
+
+
+@njit  # type: ignore[untyped-decorator]
 def write_parts(
+    lists: Any,
+    bounds: Any,
+    ranges: Any,
+    places: Any,
+    keys: Any,
+    ties: Any,
+    outputs: Any,
+    unsigned: Any,
+) -> None:
+    """Write the candidates of consecutive ranges of the tensor, part by part.
+
+    Parameters
+    ----------
+    lists
+        Indices and values of the entries of A, of B∖A and of the reserve.
+    bounds
+        First entry and end of each list in each range (ranges, 3, 2).
+    ranges
+        The number of the first range, and the number of words of a bitmap of a range.
+    places
+        First place in the outputs for each part (4,); moved behind what is written.
+    outputs
+        Indices, values, positions in B, and whether the entry was in B.
+    """
+    first, words = ranges
+    for number in range(len(bounds)):
+        own = bounds[number]
+        first_index = (first + number) * words * 64
+        positions = own[0, 0], len(lists[0][0]) + own[1, 0], np.int64(-1)
+        _write_range(
+            entries_between(lists, own),
+            positions,
+            np.int64(first_index),
+            words,
+            places,
+            keys,
+            ties,
+            outputs,
+            unsigned,
+        )
+
+
+@njit  # type: ignore[untyped-decorator]
+def _write_range(
     lists: Any,
     positions: Any,
     first_index: Any,
@@ -178,20 +234,10 @@ def write_parts(
     outputs: Any,
     unsigned: Any,
 ) -> None:
-    """Write the candidates of one range of the tensor, part by part.
+    """Write the candidates of one range, whose first index is given.
 
-    Parameters
-    ----------
-    lists
-        Indices and values of the entries of A, of B∖A and of the reserve in this range.
-    positions
-        Positions in B of the first entries of these lists, -1 for the reserve.
-    first_index, words
-        First index of the range, and number of words of a bitmap of it.
-    places
-        First place in the outputs for each part (4,).
-    outputs
-        Indices, values, positions in B, and whether the entry was in B.
+    The lists are those of this range, and `positions` those of their first entries in B, -1 for the
+    reserve.
     """
     one, two = len(lists[0][0]), len(lists[0][0]) + len(lists[1][0])
     every = np.empty(two + len(lists[2][0]), dtype=np.uint8)

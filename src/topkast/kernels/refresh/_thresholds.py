@@ -24,9 +24,25 @@ from topkast.kernels.runtime._arguments import (
     run_kernel,
 )
 from topkast.kernels.runtime._compile import kernel
-from topkast.kernels.runtime._vector import as_pointer, fetch_add
+from topkast.kernels.runtime._lanes import (
+    EVERY,
+    HAS_LANES,
+    LANE_BYTES,
+    LANES,
+    at_least,
+    count,
+    first_lanes,
+    load,
+    pack,
+    splat,
+    store,
+    without_sign,
+)
+from topkast.kernels.runtime._pool import address_of
+from topkast.kernels.runtime._vector import as_pointer, fetch_add, fetch_add_many
 
-_CHUNK = 1 << 15  # entries that a thread takes at a time
+_CHUNK = 1 << 13  # entries that a thread takes at a time: they stay in the L1 cache
+_MAX_SHARE = 1 << 3  # of the entries, one in so many may lie inside a bracket
 _BLOCK = 1 << 6  # entries of a chunk that are skipped together if none is inside a bracket
 _DIGIT = 16  # bits of a key that one pass counts; the counts stay in a second-level cache
 
@@ -34,7 +50,18 @@ _COUNT = define_arguments(
     "values", "size", "digits", "prefix", "prefix_shift", "digit_shift", "digit_bits"
 )
 _BRACKETS = define_arguments(
-    "values", "size", "lows", "highs", "brackets", "infinite", "counts", "inside"
+    "addresses",
+    "sizes",
+    "first_chunks",
+    "lists",
+    "lows",
+    "highs",
+    "brackets",
+    "infinite",
+    "counts",
+    "inside",
+    "capacity",
+    "filled",
 )
 
 
@@ -111,37 +138,38 @@ def _find_inside(
         np.asarray([key_of_magnitude(one, dtype) for one in ends], dtype=unsigned_of(dtype))
         for ends in zip(*brackets, strict=True)
     )
-    above, not_finite = np.zeros(len(brackets), dtype=np.int64), 0
-    inside: list[list[Vector]] = [[] for _ in brackets]
-    for values in lists:
-        chunks = -(-len(values) // _CHUNK)
-        # Memory that nothing is written to costs nothing.
-        found = np.empty((chunks, len(brackets), _CHUNK), dtype=dtype)
-        # Keys above each bracket and inside it; in the last row, those that are not finite.
-        sizes = np.zeros((chunks, len(brackets) + 1, 2), dtype=np.int64)
-        run_kernel(
-            (_bracket_single, _bracket_double),
-            dtype,
-            threads,
-            _BRACKETS,
-            values=values,
-            size=len(values),
-            lows=lows,
-            highs=highs,
-            brackets=len(brackets),
-            infinite=key_of_magnitude(np.inf, dtype),
-            counts=sizes,
-            inside=found,
-        )
-        above += sizes[:, :-1, 0].sum(axis=0)
-        not_finite += int(sizes[:, -1, 0].sum())
-        for bracket, pieces in enumerate(inside):
-            pieces += [found[chunk, bracket, : sizes[chunk, bracket, 1]] for chunk in range(chunks)]
+    sizes = np.asarray([len(values) for values in lists], dtype=np.int64)
+    first_chunks = np.zeros(len(lists) + 1, dtype=np.int64)
+    np.cumsum(-(-sizes // _CHUNK), out=first_chunks[1:])
+    # Number of keys above each bracket, by chunk; in the last column, of those not finite.
+    larger = np.zeros((first_chunks[-1], len(brackets) + 1), dtype=np.int64)
+    inside = np.empty((len(brackets), sizes.sum() // _MAX_SHARE + _CHUNK), dtype=dtype)
+    filled = np.zeros(len(brackets), dtype=np.int64)
+    run_kernel(
+        (_BRACKET, _bracket_double),
+        dtype,
+        threads,
+        _BRACKETS,
+        addresses=np.asarray([address_of(values) for values in lists], dtype=np.int64),
+        sizes=sizes,
+        first_chunks=first_chunks,
+        lists=len(lists),
+        lows=lows,
+        highs=highs,
+        brackets=len(brackets),
+        infinite=key_of_magnitude(np.inf, dtype),
+        counts=larger,
+        inside=inside,
+        capacity=inside.shape[1],
+        filled=filled,
+    )
+    *above, not_finite = larger.sum(axis=0).tolist()
     thresholds = []
-    for count, larger, pieces in zip(counts, above.tolist(), inside, strict=True):
-        magnitudes, rank = np.abs(np.concatenate(pieces)), count - larger
-        if not 1 <= rank <= len(magnitudes):
+    for wanted, more, found, size in zip(counts, above, inside, filled.tolist(), strict=True):
+        rank = wanted - more
+        if not 1 <= rank <= size <= len(found):
             return None, 0
+        magnitudes = np.abs(found[:size])
         position = len(magnitudes) - rank
         magnitudes.partition(position)
         threshold = magnitudes[position]
@@ -262,31 +290,65 @@ def _write_between(entries: Any, low: Any, high: Any, out: Any, count: Any, unsi
         start += _BLOCK
 
 
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _pack_between(bits: Any, valid: Any, ends: Any, target: Any) -> Any:
+    """Write the lanes between two ends to an address; return the address behind them."""
+    key = without_sign(bits)
+    mask = at_least(key, ends[0]) & at_least(ends[1], key) & valid
+    if mask:
+        found = count(mask)
+        store(pack(bits, mask), target, first_lanes(found))
+        target += LANE_BYTES * found
+    return target
+
+
 @njit  # type: ignore[untyped-decorator]
-def _bracket(address: Any, unsigned: Any) -> None:
+def _write_between_lanes(
+    entries: Any, low: Any, high: Any, out: Any, number: Any, unsigned: Any
+) -> None:
+    """:func:`_write_between` with AVX-512."""
+    ends = splat(np.int32(low)), splat(np.int32(high))
+    source, target, size = entries.ctypes.data, np.int64(out.ctypes.data), len(entries)
+    whole = size - size % LANES
+    for first in range(0, whole, LANES):
+        target = _pack_between(load(source + LANE_BYTES * first, EVERY), EVERY, ends, target)
+    valid = first_lanes(size - whole)
+    _pack_between(load(source + LANE_BYTES * whole, valid), valid, ends, target)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _bracket(address: Any, unsigned: Any, in_lanes: Any) -> None:
+    """Count keys above brackets, write those inside; `in_lanes` is True for AVX-512, or None."""
     arguments = carray(as_pointer(address), 1, _BRACKETS)[0]
-    values = array_at(arguments.values, arguments.size, unsigned)
-    brackets = arguments.brackets
+    addresses = array_at(arguments.addresses, arguments.lists, np.int64)
+    sizes = array_at(arguments.sizes, arguments.lists, np.int64)
+    first_chunks = array_at(arguments.first_chunks, arguments.lists + 1, np.int64)
+    brackets, capacity = arguments.brackets, arguments.capacity
     lows = array_at(arguments.lows, brackets, unsigned)
     highs = array_at(arguments.highs, brackets, unsigned)
-    chunks = (arguments.size + _CHUNK - 1) // _CHUNK
-    counts = carray(as_pointer(arguments.counts), (chunks, brackets + 1, 2), np.int64)
+    chunks = first_chunks[-1]
+    counts = carray(as_pointer(arguments.counts), (chunks, brackets + 1), np.int64)
+    inside = carray(as_pointer(arguments.inside), (brackets, capacity), unsigned)
     while True:
         chunk = fetch_add(address)
         if chunk >= chunks:
             break
-        entries = values[chunk * _CHUNK : min((chunk + 1) * _CHUNK, len(values))]
-        counts[chunk, brackets, 0] = _count_above(
-            entries, unsigned(arguments.infinite - 1), unsigned
-        )
+        number = np.searchsorted(first_chunks, chunk, side="right") - 1
+        start = (chunk - first_chunks[number]) * _CHUNK
+        values = array_at(addresses[number], sizes[number], unsigned)
+        entries = values[start : min(start + _CHUNK, len(values))]
+        counts[chunk, brackets] = _count_above(entries, unsigned(arguments.infinite - 1), unsigned)
         for bracket in range(brackets):
             low, high = lows[bracket], highs[bracket]
-            above = _count_above(entries, high, unsigned)
-            inside = _count_between(entries, low, high, unsigned)
-            counts[chunk, bracket, 0], counts[chunk, bracket, 1] = above, inside
-            place = (chunk * brackets + bracket) * _CHUNK * values.itemsize
-            out = array_at(arguments.inside + place, inside, unsigned)
-            _write_between(entries, low, high, out, inside, unsigned)
+            counts[chunk, bracket] = _count_above(entries, high, unsigned)
+            size = _count_between(entries, low, high, unsigned)
+            place = fetch_add_many(arguments.filled + 8 * bracket, size)
+            if place + size <= capacity:
+                out = inside[bracket, place : place + size]
+                if in_lanes is None:
+                    _write_between(entries, low, high, out, size, unsigned)
+                else:
+                    _write_between_lanes(entries, low, high, out, size, unsigned)
 
 
 _KERNEL = types.void(types.intp)
@@ -304,9 +366,17 @@ def _count_double(address: Any) -> None:
 
 @kernel(_KERNEL)
 def _bracket_single(address: Any) -> None:
-    _bracket(address, np.uint32)
+    _bracket(address, np.uint32, None)
+
+
+@kernel(_KERNEL)
+def _bracket_packed(address: Any) -> None:
+    _bracket(address, np.uint32, True)
 
 
 @kernel(_KERNEL)
 def _bracket_double(address: Any) -> None:
-    _bracket(address, np.uint64)
+    _bracket(address, np.uint64, None)
+
+
+_BRACKET = _bracket_packed if HAS_LANES else _bracket_single

@@ -41,6 +41,9 @@ class FolderLocator(caching._CacheLocator):  # type: ignore[misc]
 
     def __init__(self, locator: Any) -> None:
         self._locator = locator
+        # numba names them when it does not cache a function.
+        self._py_file = getattr(locator, "_py_file", "")
+        self._lineno = getattr(locator, "_lineno", 0)
 
     def get_cache_path(self) -> Any:
         return self._locator.get_cache_path()

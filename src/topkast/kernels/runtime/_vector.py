@@ -347,6 +347,17 @@ def fetch_add(_: Any, address: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def fetch_add_many(_: Any, address: Any, number: Any) -> Any:
+    """Atomically add to the int64 at `address` and return its old value."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], _INT64.as_pointer())
+        return builder.atomic_rmw("add", pointer, arguments[1], "acq_rel")
+
+    return types.intp(types.intp, types.intp), emit
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def as_pointer(_: Any, address: Any) -> Any:
     """An address as the pointer that ``numba.carray`` needs."""
 
@@ -354,3 +365,13 @@ def as_pointer(_: Any, address: Any) -> Any:
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return types.voidptr(types.intp), emit
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def keep(_: Any, array: Any) -> Any:
+    """Keep an array alive until here: numba does not see that memory is used by its address."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.get_dummy_value()
+
+    return types.void(array), emit

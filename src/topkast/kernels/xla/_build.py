@@ -19,7 +19,7 @@ from topkast.kernels._layout_arrays import (
 from topkast.kernels.runtime._arguments import array_at
 from topkast.kernels.runtime._compile import kernel
 from topkast.kernels.runtime._partition import count_entries, count_segments
-from topkast.kernels.runtime._vector import as_pointer
+from topkast.kernels.runtime._vector import as_pointer, keep
 from topkast.kernels.xla._frame import (
     BAD_BUFFERS,
     BAD_INDICES,
@@ -30,7 +30,7 @@ from topkast.kernels.xla._frame import (
     result,
     size_of,
 )
-from topkast.kernels.xla._native import keep, link, symbol_address
+from topkast.kernels.xla._native import link, symbol_address
 from topkast.kernels.xla._structure import (
     ACTIVE,
     EXPLORING,

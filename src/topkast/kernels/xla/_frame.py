@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from topkast.kernels.runtime._vector import as_pointer
-from topkast.kernels.xla._native import call_api, call_kernel, keep, link, symbol_address
+from topkast.kernels.runtime._vector import as_pointer, keep
+from topkast.kernels.xla._native import call_api, call_kernel, link, symbol_address
 
 # XLA_FFI_CallFrame
 EXTENSION, API, CONTEXT = 1, 2, 3

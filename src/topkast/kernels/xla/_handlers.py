@@ -13,7 +13,7 @@ from topkast.kernels._products import MULTIPLY, _multiply_double, _multiply_sing
 from topkast.kernels._sampling import SAMPLE, _sample_double, _sample_single
 from topkast.kernels.runtime._arguments import array_at
 from topkast.kernels.runtime._compile import kernel
-from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer
+from topkast.kernels.runtime._vector import VECTOR_BYTES, as_pointer, keep
 from topkast.kernels.xla._build import build, link_build
 from topkast.kernels.xla._frame import (
     BAD_BUFFERS,
@@ -32,7 +32,7 @@ from topkast.kernels.xla._frame import (
     result,
     size_of,
 )
-from topkast.kernels.xla._native import keep, link, symbol_address
+from topkast.kernels.xla._native import link, symbol_address
 from topkast.kernels.xla._structure import (
     ACTIVE,
     EXPLORING,

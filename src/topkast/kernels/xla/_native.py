@@ -98,13 +98,3 @@ def release(_: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.intp), emit
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def keep(_: Any, array: Any) -> Any:
-    """Keep an array alive: numba releases it after its last use, and its address is no use."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return context.get_dummy_value()
-
-    return types.void(array), emit

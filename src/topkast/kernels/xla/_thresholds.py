@@ -9,7 +9,7 @@ from numba import carray, njit, types
 
 from topkast.kernels.runtime._arguments import THREAD_COUNTER, array_at, define_arguments
 from topkast.kernels.runtime._compile import kernel
-from topkast.kernels.runtime._vector import as_pointer, fetch_add
+from topkast.kernels.runtime._vector import as_pointer, fetch_add, keep
 from topkast.kernels.xla._frame import (
     BAD_BUFFERS,
     DATA,
@@ -19,7 +19,7 @@ from topkast.kernels.xla._frame import (
     result,
     size_of,
 )
-from topkast.kernels.xla._native import keep, link, symbol_address
+from topkast.kernels.xla._native import link, symbol_address
 from topkast.kernels.xla._threads import run, threads_for
 
 _CHUNK = 1 << 16  # keys that a thread counts at a time
