@@ -18,16 +18,12 @@ from topkast import _progress
 from topkast.adapter import IncrementalSelection, Migration, choose_first, choose_next
 from topkast.backends import _candidates, _compiled
 from topkast.reservoirs import ArrayReservoir, _outside
-from topkast.reservoirs._outside import largest_outside
-from topkast.selection import _incremental
+from topkast.reservoirs._outside import Largest, largest_outside
+from topkast.selection import _incremental, _reserve
 from topkast.selection._incremental import BlockScores
 from topkast.selection._random import Ranks, make_key
-from topkast.selection._reserve import (
-    Ranking,
-    Reserve,
-    rank,
-    reserve_size,
-)
+from topkast.selection._ranking import Ranking, rank
+from topkast.selection._reserve import Reserve, reserve_size
 from topkast.selection._units import unit_scores
 from topkast.testing import assert_same_support
 
@@ -67,7 +63,11 @@ def updates(draw: st.DrawFn, values: Array, bound: float) -> Array:
 
 @pytest.fixture(params=["kernels", "numpy"], autouse=True)
 def functions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels for tensors of any size, or NumPy's functions in the place of missing ones."""
+    """The kernels for tensors of any size, or NumPy's functions in the place of missing ones.
+
+    Small reserves too have several levels.
+    """
+    monkeypatch.setattr(_reserve, "_MIN_LEVELED", 8)
     monkeypatch.setattr(_compiled, "_MIN_ENTRIES", 0)
     monkeypatch.setattr(_compiled, "has_numba", lambda: request.param == "kernels")
 
@@ -302,14 +302,21 @@ def assert_reserve(reserve: Reserve, support: topkast.Support, theta: Array) -> 
     """It holds what is outside B and reaches the bound, and nothing else."""
     outside = np.ones(theta.size, dtype=bool)
     outside[support.indices] = False
-    expected = np.flatnonzero(outside & (np.abs(theta) >= theta.dtype.type(reserve.bound)))
+    reaches, is_candidate = (
+        outside & (np.abs(theta) >= theta.dtype.type(bound))
+        for bound in (reserve.bound, reserve.floor)
+    )
+    expected = np.flatnonzero(reaches)
     present = (reserve.values != 0) | (reserve.bound == 0)
     indices, values = reserve.indices[present], reserve.values[present]
     assert reserve.size == len(indices) == len(expected)
-    assert len(reserve.indices) <= 4 * reserve.size
+    assert len(reserve.indices) <= 2 * reserve.size
     order = np.argsort(indices)
     np.testing.assert_array_equal(indices[order], expected)
     np.testing.assert_array_equal(values[order], theta[expected])
+    assert reserve.total == np.count_nonzero(is_candidate)
+    if reserve.rest is not None:
+        assert_reserve(reserve.deepen(), support, theta)
 
 
 def reserve_of(theta: Any, support: topkast.Support, count: int) -> Reserve:
@@ -338,7 +345,7 @@ def test_a_reserve_that_does_not_reach_far_enough_is_filled_again() -> None:
     selection = IncrementalSelection(reserve)
     outcome = selection.choose(support, values / 2, ArrayReservoir(theta), RANKS)
     assert outcome is not None
-    assert outcome[0].reserve.bound < reserve.bound
+    assert outcome[0].reserve.floor < reserve.bound
 
 
 def test_a_first_reserve_that_is_too_small_is_filled_again() -> None:
@@ -364,21 +371,42 @@ def test_a_first_reserve_that_is_too_small_is_filled_again() -> None:
     assert fillings == [(0, 20_000)] * 2
 
 
-def test_entries_that_left_are_removed_once_they_are_three_quarters_of_a_reserve() -> None:
+def test_entries_that_left_are_removed_once_they_are_half_of_a_reserve() -> None:
     reserve = Reserve(np.arange(10, 19), np.arange(1.0, 10.0), 0.5, 9)
     nothing = np.zeros(0, np.int64), np.zeros(0)
-    later = reserve.exchange(np.arange(6), nothing)
+    later = reserve.exchange(np.arange(4, dtype=np.int32), nothing)
     np.testing.assert_array_equal(later.indices, reserve.indices)  # nothing was moved
-    assert later.values.tolist() == [0, 0, 0, 0, 0, 0, 7, 8, 9]
-    assert later.size == 3
-    last = later.exchange(np.asarray([6, 7]), (np.asarray([30]), np.asarray([-0.75])))
+    assert later.values.tolist() == [0, 0, 0, 0, 5, 6, 7, 8, 9]
+    assert later.size == 5
+    last = later.exchange(
+        np.asarray([4, 5, 6, 7], np.int32), (np.asarray([30]), np.asarray([-0.75]))
+    )
     assert last.indices.tolist() == [18, 30]
     assert last.values.tolist() == [9, -0.75]
     assert (last.bound, last.size) == (0.5, 2)
     # Without a bound, zeros are weights like others.
     whole = Reserve(np.arange(4), np.asarray([0.0, 1, 0, 2]), 0.0, 4)
-    assert whole.exchange(np.asarray([1]), nothing).indices.tolist() == [0, 2, 3]
+    assert whole.exchange(np.asarray([1], np.int32), nothing).indices.tolist() == [0, 2, 3]
     np.testing.assert_array_equal(reserve.values, np.arange(1.0, 10.0))
+
+
+def test_levels_of_a_reserve() -> None:
+    """Of four entries each; what leaves B goes to the level of its magnitude."""
+    magnitudes = np.arange(16.0, 0.0, -1.0)
+    largest = Largest(np.arange(16, dtype=np.int32), magnitudes * (-1) ** np.arange(16), 1.0)
+    reserve = Reserve.fill(largest)
+    assert (reserve.bound, reserve.floor, reserve.size, reserve.total) == (13.0, 1.0, 4, 16)
+    np.testing.assert_array_equal(reserve.values, [16, -15, 14, -13])
+    joined = np.arange(20, 25, dtype=np.int32), np.asarray([13.5, -12.5, 9.0, 8.5, 1.0])
+    reserve = reserve.exchange(np.asarray([0], np.int32), joined)
+    assert (reserve.size, reserve.total) == (4, 20)
+    levels = [reserve := reserve.deepen() for _ in range(3)]
+    assert [one.bound for one in levels] == [9.0, 5.0, 1.0]
+    added = [[20, 21, 22], [20, 21, 22, 23], [20, 21, 22, 23, 24]]
+    for number, (one, others) in enumerate(zip(levels, added, strict=True)):
+        assert sorted(one.indices.tolist()) == [*range(1, 8 + 4 * number), *others]
+    assert reserve.rest is None
+    assert Reserve.fill(largest).reach(7.0).bound == 5.0
 
 
 @pytest.mark.parametrize("count", [700, 2_400, 2_499, 2_500])
@@ -412,11 +440,11 @@ def test_the_size_of_a_reserve_follows_what_it_loses() -> None:
                 wanted = min(2 * (size * loss) ** 0.5, backward / 2)
             left = len(outcome[0].left[0])  # which the reserve may keep
             assert wanted <= selection.filled <= wanted + left + 8_000  # a sample's deviation
-            assert selection.filled == outcome[0].reserve.size
+            assert selection.filled == outcome[0].reserve.total
             filled.append(selection.filled)
             if reserve is not None:
                 assert loss is not None
-                assert loss * (age + 1) > reserve.size
+                assert loss * (age + 1) > reserve.total
     assert 2 <= len(filled) < 10
     assert max(filled) > 2 * min(filled)
     assert reserve_size(10**6, 10**5, None) == 12_500
@@ -425,7 +453,7 @@ def test_the_size_of_a_reserve_follows_what_it_loses() -> None:
     assert reserve_size(10**6, 10, None) == 1_024
     reserve = selection.reserve
     assert reserve is not None
-    assert selection.nbytes == reserve.indices.nbytes + reserve.values.nbytes > 0
+    assert selection.nbytes == reserve.nbytes >= 12 * reserve.total > 0
 
 
 @pytest.mark.parametrize("counts", [(1, 1), (100, 200), (9_000, 9_500), (20_000, 20_000)])

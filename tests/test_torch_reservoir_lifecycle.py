@@ -19,7 +19,7 @@ import topkast
 from topkast import MismatchError, OptionError, StateDictError
 from topkast.methods import Random, Static
 from topkast.reservoirs import LayeredReservoir
-from topkast.selection._reserve import Ranking
+from topkast.selection._ranking import Ranking
 
 SPARSITIES: Any = {"fwd": 0.9, "bwd": 0.8}
 

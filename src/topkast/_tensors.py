@@ -25,7 +25,7 @@ from topkast.selection._distribution import Shape, exact_densities, exact_fracti
 from topkast.selection._groups import group_size_of, pattern_densities
 from topkast.selection._incremental import prepare_next
 from topkast.selection._random import Ranks, make_key
-from topkast.selection._reserve import Exchange, IncrementalSelection, Vector
+from topkast.selection._ranking import Exchange, IncrementalSelection, Vector
 from topkast.selection._select import check_finite, ranked_units
 from topkast.selection._support import Migration, Support, join_layers
 from topkast.selection._units import Blocks, blocks_of

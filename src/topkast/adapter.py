@@ -72,7 +72,7 @@ from topkast.selection._distribution import Shape, exact_fraction, kept_count
 from topkast.selection._groups import group_size_of, pattern_densities
 from topkast.selection._incremental import choose_first, choose_next
 from topkast.selection._random import bare_name
-from topkast.selection._reserve import IncrementalSelection
+from topkast.selection._ranking import IncrementalSelection
 from topkast.selection._support import Migration
 
 __all__ = [

@@ -51,6 +51,7 @@ TESTS: dict[str, list[str]] = {
     "selection/_incremental.py": ["test_reserve.py", *RESERVOIRS],
     "selection/_random.py": [*SELECTION, "test_deep_rewiring.py", "test_exploration.py"],
     "selection/_replace.py": ["test_methods.py", "test_rivals.py"],
+    "selection/_ranking.py": ["test_reserve.py"],
     "selection/_reserve.py": ["test_reserve.py"],
     "selection/_select.py": [
         *SELECTION,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Vector = np.ndarray[Any, Any]
 
-_SAMPLE, _RUN = 1 << 16, 1 << 4  # entries of a sample, and of a run of consecutive ones
+_SAMPLE, _RUN = 1 << 16, 1 << 5  # entries of a sample, and of a run of consecutive ones
 _SPREAD = 4.0  # standard deviations of a sampled quantile, by which the bound is lowered
 _WHOLE = 4  # times the entries that are wanted: as many are taken without a bound
 

@@ -17,7 +17,7 @@ from topkast._errors import NonFiniteError
 from topkast._progress import CHUNK
 from topkast.reservoirs._reservoir import Reservoir
 from topkast.selection._random import Ranks, make_key
-from topkast.selection._reserve import Exchange, IncrementalSelection, Vector
+from topkast.selection._ranking import Exchange, IncrementalSelection, Vector
 from topkast.selection._support import Migration, Support, index_dtype_for
 from topkast.selection._units import Blocks, BlockScore, unit_scores
 

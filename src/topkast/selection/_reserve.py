@@ -8,31 +8,73 @@ next B is exact, and only candidates were read. Otherwise the reserve is filled 
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from topkast._errors import NonFiniteError
-from topkast.backends import _candidates
 from topkast.backends._compiled import functions
-from topkast.reservoirs._outside import largest_outside
-from topkast.reservoirs._reservoir import Reservoir
-from topkast.selection._random import Ranks
-from topkast.selection._support import Migration, Support
-from topkast.selection._units import BlockScore
+
+if TYPE_CHECKING:
+    from topkast.reservoirs._outside import Largest
 
 Vector = np.ndarray[Any, Any]
+Entries: TypeAlias = tuple[Vector, Vector]  # their indices and weights
 
 _MIN_RESERVE = 1 << 10  # entries
 _FIRST_SHARE, _MAX_SHARE = 1 / 8, 1 / 2  # of |B|
-_MAX_SLOTS = 4  # times the entries of a reserve: then those that left are removed
-_HISTORY = 3  # refreshes whose thresholds predict the next ones
-_BRACKET = 2.0  # times the error of the last prediction, by which the next one may be wrong
-_MIN_BRACKET = 1 / 2048  # of the threshold
+_MAX_SLOTS = 2  # times the entries of a reserve: then those that left are removed
+_LEVELS = 4  # of a reserve, of as many entries each
+_MIN_LEVELED = 1 << 15  # entries of a reserve with several levels
+_SAMPLE = 1 << 12  # entries from which the bounds of levels are estimated
+
+
+class Rest(NamedTuple):
+    """The levels of a reserve below its present one: they are read when that is exhausted.
+
+    Attributes
+    ----------
+    levels
+        Indices and weights of the entries of each level, the largest first.
+    bounds
+        The bound of each level; the last one is that of all entries.
+    later
+        Indices and weights of entries that left B since the present level was taken.
+    """
+
+    levels: tuple[Entries, ...]
+    bounds: tuple[float, ...]
+    later: Entries
+
+    @classmethod
+    def divide(cls, entries: Entries, bounds: Sequence[float]) -> Rest:
+        """Divide all entries into levels by descending bounds."""
+        levels, limit = [], None
+        for bound in bounds:
+            levels.append(_collect(entries, bound, limit))
+            limit = _below(bound, entries[1])
+        nothing = entries[0][:0], entries[1][:0]
+        return cls(tuple(levels), tuple(bounds), nothing)
+
+    def take(self) -> tuple[Entries, Rest | None]:
+        """The entries of the next level, and the rest, or None after the last one."""
+        (level, *levels), (bound, *bounds) = self.levels, self.bounds
+        entries = _join(level, _collect(self.later, bound))
+        if not bounds:
+            return entries, None
+        later = _collect(self.later, bounds[-1], _below(bound, level[1]))
+        return entries, Rest(tuple(levels), tuple(bounds), later)
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return sum(int(indices.size) for indices, _ in (*self.levels, self.later))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of indices and values."""
+        return sum(array.nbytes for entries in (*self.levels, self.later) for array in entries)
 
 
 class Reserve(NamedTuple):
@@ -50,15 +92,51 @@ class Reserve(NamedTuple):
         Every other entry outside B has a smaller magnitude; 0 if there are no others.
     size
         Number of entries without those that left.
+    rest
+        The entries of smaller magnitudes that are known; None: no others are.
     """
 
     indices: Vector
     values: Vector
     bound: float
     size: int
+    rest: Rest | None = None
 
-    def exchange(self, left: Vector, joined: tuple[Vector, Vector]) -> Reserve:
+    @classmethod
+    def fill(cls, largest: Largest) -> Reserve:
+        """The reserve of what was found outside B, of which a large one has several levels."""
+        indices, values, bound = largest
+        if indices.size < _MIN_LEVELED or not bound:
+            return cls(indices, values, bound, indices.size)
+        sample = np.sort(np.abs(values[:: max(indices.size // _SAMPLE, 1)]))
+        places = (len(sample) * np.arange(1, _LEVELS)) // _LEVELS
+        bounds = sorted({bound, *sample[places].tolist()}, reverse=True)
+        rest = Rest.divide((indices, values), bounds)
+        return cls(indices[:0], values[:0], math.inf, 0, rest).deepen()
+
+    def deepen(self) -> Reserve:
+        """The reserve with its next level, whose entries are smaller."""
+        assert self.rest is not None
+        entries, rest = self.rest.take()
+        present = _collect((self.indices, self.values), self.bound)
+        indices, values = _join(present, entries)
+        return Reserve(indices, values, self.rest.bounds[0], indices.size, rest)
+
+    def reach(self, magnitude: float) -> Reserve:
+        """The reserve with all levels that hold entries of this magnitude."""
+        reserve = self
+        while reserve.rest is not None and reserve.bound > magnitude:
+            reserve = reserve.deepen()
+        return reserve
+
+    def exchange(self, left: Vector, joined: Entries) -> Reserve:
         """Remove the entries at the positions `left`, and add others: indices and values."""
+        rest = self.rest
+        if rest is not None:
+            is_near = np.abs(joined[1]) >= joined[1].dtype.type(self.bound)
+            later: Entries = (joined[0][~is_near], joined[1][~is_near])
+            joined = joined[0][is_near], joined[1][is_near]
+            rest = rest._replace(later=_join(rest.later, later))
         indices = np.concatenate([self.indices, joined[0]])
         values = np.concatenate([self.values, joined[1]])
         size = self.size - left.size + joined[0].size
@@ -68,193 +146,24 @@ class Reserve(NamedTuple):
             return Reserve(indices[stays], values[stays], self.bound, size)
         values[left] = 0
         if indices.size > _MAX_SLOTS * size:
-            positions, values = functions(indices.size).collect(values, self.bound)
-            indices = indices.take(positions)
-        return Reserve(indices, values, self.bound, size)
+            indices, values = _collect((indices, values), self.bound)
+        return Reserve(indices, values, self.bound, size, rest)
+
+    @property
+    def floor(self) -> float:
+        """The bound of all levels."""
+        return self.bound if self.rest is None else self.rest.bounds[-1]
+
+    @property
+    def total(self) -> int:
+        """Number of entries of all levels."""
+        return self.size + (0 if self.rest is None else self.rest.size)
 
     @property
     def nbytes(self) -> int:
         """Bytes of indices and values."""
-        return self.indices.nbytes + self.values.nbytes
-
-
-class Exchange(NamedTuple):
-    r"""The next sets, chosen among candidates.
-
-    Attributes
-    ----------
-    support, migration
-        The next sets, and the position of each of their entries in the present B.
-    values
-        Weights on the next B (\|B\|,).
-    reserve
-        The largest entries outside the next B.
-    left
-        Indices and weights of the entries that left B.
-    smallest
-        The smallest magnitudes in the next A and B.
-    entered
-        Number of units of the next A that were not in the present one.
-    """
-
-    support: Support
-    migration: Migration
-    values: Vector
-    reserve: Reserve
-    left: tuple[Vector, Vector]
-    smallest: tuple[float, float]
-    entered: int
-
-
-@dataclass(frozen=True)
-class IncrementalSelection:
-    r"""The choice of the largest magnitudes of one tensor, refresh after refresh.
-
-    Each refresh reads the reserve, and each filling of the reserve reads all n weights. If the
-    reserve loses d entries at a refresh, and reading a weight takes twice as long as a refresh
-    spends on an entry of the reserve, then 2 · √(n · d) entries cost least altogether. These
-    are collected, from 1,024 up to half of \|B\|; at first, an eighth of \|B\|.
-
-    Attributes
-    ----------
-    reserve
-        The reserve of the present sets; None before the first refresh.
-    filled
-        Number of its entries after the refresh at which it was filled.
-    age
-        Refreshes since then.
-    loss
-        Entries that the reserves lost at each refresh; None before the first one ran short.
-    smallest
-        The smallest magnitudes in A and B, at the last three refreshes.
-    block_score
-        The score by which blocks were ranked, if units are blocks.
-    """
-
-    reserve: Reserve | None = None
-    filled: int = 0
-    age: int = 0
-    loss: float | None = None
-    smallest: tuple[tuple[float, float], ...] = ()
-    block_score: BlockScore = "sum"
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the reserve."""
-        return 0 if self.reserve is None else self.reserve.nbytes
-
-    def choose(
-        self,
-        support: Support,
-        values: Vector,
-        reservoir: Reservoir,
-        ranks: Ranks,
-        *,
-        counts: tuple[int, int] | None = None,
-        name: str = "",
-    ) -> tuple[Exchange, IncrementalSelection] | None:
-        r"""Choose the next sets; also return the selection that follows.
-
-        Parameters
-        ----------
-        support
-            The present sets, of single weights. Their indices are a NumPy array: int32 if the
-            tensor has fewer than 2³¹ weights, else int64.
-        values
-            Weights on B (\|B\|,), contiguous, float32 or float64.
-        reservoir
-            The weights outside B.
-        ranks
-            Ranks of equal magnitudes.
-        counts
-            \|A\| and \|B\| of the next sets; None: those of the present ones.
-        name
-            The tensor's name, for messages about progress.
-
-        Returns
-        -------
-        tuple or None
-            None if too few entries outside B are nonzero: all weights have to be ranked.
-
-        Raises
-        ------
-        NonFiniteError
-            If a weight on B is NaN or infinite.
-
-        Examples
-        --------
-        B is {1, 2, 5}. Then the weight of 5 shrinks, and 3 takes its place:
-
-        >>> import numpy as np, topkast
-        >>> from topkast.adapter import IncrementalSelection
-        >>> from topkast.reservoirs import ArrayReservoir
-        >>> theta = np.asarray([0.1, 0.9, 0.5, 0.3, 0.0, 0.4])
-        >>> support, reservoir = topkast.select(theta, fwd=0.8, bwd=0.5), ArrayReservoir(theta)
-        >>> values = np.asarray([0.9, 0.5, 0.2])
-        >>> by_position = lambda indices: indices  # ranks equal magnitudes
-        >>> selection = IncrementalSelection()
-        >>> chosen, following = selection.choose(support, values, reservoir, by_position)
-        >>> chosen.support.indices, chosen.left
-        (array([1, 2, 3], dtype=int32), (array([5], dtype=int32), array([0.2])))
-        """
-        finish = self.prepare(support, values, reservoir, ranks, counts=counts, name=name)
-        return None if finish is None else finish()
-
-    def prepare(
-        self,
-        support: Support,
-        values: Vector,
-        reservoir: Reservoir,
-        ranks: Ranks,
-        *,
-        counts: tuple[int, int] | None = None,
-        name: str = "",
-    ) -> Callable[[], tuple[Exchange, IncrementalSelection]] | None:
-        """Do what :meth:`choose` does, but leave the division of the candidates to the result.
-
-        Whatever can fail has been done then. `values` must not change before the result is called.
-        """
-        counts = (support.forward, support.backward) if counts is None else counts
-        loss, known = self.loss, 0  # entries outside B above the present bound
-        brackets = self._expect_smallest()
-        missing = max(counts[1] - support.backward, 0)
-        if self.reserve is not None:
-            ranking = rank(support, values, self.reserve, reservoir.size, ranks, counts, brackets)
-            if isinstance(ranking, Ranking):
-                return functools.partial(self._follow, ranking, replace(self, age=self.age + 1))
-            missing, known = ranking, self.reserve.size
-            loss = (self.filled + missing) / (self.age + 1)
-        count = known + missing + reserve_size(reservoir.size, counts[1], loss)
-        while True:
-            largest = largest_outside(reservoir, support, count, name=name)
-            if largest is None:
-                return None
-            reserve = Reserve(*largest, size=largest.indices.size)
-            ranking = rank(support, values, reserve, reservoir.size, ranks, counts, brackets)
-            if isinstance(ranking, Ranking):
-                return functools.partial(self._follow, ranking, IncrementalSelection(loss=loss))
-            count += 2 * ranking
-
-    def _follow(
-        self, ranking: Ranking, following: IncrementalSelection
-    ) -> tuple[Exchange, IncrementalSelection]:
-        """Divide the candidates; complete the selection that follows."""
-        exchange = ranking.exchange()
-        reserve, smallest = exchange.reserve, (*self.smallest[1 - _HISTORY :], exchange.smallest)
-        filled = following.filled if following.age else reserve.size
-        return exchange, replace(following, reserve=reserve, filled=filled, smallest=smallest)
-
-    def _expect_smallest(self) -> list[tuple[float, float]] | None:
-        """Bounds of the next smallest magnitudes, if they move about as they did before."""
-        if len(self.smallest) < _HISTORY:
-            return None
-        brackets = []
-        for first, before, now in zip(*self.smallest, strict=True):
-            error = abs(now - (2 * before - first))
-            width = _BRACKET * error + _MIN_BRACKET * now
-            center = 2 * now - before
-            brackets.append((max(center - width, 0.0), max(center + width, 0.0)))
-        return brackets
+        rest = 0 if self.rest is None else self.rest.nbytes
+        return self.indices.nbytes + self.values.nbytes + rest
 
 
 def reserve_size(size: int, backward: int, loss: float | None) -> int:
@@ -263,115 +172,22 @@ def reserve_size(size: int, backward: int, loss: float | None) -> int:
     return max(_MIN_RESERVE, int(min(wanted, _MAX_SHARE * backward)))
 
 
-def rank(
-    support: Support,
-    values: Vector,
-    reserve: Reserve,
-    size: int,
-    ranks: Ranks,
-    counts: tuple[int, int],
-    brackets: Sequence[tuple[float, float]] | None = None,
-) -> Ranking | int:
-    """Find the smallest magnitudes of the next sets among the entries of B and the reserve.
-
-    If an entry outside both could belong to the next B, returns the number of missing entries
-    instead: those in the next B that may be smaller than the reserve's bound. Parameters and errors
-    are those of :meth:`IncrementalSelection.choose`; `size` is the number of entries of the tensor,
-    and `brackets` are bounds of the smallest magnitudes in A and B, within which they are expected.
-    """
-    if counts[1] > support.backward + reserve.size:
-        return counts[1] - _count_reaching(values, reserve.bound) - reserve.size
-    use = functions(values.size + reserve.values.size)
-    split = support.forward
-    lists = [
-        (support.indices[:split], values[:split]),
-        (support.indices[split:], values[split:]),
-        (reserve.indices, reserve.values),
-    ]
-    vectors = [vector for _, vector in lists]
-    (forward, backward), not_finite = use.find_thresholds(vectors, counts, brackets=brackets)
-    if not_finite:
-        raise NonFiniteError(f"{not_finite} of {size} entries are NaN or infinite")
-    if backward.magnitude < reserve.bound:
-        return counts[1] - _count_reaching(values, reserve.bound) - reserve.size
-    ties = None
-    if forward.surplus or backward.surplus:
-        ties = _find_ties(lists, forward, ranks, use), _find_ties(lists, backward, ranks, use)
-    smallest = forward.magnitude, backward.magnitude
-    return Ranking(support, values, reserve, size, counts, smallest, ties)
+def _collect(entries: Entries, bound: float, limit: float | None = None) -> Entries:
+    """The entries of magnitude `bound` or more, and of `limit` or less."""
+    indices, values = entries
+    positions, kept = functions(values.size).collect(values, bound, limit)
+    return indices.take(positions), kept
 
 
-class Ranking(NamedTuple):
-    """The candidates for the next sets, and the smallest magnitudes in these.
-
-    `ties` are indices of entries at these magnitudes that rank too low. For the others, see
-    :func:`rank`.
-    """
-
-    support: Support
-    values: Vector
-    reserve: Reserve
-    size: int
-    counts: tuple[int, int]
-    smallest: tuple[float, float]
-    ties: tuple[Vector, Vector] | None
-
-    def exchange(self) -> Exchange:
-        """Divide the candidates into the next sets and the next reserve."""
-        support, values, reserve, counts = self.support, self.values, self.reserve, self.counts
-        use = functions(values.size + reserve.values.size)
-        # Of the reserve, only what reaches the next B has to be put in order.
-        positions, entering = use.collect(reserve.values, self.smallest[1])
-        indices = reserve.indices.take(positions)
-        order = _ascending(indices)
-        division = use.divide(
-            (support.indices, values),
-            (indices[order], entering[order]),
-            split=support.forward,
-            size=self.size,
-            forward=self.smallest[0],
-            backward=self.smallest[1],
-            bound=reserve.bound,
-            ties=self.ties,
-        )
-        inside = slice(counts[1])
-        outside = slice(counts[1], counts[1] + division.sizes[2])
-        left = counts[1] + np.flatnonzero(division.survives[counts[1] :])
-        return Exchange(
-            Support(division.indices[inside], counts[0]),
-            Migration(division.source[inside], division.survives[inside]),
-            division.values[inside],
-            reserve.exchange(positions, (division.indices[outside], division.values[outside])),
-            (division.indices.take(left), division.values.take(left)),
-            self.smallest,
-            division.entered,
-        )
+def _join(first: Entries, second: Entries) -> Entries:
+    """Entries of two vectors as one."""
+    if not second[0].size:
+        return first
+    indices, values = (np.concatenate(arrays) for arrays in zip(first, second, strict=True))
+    return indices, values
 
 
-def _ascending(indices: Vector) -> Vector:
-    """Positions of the indices in ascending order; they differ, and are below 2³² or few."""
-    if indices.dtype != np.int32:
-        return np.argsort(indices)
-    # One integer holds an index and its position. NumPy sorts integers faster than positions.
-    keys = indices.astype(np.int64) << 32
-    keys |= np.arange(len(indices))
-    keys.sort()
-    return keys & 0xFFFFFFFF
-
-
-def _count_reaching(values: Vector, bound: float) -> int:
-    return int(np.count_nonzero(np.abs(values) >= values.dtype.type(bound)))
-
-
-def _find_ties(
-    lists: list[tuple[Vector, Vector]], threshold: _candidates.Threshold, ranks: Ranks, use: Any
-) -> Vector:
-    """Ascending indices of the entries at a threshold that rank too low to be chosen; int64."""
-    if not threshold.surplus:
-        return np.zeros(0, dtype=np.int64)
-    at_threshold = threshold.magnitude, threshold.magnitude
-    equal = np.concatenate(
-        [indices.take(use.collect(values, *at_threshold)[0]) for indices, values in lists]
-    )
-    lowest = np.argpartition(ranks(equal), threshold.surplus - 1)[: threshold.surplus]
-    return np.sort(equal[lowest]).astype(np.int64)
+def _below(bound: float, values: Vector) -> float:
+    """The largest magnitude below a bound, in the precision of `values`."""
+    dtype = values.dtype.type
+    return float(np.nextafter(dtype(bound), dtype(0)))
