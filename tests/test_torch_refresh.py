@@ -7,6 +7,7 @@ import tracemalloc
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import reservoir_training
 import torch
@@ -276,3 +277,27 @@ def test_kernels_change_no_bit_of_an_update(
             opt.step()
         states.append(opt)
     assert_same(*states)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_other_tensors_with_the_memory_of_a_state_follow_it(sparse: bool) -> None:
+    """A refresh writes into the memory of a state: views of it, arrays and other processes see it."""
+    model, opt = build("adamw", sparse=sparse)
+    plain, plain_opt = build("adamw", sparse=sparse)
+    for network, optimizer in ((model, opt), (plain, plain_opt)):
+        train(network, optimizer, 1)
+    wrapped = opt._wrapper_state
+    first, second = (wrapped.inner.state[one.values] for one in wrapped.executions)
+    view, array = first["exp_avg"].view(-1), np.from_dlpack(first["exp_avg_sq"])
+    second["exp_avg_sq"].share_memory_()
+    before, kept = view.clone(), [*first.values(), *second.values()]
+    for network, optimizer in ((model, opt), (plain, plain_opt)):
+        train(network, optimizer, 3)
+    assert not torch.equal(view, before)
+    assert torch.equal(view, first["exp_avg"].view(-1))
+    np.testing.assert_array_equal(array, first["exp_avg_sq"].numpy())
+    assert second["exp_avg_sq"].is_shared()
+    assert all(
+        one is other for one, other in zip([*first.values(), *second.values()], kept, strict=True)
+    )
+    assert_same(opt, plain_opt)

@@ -64,7 +64,7 @@ def where(flags: Array, array: Array, other: float) -> Array:
 
 def fill_like(entry: Array, fresh: Array | float) -> Array:
     """A number as an array (), or an array as a vector, of the dtype of `entry`."""
-    xp = array_namespace(entry)
     if isinstance(fresh, (int, float)):
-        return xp.full((), fresh, dtype=entry.dtype, device=device(entry))
+        return backend_of(entry).full(fresh, entry)
+    xp = array_namespace(entry)
     return xp.astype(xp.reshape(fresh, (-1,)), entry.dtype)

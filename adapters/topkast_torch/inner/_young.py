@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from topkast_torch.execution._profile import InnerProfile
 
 _KERNEL_MIN_ENTRIES = 1 << 14  # below which a call of a kernel costs more than it saves
+_FEW = 1 << 10  # ages that are read first
 _MAX_UPDATES = 1 << 14  # since the ages were counted; an entrant's age then still fits in int16
 
 
@@ -84,7 +85,10 @@ class YoungEntries:
         # On CPUs, each step finds them anew, to save memory; an accelerator would synchronise.
         self._positions = None
         if self.ages.device.type == "cpu":
-            self._any_young = self.ages.numel() > 0 and int(self.ages.numpy().min()) < self._limit
+            ages = self.ages.numpy()
+            # What entered last is young, and most of it is in B∖A, at the end.
+            parts = (ages[-_FEW:], ages) if len(ages) else ()
+            self._any_young = any(int(part.min()) < self._limit for part in parts)
         else:
             self._positions = _true_positions(self.ages < self._limit)
             self._any_young = len(self._positions) > 0

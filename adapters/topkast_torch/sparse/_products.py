@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -103,6 +104,7 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in (torch.float32, torch.float64) and has_numba()
 
 
+@functools.cache
 def numpy_name(dtype: torch.dtype) -> str:
     """NumPy's name of a dtype."""
     return str(dtype).removeprefix("torch.")

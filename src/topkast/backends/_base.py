@@ -71,6 +71,11 @@ class Backend:
         """The device on which new arrays can be combined with `array`."""
         return device_of(array)
 
+    def full(self, number: float, like: Array) -> Array:
+        """A number as an array (), of the dtype and device of `like`."""
+        xp = array_namespace(like)
+        return xp.full((), number, dtype=like.dtype, device=self.device(like))
+
     def host(self, array: Array) -> Host | None:
         """View `array` as a NumPy array without a copy, or return None if that is impossible.
 

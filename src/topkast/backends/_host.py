@@ -94,11 +94,19 @@ def _smallest(ranks: Vector, count: int) -> Vector:
 
 
 def migrate(
-    moves: Sequence[tuple[Vector, Vector]], source: Vector, survives: Vector
-) -> list[Vector]:
-    """Entries (k,) at the positions `source`; `fresh`, 0-d or (k,), where not `survives`."""
+    moves: Sequence[tuple[Vector, Vector]],
+    source: Vector,
+    survives: Vector,
+    outs: Sequence[Vector] | None = None,
+) -> Sequence[Vector]:
+    """Entries (k,) at the positions `source`; `fresh`, 0-d or (k,), where not `survives`.
+
+    They are written into `outs`, if these are given.
+    """
+    if outs is None:
+        outs = [np.empty(source.size, dtype=flat.dtype) for flat, _ in moves]
     triples = [
-        (flat, fresh.reshape(-1), np.empty(source.size, dtype=flat.dtype)) for flat, fresh in moves
+        (flat, fresh.reshape(-1), out) for (flat, fresh), out in zip(moves, outs, strict=True)
     ]
     use = functions(source.size)
     vectors = [source, survives, *(vector for triple in triples for vector in triple)]
@@ -107,7 +115,7 @@ def migrate(
     if not (contiguous and has_words and source.dtype == np.int32):
         use = _candidates
     use.migrate(source, survives, *triples)
-    return [out for *_, out in triples]
+    return outs
 
 
 def common_positions(

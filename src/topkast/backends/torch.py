@@ -58,6 +58,9 @@ class TorchBackend(Backend):
         source = table.index_copy_(0, old.long(), positions).index_select(0, new)
         return source.clamp(min=0), source >= 0
 
+    def full(self, number: float, like: Tensor) -> Tensor:
+        return like.new_full((), number)
+
     def migrate(
         self, moves: Sequence[tuple[Tensor, Tensor]], source: Tensor, survives: Tensor
     ) -> list[Tensor]:
@@ -66,11 +69,10 @@ class TorchBackend(Backend):
                 torch.where(survives, flat.index_select(0, source), fresh) for flat, fresh in moves
             ]
         pairs = [(_view(flat), _view(fresh)) for flat, fresh in moves]
-        moved = _host.migrate(pairs, source.numpy(), survives.numpy())
-        return [
-            torch.from_numpy(out).view(flat.dtype)
-            for out, (flat, _) in zip(moved, moves, strict=True)
-        ]
+        moved = [flat.new_empty(len(source)) for flat, _ in moves]  # aligned to a cache line
+        outs = [_view(out) for out in moved]
+        _host.migrate(pairs, source.numpy(), survives.numpy(), outs)
+        return moved
 
 
 def _view(vector: Tensor) -> np.ndarray[Any, Any]:
