@@ -281,7 +281,7 @@ def test_kernels_change_no_bit_of_an_update(
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_other_tensors_with_the_memory_of_a_state_follow_it(sparse: bool) -> None:
-    """A refresh writes into the memory of a state: views of it, arrays and other processes see it."""
+    """A refresh writes into the memory of a state, which views, arrays and processes share."""
     model, opt = build("adamw", sparse=sparse)
     plain, plain_opt = build("adamw", sparse=sparse)
     for network, optimizer in ((model, opt), (plain, plain_opt)):
