@@ -54,17 +54,17 @@ def _find_masks(bits: Any, valid: Any, indices: Any, keys: Any, ties: Any) -> An
     """Masks of the lanes that go to each part; arrays, which would be counted, by addresses."""
     key, forward, backward, bound = without_sign(bits), keys[0], keys[1], keys[2]
     forward_ties, forward_size, backward_ties, backward_size = ties
-    one, two = at_least(key, forward) & valid, at_least(key, backward) & valid
+    active, inside = at_least(key, forward) & valid, at_least(key, backward) & valid
     if forward_size:
         same = equal(key, forward) & valid
         if same:
-            one = _without_ties(one, same, indices, forward_ties, forward_size)
+            active = _without_ties(active, same, indices, forward_ties, forward_size)
     if backward_size:
         same = equal(key, backward) & valid
         if same:
-            two = _without_ties(two, same, indices, backward_ties, backward_size)
-    inside, three = one | two, at_least(key, bound) & valid
-    return one, two & ~one, three & ~inside, valid & ~(three | inside)
+            inside = _without_ties(inside, same, indices, backward_ties, backward_size)
+    inside, above = active | inside, at_least(key, bound) & valid
+    return active, inside & ~active, above & ~inside, valid & ~(above | inside)
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -98,20 +98,21 @@ def count_packed(
     """Count the entries of a list, in one range of the tensor, that go to each part (4,)."""
     forward, backward, bound = _lanes_of(keys)
     address, size = values.ctypes.data, len(values)
-    one, two, three, whole = 0, 0, 0, size - size % LANES
+    active, inside, above, whole = 0, 0, 0, size - size % LANES
     for first in range(0, whole, LANES):  # processors read ahead of loads without a mask only
         key = without_sign(load(address + LANE_BYTES * first, EVERY))
-        one += count(at_least(key, forward))
-        two += count(at_least(key, backward))
-        three += count(at_least(key, bound))
+        active += count(at_least(key, forward))
+        inside += count(at_least(key, backward))
+        above += count(at_least(key, bound))
     valid = first_lanes(size - whole)
     key = without_sign(load(address + LANE_BYTES * whole, valid))
-    one += count(at_least(key, forward) & valid)
-    two += count(at_least(key, backward) & valid)
-    three += count(at_least(key, bound) & valid)
-    one -= _count_ties(indices, values, keys[0], ties[0], unsigned)
-    two -= _count_ties(indices, values, keys[1], ties[1], unsigned)
-    counts[0], counts[1], counts[2], counts[3] = one, two - one, three - two, size - three
+    active += count(at_least(key, forward) & valid)
+    inside += count(at_least(key, backward) & valid)
+    above += count(at_least(key, bound) & valid)
+    active -= _count_ties(indices, values, keys[0], ties[0], unsigned)
+    inside -= _count_ties(indices, values, keys[1], ties[1], unsigned)
+    counts[0], counts[1] = active, inside - active
+    counts[2], counts[3] = above - inside, size - above
 
 
 @njit  # type: ignore[untyped-decorator]
