@@ -126,7 +126,9 @@ def test_collect_keeps_what_reaches_the_bound(vector: Array, data: st.DataObject
     assert indices.dtype == np.int32
     np.testing.assert_array_equal(values.view(np.uint8), vector[expected].view(np.uint8))
     limit = float(np.abs(data.draw(st.sampled_from(vector[:50].tolist()))))
-    if limit >= bound:
+    if limit < bound:
+        assert [len(one) for one in collect(vector, bound, limit)] == [0, 0]
+    else:
         found, expected_here = (
             collect(vector, bound, limit),
             _candidates.collect(vector, bound, limit),
@@ -180,6 +182,18 @@ def test_divide_agrees_with_numpy(vector: Array, data: st.DataObject) -> None:
         threads = data.draw(st.sampled_from(THREADS))
         found = divide(inside, parts[2], split=len(lists[0]), **limits, ties=tied, threads=threads)
         check_equal(found, expected)
+
+
+def test_candidates_in_one_corner_of_a_large_tensor() -> None:
+    """More than are divided in vectors, whose memory follows the longest list of a range."""
+    rng = np.random.default_rng(0)
+    split, count = _divide._MAX_PACKED + 1, _divide._MAX_PACKED + 1_000
+    order = rng.permutation(count + 5).astype(np.int32)
+    indices = np.concatenate([np.sort(order[:split]), np.sort(order[split:count])])
+    inside = indices, rng.standard_normal(count).astype(np.float32)
+    reserve = np.sort(order[count:]), np.full(5, 0.7, np.float32)
+    limits: Any = {"split": split, "size": 2**31 - 1, "forward": 1.0, "backward": 0.6, "bound": 0.5}
+    check_equal(divide(inside, reserve, **limits), _candidates.divide(inside, reserve, **limits))
 
 
 def check_equal(found: Any, expected: Any) -> None:
