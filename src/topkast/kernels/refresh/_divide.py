@@ -195,7 +195,10 @@ def _find_starts(counts: Vector) -> Vector:
 
 @njit  # type: ignore[untyped-decorator]
 def _find_near(indices: Any, index: Any, bounds: Any, expected: Any) -> Any:
-    """Position, within bounds, of the first index that is as large: expected so far from there."""
+    """Position, within bounds, of the first index that is as large.
+
+    It is searched around the entry that is `expected` entries behind the first bound.
+    """
     low, high = bounds
     guess, step = low + expected, 16
     while guess < high and indices[guess] < index:
