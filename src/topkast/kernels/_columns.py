@@ -104,19 +104,13 @@ def find_row_starts(
 
 @compiled
 def _locate_rows(flat: Vector, height: int, width: int) -> Vector:
-    """Position of the first entry of each row, and the end (height + 1,)."""
+    """Position of the first entry of each row, and the end (height + 1,).
+
+    Each is searched from that of the row before on.
+    """
     starts = np.empty(height + 1, dtype=np.int64)
-    _locate_some(flat, 0, height, height, width, starts)
-    starts[height] = len(flat)
-    return starts
-
-
-@njit  # type: ignore[untyped-decorator]
-def _locate_some(flat: Any, first: Any, stop: Any, height: Any, width: Any, starts: Any) -> None:
-    """Search the first entry of some rows, from that of the row before on."""
-    low = 0
-    row_length = len(flat) // max(height, 1) + 1
-    for row in range(first, stop):
+    low, row_length = 0, len(flat) // max(height, 1) + 1
+    for row in range(height):
         edge, step, high = np.int64(row) * width, row_length, low
         while high < len(flat) and flat[high] < edge:
             low, high, step = high + 1, high + step, 2 * step
@@ -128,6 +122,8 @@ def _locate_some(flat: Any, first: Any, stop: Any, height: Any, width: Any, star
             else:
                 high = middle
         starts[row] = low
+    starts[height] = len(flat)
+    return starts
 
 
 def rows_and_columns(columns: Vector, pitch: int, row_starts: Vector) -> tuple[Vector, Vector]:

@@ -111,9 +111,8 @@ def divide(
     index_dtype, dtype = inside[0].dtype, inside[1].dtype
     kernels = _KERNELS if index_dtype == np.int32 else _WIDE_KERNELS
     total, threads = len(inside[0]) + len(reserve[0]), threads or default_threads()
-    candidates = (
-        _PACKED_CANDIDATES if kernels[int(dtype != np.float32)] is _divide_packed else _CANDIDATES
-    )
+    is_packed = dtype == np.float32 and kernels[0] is _divide_packed
+    candidates = _PACKED_CANDIDATES if is_packed else _CANDIDATES
     words = max(1, -(-size // (64 * max(_SPANS * threads, total // candidates))))
     ranges = -(-size // (64 * words))
     spans = min(_SPANS * threads, ranges)

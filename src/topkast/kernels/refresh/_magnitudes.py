@@ -150,7 +150,7 @@ def _collect(address: Any, unsigned: Any, in_lanes: Any) -> None:
         if in_lanes is None:
             _write_inside(part, first, bound, span, indices, values, unsigned)
         elif size:
-            _write_packed(part, first, bound, span, indices, values)
+            _write_inside_lanes(part, first, bound, span, indices, values)
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -197,7 +197,7 @@ def _pack_inside(bits: Any, valid: Any, positions: Any, ends: Any, place: Any) -
 
 
 @njit  # type: ignore[untyped-decorator]
-def _write_packed(
+def _write_inside_lanes(
     entries: Any, first: Any, bound: Any, span: Any, indices: Any, values: Any
 ) -> None:
     """:func:`_write_inside` with AVX-512."""

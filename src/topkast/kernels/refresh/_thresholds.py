@@ -42,7 +42,7 @@ from topkast.kernels.runtime._pool import address_of
 from topkast.kernels.runtime._vector import as_pointer, fetch_add, fetch_add_many
 
 _CHUNK = 1 << 13  # entries that a thread takes at a time: they stay in the L1 cache
-_MAX_SHARE = 1 << 3  # of the entries, one in so many may lie inside a bracket
+_SHARE = 1 << 3  # entries for each one that may lie inside a bracket
 _BLOCK = 1 << 6  # entries of a chunk that are skipped together if none is inside a bracket
 _DIGIT = 16  # bits of a key that one pass counts; the counts stay in a second-level cache
 
@@ -143,7 +143,7 @@ def _find_inside(
     np.cumsum(-(-sizes // _CHUNK), out=first_chunks[1:])
     # Number of keys above each bracket, by chunk; in the last column, of those not finite.
     larger = np.zeros((first_chunks[-1], len(brackets) + 1), dtype=np.int64)
-    inside = np.empty((len(brackets), sizes.sum() // _MAX_SHARE + _CHUNK), dtype=dtype)
+    inside = np.empty((len(brackets), sizes.sum() // _SHARE + _CHUNK), dtype=dtype)
     filled = np.zeros(len(brackets), dtype=np.int64)
     run_kernel(
         (_BRACKET, _bracket_double),
