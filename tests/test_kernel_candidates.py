@@ -15,21 +15,21 @@ from topkast.backends import _candidates
 from topkast.backends._threads import default_threads
 from topkast.kernels import collect, divide, find_thresholds, migrate, scale_displacement
 from topkast.kernels._columns import _count_row_by_entry, _count_row_in_lanes
-from topkast.kernels.refresh import _divide, _magnitudes, _migrate, _thresholds
+from topkast.kernels.refresh import _brackets, _divide, _magnitudes, _migrate, _thresholds
 from topkast.kernels.runtime._lanes import HAS_LANES
 
 THREADS = [1, 2, 5]
-needs_lanes = pytest.mark.skipif(not HAS_LANES, reason="numba compiles without AVX-512 here")
+needs_lanes = pytest.mark.skipif(not HAS_LANES, reason="numba compiles without AVX2 here")
 
 
 @pytest.fixture(params=[pytest.param("lanes", marks=needs_lanes), "plain"], autouse=True)
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels with AVX-512, or those for other processors."""
+    """Kernels in lanes, of AVX-512 or AVX2, or those for other processors."""
     if request.param == "plain":
         plain = _divide._divide_single, _divide._divide_double
         monkeypatch.setattr(_divide, "_KERNELS", plain)
         monkeypatch.setattr(_migrate, "_migrate", _migrate._migrate_entries)
-        monkeypatch.setattr(_thresholds, "_BRACKET", _thresholds._bracket_single)
+        monkeypatch.setattr(_brackets, "_BRACKET", _brackets._bracket_single)
         monkeypatch.setattr(_magnitudes, "_COLLECT_SINGLE", _magnitudes._collect_single)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numba.core.codegen import get_host_cpu_features
 from numba.core.dispatcher import Dispatcher
 
 import topkast
@@ -386,3 +388,19 @@ def test_a_third_party_backend_is_found_by_the_name_of_its_library(
     for weights, support in runs[1:]:
         np.testing.assert_array_equal(weights, runs[0][0])
         assert_same_support(support, runs[0][1])
+
+
+@pytest.mark.slow  # compiles the kernels of a refresh anew
+@pytest.mark.parametrize("excluded", ["avx512", "avx"])
+def test_registers_of_other_processors(excluded: str) -> None:
+    """The tests of candidates, as on a processor whose registers have fewer lanes, or none."""
+    features = get_host_cpu_features().split(",")
+    names = tuple(f"+{one}" for one in ("avx512", "avx2") if one.startswith(excluded))
+    left = [one.replace("+", "-") if one.startswith(names) else one for one in features]
+    if left == features:
+        pytest.skip(f"this processor has no {excluded}")
+    environment = os.environ | {"NUMBA_CPU_FEATURES": ",".join(left)}
+    environment.pop("TOPKAST_HYPOTHESIS_PROFILE", None)
+    tests = str(Path(__file__).with_name("test_kernel_candidates.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
+    subprocess.run(command, env=environment, check=True, timeout=1200)

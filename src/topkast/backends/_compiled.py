@@ -15,8 +15,11 @@ _MIN_ENTRIES = 1 << 14  # below which a call of a kernel costs more than it save
 
 def functions(size: int) -> Any:
     """The module whose functions work on vectors of `size` entries."""
-    if size < _MIN_ENTRIES or not has_numba():
-        return _candidates
+    return _candidates if size < _MIN_ENTRIES or not has_numba() else _kernels()
+
+
+@functools.cache
+def _kernels() -> Any:
     return importlib.import_module("topkast.kernels")
 
 

@@ -175,7 +175,7 @@ def _load_some(address: Any, entry: Any, size: Any) -> Any:
 def _count_row_in_lanes(
     columns: Any, first: Any, stop: Any, offset: Any, sizes: Any, panels: Any
 ) -> Any:
-    """:func:`_count_row_by_entry` with AVX-512: the ends of panels by comparing sixteen columns."""
+    """:func:`_count_row_by_entry`, which compares a register of columns with the end of a panel."""
     width, panel_width = sizes
     counts, starts = panels
     if first < stop and columns[first] < offset:

@@ -8,12 +8,7 @@ import numpy as np
 from numba import carray, njit, types
 
 from topkast.kernels._columns import count_row
-from topkast.kernels.runtime._arguments import (
-    Vector,
-    array_at,
-    define_arguments,
-    fill_record,
-)
+from topkast.kernels.runtime._arguments import Vector, array_at, define_arguments, update_record
 from topkast.kernels.runtime._compile import compiled, kernel
 from topkast.kernels.runtime._partition import count_entries, count_segments
 from topkast.kernels.runtime._pool import run
@@ -67,12 +62,12 @@ def make_row_layout_arrays(
     height, panels = len(row_starts) - 1, -(-max(width, 1) // panel_width)
     counts, starts = np.zeros((2, panels, height), dtype=np.int32)
     is_valid = np.ones(len(chunk_rows) - 1, dtype=np.bool_)
-    inputs = _inputs(columns, row_starts, width, pitch, panel_width, chunk_rows, counts)
-    inputs["starts"] = starts
-    _run(_find_rows if finds_rows else _count_rows, **inputs, is_valid=is_valid)
+    record = _fill(columns, row_starts, width, pitch, panel_width, chunk_rows, counts)
+    count_rows = _find_rows if finds_rows else _count_rows
+    _run(count_rows, record, starts=starts, is_valid=is_valid)
     segments = _empty_segments(counts, chunk_rows)
     segment_starts = np.empty(segments["segments"], dtype=np.int32)
-    _run(_sort_rows, **inputs, **segments, segment_starts=segment_starts)
+    _run(_sort_rows, record, **segments, segment_starts=segment_starts)
     chunk_entries = row_starts[chunk_rows].astype(np.int32)
     arrays = (segments[name] for name in _SEGMENTS[1:4])
     return bool(is_valid.all()), chunk_entries, *arrays, segment_starts
@@ -94,22 +89,21 @@ def make_transposed_arrays(
     height, entries = len(row_starts) - 1, int(row_starts[-1] - row_starts[0])
     panels = -(-max(height, 1) // panel_width)
     counts = np.zeros((panels, width), dtype=np.int32)
-    inputs = _inputs(columns, row_starts, width, pitch, panel_width, chunk_rows, counts)
-    _run(_count_columns, **inputs)
+    record = _fill(columns, row_starts, width, pitch, panel_width, chunk_rows, counts)
+    _run(_count_columns, record)
     segments = _empty_segments(counts, chunk_rows)
     chunk_entries = np.empty(len(chunk_rows), dtype=np.int32)
     count_entries(counts, chunk_rows, chunk_entries)
-    inputs |= {"chunk_entries": chunk_entries, "entries": entries}
-    _run(_sort_columns, **inputs, **segments)
+    _run(_sort_columns, record, chunk_entries=chunk_entries, entries=entries, **segments)
     ordered_index = np.empty(entries + prefetch_distance, dtype=np.int32)
     ordered_index[entries:] = 0
     ordered_columns = np.empty(entries, dtype=np.uint16)
-    _run(_place_entries, **inputs, ordered_index=ordered_index, ordered_columns=ordered_columns)
+    _run(_place_entries, record, ordered_index=ordered_index, ordered_columns=ordered_columns)
     arrays = (segments[name] for name in _SEGMENTS[1:4])
     return chunk_entries, *arrays, ordered_index, ordered_columns
 
 
-def _inputs(
+def _fill(
     columns: Vector,
     row_starts: Vector,
     width: int,
@@ -117,25 +111,31 @@ def _inputs(
     panel_width: int,
     chunk_rows: Vector,
     counts: Vector,
-) -> dict[str, Any]:
-    return {
-        "columns": columns,
-        "columns_size": len(columns),
-        "row_starts": row_starts,
-        "height": len(row_starts) - 1,
-        "width": width,
-        "pitch": pitch,
-        "panel_width": panel_width,
-        "panels": len(counts),
-        "chunk_rows": chunk_rows,
-        "chunks": len(chunk_rows) - 1,
-        "counts": counts,
-    }
+) -> Vector:
+    """The arguments that all kernels read."""
+    record = np.zeros(len(_ARGUMENTS.names or ()), dtype=np.int64)
+    update_record(
+        record,
+        _ARGUMENTS,
+        columns=columns,
+        columns_size=len(columns),
+        row_starts=row_starts,
+        height=len(row_starts) - 1,
+        width=width,
+        pitch=pitch,
+        panel_width=panel_width,
+        panels=len(counts),
+        chunk_rows=chunk_rows,
+        chunks=len(chunk_rows) - 1,
+        counts=counts,
+    )
+    return record
 
 
-def _run(kernel: Any, **values: Any) -> None:
-    unused = dict.fromkeys(_ARGUMENTS.names or (), 0)
-    run(kernel, fill_record(_ARGUMENTS, **unused | values))
+def _run(kernel: Any, record: Vector, **values: Any) -> None:
+    """Run a kernel on the arguments of a record and these."""
+    update_record(record, _ARGUMENTS, **values)
+    run(kernel, record)
 
 
 def _empty_segments(counts: Vector, chunk_rows: Vector) -> dict[str, Any]:

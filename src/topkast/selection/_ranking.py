@@ -319,14 +319,8 @@ class Ranking(NamedTuple):
 
 def _ascending(indices: Vector, values: Vector) -> tuple[Vector, Vector]:
     """Indices in ascending order, with their values; they differ."""
-    if indices.dtype != np.int32 or values.dtype != np.float32:
-        order = np.argsort(indices)
-        return indices[order], values[order]
-    # One integer holds an index and its value. NumPy sorts integers faster than positions.
-    pairs = indices.astype(np.int64) << 32
-    pairs |= values.view(np.uint32)
-    pairs.sort()
-    return (pairs >> 32).astype(np.int32), pairs.astype(np.uint32).view(np.float32)
+    order = np.argsort(indices, kind="stable")  # which merges what ascends, as entries that joined
+    return indices[order], values[order]
 
 
 def _count_reaching(values: Vector, bound: float) -> int:

@@ -22,7 +22,7 @@ _INDEX_DTYPES = {np.dtype(np.int32), np.dtype(np.int64)}
 # A tensor is divided into spans, which threads take one by one, and these into ranges.
 _SPANS = 4  # for each thread, since some have more candidates than others
 _CANDIDATES = 1 << 12  # of a range: what is known of them stays in the L1 cache
-_PACKED_CANDIDATES = 1 << 16  # with AVX-512, by which long ranges are read and written faster
+_PACKED_CANDIDATES = 1 << 16  # in lanes, by which long ranges are read and written faster
 _MAX_PACKED = 16 * _PACKED_CANDIDATES  # entries of a list in a range
 
 _OUTPUTS = "indices", "values", "source", "survives"
@@ -120,35 +120,39 @@ def divide(
     none = np.zeros(0, dtype=np.int64)
     forward_ties, backward_ties = ties or (none, none)
     counts = np.zeros((spans, 3, 4), dtype=np.int64)  # entries, by span, list and next part
-    arguments: dict[str, Any] = {
-        "inside_indices": inside[0],
-        "inside_values": inside[1],
-        "inside_size": len(inside[0]),
-        "reserve_indices": reserve[0],
-        "reserve_values": reserve[1],
-        "reserve_size": len(reserve[0]),
-        "edges": edges,
-        "counts": counts,
-        "spans": spans,
-        "ranges": ranges,
-        "words": words,
-        "size": size,
-        "split": split,
-        "forward_key": key_of_magnitude(forward, dtype),
-        "backward_key": key_of_magnitude(backward, dtype),
-        "bound_key": key_of_magnitude(bound, dtype),
-        "forward_ties": forward_ties,
-        "forward_ties_size": len(forward_ties),
-        "backward_ties": backward_ties,
-        "backward_ties_size": len(backward_ties),
-    }
-    unused = dict.fromkeys((*_OUTPUTS, "starts"), 0)
-    run_kernel(kernels, dtype, threads, _DIVIDE, writes=0, **arguments, **unused)
+    run_again = run_kernel(
+        kernels,
+        dtype,
+        threads,
+        _DIVIDE,
+        inside_indices=inside[0],
+        inside_values=inside[1],
+        inside_size=len(inside[0]),
+        reserve_indices=reserve[0],
+        reserve_values=reserve[1],
+        reserve_size=len(reserve[0]),
+        edges=edges,
+        counts=counts,
+        spans=spans,
+        ranges=ranges,
+        words=words,
+        size=size,
+        split=split,
+        writes=0,
+        forward_key=key_of_magnitude(forward, dtype),
+        backward_key=key_of_magnitude(backward, dtype),
+        bound_key=key_of_magnitude(bound, dtype),
+        forward_ties=forward_ties,
+        forward_ties_size=len(forward_ties),
+        backward_ties=backward_ties,
+        backward_ties_size=len(backward_ties),
+        **dict.fromkeys((*_OUTPUTS, "starts"), 0),
+    )
     in_parts = counts.sum(axis=1)
     dtypes = index_dtype, dtype, np.int32, np.bool_
     outputs = {name: np.empty(total, one) for name, one in zip(_OUTPUTS, dtypes, strict=True)}
-    arguments |= outputs | {"starts": _find_starts(in_parts)}
-    run_kernel(kernels, dtype, threads, _DIVIDE, writes=1, **arguments)
+    starts = _find_starts(in_parts)
+    run_again(writes=1, starts=starts, **outputs)
     entered = int(counts[:, 1:, 0].sum())
     return Division(sizes=tuple(in_parts.sum(axis=0).tolist()), entered=entered, **outputs)
 
@@ -237,7 +241,7 @@ def _divide_span(lists: Any, edge: Any, ranges: Any, length: Any, integer: Any) 
 def _divide(address: Any, unsigned: Any, integer: Any, in_lanes: Any) -> None:
     """Count the entries of each span and list that go to each part, or write them.
 
-    `in_lanes` is True to do so with AVX-512, else None: the compiler leaves the other way out.
+    `in_lanes` is True to do so in lanes, else None: the compiler leaves the other way out.
     """
     arguments = carray(as_pointer(address), 1, _DIVIDE)[0]
     keys = (

@@ -24,14 +24,13 @@ from topkast.kernels.runtime._lanes import (
     LANE_BYTES,
     LANES,
     add,
+    append,
     at_least,
     count,
     first_lanes,
     load,
     numbers,
-    pack,
     splat,
-    store,
     without_sign,
 )
 from topkast.kernels.runtime._vector import as_pointer, fetch_add
@@ -74,27 +73,24 @@ def collect(
         last = key_of_magnitude(limit, flat.dtype)
     if last < first:
         return indices, values
-    for writes in (0, 1):
-        run_kernel(
-            (_COLLECT_SINGLE, _collect_double),
-            flat.dtype,
-            threads,
-            _COLLECT,
-            flat=flat,
-            size=len(flat),
-            bound=first,
-            span=last - first,
-            starts=starts,
-            writes=writes,
-            indices=indices,
-            values=values,
-        )
-        if not writes:
-            np.cumsum(starts, out=starts)
-            count = int(starts[-1])
-            if not count:
-                break
-            indices, values = np.empty(count, np.int32), np.empty(count, flat.dtype)
+    run_again = run_kernel(
+        (_COLLECT_SINGLE, _collect_double),
+        flat.dtype,
+        threads,
+        _COLLECT,
+        flat=flat,
+        size=len(flat),
+        bound=first,
+        span=last - first,
+        starts=starts,
+        writes=0,
+        indices=0,
+        values=0,
+    )
+    np.cumsum(starts, out=starts)
+    if count := int(starts[-1]):
+        indices, values = np.empty(count, np.int32), np.empty(count, flat.dtype)
+        run_again(writes=1, indices=indices, values=values)
     return indices, values
 
 
@@ -129,7 +125,7 @@ def key_of(bits: Any, unsigned: Any) -> Any:
 
 @njit  # type: ignore[untyped-decorator]
 def _collect(address: Any, unsigned: Any, in_lanes: Any) -> None:
-    """Count the entries of each chunk, or write them: with AVX-512 if `in_lanes` is not None."""
+    """Count the entries of each chunk, or write them; `in_lanes` is True for lanes, or None."""
     arguments = carray(as_pointer(address), 1, _COLLECT)[0]
     flat = array_at(arguments.flat, arguments.size, unsigned)
     chunks = (arguments.size + _CHUNK - 1) // _CHUNK
@@ -142,7 +138,10 @@ def _collect(address: Any, unsigned: Any, in_lanes: Any) -> None:
         first = chunk * _CHUNK
         part = flat[first : min(first + _CHUNK, len(flat))]
         if arguments.writes == 0:
-            starts[chunk + 1] = _count_inside(part, bound, span, unsigned)
+            if in_lanes is None:
+                starts[chunk + 1] = _count_inside(part, bound, span, unsigned)
+            else:
+                starts[chunk + 1] = _count_inside_lanes(part, bound, span)
             continue
         size = starts[chunk + 1] - starts[chunk]
         indices = array_at(arguments.indices + 4 * starts[chunk], size, np.int32)
@@ -182,35 +181,51 @@ def _write_inside(
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
-def _pack_inside(bits: Any, valid: Any, positions: Any, ends: Any, place: Any) -> Any:
-    """Write the lanes between two ends, and their positions; return the next two addresses."""
+def _find_inside(bits: Any, valid: Any, ends: Any) -> Any:
+    """Mask of the lanes between two ends."""
     key = without_sign(bits)
-    mask = at_least(key, ends[0]) & at_least(ends[1], key) & valid
+    return at_least(key, ends[0]) & at_least(ends[1], key) & valid
+
+
+@njit  # type: ignore[untyped-decorator]
+def _count_inside_lanes(entries: Any, bound: Any, span: Any) -> Any:
+    """:func:`_count_inside` in lanes."""
+    ends = splat(np.int32(bound)), splat(np.int32(bound + span))
+    source, size, found = entries.ctypes.data, len(entries), 0
+    for _ in range(size // LANES):  # processors read ahead of loads without a mask only
+        found += count(_find_inside(load(source, EVERY), EVERY, ends))
+        source += LANE_BYTES * LANES
+    valid = first_lanes(size % LANES)
+    return found + count(_find_inside(load(source, valid), valid, ends))
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _pack_inside(bits: Any, valid: Any, positions: Any, ends: Any, place: Any, stop: Any) -> Any:
+    """Write the lanes between two ends, and their positions; return the next two addresses."""
+    mask = _find_inside(bits, valid, ends)
     index_place, value_place = place
-    if mask:
-        found = count(mask)
-        store(pack(positions, mask), index_place, first_lanes(found))
-        store(pack(bits, mask), value_place, first_lanes(found))
-        size = LANE_BYTES * found
-        index_place, value_place = index_place + size, value_place + size
-    return index_place, value_place
+    append(positions, mask, index_place, stop[0])  # without a branch, which no one can predict
+    append(bits, mask, value_place, stop[1])
+    size = LANE_BYTES * count(mask)
+    return index_place + size, value_place + size
 
 
 @njit  # type: ignore[untyped-decorator]
 def _write_inside_lanes(
     entries: Any, first: Any, bound: Any, span: Any, indices: Any, values: Any
 ) -> None:
-    """:func:`_write_inside` with AVX-512."""
+    """:func:`_write_inside` in lanes."""
     ends = splat(np.int32(bound)), splat(np.int32(bound + span))
     positions, step = add(splat(np.int32(first)), numbers()), splat(np.int32(LANES))
     place = np.int64(indices.ctypes.data), np.int64(values.ctypes.data)
-    source, size = entries.ctypes.data, len(entries)
-    for _ in range(size // LANES):  # processors read ahead of loads without a mask only
-        place = _pack_inside(load(source, EVERY), EVERY, positions, ends, place)
+    source, size, written = entries.ctypes.data, len(entries), LANE_BYTES * len(indices)
+    stop = place[0] + written, place[1] + written
+    for _ in range(size // LANES):
+        place = _pack_inside(load(source, EVERY), EVERY, positions, ends, place, stop)
         source += LANE_BYTES * LANES
         positions = add(positions, step)
     valid = first_lanes(size % LANES)
-    _pack_inside(load(source, valid), valid, positions, ends, place)
+    _pack_inside(load(source, valid), valid, positions, ends, place, stop)
 
 
 _KERNEL = types.void(types.intp)

@@ -194,7 +194,7 @@ def _move_part(moves: Any, source: Any, survives: Any, start: Any, stop: Any) ->
 
 @njit  # type: ignore[untyped-decorator]
 def _find_leads(source: Any, survives: Any, leads: Any, end: Any) -> None:
-    """For each sixteen entries, the first of 32 among which all survivors were, or -1."""
+    """For each block of lanes, the first of twice as many entries with its survivors, or -1."""
     window, address, flags = splat(np.int32(2 * LANES)), source.ctypes.data, survives.ctypes.data
     for number in range(len(leads)):
         first = number * LANES
@@ -209,7 +209,7 @@ def _find_leads(source: Any, survives: Any, leads: Any, end: Any) -> None:
 def _move_words(
     entry: Any, fresh: Any, step: Any, out: Any, source: Any, survives: Any, leads: Any
 ) -> None:
-    """Move entries of four bytes, sixteen at a time where they were neighbours; by addresses."""
+    """Move entries of four bytes, a block at a time where they were neighbours; by addresses."""
     filling = broadcast(load(fresh, np.uint16(1)))
     for number in range(len(leads)):
         lead, first = leads[number], number * LANES
@@ -252,7 +252,7 @@ def _move_shorts(
 
 @njit  # type: ignore[untyped-decorator]
 def _move_part_in_lanes(moves: Any, source: Any, survives: Any, start: Any, stop: Any) -> None:
-    """Move sixteen entries at a time where those that survive were neighbours before."""
+    """Move a block of entries at a time where those that survive were neighbours before."""
     end, size = moves[0].old_size, len(source)  # no window reaches beyond the shortest vector
     for number in range(1, len(moves)):
         end = min(end, moves[number].old_size)
@@ -276,7 +276,7 @@ def _move_part_in_lanes(moves: Any, source: Any, survives: Any, start: Any, stop
 
 @njit  # type: ignore[untyped-decorator]
 def _migrate_all(address: Any, in_lanes: Any) -> None:
-    """Move all vectors; `in_lanes` is True for AVX-512, or None."""
+    """Move all vectors; `in_lanes` is True for lanes, or None."""
     arguments = carray(as_pointer(address), 1, _MIGRATE)[0]
     size = arguments.size
     moves = carray(as_pointer(arguments.moves), arguments.count, _MOVE)

@@ -1,7 +1,7 @@
-"""What :mod:`topkast.kernels.refresh._parts` does, by sixteen entries at a time with AVX-512.
+"""What :mod:`topkast.kernels.refresh._parts` does, in lanes: a register of entries at a time.
 
 Each list is split into vectors for the next parts. For each part, most entries come from one list:
-those of others are inserted there, at indices that comparisons of sixteen indices find.
+those of others are inserted there, at indices that comparisons of whole registers find.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _append(vector: Any, size: Any, mask: Any, index: Any, bits: Any, position: 
 def _append_block(
     block: Any, valid: Any, positions: Any, keys: Any, ties: Any, vectors: Any, sizes: Any
 ) -> Any:
-    """Append sixteen entries, whose indices and values are at two addresses, to their parts."""
+    """Append a register of entries, which are at two addresses, to their parts."""
     index, bits = load(block[0], valid), load(block[1], valid)
     masks = _find_masks(bits, valid, block[0], keys, ties)
     zero, one, two, three = sizes
@@ -194,7 +194,7 @@ def _merge(stay: Any, enter: Any, move: Any, place: Any, stop: Any, outputs: Any
     while True:
         limit = min(new_indices[entered], old_indices[moved])
         limits = splat(limit)
-        while True:  # copies sixteen entries, and keeps those of smaller indices
+        while True:  # copies a register of entries, and keeps those of smaller indices
             offset, out = LANE_BYTES * source, LANE_BYTES * target
             copied = load(first_index + offset, EVERY)
             kept = below(copied, limits)

@@ -7,6 +7,7 @@ argument that is added, moved or forgotten cannot be read as another one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,14 @@ def fill_record(dtype: np.dtype[Any], /, **values: Any) -> Vector:
     return np.asarray(numbers, dtype=np.int64)
 
 
+def update_record(record: Vector, dtype: np.dtype[Any], /, **values: Any) -> None:
+    """Change some slots of a record, for the next run of a kernel."""
+    slots: Any = dtype.fields
+    for name, value in values.items():
+        slot = slots[name][1] // record.itemsize
+        record[slot] = value if isinstance(value, int) else address_of(value)
+
+
 def run_kernel(
     kernels: tuple[Any, Any],
     dtype: Any,
@@ -58,11 +67,21 @@ def run_kernel(
     record_dtype: np.dtype[Any],
     /,
     **values: Any,
-) -> None:
-    """Run the float32 or the float64 kernel of a pair on the arguments `values`."""
+) -> Callable[..., None]:
+    """Run the float32 or the float64 kernel of a pair on the arguments `values`.
+
+    Returns a function that changes some arguments, and runs the kernel again.
+    """
     values["next_item"] = values["next_thread"] = 0
     kernel = kernels[0] if dtype == np.float32 else kernels[1]
-    run(kernel, fill_record(record_dtype, **values), threads)
+    record = fill_record(record_dtype, **values)
+    run(kernel, record, threads)
+
+    def run_again(**changed: Any) -> None:
+        update_record(record, record_dtype, next_thread=0, **changed)
+        run(kernel, record, threads)
+
+    return run_again
 
 
 def run_transform(
