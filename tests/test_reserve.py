@@ -307,13 +307,10 @@ def assert_reserve(reserve: Reserve, support: topkast.Support, theta: Array) -> 
         for bound in (reserve.bound, reserve.floor)
     )
     expected = np.flatnonzero(reaches)
-    present = (reserve.values != 0) | (reserve.bound == 0)
-    indices, values = reserve.indices[present], reserve.values[present]
-    assert reserve.size == len(indices) == len(expected)
-    assert len(reserve.indices) <= 2 * reserve.size
-    order = np.argsort(indices)
-    np.testing.assert_array_equal(indices[order], expected)
-    np.testing.assert_array_equal(values[order], theta[expected])
+    assert reserve.size == len(reserve.indices) == len(reserve.values)
+    order = np.argsort(reserve.indices)
+    np.testing.assert_array_equal(reserve.indices[order], expected)
+    np.testing.assert_array_equal(reserve.values[order], theta[expected])
     assert reserve.total == np.count_nonzero(is_candidate)
     if reserve.rest is not None:
         assert_reserve(reserve.deepen(), support, theta)
@@ -322,7 +319,7 @@ def assert_reserve(reserve: Reserve, support: topkast.Support, theta: Array) -> 
 def reserve_of(theta: Any, support: topkast.Support, count: int) -> Reserve:
     largest = largest_outside(ArrayReservoir(theta), support, count)
     assert largest is not None
-    return Reserve(*largest, size=len(largest.indices))
+    return Reserve(*largest)
 
 
 def test_a_reserve_that_does_not_reach_far_enough_is_filled_again() -> None:
@@ -371,23 +368,19 @@ def test_a_first_reserve_that_is_too_small_is_filled_again() -> None:
     assert fillings == [(0, 20_000)] * 2
 
 
-def test_entries_that_left_are_removed_once_they_are_half_of_a_reserve() -> None:
-    reserve = Reserve(np.arange(10, 19), np.arange(1.0, 10.0), 0.5, 9)
-    nothing = np.zeros(0, np.int64), np.zeros(0)
-    later = reserve.exchange(np.arange(4, dtype=np.int32), nothing)
-    np.testing.assert_array_equal(later.indices, reserve.indices)  # nothing was moved
-    assert later.values.tolist() == [0, 0, 0, 0, 5, 6, 7, 8, 9]
-    assert later.size == 5
-    last = later.exchange(
-        np.asarray([4, 5, 6, 7], np.int32), (np.asarray([30]), np.asarray([-0.75]))
-    )
-    assert last.indices.tolist() == [18, 30]
-    assert last.values.tolist() == [9, -0.75]
-    assert (last.bound, last.size) == (0.5, 2)
-    # Without a bound, zeros are weights like others.
-    whole = Reserve(np.arange(4), np.asarray([0.0, 1, 0, 2]), 0.0, 4)
-    assert whole.exchange(np.asarray([1], np.int32), nothing).indices.tolist() == [0, 2, 3]
+def test_a_reserve_keeps_what_is_smaller_than_b() -> None:
+    reserve = Reserve(np.arange(10, 19), np.arange(1.0, 10.0), 0.5)
+    joined = np.asarray([30]), np.asarray([-0.75])
+    later = reserve.exchange(5.0, joined)
+    assert later.indices.tolist() == [10, 11, 12, 13, 30]
+    assert later.values.tolist() == [1, 2, 3, 4, -0.75]
+    assert (later.bound, later.size) == (0.5, 5)
     np.testing.assert_array_equal(reserve.values, np.arange(1.0, 10.0))
+    # Without a bound, zeros are weights like others.
+    nothing = np.zeros(0, np.int64), np.zeros(0)
+    whole = Reserve(np.arange(4), np.asarray([0.0, 1, 0, 2]), 0.0)
+    assert whole.exchange(1.0, nothing).indices.tolist() == [0, 2]
+    assert whole.exchange(0.0, joined).indices.tolist() == [30]
 
 
 def test_levels_of_a_reserve() -> None:
@@ -398,7 +391,7 @@ def test_levels_of_a_reserve() -> None:
     assert (reserve.bound, reserve.floor, reserve.size, reserve.total) == (13.0, 1.0, 4, 16)
     np.testing.assert_array_equal(reserve.values, [16, -15, 14, -13])
     joined = np.arange(20, 25, dtype=np.int32), np.asarray([13.5, -12.5, 9.0, 8.5, 1.0])
-    reserve = reserve.exchange(np.asarray([0], np.int32), joined)
+    reserve = reserve.exchange(16.0, joined)
     assert (reserve.size, reserve.total) == (4, 20)
     levels = [reserve := reserve.deepen() for _ in range(3)]
     assert [one.bound for one in levels] == [9.0, 5.0, 1.0]
@@ -491,7 +484,7 @@ def test_zeros_leave_it_to_a_full_selection() -> None:
 
 
 def test_a_selection_is_a_value() -> None:
-    selection = IncrementalSelection(Reserve(np.arange(3), np.ones(3), 0.5, 3))
+    selection = IncrementalSelection(Reserve(np.arange(3), np.ones(3), 0.5))
     loaded = pickle.loads(pickle.dumps(selection))
     assert dataclasses.astuple(loaded)[1:] == dataclasses.astuple(selection)[1:]
     np.testing.assert_array_equal(loaded.reserve.indices, np.arange(3))

@@ -310,7 +310,9 @@ class Ranking(NamedTuple):
             Support(division.indices[inside], counts[0]),
             Migration(division.source[inside], division.survives[inside]),
             division.values[inside],
-            reserve.exchange(positions, (division.indices[outside], division.values[outside])),
+            reserve.exchange(
+                self.smallest[1], (division.indices[outside], division.values[outside])
+            ),
             (division.indices[left], division.values[left]),
             self.smallest,
             division.entered,

@@ -24,7 +24,6 @@ Entries: TypeAlias = tuple[Vector, Vector]  # their indices and weights
 
 _MIN_RESERVE = 1 << 10  # entries
 _FIRST_SHARE, _MAX_SHARE = 1 / 8, 1 / 2  # of |B|
-_MAX_SLOTS = 2  # times the entries of a reserve: then those that left are removed
 _LEVELS = 4  # of a reserve, of as many entries each
 _MIN_LEVELED = 1 << 15  # entries of a reserve with several levels
 _SAMPLE = 1 << 12  # entries from which the bounds of levels are estimated
@@ -80,18 +79,14 @@ class Rest(NamedTuple):
 class Reserve(NamedTuple):
     """The largest entries outside B.
 
-    Nothing is moved when entries join or leave: the first are appended, the others become zero.
-
     Attributes
     ----------
     indices
         Flat indices (r,), in no order.
     values
-        Their weights (r,); 0 for entries that left, unless the bound is 0: then none are kept.
+        Their weights (r,).
     bound
         Every other entry outside B has a smaller magnitude; 0 if there are no others.
-    size
-        Number of entries without those that left.
     rest
         The entries of smaller magnitudes that are known; None: no others are.
     """
@@ -99,7 +94,6 @@ class Reserve(NamedTuple):
     indices: Vector
     values: Vector
     bound: float
-    size: int
     rest: Rest | None = None
 
     @classmethod
@@ -107,20 +101,18 @@ class Reserve(NamedTuple):
         """The reserve of what was found outside B, of which a large one has several levels."""
         indices, values, bound = largest
         if indices.size < _MIN_LEVELED or not bound:
-            return cls(indices, values, bound, indices.size)
+            return cls(indices, values, bound)
         sample = np.sort(np.abs(values[:: max(indices.size // _SAMPLE, 1)]))
         places = (len(sample) * np.arange(1, _LEVELS)) // _LEVELS
         bounds = sorted({bound, *sample[places].tolist()}, reverse=True)
         rest = Rest.divide((indices, values), bounds)
-        return cls(indices[:0], values[:0], math.inf, 0, rest).deepen()
+        return cls(indices[:0], values[:0], math.inf, rest).deepen()
 
     def deepen(self) -> Reserve:
         """The reserve with its next level, whose entries are smaller."""
         assert self.rest is not None
         entries, rest = self.rest.take()
-        present = _collect((self.indices, self.values), self.bound)
-        indices, values = _join(present, entries)
-        return Reserve(indices, values, self.rest.bounds[0], indices.size, rest)
+        return Reserve(*_join((self.indices, self.values), entries), self.rest.bounds[0], rest)
 
     def reach(self, magnitude: float) -> Reserve:
         """The reserve with all levels that hold entries of this magnitude."""
@@ -129,25 +121,25 @@ class Reserve(NamedTuple):
             reserve = reserve.deepen()
         return reserve
 
-    def exchange(self, left: Vector, joined: Entries) -> Reserve:
-        """Remove the entries at the positions `left`, and add others: indices and values."""
+    def exchange(self, smallest: float, joined: Entries) -> Reserve:
+        """Remove the entries of this magnitude or a larger one, and add others, which left B."""
+        entries = self.indices, self.values
+        if smallest:
+            present = _collect(entries, self.bound, _below(smallest, self.values))
+        else:
+            present = entries[0][:0], entries[1][:0]
         rest = self.rest
         if rest is not None:
             is_near = np.abs(joined[1]) >= joined[1].dtype.type(self.bound)
             later: Entries = (joined[0][~is_near], joined[1][~is_near])
             joined = joined[0][is_near], joined[1][is_near]
             rest = rest._replace(later=_join(rest.later, later))
-        indices = np.concatenate([self.indices, joined[0]])
-        values = np.concatenate([self.values, joined[1]])
-        size = self.size - left.size + joined[0].size
-        if not self.bound:
-            stays = np.ones(indices.size, dtype=np.bool_)
-            stays[left] = False
-            return Reserve(indices[stays], values[stays], self.bound, size)
-        values[left] = 0
-        if indices.size > _MAX_SLOTS * size:
-            indices, values = _collect((indices, values), self.bound)
-        return Reserve(indices, values, self.bound, size, rest)
+        return Reserve(*_join(present, joined), self.bound, rest)
+
+    @property
+    def size(self) -> int:
+        """Number of entries, without those of the rest."""
+        return int(self.indices.size)
 
     @property
     def floor(self) -> float:
