@@ -64,6 +64,9 @@ def interleave(
     return timings
 
 
+_VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}  # flags of processors, the widest first
+
+
 def describe_environment(
     threads: int, packages: Sequence[str] = ("numpy", "torch")
 ) -> dict[str, Any]:
@@ -128,5 +131,6 @@ def _processor() -> str:
             line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line
         ]
         if names:
-            return names[0] + (", AVX-512" if "avx512f" in text else "")
+            kinds = [kind for flag, kind in _VECTORS.items() if flag in text.split()]
+            return ", ".join([names[0], *kinds[:1]])
     return platform.processor() or platform.machine()

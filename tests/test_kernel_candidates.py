@@ -85,13 +85,32 @@ def test_brackets_may_hold_most_entries(dtype: Any) -> None:
         assert find_thresholds([vector], [10_000, 50_000], brackets=brackets) == expected
 
 
-def test_windows_hold_32_entries() -> None:
-    """The last of sixteen survivors was 30, 31, 32 or 33 entries behind the first."""
-    for span in range(30, 34):
-        source = np.append(np.arange(15), span).astype(np.int32)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [500, 70_001])
+def test_right_brackets_take_one_pass(
+    dtype: Any, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It also counts what is not finite, at the start, inside, and at the end of a vector."""
+    vector = np.random.default_rng(0).standard_normal(size).astype(dtype)
+    vector[[0, 5, 100, -2]] = math.nan, -math.inf, math.inf, math.nan
+    counts = [size // 10, size // 5]
+    finite = np.sort(np.abs(vector))[: size - 2]  # NaN come last
+    expected = [float(np.append(finite, [math.inf] * 2)[-count]) for count in counts]
+    monkeypatch.setattr(_thresholds, "_count_digits", None)
+    brackets = [(0.99 * magnitude, 1.01 * magnitude) for magnitude in expected]
+    found, not_finite = find_thresholds([vector], counts, brackets=brackets)
+    assert [one.magnitude for one in found] == expected
+    assert not_finite == 4
+
+
+@pytest.mark.parametrize("lanes", [8, 16])
+def test_windows_hold_twice_as_many_entries_as_lanes(lanes: int) -> None:
+    """The last survivor of a block is just inside of its window, or just outside."""
+    for span in range(2 * lanes - 2, 2 * lanes + 2):
+        source = np.append(np.arange(lanes - 1), span).astype(np.int32)
         for dtype in ("int16", "float32"):
-            entry, out = np.arange(span + 40).astype(dtype), np.empty(16, dtype)
-            migrate(source, np.ones(16, np.bool_), (entry, np.zeros(1, dtype), out))
+            entry, out = np.arange(span + 40).astype(dtype), np.empty(lanes, dtype)
+            migrate(source, np.ones(lanes, np.bool_), (entry, np.zeros(1, dtype), out))
             np.testing.assert_array_equal(out, entry[source])
 
 
@@ -136,6 +155,22 @@ def test_collect_keeps_what_reaches_the_bound(vector: Array, data: st.DataObject
         for one, other in zip(found, expected_here, strict=True):
             np.testing.assert_array_equal(one, other)
         assert np.all(np.abs(found[1]) <= vector.dtype.type(limit))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@given(vector=vectors(), data=st.data())
+def test_collect_finds_the_indices_of_entries(
+    dtype: Any, vector: Array, data: st.DataObject
+) -> None:
+    indices = np.random.default_rng(0).permutation(2 * vector.size)[: vector.size].astype(dtype)
+    bound = float(np.abs(data.draw(st.sampled_from(vector[:50].tolist()))))
+    limit = data.draw(st.sampled_from([None, 2 * bound, bound / 2]))
+    positions, values = collect(vector, bound, limit)
+    for use in (collect, _candidates.collect):
+        found = use(vector, bound, limit, indices=indices)
+        np.testing.assert_array_equal(found[0], indices[positions])
+        assert found[0].dtype == dtype
+        np.testing.assert_array_equal(found[1], values)
 
 
 @given(vector=vectors(), data=st.data())
@@ -353,6 +388,11 @@ def test_bad_input_is_refused() -> None:
         find_thresholds([values], [3])
     with pytest.raises(TypeError, match="float32 or float64"):
         collect(indices, 1.0)
+    with pytest.raises(TypeError, match="indices must be int32 or int64, got int16"):
+        collect(values, 1.0, indices=indices.astype(np.int16))
+    for wrong_indices in (indices[:1], np.zeros(4, np.int32)[::2]):
+        with pytest.raises(ValueError, match=r"indices must be contiguous \(2,\)"):
+            collect(values, 1.0, indices=wrong_indices)
     stays, zero = np.ones(2, bool), np.zeros(1)
     with pytest.raises(TypeError, match="2, 4 or 8 bytes"):
         migrate(indices, stays, (stays, stays[:1], stays))

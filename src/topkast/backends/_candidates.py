@@ -71,14 +71,16 @@ def find_thresholds(
     return thresholds, magnitudes.size - int(np.count_nonzero(np.isfinite(magnitudes)))
 
 
-def collect(flat: Vector, bound: float, limit: float | None = None, /) -> tuple[Vector, Vector]:
-    """Ascending indices of the entries of `flat` (n,) of magnitude `bound` or more, and these."""
+def collect(
+    flat: Vector, bound: float, limit: float | None = None, /, *, indices: Vector | None = None
+) -> tuple[Vector, Vector]:
+    """Indices of the entries of `flat` (n,) of magnitude `bound` or more, and these."""
     magnitudes = np.abs(flat)
     inside = magnitudes >= flat.dtype.type(bound)
     if limit is not None:
         inside &= magnitudes <= flat.dtype.type(limit)
-    indices = np.flatnonzero(inside)
-    return indices.astype(np.int32), flat.take(indices)
+    found = np.flatnonzero(inside)
+    return found.astype(np.int32) if indices is None else indices.take(found), flat.take(found)
 
 
 def put(flat: Vector, indices: Vector, values: Vector, /, *, ascending: bool = True) -> None:

@@ -289,10 +289,10 @@ class Ranking(NamedTuple):
         support, values, reserve, counts = self.support, self.values, self.reserve, self.counts
         use = functions(values.size + reserve.values.size)
         # Of the reserve, only what reaches the next B has to be put in order.
-        positions, entering = use.collect(reserve.values, self.smallest[1])
+        entering = use.collect(reserve.values, self.smallest[1], indices=reserve.indices)
         division = use.divide(
             (support.indices, values),
-            _ascending(reserve.indices.take(positions), entering),
+            _ascending(*entering),
             split=support.forward,
             size=self.size,
             forward=self.smallest[0],
@@ -322,7 +322,7 @@ class Ranking(NamedTuple):
 def _ascending(indices: Vector, values: Vector) -> tuple[Vector, Vector]:
     """Indices in ascending order, with their values; they differ."""
     order = np.argsort(indices, kind="stable")  # which merges what ascends, as entries that joined
-    return indices[order], values[order]
+    return indices.take(order), values.take(order)
 
 
 def _count_reaching(values: Vector, bound: float) -> int:
@@ -338,7 +338,7 @@ def _find_ties(
         return np.zeros(0, dtype=np.int64)
     at_threshold = threshold.magnitude, threshold.magnitude
     equal = np.concatenate(
-        [indices.take(use.collect(values, *at_threshold)[0]) for indices, values in lists]
+        [use.collect(values, *at_threshold, indices=indices)[0] for indices, values in lists]
     )
     lowest = np.argpartition(ranks(equal), threshold.surplus - 1)[: threshold.surplus]
     return np.sort(equal[lowest]).astype(np.int64)

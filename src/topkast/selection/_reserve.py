@@ -167,8 +167,8 @@ def reserve_size(size: int, backward: int, loss: float | None) -> int:
 def _collect(entries: Entries, bound: float, limit: float | None = None) -> Entries:
     """The entries of magnitude `bound` or more, and of `limit` or less."""
     indices, values = entries
-    positions, kept = functions(values.size).collect(values, bound, limit)
-    return indices.take(positions), kept
+    kept: Entries = functions(values.size).collect(values, bound, limit, indices=indices)
+    return kept
 
 
 def _join(first: Entries, second: Entries) -> Entries:

@@ -38,22 +38,28 @@ from topkast.kernels.runtime._vector import as_pointer, fetch_add
 _CHUNK = 1 << 15  # entries that a thread takes at a time
 _BLOCK = 1 << 6  # entries of a chunk that are skipped together if none is kept
 _COLLECT = define_arguments(
-    "flat", "size", "bound", "span", "starts", "writes", "indices", "values"
+    "flat", "size", "bound", "span", "starts", "writes", "numbers", "indices", "values"
 )
 
 
 def collect(
-    flat: Vector, bound: float, limit: float | None = None, /, *, threads: int | None = None
+    flat: Vector,
+    bound: float,
+    limit: float | None = None,
+    /,
+    *,
+    indices: Vector | None = None,
+    threads: int | None = None,
 ) -> tuple[Vector, Vector]:
-    """Ascending indices of the entries of `flat` (n,) of magnitude `bound` or more, and these.
+    """Indices of the entries of `flat` (n,) of magnitude `bound` or more, and these entries.
 
-    If `limit` is given, those of a larger magnitude are left out. The indices are int32: n must be
-    below 2³¹.
+    If `limit` is given, those of a larger magnitude are left out. `indices` (n,) are those of all
+    entries, int32 or int64. By default they are positions, int32: n must be below 2³¹.
 
     Raises
     ------
     TypeError, ValueError
-        For other dtypes, for a vector that is not contiguous, and for a longer one.
+        For other dtypes and shapes, for a vector that is not contiguous, and for a longer one.
 
     Examples
     --------
@@ -61,18 +67,22 @@ def collect(
     >>> from topkast.kernels import collect
     >>> collect(np.asarray([0.5, -2.0, 1.0, 0.0]), 1.0)
     (array([1, 2], dtype=int32), array([-2.,  1.]))
+    >>> collect(np.asarray([0.5, -2.0]), 1.0, indices=np.asarray([7, 3]))
+    (array([3]), array([-2.]))
     """
     check_magnitudes(flat, flat.dtype)
     if len(flat) >= 1 << 31:
         raise ValueError(f"the vector must have fewer than 2**31 entries, got {len(flat)}")
+    is_short = indices is None or indices.dtype == np.int32
+    if indices is not None:
+        _check_indices(indices, flat)
     starts = np.zeros(-(-len(flat) // _CHUNK) + 1, dtype=np.int64)
-    indices, values = np.empty(0, np.int32), np.empty(0, flat.dtype)
     first = key_of_magnitude(bound, flat.dtype)
     last = (1 << (8 * flat.dtype.itemsize - 1)) - 1
     if limit is not None:
         last = key_of_magnitude(limit, flat.dtype)
     if last < first:
-        return indices, values
+        return np.empty(0, np.int32 if indices is None else indices.dtype), flat[:0].copy()
     run_again = run_kernel(
         (_COLLECT_SINGLE, _collect_double),
         flat.dtype,
@@ -84,14 +94,23 @@ def collect(
         span=last - first,
         starts=starts,
         writes=0,
+        numbers=0 if indices is None or not is_short else indices,
         indices=0,
         values=0,
     )
     np.cumsum(starts, out=starts)
-    if count := int(starts[-1]):
-        indices, values = np.empty(count, np.int32), np.empty(count, flat.dtype)
-        run_again(writes=1, indices=indices, values=values)
-    return indices, values
+    count = int(starts[-1])
+    found, values = np.empty(count, np.int32), np.empty(count, flat.dtype)
+    if count:
+        run_again(writes=1, indices=found, values=values)
+    return (found if indices is None or is_short else indices.take(found)), values
+
+
+def _check_indices(indices: Vector, flat: Vector) -> None:
+    if indices.dtype not in (np.int32, np.int64):
+        raise TypeError(f"indices must be int32 or int64, got {indices.dtype}")
+    if indices.shape != flat.shape or not indices.flags.c_contiguous:
+        raise ValueError(f"indices must be contiguous {flat.shape}, got shape {indices.shape}")
 
 
 def check_magnitudes(vector: Vector, dtype: Any) -> None:
@@ -150,6 +169,10 @@ def _collect(address: Any, unsigned: Any, in_lanes: Any) -> None:
             _write_inside(part, first, bound, span, indices, values, unsigned)
         elif size:
             _write_inside_lanes(part, first, bound, span, indices, values)
+        if arguments.numbers:
+            numbers_of = array_at(arguments.numbers, arguments.size, np.int32)
+            for position in range(size):
+                indices[position] = numbers_of[np.uint32(indices[position])]
 
 
 @njit  # type: ignore[untyped-decorator]
