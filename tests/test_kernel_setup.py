@@ -31,6 +31,7 @@ from topkast.kernels import (
 )
 from topkast.kernels.runtime import _arguments, _pool
 from topkast.kernels.runtime._compile import FolderLocator, Kernel
+from topkast.kernels.runtime._lanes import HAS_LANES, LANES
 from topkast.testing import assert_same_support
 
 PACKAGE = Path(topkast.__file__).parent
@@ -390,6 +391,16 @@ def test_a_third_party_backend_is_found_by_the_name_of_its_library(
         assert_same_support(support, runs[0][1])
 
 
+_NUMBA_VARIABLES = {"NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX"}
+
+
+@pytest.mark.skipif(bool(_NUMBA_VARIABLES & {*os.environ}), reason="numba was told otherwise")
+def test_the_widest_registers_are_used() -> None:
+    features = {*get_host_cpu_features().split(",")}
+    lanes = 16 if {"+avx512f", "+avx512bw", "+avx512vl"} <= features else 8
+    assert (lanes == 16 or "+avx2" in features, lanes) == (HAS_LANES, LANES)
+
+
 @pytest.mark.slow  # compiles the kernels of a refresh anew
 @pytest.mark.parametrize("excluded", ["avx512", "avx"])
 def test_registers_of_other_processors(excluded: str) -> None:
@@ -401,6 +412,9 @@ def test_registers_of_other_processors(excluded: str) -> None:
         pytest.skip(f"this processor has no {excluded}")
     environment = os.environ | {"NUMBA_CPU_FEATURES": ",".join(left)}
     environment.pop("TOPKAST_HYPOTHESIS_PROFILE", None)
+    code = "from topkast.kernels.runtime._lanes import *; print(HAS_LANES and LANES)"
+    found = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    assert found.strip() == ("8" if "+avx2" in left else "False")
     tests = str(Path(__file__).with_name("test_kernel_candidates.py"))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
     subprocess.run(command, env=environment, check=True, timeout=1200)

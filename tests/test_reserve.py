@@ -307,7 +307,7 @@ def assert_reserve(reserve: Reserve, support: topkast.Support, theta: Array) -> 
         for bound in (reserve.bound, reserve.floor)
     )
     expected = np.flatnonzero(reaches)
-    assert reserve.size == len(reserve.indices) == len(reserve.values)
+    assert len(reserve.indices) == len(reserve.values)
     order = np.argsort(reserve.indices)
     np.testing.assert_array_equal(reserve.indices[order], expected)
     np.testing.assert_array_equal(reserve.values[order], theta[expected])
@@ -376,6 +376,9 @@ def test_a_reserve_keeps_what_is_smaller_than_b() -> None:
     assert later.values.tolist() == [1, 2, 3, 4, -0.75]
     assert (later.bound, later.size) == (0.5, 5)
     np.testing.assert_array_equal(reserve.values, np.arange(1.0, 10.0))
+    with np.errstate(all="raise"):
+        tiny = Reserve(np.arange(3), np.asarray([1e-310, 2e-310, 1.0]), 1e-310)
+        assert tiny.exchange(2e-310, joined).indices.tolist() == [0, 30]
     # Without a bound, zeros are weights like others.
     nothing = np.zeros(0, np.int64), np.zeros(0)
     whole = Reserve(np.arange(4), np.asarray([0.0, 1, 0, 2]), 0.0)

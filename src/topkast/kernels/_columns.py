@@ -166,7 +166,7 @@ def _count_row_by_entry(
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def _load_some(address: Any, entry: Any, size: Any) -> Any:
-    """Sixteen entries of an array of this size, from `entry` on; 0 behind its end."""
+    """A register of entries of an array of this size, from `entry` on; 0 behind its end."""
     place = address + LANE_BYTES * entry
     return load(place, EVERY) if entry + LANES <= size else load(place, first_lanes(size - entry))
 

@@ -321,7 +321,7 @@ class Ranking(NamedTuple):
 
 def _ascending(indices: Vector, values: Vector) -> tuple[Vector, Vector]:
     """Indices in ascending order, with their values; they differ."""
-    order = np.argsort(indices, kind="stable")  # which merges what ascends, as entries that joined
+    order = np.argsort(indices, kind="stable")  # a merge sort: entries that joined ascend
     return indices.take(order), values.take(order)
 
 

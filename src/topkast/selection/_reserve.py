@@ -182,4 +182,5 @@ def _join(first: Entries, second: Entries) -> Entries:
 def _below(bound: float, values: Vector) -> float:
     """The largest magnitude below a bound, in the precision of `values`."""
     dtype = values.dtype.type
-    return float(np.nextafter(dtype(bound), dtype(0)))
+    with np.errstate(under="ignore"):  # of a subnormal number
+        return float(np.nextafter(dtype(bound), dtype(0)))

@@ -214,7 +214,7 @@ def _find_inside(bits: Any, valid: Any, ends: Any) -> Any:
 def _count_inside_lanes(entries: Any, bound: Any, span: Any) -> Any:
     """:func:`_count_inside` in lanes."""
     ends = splat(np.int32(bound)), splat(np.int32(bound + span))
-    source, size, found = entries.ctypes.data, len(entries), 0
+    source, size, found = np.int64(entries.ctypes.data), len(entries), 0
     for _ in range(size // LANES):  # processors read ahead of loads without a mask only
         found += count(_find_inside(load(source, EVERY), EVERY, ends))
         source += LANE_BYTES * LANES
@@ -241,7 +241,7 @@ def _write_inside_lanes(
     ends = splat(np.int32(bound)), splat(np.int32(bound + span))
     positions, step = add(splat(np.int32(first)), numbers()), splat(np.int32(LANES))
     place = np.int64(indices.ctypes.data), np.int64(values.ctypes.data)
-    source, size, written = entries.ctypes.data, len(entries), LANE_BYTES * len(indices)
+    source, size, written = np.int64(entries.ctypes.data), len(entries), LANE_BYTES * len(indices)
     stop = place[0] + written, place[1] + written
     for _ in range(size // LANES):
         place = _pack_inside(load(source, EVERY), EVERY, positions, ends, place, stop)

@@ -154,7 +154,9 @@ def _split(
     positions, step = splat(np.int32(position)), splat(np.int32(0))
     if position >= 0:
         positions, step = add(positions, numbers()), splat(np.int32(LANES))
-    index, value, size = indices.ctypes.data, values.ctypes.data, len(values)
+    # Addresses are unsigned: with a signed number they would become floats.
+    index, value = np.int64(indices.ctypes.data), np.int64(values.ctypes.data)
+    size = len(values)
     sizes = 0, 0, 0, 0
     for _ in range(size // LANES):
         sizes = _append_block(

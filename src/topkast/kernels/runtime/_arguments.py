@@ -70,7 +70,8 @@ def run_kernel(
 ) -> Callable[..., None]:
     """Run the float32 or the float64 kernel of a pair on the arguments `values`.
 
-    Returns a function that changes some arguments, and runs the kernel again.
+    Returns a function that changes some arguments, and runs the kernel again: the arrays of the
+    first run must live until then.
     """
     values["next_item"] = values["next_thread"] = 0
     kernel = kernels[0] if dtype == np.float32 else kernels[1]

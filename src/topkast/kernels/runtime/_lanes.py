@@ -1,9 +1,9 @@
 """The lanes of one register, 16 integers of 32 bits with AVX-512 or 8 with AVX2, in compiled code.
 
 A loop that keeps some entries of a vector and drops others branches on each, unless the lanes to
-keep are packed. AVX-512 has an instruction for it; AVX2 moves lanes as a table says, which has a
-row for each mask. LLVM finds neither by itself: these functions emit them. A mask is a uint16 with
-one bit for each lane. Addresses are integers, in bytes.
+keep are packed. AVX-512 has an instruction for it; AVX2 permutes lanes by a table that has a row
+for each mask. LLVM finds neither by itself: these functions emit them. A mask is a uint16 with one
+bit for each lane. Addresses are integers, in bytes.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def _read_order(builder: Any, mask: Any) -> Any:
         lanes = [[lane for lane in range(LANES) if bits >> lane & 1] for bits in range(1 << LANES)]
         orders = [ir.Constant(_BYTES, (row + [0] * LANES)[:LANES]) for row in lanes]
         table = cgutils.global_constant(module, name, ir.Constant(rows, orders))
-    row = builder.gep(table, [_INT32(0), builder.zext(mask, _INT32)], inbounds=True)
+    bits = builder.zext(builder.trunc(mask, _BITS), _INT32)
+    row = builder.gep(table, [_INT32(0), bits], inbounds=True)
     return builder.zext(builder.load(row), _LANES)
 
 
