@@ -46,17 +46,27 @@ def vectors(draw: st.DrawFn) -> Array:
     return vector
 
 
+def contents(found: tuple[list[Any], int]) -> Any:
+    """What was found for several counts, in a form that can be compared."""
+    thresholds, not_finite = found
+    return not_finite, [(*one[:2], np.sort(one.equal).tolist()) for one in thresholds]
+
+
 @given(vector=vectors(), data=st.data())
 def test_thresholds_are_order_statistics(vector: Array, data: st.DataObject) -> None:
     counts = data.draw(st.lists(st.integers(1, vector.size), min_size=1, max_size=3))
     cut = data.draw(st.integers(0, vector.size))
     threads = data.draw(st.sampled_from(THREADS))
-    found, not_finite = find_thresholds([vector[:cut], vector[cut:]], counts, threads=threads)
-    assert not_finite == 0
-    expected, _ = _candidates.find_thresholds([vector], counts)
-    assert [tuple(one) for one in found] == [tuple(one) for one in expected]
-    descending = np.sort(np.abs(vector))[::-1]
-    assert [one.magnitude for one in found] == [float(descending[count - 1]) for count in counts]
+    found = find_thresholds([vector[:cut], vector[cut:]], counts, threads=threads)
+    assert contents(found) == contents(_candidates.find_thresholds([vector], counts))
+    assert found[1] == 0
+    magnitudes = np.abs(vector)
+    descending = np.sort(magnitudes)[::-1]
+    for one, count in zip(found[0], counts, strict=True):
+        assert one.magnitude == float(descending[count - 1])
+        assert one.surplus == np.count_nonzero(magnitudes >= one.magnitude) - count
+        equal = np.flatnonzero((magnitudes == one.magnitude) & (one.surplus > 0))
+        np.testing.assert_array_equal(np.sort(one.equal), equal)
 
 
 @given(vector=vectors(), data=st.data())
@@ -73,7 +83,7 @@ def test_brackets_change_no_threshold(vector: Array, data: st.DataObject) -> Non
     lists = [vector[:cut], vector[cut:]]
     for threads in THREADS:
         found = find_thresholds(lists, counts, brackets=brackets, threads=threads)
-        assert found == find_thresholds(lists, counts)
+        assert contents(found) == contents(find_thresholds(lists, counts))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,7 +92,8 @@ def test_brackets_may_hold_most_entries(dtype: Any) -> None:
     vector = np.random.default_rng(0).standard_normal(100_000).astype(dtype)
     expected = find_thresholds([vector], [10_000, 50_000])
     for brackets in ([(0.0, 5.0)] * 2, [(0.0, 5.0), (0.6, 0.7)], [(1.6, 1.7), (0.0, 5.0)]):
-        assert find_thresholds([vector], [10_000, 50_000], brackets=brackets) == expected
+        found = find_thresholds([vector], [10_000, 50_000], brackets=brackets)
+        assert contents(found) == contents(expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -171,6 +182,28 @@ def test_collect_finds_the_indices_of_entries(
         np.testing.assert_array_equal(found[0], indices[positions])
         assert found[0].dtype == dtype
         np.testing.assert_array_equal(found[1], values)
+
+
+@given(vector=vectors(), data=st.data())
+def test_collect_leaves_entries_out(vector: Array, data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    share = data.draw(st.sampled_from([0.0, 0.2, 1.0]))
+    is_left_out = rng.random(vector.size) < share
+    labels = rng.integers(0, data.draw(st.integers(1, 3)), vector.size)
+    without = [
+        np.flatnonzero(is_left_out & (labels == label)).astype(np.int32)
+        for label in range(labels.max() + 1)
+    ]
+    bound = data.draw(st.sampled_from([float(np.finfo(vector.dtype).smallest_subnormal), 0.5]))
+    limit = data.draw(st.sampled_from([None, 1.0]))
+    kept, before = vector.copy(), vector.copy()
+    kept[is_left_out] = 0
+    for use in (collect, _candidates.collect):
+        found = use(vector, bound, limit, without=without)
+        for one, other in zip(found, use(kept, bound, limit), strict=True):
+            np.testing.assert_array_equal(one, other)
+            assert one.dtype == other.dtype
+        np.testing.assert_array_equal(vector.view(np.uint8), before.view(np.uint8))
 
 
 @given(vector=vectors(), data=st.data())
@@ -393,6 +426,11 @@ def test_bad_input_is_refused() -> None:
     for wrong_indices in (indices[:1], np.zeros(4, np.int32)[::2]):
         with pytest.raises(ValueError, match=r"indices must be contiguous \(2,\)"):
             collect(values, 1.0, indices=wrong_indices)
+    for wrong_positions in (indices.astype(np.int64), np.zeros(4, np.int32)[::2]):
+        with pytest.raises(TypeError, match="positions of `without` must be contiguous"):
+            collect(values, 1.0, without=[wrong_positions])
+    with pytest.raises(ValueError, match="bound must be above 0"):
+        collect(values, 0.0, without=[indices])
     stays, zero = np.ones(2, bool), np.zeros(1)
     with pytest.raises(TypeError, match="2, 4 or 8 bytes"):
         migrate(indices, stays, (stays, stays[:1], stays))

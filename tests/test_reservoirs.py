@@ -226,7 +226,8 @@ def test_reservoirs_agree(data: st.DataObject, tmp_path_factory: pytest.TempPath
         for one in copies:
             assert one.size == size
             np.testing.assert_array_equal(bits(one.read(0, size)), bits(expected))
-            np.testing.assert_array_equal(one.read(start, stop), expected[start:stop])
+            for read in (one.read, one.view):
+                np.testing.assert_array_equal(read(start, stop), expected[start:stop])
             np.testing.assert_array_equal(one.take(chosen), expected[chosen])
 
 
@@ -235,6 +236,12 @@ def test_what_is_read_belongs_to_the_caller(tmp_path: Path) -> None:
     for reservoir in make_reservoirs(theta, tmp_path).values():
         reservoir.read(0, 100)[:] = 0
         np.testing.assert_array_equal(reservoir.read(0, 100), theta)
+
+
+def test_every_second_weight_of_an_array_is_viewed_like_others() -> None:
+    weights = ArrayReservoir(np.arange(10.0)[::2]).view(1, 4)
+    assert weights.tolist() == [2.0, 4.0, 6.0]
+    assert weights.flags.c_contiguous
 
 
 def test_only_entries_that_left_are_stored() -> None:

@@ -40,6 +40,9 @@ class TensorReservoir(Reservoir):
     def read(self, start: int, stop: int) -> Any:
         return self.tensor[start:stop].to("cpu", copy=True).numpy()
 
+    def view(self, start: int, stop: int) -> Any:
+        return self.tensor[start:stop].cpu().contiguous().numpy()
+
     def take(self, indices: Any) -> Any:
         positions = torch.from_numpy(indices).to(self.tensor.device)
         return self.tensor.index_select(0, positions).cpu().numpy()

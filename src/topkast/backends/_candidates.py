@@ -22,10 +22,14 @@ class Threshold(NamedTuple):
         Of the last entry that is counted.
     surplus
         Number of entries with this magnitude that are too many.
+    equal
+        If there are any, the positions of all entries with this magnitude, in any order; otherwise
+        none.
     """
 
     magnitude: float
     surplus: int
+    equal: Vector
 
 
 class Division(NamedTuple):
@@ -60,25 +64,44 @@ def find_thresholds(
     *,
     brackets: Sequence[tuple[float, float]] | None = None,
 ) -> tuple[list[Threshold], int]:
-    """Find the `count`-th largest magnitude of all entries of some vectors, for several counts."""
+    """Find the `count`-th largest magnitude of all entries of some vectors, for several counts.
+
+    Positions are those of the vectors one after the other.
+    """
     magnitudes = np.abs(np.concatenate(lists))
     thresholds = []
     for count in counts:
-        position = magnitudes.size - count
-        threshold = np.partition(magnitudes, position)[position]
-        surplus = int(np.count_nonzero(magnitudes >= threshold)) - count
-        thresholds.append(Threshold(float(threshold), surplus))
+        thresholds.append(threshold_among(magnitudes, count))
     return thresholds, magnitudes.size - int(np.count_nonzero(np.isfinite(magnitudes)))
 
 
+def threshold_among(magnitudes: Vector, count: int, positions: Vector | None = None) -> Threshold:
+    """The `count`-th largest of some magnitudes, whose positions are their numbers by default."""
+    place = magnitudes.size - count
+    threshold = np.partition(magnitudes, place)[place]
+    surplus = int(np.count_nonzero(magnitudes >= threshold)) - count
+    equal = np.flatnonzero(magnitudes == threshold) if surplus else np.zeros(0, dtype=np.int64)
+    if positions is not None:
+        equal = positions.take(equal)
+    return Threshold(float(threshold), surplus, equal)
+
+
 def collect(
-    flat: Vector, bound: float, limit: float | None = None, /, *, indices: Vector | None = None
+    flat: Vector,
+    bound: float,
+    limit: float | None = None,
+    /,
+    *,
+    indices: Vector | None = None,
+    without: Sequence[Vector] = (),
 ) -> tuple[Vector, Vector]:
     """Indices of the entries of `flat` (n,) of magnitude `bound` or more, and these."""
     magnitudes = np.abs(flat)
     inside = magnitudes >= flat.dtype.type(bound)
     if limit is not None:
         inside &= magnitudes <= flat.dtype.type(limit)
+    for positions in without:
+        inside[positions] = False
     found = np.flatnonzero(inside)
     return found.astype(np.int32) if indices is None else indices.take(found), flat.take(found)
 

@@ -50,7 +50,7 @@ def largest_outside(
     edges = [np.searchsorted(run, starts) for run in runs]
     parts = [(np.zeros(0, dtype), reservoir.read(0, 0))]
     for number, (start, stop) in enumerate(chunks(reservoir.size, f"{name}: reading all weights")):
-        weights = reservoir.read(start, stop)
+        weights = reservoir.view(start, stop)
         inside = [
             (run[edge[number] : edge[number + 1]] - dtype.type(start)).astype(np.int32, copy=False)
             for run, edge in zip(runs, edges, strict=True)
@@ -62,10 +62,7 @@ def largest_outside(
             found = np.flatnonzero(outside)
             kept = weights[found]
         else:
-            use = functions(weights.size)
-            for positions in inside:
-                use.put(weights, positions, np.zeros(positions.size, weights.dtype))
-            found, kept = use.collect(weights, bound)
+            found, kept = functions(weights.size).collect(weights, bound, without=inside)
         parts.append((found.astype(dtype, copy=False) + dtype.type(start), kept))
     indices, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return Largest(indices, values, bound)

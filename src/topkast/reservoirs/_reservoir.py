@@ -39,6 +39,13 @@ class Reservoir(ABC):
     def read(self, start: int, stop: int) -> Vector:
         """The weights of a range of flat indices, as a new array in host memory."""
 
+    def view(self, start: int, stop: int) -> Vector:
+        """The weights of a range of flat indices, to be read at once, and never written to.
+
+        They may be the reservoir's own memory, or a new array, as by default.
+        """
+        return self.read(start, stop)
+
     @abstractmethod
     def take(self, indices: Vector) -> Vector:
         """The weights at flat indices (k,), in host memory."""
@@ -89,6 +96,9 @@ class ArrayReservoir(Reservoir):
 
     def read(self, start: int, stop: int) -> Vector:
         return self.array[start:stop].copy()
+
+    def view(self, start: int, stop: int) -> Vector:
+        return np.ascontiguousarray(self.array[start:stop])
 
     def take(self, indices: Vector) -> Vector:
         return self.array.take(indices)

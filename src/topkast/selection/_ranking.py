@@ -233,21 +233,16 @@ def rank(
         if missing > 0:
             return missing
     use = functions(values.size + reserve.values.size)
-    split = support.forward
-    lists = [
-        (support.indices[:split], values[:split]),
-        (support.indices[split:], values[split:]),
-        (reserve.indices, reserve.values),
-    ]
-    vectors = [vector for _, vector in lists]
-    (forward, backward), not_finite = use.find_thresholds(vectors, counts, brackets=brackets)
+    lists = [values, reserve.values]
+    (forward, backward), not_finite = use.find_thresholds(lists, counts, brackets=brackets)
     if not_finite:
         raise NonFiniteError(f"{not_finite} of {size} entries are NaN or infinite")
     if backward.magnitude < reserve.bound:
         return counts[1] - _count_reaching(values, reserve.bound) - reserve.size
     ties = None
     if forward.surplus or backward.surplus:
-        ties = _find_ties(lists, forward, ranks, use), _find_ties(lists, backward, ranks, use)
+        indices = support.indices, reserve.indices
+        ties = _find_ties(*indices, forward, ranks), _find_ties(*indices, backward, ranks)
     smallest = forward.magnitude, backward.magnitude
     return Ranking(support, values, reserve, size, counts, smallest, ties)
 
@@ -331,14 +326,20 @@ def _count_reaching(values: Vector, bound: float) -> int:
 
 
 def _find_ties(
-    lists: list[tuple[Vector, Vector]], threshold: _candidates.Threshold, ranks: Ranks, use: Any
+    inside: Vector, reserve: Vector, threshold: _candidates.Threshold, ranks: Ranks
 ) -> Vector:
-    """Ascending indices of the entries at a threshold that rank too low to be chosen; int64."""
+    """Ascending indices of the entries at a threshold that rank too low to be chosen; int64.
+
+    `inside` and `reserve` are the indices of all entries, in the order of the positions.
+    """
     if not threshold.surplus:
         return np.zeros(0, dtype=np.int64)
-    at_threshold = threshold.magnitude, threshold.magnitude
+    is_inside = threshold.equal < inside.size
     equal = np.concatenate(
-        [use.collect(values, *at_threshold, indices=indices)[0] for indices, values in lists]
+        [
+            inside.take(threshold.equal[is_inside]),
+            reserve.take(threshold.equal[~is_inside] - inside.size),
+        ]
     )
     lowest = np.argpartition(ranks(equal), threshold.surplus - 1)[: threshold.surplus]
     return np.sort(equal[lowest]).astype(np.int64)

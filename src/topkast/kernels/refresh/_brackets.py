@@ -1,6 +1,6 @@
 """Thresholds inside of brackets, in which they are expected: one pass over the magnitudes.
 
-It counts the keys above each bracket, and copies those inside.
+It counts the keys above each bracket, and copies those inside, with their positions.
 """
 
 from __future__ import annotations
@@ -11,8 +11,15 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
-from topkast.backends._candidates import Threshold
-from topkast.kernels.refresh._magnitudes import key_of, key_of_magnitude, unsigned_of
+from topkast.backends._candidates import Threshold, threshold_among
+from topkast.kernels.refresh._magnitudes import (
+    count_inside,
+    key_of,
+    key_of_magnitude,
+    unsigned_of,
+    write_inside,
+    write_inside_lanes,
+)
 from topkast.kernels.runtime._arguments import Vector, array_at, define_arguments, run_kernel
 from topkast.kernels.runtime._compile import kernel
 from topkast.kernels.runtime._lanes import (
@@ -20,7 +27,6 @@ from topkast.kernels.runtime._lanes import (
     HAS_LANES,
     LANE_BYTES,
     LANES,
-    append,
     at_least,
     below,
     count,
@@ -34,10 +40,10 @@ from topkast.kernels.runtime._vector import as_pointer, fetch_add, fetch_add_man
 
 _CHUNK = 1 << 13  # entries that a thread takes at a time: they stay in the L1 cache
 _SHARE = 1 << 3  # entries for each one that may lie inside a bracket
-_BLOCK = 1 << 6  # entries of a chunk that are skipped together if none is inside a bracket
 _BRACKETS = define_arguments(
     "addresses",
     "sizes",
+    "firsts",
     "first_chunks",
     "lists",
     "lows",
@@ -46,6 +52,7 @@ _BRACKETS = define_arguments(
     "infinite",
     "counts",
     "inside",
+    "positions",
     "capacity",
     "filled",
 )
@@ -68,7 +75,12 @@ def find_inside(
     np.cumsum(-(-sizes // _CHUNK), out=first_chunks[1:])
     # Number of keys above each bracket, by chunk; in the last column, of those not finite.
     larger = np.zeros((first_chunks[-1], len(brackets) + 1), dtype=np.int64)
-    inside = np.empty((len(brackets), sizes.sum() // _SHARE + _CHUNK), dtype=dtype)
+    firsts = np.cumsum(sizes) - sizes  # position of the first entry of each among all
+    total = int(sizes.sum())
+    if total >= 1 << 31:
+        return None, 0  # positions are int32
+    inside = np.empty((len(brackets), total // _SHARE + _CHUNK), dtype=dtype)
+    positions = np.empty(inside.shape, dtype=np.int32)
     filled = np.zeros(len(brackets), dtype=np.int64)
     run_kernel(
         (_BRACKET, _bracket_double),
@@ -77,6 +89,7 @@ def find_inside(
         _BRACKETS,
         addresses=np.asarray([address_of(values) for values in lists], dtype=np.int64),
         sizes=sizes,
+        firsts=firsts,
         first_chunks=first_chunks,
         lists=len(lists),
         lows=lows,
@@ -85,21 +98,18 @@ def find_inside(
         infinite=key_of_magnitude(np.inf, dtype),
         counts=larger,
         inside=inside,
+        positions=positions,
         capacity=inside.shape[1],
         filled=filled,
     )
     *above, not_finite = larger.sum(axis=0).tolist()
     thresholds = []
-    for wanted, more, found, size in zip(counts, above, inside, filled.tolist(), strict=True):
+    columns = counts, above, inside, positions, filled.tolist()
+    for wanted, more, found, places, size in zip(*columns, strict=True):
         rank = wanted - more
         if not 1 <= rank <= size <= len(found):
             return None, 0
-        magnitudes = np.abs(found[:size])
-        position = len(magnitudes) - rank
-        magnitudes.partition(position)
-        threshold = magnitudes[position]
-        surplus = int(np.count_nonzero(magnitudes >= threshold)) - rank
-        thresholds.append(Threshold(float(threshold), surplus))
+        thresholds.append(threshold_among(np.abs(found[:size]), rank, places))
     return thresholds, not_finite
 
 
@@ -112,37 +122,11 @@ def _count_above(entries: Any, key: Any, unsigned: Any) -> Any:
 
 
 @njit  # type: ignore[untyped-decorator]
-def _count_between(entries: Any, low: Any, high: Any, unsigned: Any) -> Any:
-    span, count = unsigned(high - low), 0
-    for position in range(len(entries)):
-        count += unsigned(key_of(entries[position], unsigned) - low) <= span
-    return count
-
-
-@njit  # type: ignore[untyped-decorator]
-def _write_between(entries: Any, low: Any, high: Any, out: Any, count: Any, unsigned: Any) -> None:
-    """Write the `count` entries whose keys lie in [low, high]."""
-    span: Any = unsigned(high - low)
-    kept: Any = 0
-    start: Any = 0
-    while kept < count:
-        block = entries[start : start + _BLOCK]
-        # Every entry is written, and the next one over it unless it is kept: there is no branch.
-        stop, position = kept + _count_between(block, low, high, unsigned), 0
-        while kept < stop:
-            bits = block[position]
-            out[kept] = bits
-            kept += np.int64(unsigned(key_of(bits, unsigned) - low) <= span)
-            position += 1
-        start += _BLOCK
-
-
-@njit  # type: ignore[untyped-decorator]
 def _count_plain(entries: Any, low: Any, high: Any, infinite: Any, unsigned: Any) -> Any:
     """Numbers of keys above a bracket, inside it, and of those that are not finite."""
     return (
         _count_above(entries, high, unsigned),
-        _count_between(entries, low, high, unsigned),
+        count_inside(entries, low, unsigned(high - low), unsigned),
         _count_above(entries, unsigned(infinite - 1), unsigned),
     )
 
@@ -174,38 +158,13 @@ def _count_lanes(entries: Any, low: Any, high: Any, infinite: Any, unsigned: Any
     return above, reached - above, not_finite
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def _pack_between(bits: Any, valid: Any, ends: Any, target: Any, stop: Any) -> Any:
-    """Write the lanes between two ends to an address; return the address behind them."""
-    key = without_sign(bits)
-    mask = at_least(key, ends[0]) & at_least(ends[1], key) & valid
-    if mask:
-        append(bits, mask, target, stop)
-        target += LANE_BYTES * count(mask)
-    return target
-
-
-@njit  # type: ignore[untyped-decorator]
-def _write_between_lanes(
-    entries: Any, low: Any, high: Any, out: Any, number: Any, unsigned: Any
-) -> None:
-    """:func:`_write_between` in lanes."""
-    ends = splat(np.int32(low)), splat(np.int32(high))
-    source, target, size = entries.ctypes.data, np.int64(out.ctypes.data), len(entries)
-    whole, stop = size - size % LANES, target + LANE_BYTES * number
-    for first in range(0, whole, LANES):
-        bits = load(source + LANE_BYTES * first, EVERY)
-        target = _pack_between(bits, EVERY, ends, target, stop)
-    valid = first_lanes(size - whole)
-    _pack_between(load(source + LANE_BYTES * whole, valid), valid, ends, target, stop)
-
-
 @njit  # type: ignore[untyped-decorator]
 def _bracket(address: Any, unsigned: Any, in_lanes: Any) -> None:
     """Count keys above brackets, write those inside; `in_lanes` is True for lanes, or None."""
     arguments = carray(as_pointer(address), 1, _BRACKETS)[0]
     addresses = array_at(arguments.addresses, arguments.lists, np.int64)
     sizes = array_at(arguments.sizes, arguments.lists, np.int64)
+    firsts = array_at(arguments.firsts, arguments.lists, np.int64)
     first_chunks = array_at(arguments.first_chunks, arguments.lists + 1, np.int64)
     brackets, capacity = arguments.brackets, arguments.capacity
     lows = array_at(arguments.lows, brackets, unsigned)
@@ -213,6 +172,7 @@ def _bracket(address: Any, unsigned: Any, in_lanes: Any) -> None:
     chunks = first_chunks[-1]
     counts = carray(as_pointer(arguments.counts), (chunks, brackets + 1), np.int64)
     inside = carray(as_pointer(arguments.inside), (brackets, capacity), unsigned)
+    positions = carray(as_pointer(arguments.positions), (brackets, capacity), np.int32)
     while True:
         chunk = fetch_add(address)
         if chunk >= chunks:
@@ -230,12 +190,14 @@ def _bracket(address: Any, unsigned: Any, in_lanes: Any) -> None:
                 above, size, not_finite = _count_lanes(entries, *ends, unsigned)
             counts[chunk, bracket], counts[chunk, brackets] = above, not_finite
             place = fetch_add_many(arguments.filled + 8 * bracket, size)
-            if place + size <= capacity:
-                out = inside[bracket, place : place + size]
+            if size and place + size <= capacity:
+                own = slice(place, place + size)
+                out = positions[bracket, own], inside[bracket, own]
+                span = unsigned(high - low)
                 if in_lanes is None:
-                    _write_between(entries, low, high, out, size, unsigned)
+                    write_inside(entries, firsts[number] + start, low, span, *out, unsigned)
                 else:
-                    _write_between_lanes(entries, low, high, out, size, unsigned)
+                    write_inside_lanes(entries, firsts[number] + start, low, span, *out, True)
 
 
 _KERNEL = types.void(types.intp)

@@ -13,6 +13,7 @@ from topkast.backends._threads import default_threads
 from topkast.kernels.refresh._brackets import find_inside
 from topkast.kernels.refresh._magnitudes import (
     check_magnitudes,
+    collect,
     key_of,
     key_of_magnitude,
     unsigned_of,
@@ -78,7 +79,7 @@ def find_thresholds(
     >>> import numpy as np
     >>> from topkast.kernels import find_thresholds
     >>> find_thresholds([np.asarray([0.5, -2.0]), np.asarray([1.0, -1.0])], [2])
-    ([Threshold(magnitude=1.0, surplus=1)], 0)
+    ([Threshold(magnitude=1.0, surplus=1, equal=array([2, 3]))], 0)
     """
     dtype = lists[0].dtype
     for values in lists:
@@ -111,10 +112,23 @@ def _find_threshold(
         rank -= int(reached[steps]) - equal
         key, unknown = key << bits | digit, unknown - bits
         if not unknown:
-            magnitude = np.asarray(key, unsigned_of(dtype)).view(dtype)
-            return Threshold(float(magnitude), equal - rank)
+            magnitude = float(np.asarray(key, unsigned_of(dtype)).view(dtype))
+            surplus = equal - rank
+            return Threshold(magnitude, surplus, _find_equal(lists, magnitude, surplus, threads))
         bits = min(_DIGIT, unknown)
         digits = _count_digits(lists, key, unknown, unknown - bits, bits, threads)
+
+
+def _find_equal(
+    lists: Sequence[Vector], magnitude: float, surplus: int, threads: int | None
+) -> Vector:
+    """Positions of the entries with a magnitude in the vectors, one after the other."""
+    positions, first = [np.zeros(0, dtype=np.int64)], 0
+    for values in lists if surplus else ():
+        found, _ = collect(values, magnitude, magnitude, threads=threads)
+        positions.append(found + np.int64(first))
+        first += len(values)
+    return np.concatenate(positions)
 
 
 def _width(dtype: Any) -> int:
