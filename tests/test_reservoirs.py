@@ -74,7 +74,7 @@ def test_the_kernel_generates_the_same_bits(
 ) -> None:
     pytest.importorskip("numba")
     weights = Generated("layer.weight", 7, init, 1 << 40, dtype)
-    monkeypatch.setattr(_compiled, "_MIN_ENTRIES", 0)
+    monkeypatch.setattr(_compiled, "_MIN_ENTRIES", dict.fromkeys(_compiled._MIN_ENTRIES, 0))
     compiled = weights.read(start, start + 40_001)
     monkeypatch.setattr(_compiled, "has_numba", lambda: False)
     np.testing.assert_array_equal(bits(compiled), bits(weights.read(start, start + 40_001)))
@@ -273,7 +273,7 @@ def test_a_method_that_forgets_keeps_nothing() -> None:
 
 @pytest.fixture(params=["kernels", "numpy"])
 def functions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_compiled, "_MIN_ENTRIES", 0)
+    monkeypatch.setattr(_compiled, "_MIN_ENTRIES", dict.fromkeys(_compiled._MIN_ENTRIES, 0))
     monkeypatch.setattr(_compiled, "has_numba", lambda: request.param == "kernels")
 
 

@@ -262,7 +262,8 @@ def test_kernels_change_no_bit_of_an_update(
     gradients = torch.randn(8, 3_840, generator=torch.Generator().manual_seed(3))
     states = []
     for min_entries in (0, 1 << 60):
-        monkeypatch.setattr(_compiled, "_MIN_ENTRIES", min_entries)
+        least = dict.fromkeys(_compiled._MIN_ENTRIES, min_entries)
+        monkeypatch.setattr(_compiled, "_MIN_ENTRIES", least)
         monkeypatch.setattr(_flat, "_KERNEL_MIN_ENTRIES", min_entries)
         monkeypatch.setattr(_young, "_KERNEL_MIN_ENTRIES", min_entries)
         _, opt = build(optimizer, sparse=sparse, penalty=0.1)

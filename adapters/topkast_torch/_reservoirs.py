@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from topkast_torch.execution._execution import Execution
 
 STREAMED = (torch.float32, torch.float64)  # dtypes of weights outside of tensors
+_NUMPY_DTYPES = {dtype: np.dtype(numpy_name(dtype)) for dtype in STREAMED}
 
 # The seed, name and distribution of a Parameter's initial weights.
 _ORIGINS: Any = WeakTensorKeyDictionary()
@@ -48,7 +50,8 @@ class TensorReservoir(Reservoir):
         return self.tensor.index_select(0, positions).cpu().numpy()
 
     def write(self, indices: Any, weights: Any, inside: Any = ()) -> None:
-        if self.tensor.device.type == "cpu" and weights.dtype.name == numpy_name(self.tensor.dtype):
+        dtype = _NUMPY_DTYPES.get(self.tensor.dtype)
+        if self.tensor.device.type == "cpu" and dtype is not None and weights.dtype == dtype:
             ArrayReservoir(self.tensor.numpy()).write(indices, weights)  # without int64 positions
         else:
             keep_weights(self, torch.from_numpy(indices), torch.from_numpy(weights))

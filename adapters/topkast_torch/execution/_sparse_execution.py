@@ -261,7 +261,8 @@ class SparseExecution(Execution):
         layer: Any = self.layer
         if isinstance(layer, SparseLayer):  # densify may have made it dense
             layer.set_support(self.support, is_valid=True)
-            layer.recording = None
+            if layer.recording is not None:
+                layer.recording = None
             self._sets_version = layer.sets_version
 
     def restrict_state(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from topkast_torch.sparse._products import has_kernels
 if TYPE_CHECKING:
     from topkast_torch.execution._profile import InnerProfile
 
-_KERNEL_MIN_ENTRIES = 1 << 14  # below which a call of a kernel costs more than it saves
+_KERNEL_MIN_ENTRIES = 1 << 12  # below which a call of a kernel costs more than it saves
 _FEW = 1 << 10  # ages that are read first
 _MAX_UPDATES = 1 << 14  # since the ages were counted; an entrant's age then still fits in int16
 

@@ -33,8 +33,7 @@ from topkast_torch.sparse._structure import (
     with_version,
 )
 
-# Inputs of a layer and gradients of its outputs, or gradients of its dense weight and None, by
-# backward pass.
+# By backward pass: inputs and gradients of outputs, or gradients of the dense weight and None.
 Passes: TypeAlias = list[tuple[Tensor, Tensor | None]]
 
 # The layer by its Parameter of values, since an optimizer knows only the Parameter.
@@ -108,11 +107,13 @@ class SparseLayer(nn.Module):
 
     def set_support(self, support: Support, *, is_valid: bool = False) -> None:
         """Set the indices of the values, and |A|; unless `is_valid`, they are checked later."""
-        self.indices, self.active_count = support.indices, support.forward
-        self.blocks = support.blocks
-        self._is_drawn = not support.indices.is_meta
+        attributes = self.__dict__  # which PyTorch would search for Parameters at each refresh
+        attributes["_assignment_count"] = self._assignment_count + 1
+        attributes["indices"], attributes["blocks"] = with_version(support.indices), support.blocks
+        attributes["active_count"] = support.forward
+        attributes["_is_drawn"] = not support.indices.is_meta
         if is_valid:
-            self._valid_version = self.sets_version
+            attributes["_valid_version"] = self.sets_version
 
     @property
     def support(self) -> Support:

@@ -10,12 +10,25 @@ from typing import Any
 
 from topkast.backends import _candidates
 
-_MIN_ENTRIES = 1 << 14  # below which a call of a kernel costs more than it saves
+# From as many entries on, a call of a kernel costs less than it saves.
+_MIN_ENTRIES = {
+    "collect": 1 << 15,
+    "divide": 1 << 12,
+    "find_thresholds": 1 << 15,
+    "generate": 1 << 14,
+    "migrate": 1 << 12,
+    "put": 1 << 12,
+}
 
 
-def functions(size: int) -> Any:
-    """The module whose functions work on vectors of `size` entries."""
-    return _candidates if size < _MIN_ENTRIES or not has_numba() else _kernels()
+def function(name: str, size: int) -> Any:
+    """The function of this name that works on vectors of `size` entries."""
+    return getattr(_kernels() if has_kernel(name, size) else _candidates, name)
+
+
+def has_kernel(name: str, size: int) -> bool:
+    """Whether a kernel works on vectors of `size` entries."""
+    return size >= _MIN_ENTRIES[name] and has_numba()
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import numpy as np
 
 from topkast._errors import NonFiniteError
 from topkast.backends import _candidates
-from topkast.backends._compiled import functions
+from topkast.backends._compiled import function
 
 Vector: TypeAlias = np.ndarray[Any, Any]
 Ranks: TypeAlias = Callable[[Vector], Vector]  # from positions to ranks among equal magnitudes
@@ -108,13 +108,13 @@ def migrate(
     triples = [
         (flat, fresh.reshape(-1), out) for (flat, fresh), out in zip(moves, outs, strict=True)
     ]
-    use = functions(source.size)
+    use = function("migrate", source.size)
     vectors = [source, survives, *(vector for triple in triples for vector in triple)]
     contiguous = all(vector.flags.c_contiguous for vector in vectors)
     has_words = all(flat.dtype.itemsize in (2, 4, 8) for flat, _ in moves)
     if not (contiguous and has_words and source.dtype == np.int32):
-        use = _candidates
-    use.migrate(source, survives, *triples)
+        use = _candidates.migrate
+    use(source, survives, *triples)
     return outs
 
 

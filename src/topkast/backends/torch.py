@@ -69,15 +69,20 @@ class TorchBackend(Backend):
                 torch.where(survives, flat.index_select(0, source), fresh) for flat, fresh in moves
             ]
         pairs = [(_view(flat), _view(fresh)) for flat, fresh in moves]
-        moved = [flat.new_empty(len(source)) for flat, _ in moves]  # aligned to a cache line
+        size = source.shape
+        moved = [flat.new_empty(size) for flat, _ in moves]  # aligned to a cache line
         outs = [_view(out) for out in moved]
         _host.migrate(pairs, source.numpy(), survives.numpy(), outs)
         return moved
 
 
 def _view(vector: Tensor) -> np.ndarray[Any, Any]:
-    """The bits of the entries as integers."""
-    return vector.detach().view(_WORDS[vector.dtype.itemsize]).numpy()
+    """The entries as an array; where NumPy lacks their dtype, as integers with the same bits."""
+    if vector.requires_grad:
+        vector = vector.detach()
+    if vector.dtype not in _NUMPY_DTYPES:
+        vector = vector.view(_WORDS[vector.dtype.itemsize])
+    return vector.numpy()
 
 
 def _can_view(flat: Tensor) -> bool:
@@ -86,6 +91,7 @@ def _can_view(flat: Tensor) -> bool:
     return flat.device.type == "cpu" and has_words
 
 
+_NUMPY_DTYPES = {torch.int16, torch.int32, torch.int64, torch.float32, torch.float64}
 # Integers that carry the bits of entries, whatever NumPy knows of their dtype.
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

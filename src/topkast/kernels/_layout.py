@@ -42,6 +42,8 @@ LAYOUT = define_record(
     "segment_starts",
 )
 
+_ABSENT = dict.fromkeys(("pitch", "columns", "value_index", "segment_starts"), 0)
+
 
 @dataclass(frozen=True, eq=False)
 class Segments:
@@ -98,9 +100,8 @@ class Segments:
     @cached_property
     def _record(self) -> Vector:
         """Sizes and addresses of arrays for the kernels."""
-        absent = dict.fromkeys(("pitch", "columns", "value_index", "segment_starts"), 0)
-        known = {field.name: getattr(self, field.name) for field in fields(self)}
-        values = absent | known | {"chunks": len(self.chunk_rows) - 1, "panels": self.panels}
+        sizes = {"chunks": len(self.chunk_rows) - 1, "panels": self.panels}
+        values = _ABSENT | self.__dict__ | sizes
         return fill_record(LAYOUT, **{name: values[name] for name in LAYOUT.names or ()})
 
     def __reduce__(self) -> Any:  # drops `_record`: a copy has other addresses

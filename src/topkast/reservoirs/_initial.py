@@ -14,8 +14,7 @@ from array_api_compat import array_namespace
 
 from topkast._errors import OptionError
 from topkast._primitives import Array, device, take
-from topkast.backends import _candidates
-from topkast.backends._compiled import functions
+from topkast.backends._compiled import function, has_kernel
 from topkast.selection._random import Key, make_key, random_words
 
 Vector = np.ndarray[Any, Any]
@@ -144,13 +143,13 @@ class Generated:
 
     def read(self, start: int, stop: int) -> Vector:
         """The weights of a range of flat indices, as a new array."""
-        use = functions(stop - start)
-        if use is _candidates:  # NumPy's functions
+        size = stop - start
+        if not has_kernel("generate", size):
             weights: Vector = self.take(np.arange(start, stop))
             return weights
         table = half_normal_quantiles() if self.init.kind == "normal" else None
-        out = np.empty(stop - start, dtype=self.dtype)
-        use.generate(out, start, self._key, table, self._unit)
+        out = np.empty(size, dtype=self.dtype)
+        function("generate", size)(out, start, self._key, table, self._unit)
         return out
 
     def take(self, indices: Array) -> Any:

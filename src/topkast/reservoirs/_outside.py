@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from topkast._progress import CHUNK, chunks
-from topkast.backends._compiled import functions
+from topkast.backends._compiled import function
 from topkast.reservoirs._reservoir import Reservoir
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def largest_outside(
             found = np.flatnonzero(outside)
             kept = weights[found]
         else:
-            found, kept = functions(weights.size).collect(weights, bound, without=inside)
+            collect = function("collect", weights.size)
+            found, kept = collect(weights, bound, without=inside)
         parts.append((found.astype(dtype, copy=False) + dtype.type(start), kept))
     indices, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return Largest(indices, values, bound)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from topkast._errors import MismatchError
-from topkast.backends._compiled import functions
+from topkast.backends._compiled import function
 from topkast.reservoirs._file import FileBase
 from topkast.reservoirs._initial import Generated
 
@@ -107,7 +107,7 @@ class ArrayReservoir(Reservoir):
         suits = self.array.dtype == weights.dtype and weights.dtype in (np.float32, np.float64)
         contiguous = all(one.flags.c_contiguous for one in (self.array, indices, weights))
         if suits and contiguous and indices.dtype == np.int32:
-            functions(indices.size).put(self.array, indices, weights, ascending=False)
+            function("put", indices.size)(self.array, indices, weights, ascending=False)
         else:
             self.array[indices] = weights
 

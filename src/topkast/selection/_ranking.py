@@ -12,7 +12,7 @@ import numpy as np
 
 from topkast._errors import NonFiniteError
 from topkast.backends import _candidates
-from topkast.backends._compiled import functions
+from topkast.backends._compiled import function
 from topkast.reservoirs._outside import largest_outside
 from topkast.reservoirs._reservoir import Reservoir
 from topkast.selection._random import Ranks
@@ -232,9 +232,9 @@ def rank(
         missing = counts[1] - _count_reaching(values, reserve.bound) - reserve.size
         if missing > 0:
             return missing
-    use = functions(values.size + reserve.values.size)
+    find_thresholds = function("find_thresholds", values.size + reserve.size)
     lists = [values, reserve.values]
-    (forward, backward), not_finite = use.find_thresholds(lists, counts, brackets=brackets)
+    (forward, backward), not_finite = find_thresholds(lists, counts, brackets=brackets)
     if not_finite:
         raise NonFiniteError(f"{not_finite} of {size} entries are NaN or infinite")
     if backward.magnitude < reserve.bound:
@@ -282,10 +282,10 @@ class Ranking(NamedTuple):
     def exchange(self) -> Exchange:
         """Divide the candidates into the next sets and the next reserve."""
         support, values, reserve, counts = self.support, self.values, self.reserve, self.counts
-        use = functions(values.size + reserve.values.size)
         # Of the reserve, only what reaches the next B has to be put in order.
-        entering = use.collect(reserve.values, self.smallest[1], indices=reserve.indices)
-        division = use.divide(
+        collect, divide = function("collect", reserve.size), function("divide", values.size)
+        entering = collect(reserve.values, self.smallest[1], indices=reserve.indices)
+        division = divide(
             (support.indices, values),
             _ascending(*entering),
             split=support.forward,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from topkast.backends._compiled import functions
+from topkast.backends._compiled import function
 
 if TYPE_CHECKING:
     from topkast.reservoirs._outside import Largest
@@ -167,7 +167,7 @@ def reserve_size(size: int, backward: int, loss: float | None) -> int:
 def _collect(entries: Entries, bound: float, limit: float | None = None) -> Entries:
     """The entries of magnitude `bound` or more, and of `limit` or less."""
     indices, values = entries
-    kept: Entries = functions(values.size).collect(values, bound, limit, indices=indices)
+    kept: Entries = function("collect", values.size)(values, bound, limit, indices=indices)
     return kept
 
 

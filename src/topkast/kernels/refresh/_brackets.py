@@ -41,13 +41,9 @@ from topkast.kernels.runtime._vector import as_pointer, fetch_add, fetch_add_man
 _CHUNK = 1 << 13  # entries that a thread takes at a time: they stay in the L1 cache
 _SHARE = 1 << 3  # entries for each one that may lie inside a bracket
 _BRACKETS = define_arguments(
-    "addresses",
-    "sizes",
-    "firsts",
-    "first_chunks",
+    "table",
     "lists",
-    "lows",
-    "highs",
+    "keys",
     "brackets",
     "infinite",
     "counts",
@@ -65,20 +61,15 @@ def find_inside(
     threads: int | None,
 ) -> tuple[list[Threshold] | None, int]:
     """The thresholds if each lies in its bracket, else None; the number of NaN and infinities."""
-    dtype = lists[0].dtype
-    lows, highs = (
-        np.asarray([key_of_magnitude(one, dtype) for one in ends], dtype=unsigned_of(dtype))
-        for ends in zip(*brackets, strict=True)
-    )
-    sizes = np.asarray([len(values) for values in lists], dtype=np.int64)
-    first_chunks = np.zeros(len(lists) + 1, dtype=np.int64)
-    np.cumsum(-(-sizes // _CHUNK), out=first_chunks[1:])
-    # Number of keys above each bracket, by chunk; in the last column, of those not finite.
-    larger = np.zeros((first_chunks[-1], len(brackets) + 1), dtype=np.int64)
-    firsts = np.cumsum(sizes) - sizes  # position of the first entry of each among all
-    total = int(sizes.sum())
+    dtype, table, total, chunks = lists[0].dtype, [], 0, 0
+    for values in lists:
+        table.append((address_of(values), len(values), total, chunks))
+        total, chunks = total + len(values), chunks - (-len(values) // _CHUNK)
     if total >= 1 << 31:
         return None, 0  # positions are int32
+    keys = [[key_of_magnitude(end, dtype) for end in ends] for ends in brackets]
+    # Number of keys above each bracket, by chunk; in the last column, of those not finite.
+    larger = np.zeros((chunks, len(brackets) + 1), dtype=np.int64)
     inside = np.empty((len(brackets), total // _SHARE + _CHUNK), dtype=dtype)
     positions = np.empty(inside.shape, dtype=np.int32)
     filled = np.zeros(len(brackets), dtype=np.int64)
@@ -87,13 +78,9 @@ def find_inside(
         dtype,
         threads,
         _BRACKETS,
-        addresses=np.asarray([address_of(values) for values in lists], dtype=np.int64),
-        sizes=sizes,
-        firsts=firsts,
-        first_chunks=first_chunks,
+        table=np.asarray([*table, (0, 0, total, chunks)], dtype=np.int64),
         lists=len(lists),
-        lows=lows,
-        highs=highs,
+        keys=np.asarray(keys, dtype=unsigned_of(dtype)),
         brackets=len(brackets),
         infinite=key_of_magnitude(np.inf, dtype),
         counts=larger,
@@ -162,14 +149,11 @@ def _count_lanes(entries: Any, low: Any, high: Any, infinite: Any, unsigned: Any
 def _bracket(address: Any, unsigned: Any, in_lanes: Any) -> None:
     """Count keys above brackets, write those inside; `in_lanes` is True for lanes, or None."""
     arguments = carray(as_pointer(address), 1, _BRACKETS)[0]
-    addresses = array_at(arguments.addresses, arguments.lists, np.int64)
-    sizes = array_at(arguments.sizes, arguments.lists, np.int64)
-    firsts = array_at(arguments.firsts, arguments.lists, np.int64)
-    first_chunks = array_at(arguments.first_chunks, arguments.lists + 1, np.int64)
+    # Address, size, first position and first chunk of each list, and the ends of the last one.
+    table = carray(as_pointer(arguments.table), (arguments.lists + 1, 4), np.int64)
     brackets, capacity = arguments.brackets, arguments.capacity
-    lows = array_at(arguments.lows, brackets, unsigned)
-    highs = array_at(arguments.highs, brackets, unsigned)
-    chunks = first_chunks[-1]
+    keys = carray(as_pointer(arguments.keys), (brackets, 2), unsigned)
+    chunks = table[arguments.lists, 3]
     counts = carray(as_pointer(arguments.counts), (chunks, brackets + 1), np.int64)
     inside = carray(as_pointer(arguments.inside), (brackets, capacity), unsigned)
     positions = carray(as_pointer(arguments.positions), (brackets, capacity), np.int32)
@@ -177,12 +161,15 @@ def _bracket(address: Any, unsigned: Any, in_lanes: Any) -> None:
         chunk = fetch_add(address)
         if chunk >= chunks:
             break
-        number = np.searchsorted(first_chunks, chunk, side="right") - 1
-        start = (chunk - first_chunks[number]) * _CHUNK
-        values = array_at(addresses[number], sizes[number], unsigned)
+        number = 0
+        while table[number + 1, 3] <= chunk:
+            number += 1
+        start = (chunk - table[number, 3]) * _CHUNK
+        values = array_at(table[number, 0], table[number, 1], unsigned)
         entries = values[start : min(start + _CHUNK, len(values))]
+        position = table[number, 2] + start
         for bracket in range(brackets):
-            low, high = lows[bracket], highs[bracket]
+            low, high = keys[bracket, 0], keys[bracket, 1]
             ends = low, high, unsigned(arguments.infinite)
             if in_lanes is None:
                 above, size, not_finite = _count_plain(entries, *ends, unsigned)
@@ -195,9 +182,9 @@ def _bracket(address: Any, unsigned: Any, in_lanes: Any) -> None:
                 out = positions[bracket, own], inside[bracket, own]
                 span = unsigned(high - low)
                 if in_lanes is None:
-                    write_inside(entries, firsts[number] + start, low, span, *out, unsigned)
+                    write_inside(entries, position, low, span, *out, unsigned)
                 else:
-                    write_inside_lanes(entries, firsts[number] + start, low, span, *out, True)
+                    write_inside_lanes(entries, position, low, span, *out, True)
 
 
 _KERNEL = types.void(types.intp)

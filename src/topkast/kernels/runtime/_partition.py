@@ -49,7 +49,9 @@ def divide_rows(height: int, max_rows: int | None) -> Vector:
     if max_rows is not None and not 1 <= max_rows <= _MAX_CHUNK:
         raise ValueError(f"max_rows must lie in [1, {_MAX_CHUNK}], got {max_rows}")
     step = max_rows or chunk_size(height, default_threads())
-    return np.append(np.arange(0, height, step, dtype=np.int32), np.int32(height))
+    chunk_rows = np.arange(0, height + step, step, dtype=np.int32)
+    chunk_rows[-1] = height
+    return chunk_rows
 
 
 @compiled

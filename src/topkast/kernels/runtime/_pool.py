@@ -24,6 +24,7 @@ import numpy as np
 from topkast.backends._threads import CORES, default_threads, executor, wait_for
 
 _CACHE_LINE = 64  # bytes
+_view_of, _address_of = ctypes.c_char.from_buffer, ctypes.addressof  # looked up once
 _SCRATCH = threading.local()  # a call returns before its thread makes another one
 
 _Region = Callable[[int, int, int, int], None]  # function, its argument, threads, flags
@@ -38,7 +39,7 @@ def run(kernel: Any, arguments: np.ndarray[Any, Any], threads: int | None = None
 def address_of(array: np.ndarray[Any, Any]) -> int:
     """Address of the memory of an array: ``array.ctypes.data``, which takes longer."""
     try:
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
+        return _address_of(_view_of(array))  # type: ignore[arg-type]
     except (BufferError, TypeError, ValueError):  # it is read-only, empty or not contiguous
         return int(array.ctypes.data)
 
