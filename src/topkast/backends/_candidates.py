@@ -23,8 +23,8 @@ class Threshold(NamedTuple):
     surplus
         Number of entries with this magnitude that are too many.
     equal
-        If there are any, the positions of all entries with this magnitude, in any order; otherwise
-        none.
+        The positions of all entries with this magnitude, in any order, if some are too many;
+        otherwise none.
     """
 
     magnitude: float

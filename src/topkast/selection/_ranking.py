@@ -283,11 +283,12 @@ class Ranking(NamedTuple):
         """Divide the candidates into the next sets and the next reserve."""
         support, values, reserve, counts = self.support, self.values, self.reserve, self.counts
         # Of the reserve, only what reaches the next B has to be put in order.
-        collect, divide = function("collect", reserve.size), function("divide", values.size)
-        entering = collect(reserve.values, self.smallest[1], indices=reserve.indices)
-        division = divide(
+        collect = function("collect", reserve.size)
+        entering = _ascending(*collect(reserve.values, self.smallest[1], indices=reserve.indices))
+        # At first, all of the next B enters.
+        division = function("divide", values.size + entering[0].size)(
             (support.indices, values),
-            _ascending(*entering),
+            entering,
             split=support.forward,
             size=self.size,
             forward=self.smallest[0],
