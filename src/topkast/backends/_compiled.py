@@ -10,13 +10,14 @@ from typing import Any
 
 from topkast.backends import _candidates
 
-# From as many entries on, a call of a kernel costs less than it saves.
+# From as many entries on, a call of a kernel saves more than it costs. Those that take seconds to
+# compile have to save more.
 _MIN_ENTRIES = {
     "collect": 1 << 15,
-    "divide": 1 << 12,
+    "divide": 1 << 13,
     "find_thresholds": 1 << 15,
     "generate": 1 << 14,
-    "migrate": 1 << 12,
+    "migrate": 1 << 13,
     "put": 1 << 12,
 }
 
