@@ -431,6 +431,9 @@ def test_bad_input_is_refused() -> None:
             collect(values, 1.0, without=[wrong_positions])
     with pytest.raises(ValueError, match="bound must be above 0"):
         collect(values, 0.0, without=[indices])
+    for outside in ([0, 2], [-1, 0], [1, 0]):
+        with pytest.raises(ValueError, match=r"must ascend in \[0, 2\), got"):
+            collect(values, 1.0, without=[np.asarray(outside, np.int32)])
     stays, zero = np.ones(2, bool), np.zeros(1)
     with pytest.raises(TypeError, match="2, 4 or 8 bytes"):
         migrate(indices, stays, (stays, stays[:1], stays))

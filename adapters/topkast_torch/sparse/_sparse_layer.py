@@ -107,7 +107,7 @@ class SparseLayer(nn.Module):
 
     def set_support(self, support: Support, *, is_valid: bool = False) -> None:
         """Set the indices of the values, and |A|; unless `is_valid`, they are checked later."""
-        attributes = self.__dict__  # which PyTorch would search for Parameters at each refresh
+        attributes = self.__dict__  # PyTorch's __setattr__ is slow, and this runs at each refresh
         attributes["_assignment_count"] = self._assignment_count + 1
         attributes["indices"], attributes["blocks"] = with_version(support.indices), support.blocks
         attributes["active_count"] = support.forward

@@ -69,9 +69,7 @@ def find_thresholds(
     Positions are those of the vectors one after the other.
     """
     magnitudes = np.abs(np.concatenate(lists))
-    thresholds = []
-    for count in counts:
-        thresholds.append(threshold_among(magnitudes, count))
+    thresholds = [threshold_among(magnitudes, count) for count in counts]
     return thresholds, magnitudes.size - int(np.count_nonzero(np.isfinite(magnitudes)))
 
 

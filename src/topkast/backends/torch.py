@@ -69,8 +69,7 @@ class TorchBackend(Backend):
                 torch.where(survives, flat.index_select(0, source), fresh) for flat, fresh in moves
             ]
         pairs = [(_view(flat), _view(fresh)) for flat, fresh in moves]
-        size = source.shape
-        moved = [flat.new_empty(size) for flat, _ in moves]  # aligned to a cache line
+        moved = [flat.new_empty(source.shape) for flat, _ in moves]  # aligned to a cache line
         outs = [_view(out) for out in moved]
         _host.migrate(pairs, source.numpy(), survives.numpy(), outs)
         return moved

@@ -110,7 +110,7 @@ def collect(
     addresses: Any = 0
     edges: Any = 0
     if without:
-        _check_positions(without, first)
+        _check_positions(without, len(flat), first)
         addresses = np.asarray([address_of(run) for run in without], dtype=np.int64)
         ends = (np.arange(chunks + 1) * _CHUNK).clip(max=len(flat)).astype(np.int32)
         edges = np.concatenate([np.searchsorted(run, ends) for run in without])
@@ -152,14 +152,18 @@ def _check_indices(indices: Vector, flat: Vector) -> None:
         raise ValueError(f"indices must be contiguous {flat.shape}, got shape {indices.shape}")
 
 
-def _check_positions(without: Sequence[Vector], key: int) -> None:
+def _check_positions(without: Sequence[Vector], size: int, key: int) -> None:
     if not key:
-        raise ValueError("bound must be above 0 for a result without some entries, got 0")
+        raise ValueError("bound must be above 0 if entries are left out, got 0")
     for run in without:
         if run.dtype != np.int32 or run.ndim != 1 or not run.flags.c_contiguous:
             raise TypeError(
                 f"the positions of `without` must be contiguous vectors of int32, got {run.dtype} "
                 f"of shape {run.shape}"
+            )
+        if len(run) and not 0 <= run[0] <= run[-1] < size:
+            raise ValueError(
+                f"the positions of `without` must ascend in [0, {size}), got {run[0]} to {run[-1]}"
             )
 
 
